@@ -1,0 +1,16 @@
+// The Python face of the native code: pointers, sizes and a stream in, nothing allocated, no libtorch.
+#include <pybind11/pybind11.h>
+
+#include "cpu/bindings.h"
+#ifdef EMP_FAST_WITH_CUDA
+#include "cuda/bindings.h"
+#endif
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of emp_fast; see emp_fast.backends.cpu and emp_fast.backends.cuda.";
+  emp_fast::cpu::bind_scores(m);
+  emp_fast::cpu::bind_selection(m);
+#ifdef EMP_FAST_WITH_CUDA
+  emp_fast::cuda::bind(m);
+#endif
+}

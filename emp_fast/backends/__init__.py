@@ -1,0 +1,148 @@
+"""Chooses the backend of a device: the fastest that serves it, or the one that the user names.
+
+An automatic choice that fails falls back with one warning; an explicit one raises with the reason. On
+first use on a device a kernel backend must agree with the reference on a tiny case (`selfcheck`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+
+from emp_fast._warnings import EmpFastWarning
+from emp_fast.backends.base import Backend
+
+__all__ = ["BackendError", "BackendStatus", "backend_status", "resolve", "use_backend"]
+
+#: Where each backend lives; imported on first use, so importing the package loads nothing native.
+_CLASSES = {
+    "reference": ("emp_fast.backends.reference", "ReferenceBackend"),
+    "cpu": ("emp_fast.backends.cpu", "CpuBackend"),
+    "triton": ("emp_fast.backends.triton", "TritonBackend"),
+    "cuda": ("emp_fast.backends.cuda", "CudaBackend"),
+}
+_AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_ENVIRONMENT = "EMP_FAST_BACKEND"
+
+_explicit: ContextVar[str | None] = ContextVar("emp_fast_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot serve; the message says why."""
+
+
+class BackendStatus(NamedTuple):
+    """One line of ``emp-fast doctor``."""
+
+    name: str
+    available: bool
+    reason: str | None  # why not
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes every operation inside the ``with`` block use one backend.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda"; "auto" restores the automatic choice.
+
+    Raises:
+        ValueError: no backend has that name.
+        BackendError: raised by the operations inside, when the backend cannot serve their tensors.
+    """
+    _check_name(name, "name")
+    token = _explicit.set(name)
+    try:
+        yield
+    finally:
+        _explicit.reset(token)
+
+
+def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
+    """The backend that serves tensors of ``device``.
+
+    float64 is served by the reference alone, whatever was chosen: no kernel carries it.
+    """
+    if dtype == torch.float64:
+        return load("reference")
+    name = _explicit.get() or os.environ.get(_ENVIRONMENT) or "auto"
+    return _choose(name, device.type, device.index)
+
+
+def load(name: str) -> Backend:
+    """The backend of that name, made once.
+
+    Raises:
+        BackendError: its module cannot be imported here.
+    """
+    loaded = _load(name)
+    if isinstance(loaded, str):
+        raise BackendError(f"the {name} backend cannot be loaded: {loaded}")
+    return loaded
+
+
+def backend_status(device: torch.device) -> list[BackendStatus]:
+    """Which backends can serve ``device``, and why the others cannot."""
+    reasons = {name: _refusal(name, device) for name in _CLASSES}
+    return [BackendStatus(name, reason is None, reason) for name, reason in reasons.items()]
+
+
+@functools.cache
+def _load(name: str) -> Backend | str:
+    module, attribute = _CLASSES[name]
+    try:
+        backend: Backend = getattr(import_module(module), attribute)()
+    except (ImportError, OSError) as error:
+        return str(error)
+    return backend
+
+
+@functools.cache
+def _refusal(name: str, device: torch.device) -> str | None:
+    loaded = _load(name)
+    if isinstance(loaded, str):
+        return loaded
+    reason = loaded.why_not(device)
+    if reason is None and name != "reference":
+        from emp_fast.backends.selfcheck import self_check
+
+        reason = self_check(loaded, device)
+    return reason
+
+
+@functools.cache
+def _choose(name: str, device_type: str, device_index: int | None) -> Backend:
+    _check_name(name, _ENVIRONMENT)
+    device = torch.device(device_type, device_index)
+    if name != "auto":
+        reason = _refusal(name, device)
+        if reason is not None:
+            raise BackendError(f"the {name} backend cannot serve {device}: {reason}")
+        return load(name)
+    candidates = _AUTOMATIC.get(device_type, ("reference",))
+    refused = []
+    for candidate in candidates:
+        reason = _refusal(candidate, device)
+        if reason is None:
+            break
+        refused.append(f"{candidate}: {reason}")
+    if refused:
+        warnings.warn(
+            f"emp_fast uses its {candidate} backend on {device} ({'; '.join(refused)})",
+            EmpFastWarning,
+            stacklevel=2,
+        )
+    return load(candidate)
+
+
+def _check_name(name: str, argument: str) -> None:
+    if name != "auto" and name not in _CLASSES:
+        raise ValueError(f"{argument} must be one of {['auto', *_CLASSES]}, got {name!r}")

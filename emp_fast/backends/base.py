@@ -1,0 +1,202 @@
+"""What a backend is: the one interface that the reference, C++, Triton and CUDA paths implement.
+
+Arguments arrive validated (`emp_fast.functional` and `emp_fast.store` do that once) and normalised:
+``logits`` is [R, C] with unit stride along C and any row stride; everything else is contiguous. Outputs
+are allocated by torch on the device of the inputs. No method synchronises with the host, except that
+on CPU tensors a bad value raises IndexError.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Order of the float32 rows of `RowScores.rows`; the last three are kept for the backward pass.
+ROW_FIELDS = ("entropy", "el2n", "margin", "confidence", "max", "inv_sum", "miss")
+
+
+class LossOptions(NamedTuple):
+    """The scalar options of the cross-entropy, as `torch.nn.functional.cross_entropy` names them."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float = 0.0  # 0: none
+
+
+class RowScores(NamedTuple):
+    """Every score of R rows of logits. An ignored row is all zeros, correct and of count 0."""
+
+    loss: Tensor  # [R] float32
+    rows: Tensor  # [7, R] float32, in the order of ROW_FIELDS:
+    #   max      the largest logit (after the softcap), M
+    #   inv_sum  1 / sum_j exp(x_j - M)
+    #   miss     the probability off the target, summed without the target: 1 - p_y with all its digits
+    correct: Tensor  # [R] bool
+    count: Tensor  # [R] int32, 1 or 0
+
+
+class Recurrence(NamedTuple):
+    """How one sample's state moves on a visit, in the form that every kernel can run.
+
+    With x the accumulated ``signal``, m the memory and n the visits before this one::
+
+        ema       m' = x on the first visit, then decay * m + (1 - decay) * x
+        mean      m' = m + (x - m) / (n + 1)
+        variance  as ema, and  v' = 0 on the first visit, then decay * v + (1 - decay) * (x - m)^2
+
+        score = direct_scale * direct + memory_scale * m' + variance_scale * v'
+    """
+
+    kind: Literal["ema", "mean", "variance"]
+    signal: str  # the name of a SampleStats field
+    decay: float = 0.0
+    direct: str | None = None  # the name of a SampleStats field; None leaves the term out
+    direct_scale: float = 0.0
+    memory_scale: float = 1.0
+    variance_scale: float = 0.0
+
+
+class State(NamedTuple):
+    """The per-sample state of N samples that `update_state` and `cross_entropy_step` write into."""
+
+    scores: Tensor  # [N] float32
+    memory: Tensor  # [N] float32
+    visits: Tensor  # [N] int32
+    variance: Tensor | None  # [N] float32, for the variance recurrence
+    claims: Tensor  # [N] int32 scratch, all zero between calls: finds the last of repeated indices
+    counters: Tensor  # [2] int64: rows refused as non-finite, rows refused as out of range
+
+
+class Backend(ABC):
+    """One implementation of every operation, for the devices that `why_not` accepts."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def why_not(self, device: torch.device) -> str | None:
+        """The reason that this backend cannot serve ``device``; None when it can. Cheap, no raise."""
+
+    @abstractmethod
+    def cross_entropy(
+        self,
+        logits: Tensor,  # [R, C] float16, bfloat16 or float32; float64 in the reference alone
+        target: Tensor,  # [R] int64 class ids, or [R, C] float32 (float64) probabilities
+        weight: Tensor | None,  # [C] float32 (float64)
+        options: LossOptions,
+    ) -> RowScores:
+        """Scores every row in one pass. Design: the numerics of docs/numerics.md."""
+
+    @abstractmethod
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,  # [R] float32
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        rows: Tensor,  # [7, R], of the forward pass
+        options: LossOptions,
+    ) -> Tensor:
+        """The gradient to the logits, [R, C] contiguous in their dtype."""
+
+    def cross_entropy_step(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        row_scale: Tensor | None,  # [R] float32
+        scale: float,
+        indices: Tensor,  # [R] int64
+        state: State,
+        recurrence: Recurrence,
+    ) -> tuple[RowScores, Tensor]:
+        """Forward, gradient of ``scale * sum(row_scale * loss)`` and state update of one training step.
+
+        This composes the three; a GPU backend does them in one launch.
+        """
+        scores = self.cross_entropy(logits, target, weight, options)
+        grad_loss = torch.full_like(scores.loss, scale) if row_scale is None else row_scale * scale
+        grad = self.cross_entropy_backward(
+            grad_loss, logits, target, weight, scores.rows, options
+        )
+        fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
+        self.update_state(
+            indices,
+            fields[recurrence.signal],
+            None if recurrence.direct is None else fields[recurrence.direct],
+            scores.count,
+            state,
+            recurrence,
+        )
+        return scores, grad
+
+    @abstractmethod
+    def update_state(
+        self,
+        indices: Tensor,  # [S] int64
+        signal: Tensor,  # [S] float32
+        direct: Tensor | None,  # [S] float32
+        count: Tensor | None,  # [S] int32; None: every row counts
+        state: State,
+        recurrence: Recurrence,
+    ) -> None:
+        """Moves the state of the samples in ``indices``.
+
+        A row of count 0 is skipped. A row with a non-finite signal or direct term is refused and counted in
+        ``counters[0]``. Of the remaining rows with one index the last wins and is the only one applied. An
+        index outside [0, N): on the CPU IndexError with nothing applied at all; on a GPU the row is
+        refused and counted in ``counters[1]``.
+        """
+
+    @abstractmethod
+    def topk_indices(self, scores: Tensor, k: int) -> Tensor:
+        """Indices of the ``k`` highest of [N] float32 scores: int64 [k], ascending.
+
+        0 <= k <= N < 2**31 - 1 or larger where the device allows. Ties go to the lowest index, -0.0
+        equals 0.0, +inf is highest, NaN is lowest and equal to NaN.
+        """
+
+    @abstractmethod
+    def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
+        """Indices of the ``group_k[g]`` highest of every group g: int64 [sum(group_k)], ascending.
+
+        Args:
+            scores: [N] float32.
+            groups: [N] int64 in [0, G).
+            group_k: [G] int64 on the CPU, none larger than its group.
+        """
+
+    @abstractmethod
+    def philox(
+        self, n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device
+    ) -> Tensor:
+        """Random bits of samples ``start`` to ``start + n``: int32 [n], the bit patterns of uint32.
+
+        Word 0 of Philox4x32-10 with key (seed low, seed high) and counter (index low, index high,
+        epoch, stream). J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+        """
+
+
+def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises IndexError for the first class id of a CPU tensor that is neither a class nor ignored."""
+    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"target must lie in [0, {num_classes}) or equal ignore_index={ignore_index}, "
+            f"got {int(target[row])} at position {row}"
+        )
+
+
+def check_index_range(indices: Tensor, num_samples: int) -> None:
+    """Raises IndexError for the first sample index of a CPU tensor outside [0, num_samples)."""
+    bad = (indices < 0) | (indices >= num_samples)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"indices must lie in [0, {num_samples}), got {int(indices[row])} at position {row}; "
+            "nothing of this update was applied"
+        )

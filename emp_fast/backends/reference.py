@@ -1,0 +1,315 @@
+"""The pure-PyTorch backend: any device, any float dtype, no kernels. The oracle of the others.
+
+Plain and readable before fast; it makes several passes over the logits. The numerics are those of
+docs/numerics.md: the target is left out of the sums and folded in at the end.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from emp_fast.backends.base import (
+    Backend,
+    LossOptions,
+    Recurrence,
+    RowScores,
+    State,
+    check_index_range,
+    check_target_range,
+)
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+
+
+class ReferenceBackend(Backend):
+    """Serves every device that torch does."""
+
+    name = "reference"
+
+    def why_not(self, device: torch.device) -> str | None:
+        return None
+
+    def cross_entropy(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+    ) -> RowScores:
+        x = _capped(_accumulation(logits), options.softcap)
+        dtype, num_classes = x.dtype, x.shape[1]
+        soft = target.is_floating_point()
+        if soft:
+            valid = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+            bad = torch.zeros_like(valid)
+            y = target.argmax(1)
+        else:
+            valid, bad, y = _class_ids(target, num_classes, options.ignore_index)
+
+        x_y = x.gather(1, y[:, None])[:, 0]
+        others = x.scatter(1, y[:, None], -torch.inf)
+        m = others.amax(1)  # -inf: no other class has a finite logit
+        offset = torch.where(m == -torch.inf, 0.0, m)
+        diff = others - offset[:, None]
+        e = diff.exp()
+        zero = torch.zeros((), dtype=dtype, device=x.device)
+        d = e.sum(1)
+        s = torch.where(e == 0, zero, diff * e).sum(1)
+        q = (e * e).sum(1)
+
+        largest = torch.maximum(m, x_y)
+        shift = torch.where(m == -torch.inf, zero, m - largest)
+        factor = shift.exp()
+        d, s, q = d * factor, (s + shift * d) * factor, q * factor * factor
+        t_y = x_y - largest
+        e_y = t_y.exp()
+        total = d + e_y
+        log_total = torch.where(e_y == 1, torch.log1p(d), total.log())
+        entropy = log_total - (s + torch.where(e_y == 0, zero, t_y * e_y)) / total
+        miss = d / total
+        inv_sum = 1 / total
+        margin = x_y - m
+
+        log_p = (x - largest[:, None]) - log_total[:, None]
+        if soft:
+            p = (x - largest[:, None]).exp() * inv_sum[:, None]
+            loss = -_masked_product(_smoothed(target, options, weight), log_p).sum(1)
+            off = p - target
+            t = target.gather(1, y[:, None])[:, 0]
+            off.scatter_(1, y[:, None], ((1 - t) - miss)[:, None])
+            el2n = off.square().sum(1).sqrt()
+        else:
+            nll = log_total - t_y
+            loss = nll if weight is None else weight[y] * nll
+            if options.label_smoothing > 0:
+                every = torch.ones_like(x[:1]) if weight is None else weight[None]
+                uniform = -_masked_product(every, log_p).sum(1) / num_classes
+                loss = (1 - options.label_smoothing) * loss + options.label_smoothing * uniform
+            el2n = (miss * miss + q * inv_sum * inv_sum).sqrt()
+
+        rows = torch.stack(
+            [entropy.clamp_min(0), el2n, margin, e_y * inv_sum, largest, inv_sum, miss]
+        )
+        # A row of NaN stays NaN in every field; a class id outside the range makes one on a GPU.
+        spoiled = bad | torch.isnan(loss) | torch.isnan(inv_sum)
+        rows = torch.where(spoiled, torch.nan, rows)
+        loss = torch.where(spoiled, torch.nan, loss)
+        rows = torch.where(valid, rows, zero)
+        loss = torch.where(valid, loss, zero)
+        return RowScores(
+            loss.float(), rows.float(), (rows[2] >= 0), valid.to(torch.int32)
+        )
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        rows: Tensor,
+        options: LossOptions,
+    ) -> Tensor:
+        raw = _accumulation(logits)
+        x = _capped(raw, options.softcap)
+        num_classes = x.shape[1]
+        if x.dtype == torch.float64:  # the float32 rows would cost float64 its digits
+            largest = x.amax(1, keepdim=True)
+            e = (x - largest).exp()
+            inv_sum = 1 / e.sum(1, keepdim=True)
+            p = e * inv_sum
+        else:
+            p = (x - rows[4][:, None]).exp() * rows[5][:, None]
+        if target.is_floating_point():
+            valid = None
+            y = target.argmax(1, keepdim=True)
+            t = _smoothed(target, options, weight)
+            total = t.sum(1, keepdim=True)
+            grad = total * p - t
+            at_target = (total - t.gather(1, y)) - total * _miss(p, y, rows)
+        else:
+            valid, _, y_flat = _class_ids(target, num_classes, options.ignore_index)
+            y = y_flat[:, None]
+            share = options.label_smoothing / num_classes
+            spread = torch.full_like(p[:1], share) if weight is None else share * weight[None]
+            sharp = 1 - options.label_smoothing
+            a = sharp if weight is None else sharp * weight[y]
+            total = spread.sum(1, keepdim=True)
+            grad = (a + total) * p - spread
+            at_target = (
+                total * p.gather(1, y) - spread.expand_as(p).gather(1, y) - a * _miss(p, y, rows)
+            )
+        grad = grad.scatter(1, y, at_target) * grad_loss[:, None]
+        if options.softcap > 0:
+            grad = grad * (1 - torch.tanh(raw / options.softcap).square())
+        if valid is not None:
+            grad = torch.where(valid[:, None], grad, 0)
+        return grad.to(logits.dtype)
+
+    def update_state(
+        self,
+        indices: Tensor,
+        signal: Tensor,
+        direct: Tensor | None,
+        count: Tensor | None,
+        state: State,
+        recurrence: Recurrence,
+    ) -> None:
+        values = signal if direct is None else torch.stack([signal, direct])
+        chosen = winners(indices, values, count, state.scores.shape[0], state.counters)
+        rows, at = chosen.rows, chosen.indices
+        x, m, n = signal[rows], state.memory[at], state.visits[at]
+        first, decay = n == 0, recurrence.decay
+        if recurrence.kind == "mean":
+            memory = m + (x - m) / (n + 1)
+        else:
+            memory = decay * m + (1 - decay) * x
+        memory = torch.where(first, x, memory)
+        score = recurrence.memory_scale * memory
+        if direct is not None:
+            score = recurrence.direct_scale * direct[rows] + score
+        if recurrence.kind == "variance":
+            if state.variance is None:
+                raise ValueError("state.variance must be a tensor for the variance recurrence")
+            variance = decay * state.variance[at] + (1 - decay) * (x - m).square()
+            variance = torch.where(first, 0.0, variance)
+            score = score + recurrence.variance_scale * variance
+            chosen.write(state.variance, variance)
+        chosen.write(state.memory, memory)
+        chosen.write(state.scores, score)
+        chosen.write(state.visits, n + 1)
+
+    def topk_indices(self, scores: Tensor, k: int) -> Tensor:
+        n = scores.shape[0]
+        if k == 0 or n == 0:
+            return torch.empty(0, dtype=torch.int64, device=scores.device)
+        keys = order_keys(scores)
+        threshold = keys.kthvalue(n - k + 1).values
+        above = keys > threshold
+        ties = (keys == threshold).nonzero()[:, 0]
+        above[ties[: k - int(above.sum())]] = True
+        return above.nonzero()[:, 0]
+
+    def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
+        n = scores.shape[0]
+        order = order_keys(scores).sort(descending=True, stable=True).indices
+        order = order[groups[order].sort(stable=True).indices]  # by group, then by falling score
+        sorted_groups = groups[order]
+        sizes = torch.bincount(groups, minlength=group_k.shape[0])
+        starts = sizes.cumsum(0) - sizes
+        rank = torch.arange(n, device=scores.device) - starts[sorted_groups]
+        kept = order[rank < group_k.to(scores.device)[sorted_groups]]
+        return kept.sort().values
+
+    def philox(
+        self, n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device
+    ) -> Tensor:
+        index = torch.arange(start, start + n, dtype=torch.int64, device=device)
+        c0, c1 = index & _MASK32, (index >> 32) & _MASK32
+        c2 = torch.full_like(index, epoch & _MASK32)
+        c3 = torch.full_like(index, stream & _MASK32)
+        k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+        for _ in range(10):
+            # A 64-bit product wraps in int64; its two halves are still right once masked.
+            product0, product1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+            high0, high1 = (product0 >> 32) & _MASK32, (product1 >> 32) & _MASK32
+            c0, c1 = high1 ^ c1 ^ k0, product1 & _MASK32
+            c2, c3 = high0 ^ c3 ^ k1, product0 & _MASK32
+            k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK32, (k1 + _PHILOX_WEYL[1]) & _MASK32
+        return torch.where(c0 >= 2**31, c0 - 2**32, c0).to(torch.int32)
+
+
+def order_keys(scores: Tensor) -> Tensor:
+    """Maps floats to integers of the same order: -0.0 equals 0.0, NaN lowest.
+
+    Args:
+        scores: [N] float32 or float64.
+
+    Returns:
+        [N] int32 or int64.
+    """
+    integer, bits = (torch.int32, 31) if scores.dtype == torch.float32 else (torch.int64, 63)
+    lowest = -(2**bits)
+    pattern = (scores + 0.0).view(integer)
+    keys = pattern ^ ((pattern >> bits) & (2**bits - 1))
+    return torch.where(torch.isnan(scores), lowest, keys)
+
+
+class Winners(NamedTuple):
+    """For each row of an update the row that speaks for its sample, so that all write the same.
+
+    Shapes do not depend on the data: choosing and writing need no host synchronisation.
+    """
+
+    rows: Tensor  # [S] int64, the row whose values count
+    indices: Tensor  # [S] int64, its sample
+    applied: Tensor  # [S] bool, false where no row of that sample may be applied
+
+    def write(self, buffer: Tensor, values: Tensor) -> None:
+        """Puts ``values`` [S] into ``buffer`` [N] where they may be applied."""
+        buffer[self.indices] = torch.where(self.applied, values, buffer[self.indices])
+
+
+def winners(
+    indices: Tensor, values: Tensor, count: Tensor | None, num_samples: int, counters: Tensor
+) -> Winners:
+    """Finds the rows to apply: counted, finite, in range, and the last such of their sample.
+
+    Args:
+        indices: [S] int64.
+        values: [S] or [V, S] float32, everything that the rule reads.
+        count: [S] int32 or None; rows of count 0 are skipped.
+        num_samples: N.
+        counters: [2] int64, increased by the rows refused: non-finite, out of range.
+
+    Raises:
+        IndexError: an index of a CPU tensor lies outside [0, N); nothing has been counted then.
+    """
+    if indices.device.type == "cpu":
+        check_index_range(indices, num_samples)
+    finite = torch.isfinite(values)
+    finite = finite.all(0) if finite.dim() == 2 else finite
+    in_range = (indices >= 0) & (indices < num_samples)
+    counted = torch.ones_like(in_range) if count is None else count > 0
+    counters += torch.stack([(counted & in_range & ~finite).sum(), (counted & ~in_range).sum()])
+    valid = counted & in_range & finite
+    # Within a sample the refused rows sort first, so its last row is the winner if there is one.
+    samples = torch.where(in_range, indices, 0)
+    order = (samples * 2 + valid).sort(stable=True).indices
+    samples = samples[order]
+    rows = order[torch.searchsorted(samples, samples, right=True) - 1]
+    return Winners(rows, samples, valid[rows])
+
+
+def _accumulation(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _capped(x: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(x / softcap) if softcap > 0 else x
+
+
+def _class_ids(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns which rows count, which of them have an impossible class, and ids safe to index with."""
+    if target.device.type == "cpu":
+        check_target_range(target, num_classes, ignore_index)
+    valid = target != ignore_index
+    bad = valid & ((target < 0) | (target >= num_classes))
+    return valid, bad, torch.where(valid & ~bad, target, 0)
+
+
+def _smoothed(target: Tensor, options: LossOptions, weight: Tensor | None) -> Tensor:
+    smoothing = options.label_smoothing
+    t = target if smoothing == 0 else target * (1 - smoothing) + smoothing / target.shape[1]
+    return t if weight is None else t * weight
+
+
+def _masked_product(t: Tensor, log_p: Tensor) -> Tensor:
+    """t * log_p, where a class of no weight costs nothing even at log_p = -inf."""
+    return torch.where(t == 0, 0.0, t * log_p)
+
+
+def _miss(p: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+    if p.dtype == torch.float64:
+        return p.scatter(1, y, 0).sum(1, keepdim=True)
+    return rows[6][:, None]

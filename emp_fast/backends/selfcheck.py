@@ -1,0 +1,81 @@
+"""A kernel backend proves itself: a tiny case against the reference, once a process and device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emp_fast.backends.base import Backend, LossOptions, Recurrence, State
+from emp_fast.backends.reference import ReferenceBackend
+
+
+def self_check(backend: Backend, device: torch.device) -> str | None:
+    """Runs every operation of ``backend`` on a few samples.
+
+    Returns:
+        None when all agree with the reference, else what differed or failed: the backend is then
+        refused.
+    """
+    reference = ReferenceBackend()
+    try:
+        for operation in (_cross_entropy, _update_state, _topk, _grouped_topk, _philox):
+            got = operation(backend, device)
+            wanted = operation(reference, device)
+            for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
+                if not torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
+                    return f"self-check failed: {operation.__name__[1:]} output {index} differs"
+    except Exception as error:  # anything: a driver, a compiler, a launch
+        return f"self-check failed: {type(error).__name__}: {error}"
+    return None
+
+
+def _logits(device: torch.device) -> Tensor:
+    # 5 rows of 37 classes: neither is a multiple of any vector width.
+    return (torch.arange(185, dtype=torch.float32, device=device).reshape(5, 37) * 0.7).sin() * 4
+
+
+def _cross_entropy(backend: Backend, device: torch.device) -> list[Tensor]:
+    logits = _logits(device)
+    target = torch.tensor([3, 36, -100, 0, 17], device=device)
+    options = LossOptions(label_smoothing=0.1)
+    scores = backend.cross_entropy(logits, target, None, options)
+    grad_loss = torch.linspace(0.5, 1.5, 5, device=device)
+    grad = backend.cross_entropy_backward(grad_loss, logits, target, None, scores.rows, options)
+    return [scores.loss, scores.rows[:4], scores.correct, scores.count, grad]
+
+
+def _update_state(backend: Backend, device: torch.device) -> list[Tensor]:
+    state = State(
+        scores=torch.full((6,), torch.inf, device=device),
+        memory=torch.zeros(6, device=device),
+        visits=torch.zeros(6, dtype=torch.int32, device=device),
+        variance=None,
+        claims=torch.zeros(6, dtype=torch.int32, device=device),
+        counters=torch.zeros(2, dtype=torch.int64, device=device),
+    )
+    recurrence = Recurrence("ema", "entropy", 0.5, "loss", direct_scale=1.0, memory_scale=0.3)
+    signal = torch.tensor([0.5, 1.5, torch.nan, 2.5, 3.5], device=device)
+    direct = signal.nan_to_num(1.0) * 2
+    count = torch.tensor([1, 1, 1, 0, 1], dtype=torch.int32, device=device)
+    indices = torch.tensor([4, 1, 2, 3, 4], device=device)
+    for _ in range(2):
+        backend.update_state(indices, signal, direct, count, state, recurrence)
+    return [tensor for tensor in state if tensor is not None]
+
+
+def _scores(device: torch.device) -> Tensor:
+    values = [0.5, -0.0, torch.nan, 0.0, torch.inf, -1.0, 0.5, -torch.inf, 0.5]
+    return torch.tensor(values, device=device)
+
+
+def _topk(backend: Backend, device: torch.device) -> list[Tensor]:
+    return [backend.topk_indices(_scores(device), k) for k in (0, 2, 5, 9)]
+
+
+def _grouped_topk(backend: Backend, device: torch.device) -> list[Tensor]:
+    groups = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 2], device=device)
+    return [backend.grouped_topk_indices(_scores(device), groups, torch.tensor([2, 1, 2]))]
+
+
+def _philox(backend: Backend, device: torch.device) -> list[Tensor]:
+    return [backend.philox(7, 2**40 + 5, 3, 1, 2**32 - 3, device)]

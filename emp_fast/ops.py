@@ -1,0 +1,402 @@
+"""The operations as torch.library ops: schema, kernel, fake and autograd of each; nothing else dispatches.
+
+``Library.define`` costs a third of what ``torch.library.custom_op`` does per call, which a training step
+of small batches feels. The autograd functions stand outside the ops, so ``torch.compile`` traces through
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from emp_fast.backends import resolve
+from emp_fast.backends.base import LossOptions, Recurrence, State
+
+_library = torch.library.Library("emp_fast", "DEF")
+_RECURRENCES = ("ema", "mean", "variance")
+_STATE = (
+    "Tensor(a!) scores, Tensor(b!) memory, Tensor(c!) visits, Tensor(d!)? variance, "
+    "Tensor(e!) claims, Tensor(f!) counters"
+)
+_LOSS_OPTIONS = "int ignore_index, float label_smoothing, float softcap"
+
+
+def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"emp_fast::{name}", fake, lib=_library)
+
+
+# ---- scoring ---------------------------------------------------------------------------------------
+
+
+def _cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = LossOptions(ignore_index, label_smoothing, softcap)
+    return resolve(logits.device, logits.dtype).cross_entropy(logits, target, weight, options)
+
+
+def _cross_entropy_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty((7, rows), dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.bool),
+        logits.new_empty(rows, dtype=torch.int32),
+    )
+
+
+_define(
+    f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _cross_entropy,
+    _cross_entropy_fake,
+)
+
+
+def _cross_entropy_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    rows: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+) -> Tensor:
+    options = LossOptions(ignore_index, label_smoothing, softcap)
+    backend = resolve(logits.device, logits.dtype)
+    return backend.cross_entropy_backward(grad_loss, logits, target, weight, rows, options)
+
+
+_define(
+    "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
+    f"Tensor rows, {_LOSS_OPTIONS}) -> Tensor",
+    _cross_entropy_backward,
+    lambda grad_loss, logits, *_: logits.new_empty(logits.shape),
+)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Row scores with a differentiable loss: (loss [R], rows [7, R], correct [R], count [R])."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        options = (ignore_index, label_smoothing, softcap)
+        loss, rows, correct, count = torch.ops.emp_fast.cross_entropy(
+            logits, target, weight, *options
+        )
+        ctx.save_for_backward(logits, target, weight, rows)
+        ctx.options = options
+        ctx.mark_non_differentiable(rows, correct, count)
+        return loss, rows, correct, count
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        logits, target, weight, rows = ctx.saved_tensors
+        grad = torch.ops.emp_fast.cross_entropy_backward(
+            grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
+        )
+        return grad, None, None, None, None, None
+
+
+# ---- scoring, gradient and state in one ------------------------------------------------------------
+
+
+def _cross_entropy_step(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    row_scale: Tensor | None,
+    scale: float,
+    indices: Tensor,
+    scores: Tensor,
+    memory: Tensor,
+    visits: Tensor,
+    variance: Tensor | None,
+    claims: Tensor,
+    counters: Tensor,
+    kind: int,
+    signal: str,
+    direct: str | None,
+    decay: float,
+    direct_scale: float,
+    memory_scale: float,
+    variance_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scored, grad = resolve(logits.device, logits.dtype).cross_entropy_step(
+        logits,
+        target,
+        weight,
+        LossOptions(ignore_index, label_smoothing, softcap),
+        row_scale,
+        scale,
+        indices,
+        State(scores, memory, visits, variance, claims, counters),
+        Recurrence(
+            _RECURRENCES[kind],  # type: ignore[arg-type]
+            signal,
+            decay,
+            direct,
+            direct_scale,
+            memory_scale,
+            variance_scale,
+        ),
+    )
+    return (*scored, grad)
+
+
+def _cross_entropy_step_fake(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return (*_cross_entropy_fake(logits), logits.new_empty(logits.shape))
+
+
+_define(
+    f"cross_entropy_step(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS}, "
+    f"Tensor? row_scale, float scale, Tensor indices, {_STATE}, int kind, str signal, str? direct, "
+    "float decay, float direct_scale, float memory_scale, float variance_scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _cross_entropy_step,
+    _cross_entropy_step_fake,
+)
+
+
+# ---- state -----------------------------------------------------------------------------------------
+
+
+def _update_state(
+    indices: Tensor,
+    signal: Tensor,
+    direct: Tensor | None,
+    count: Tensor | None,
+    scores: Tensor,
+    memory: Tensor,
+    visits: Tensor,
+    variance: Tensor | None,
+    claims: Tensor,
+    counters: Tensor,
+    kind: int,
+    decay: float,
+    direct_scale: float,
+    memory_scale: float,
+    variance_scale: float,
+) -> None:
+    recurrence = Recurrence(
+        _RECURRENCES[kind],  # type: ignore[arg-type]
+        "",
+        decay,
+        None if direct is None else "",
+        direct_scale,
+        memory_scale,
+        variance_scale,
+    )
+    state = State(scores, memory, visits, variance, claims, counters)
+    resolve(scores.device).update_state(indices, signal, direct, count, state, recurrence)
+
+
+_define(
+    f"update_state(Tensor indices, Tensor signal, Tensor? direct, Tensor? count, {_STATE}, int kind, "
+    "float decay, float direct_scale, float memory_scale, float variance_scale) -> ()",
+    _update_state,
+    lambda *_: None,
+)
+
+
+def update_state(
+    indices: Tensor,
+    signal: Tensor,
+    direct: Tensor | None,
+    count: Tensor | None,
+    state: State,
+    recurrence: Recurrence,
+) -> None:
+    """`Backend.update_state` through the dispatcher."""
+    torch.ops.emp_fast.update_state(
+        indices,
+        signal,
+        direct,
+        count,
+        *state,
+        _RECURRENCES.index(recurrence.kind),
+        recurrence.decay,
+        recurrence.direct_scale,
+        recurrence.memory_scale,
+        recurrence.variance_scale,
+    )
+
+
+# ---- packed samples --------------------------------------------------------------------------------
+
+
+def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    # A sum a segment, not differences of a running sum: one sample's NaN must not reach another's.
+    summed = torch.segment_reduce(values.T.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True)
+    return summed.T.contiguous()
+
+
+_define(
+    "segment_sum(Tensor values, Tensor offsets) -> Tensor",
+    _segment_sum,
+    lambda values, offsets: values.new_empty((values.shape[0], offsets.shape[0] - 1)),
+)
+
+
+class SegmentSum(torch.autograd.Function):
+    """Sums [V, R] over the rows ``offsets[s]:offsets[s + 1]`` of each of S samples: [V, S]."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(offsets)
+        ctx.rows = values.shape[1]
+        summed: Tensor = torch.ops.emp_fast.segment_sum(values, offsets)
+        return summed
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (offsets,) = ctx.saved_tensors
+        lengths = offsets[1:] - offsets[:-1]
+        return torch.repeat_interleave(grad, lengths, dim=1, output_size=ctx.rows), None
+
+
+# ---- selection -------------------------------------------------------------------------------------
+
+
+def _topk_indices(scores: Tensor, k: int) -> Tensor:
+    return resolve(scores.device, scores.dtype).topk_indices(scores, k)
+
+
+_define(
+    "topk_indices(Tensor scores, SymInt k) -> Tensor",
+    _topk_indices,
+    lambda scores, k: scores.new_empty(k, dtype=torch.int64),
+)
+
+
+def _grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor, k: int) -> Tensor:
+    return resolve(scores.device, scores.dtype).grouped_topk_indices(scores, groups, group_k)
+
+
+_define(
+    "grouped_topk_indices(Tensor scores, Tensor groups, Tensor group_k, SymInt k) -> Tensor",
+    _grouped_topk_indices,
+    lambda scores, groups, group_k, k: scores.new_empty(k, dtype=torch.int64),
+)
+
+
+# ---- random bits -----------------------------------------------------------------------------------
+
+
+def _philox(
+    n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device
+) -> Tensor:
+    return resolve(device).philox(n, seed, epoch, stream, start, device)
+
+
+_define(
+    "philox(SymInt n, int seed, int epoch, int stream, SymInt start, Device device) -> Tensor",
+    _philox,
+    lambda n, seed, epoch, stream, start, device: torch.empty(
+        n, dtype=torch.int32, device=device
+    ),
+)
+
+
+# ---- scoring without the logits --------------------------------------------------------------------
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Row scores of ``hidden @ classifier.T + bias``, a block of rows of logits at a time.
+
+    The backward pass makes each block again: memory of one block, at the price of one more product.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,  # [R, E]
+        classifier: Tensor,  # [C, E]
+        bias: Tensor | None,  # [C]
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        softcap: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        options = (ignore_index, label_smoothing, softcap)
+        parts = [
+            torch.ops.emp_fast.cross_entropy(_logits(h, classifier, bias), t, weight, *options)
+            for h, t in _blocks(chunk, hidden, target)
+        ]
+        loss, rows, correct, count = (
+            torch.cat(part, dim=-1) for part in zip(*parts, strict=True)
+        )
+        ctx.save_for_backward(hidden, classifier, bias, target, weight, rows)
+        ctx.options, ctx.chunk = options, chunk
+        ctx.mark_non_differentiable(rows, correct, count)
+        return loss, rows, correct, count
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, classifier, bias, target, weight, rows = ctx.saved_tensors
+        want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden = []
+        # Sums over many blocks: float32, whatever the parameters are.
+        wide = torch.promote_types(classifier.dtype, torch.float32)
+        grad_classifier = torch.zeros_like(classifier, dtype=wide) if want_classifier else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias else None
+        for h, t, r, g in _blocks(ctx.chunk, hidden, target, rows.T, grad_loss):
+            grad_logits = torch.ops.emp_fast.cross_entropy_backward(
+                g.contiguous(),
+                _logits(h, classifier, bias),
+                t,
+                weight,
+                r.T.contiguous(),
+                *ctx.options,
+            )
+            if want_hidden:
+                grad_hidden.append(grad_logits @ classifier)
+            if grad_classifier is not None:
+                grad_classifier += grad_logits.T @ h
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0, dtype=wide)
+        return (
+            torch.cat(grad_hidden) if want_hidden else None,
+            None if grad_classifier is None else grad_classifier.to(classifier.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 6,
+        )
+
+
+def _logits(hidden: Tensor, classifier: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(hidden, classifier, bias)
+
+
+def _blocks(chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Splits all tensors along their first axis; one empty block when there are no rows."""
+    return list(zip(*(tensor.split(chunk) for tensor in tensors), strict=True))

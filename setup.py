@@ -1,0 +1,99 @@
+"""Builds ``emp_fast._native`` through CMake; the metadata lives in pyproject.toml.
+
+The C++ module is optional at install time: without a compiler the package installs in pure Python,
+and ``emp-fast doctor`` repeats the reason recorded here. Environment:
+
+    EMP_FAST_REQUIRE_NATIVE=1   a failed native build fails the install (releases, CI)
+    EMP_FAST_CUDA=0|1           leave CUDA out | fail when it cannot be built; default: when nvcc works
+    EMP_FAST_CUDA_ARCHS=...     CMake architecture list in place of every one that nvcc knows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+BUILD_INFO = "_build_info.json"
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds CMakeLists.txt, and records the outcome beside the module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # A file left by an earlier build must not pass for the result of this one.
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        module.parent.mkdir(parents=True, exist_ok=True)
+        module.unlink(missing_ok=True)
+        try:
+            self._cmake(module)
+            reason = None
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            reason = f"the native build failed: {error}"
+            if os.environ.get("EMP_FAST_REQUIRE_NATIVE") == "1":
+                raise RuntimeError(reason) from error
+            print(
+                f"\nemp_fast: {reason}\nemp_fast: installing without native code; everything works "
+                "through the PyTorch reference, slower. A C++17 compiler is what is needed.\n",
+                file=sys.stderr,
+            )
+        (module.parent / BUILD_INFO).write_text(
+            json.dumps({"native": reason is None, "reason": reason}) + "\n"
+        )
+
+    def get_outputs(self) -> list[str]:
+        """The files that exist: an optional module that was not built is not an output."""
+        package = Path(self.build_lib) / "emp_fast"
+        outputs = [path for path in super().get_outputs() if Path(path).exists()]
+        return [*outputs, str(package / BUILD_INFO)]
+
+    def copy_extensions_to_source(self) -> None:
+        """Places the module in the source tree for editable installs, if there is one."""
+        if any(Path(self.get_ext_fullpath(ext.name)).exists() for ext in self.extensions):
+            super().copy_extensions_to_source()
+
+    def _cmake(self, module: Path) -> None:
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise RuntimeError("cmake is not installed")
+        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        # A cache of another source folder or generator makes CMake refuse to run.
+        cache = build_dir / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(build_dir)
+            build_dir.mkdir()
+        import pybind11
+
+        configure = [
+            cmake,
+            "-S", str(ROOT),
+            "-B", str(build_dir),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+            f"-DEMP_FAST_MODULE_FILE={module.name}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DEMP_FAST_CUDA={os.environ.get('EMP_FAST_CUDA', 'AUTO')}",
+            f"-DEMP_FAST_CUDA_ARCHS={os.environ.get('EMP_FAST_CUDA_ARCHS', '')}",
+        ]  # fmt: skip
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+        subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
+        if not module.exists():
+            raise RuntimeError(f"CMake finished without making {module.name}")
+
+
+setup(
+    ext_modules=[Extension("emp_fast._native", sources=[], optional=False)],
+    cmdclass={"build_ext": CMakeBuild},
+)
