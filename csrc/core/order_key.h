@@ -1,0 +1,21 @@
+// The order of scores as unsigned integers: NaN < -inf < ... < -0.0 == 0.0 < ... < +inf.
+#pragma once
+#include <cstdint>
+
+#include "core/host_device.h"
+
+namespace emp_fast {
+
+constexpr uint32_t kNanKey = 0;
+constexpr uint32_t kHighestKey = 0xFFFFFFFFu;  // above the key of +inf
+
+// From the bit pattern of a float32. Integer work alone: comparing floats would depend on whether
+// the thread flushes denormals to zero.
+EMP_FAST_HD uint32_t order_key(uint32_t bits) {
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return kNanKey;
+  // Negative numbers count down from the key of zero, so both zeros share it.
+  return (bits >> 31) ? 0x80000000u - magnitude : 0x80000000u + magnitude;
+}
+
+}  // namespace emp_fast
