@@ -1,0 +1,134 @@
+// One row of logits in one pass: the running sums of a softmax, and the scores that follow from
+// them.
+//
+// The sums run over the classes j != y alone; `finish` folds the target in. With m = max x_j they
+// are
+//
+//   d = sum e^(x_j - m)      s = sum (x_j - m) e^(x_j - m)      q = sum e^(2 (x_j - m))
+//
+// so that every term of a sum has one sign and nothing cancels (docs/numerics.md). T is float or a
+// vector of floats that holds one row a lane.
+#pragma once
+
+#include "core/float_math.h"
+#include "core/host_device.h"
+
+namespace emp_fast {
+
+// The maximum of no logits: finite, so that differences to it are. A row of this maximum and an
+// empty row are told apart by d, which is 0 for the empty one alone.
+constexpr float kLowest = -3.402823466e+38f;
+
+// Differences to the maximum stop here, where e^x is 0 in float32: 0 times the difference stays 0
+// when a logit is -inf.
+constexpr float kFloor = -105.0f;
+
+template <class T>
+struct SoftmaxSums {
+  T m, d, s, q;
+
+  static EMP_FAST_HD SoftmaxSums empty() {
+    const T zero = Numbers<T>::of(0.0f);
+    return {Numbers<T>::of(kLowest), zero, zero, zero};
+  }
+};
+
+// x - max, at least kFloor; NaN stays NaN.
+template <class T>
+EMP_FAST_HD T floored_difference(T x, T max) {
+  return larger(Numbers<T>::of(kFloor), x - max);
+}
+
+// Adds a logit that is not above sums.m (raise it first) or is NaN, which makes every sum NaN.
+template <class T>
+EMP_FAST_HD void add(SoftmaxSums<T>& sums, T x) {
+  const T diff = floored_difference(x, sums.m);
+  const T e = exp_nonpositive(diff);
+  sums.d = sums.d + e;
+  sums.s = fused(diff, e, sums.s);
+  sums.q = fused(e, e, sums.q);
+}
+
+// Expresses the sums relative to `max`, which is not below sums.m.
+template <class T>
+EMP_FAST_HD void raise(SoftmaxSums<T>& sums, T max) {
+  const T delta = floored_difference(sums.m, max);
+  const T factor = exp_nonpositive(delta);
+  sums.s = fused(delta, sums.d, sums.s) * factor;
+  sums.d = sums.d * factor;
+  sums.q = sums.q * (factor * factor);
+  sums.m = max;
+}
+
+// The sums of two disjoint parts of a row. An empty part changes nothing.
+template <class T>
+EMP_FAST_HD SoftmaxSums<T> merge(SoftmaxSums<T> a, SoftmaxSums<T> b) {
+  const T max = larger(a.m, b.m);
+  raise(a, max);
+  raise(b, max);
+  return {max, a.d + b.d, a.s + b.s, a.q + b.q};
+}
+
+// The scores of one row of class id y; all but `nll` are fields of
+// emp_fast.backends.base.ROW_FIELDS.
+template <class T>
+struct Scores {
+  T nll;         // -log p_y
+  T entropy;     // nats
+  T el2n;        // || p - onehot(y) ||_2
+  T margin;      // x_y - max_{j != y} x_j
+  T confidence;  // p_y
+  T max;         // M, of all classes
+  T inv_sum;     // 1 / sum_j e^(x_j - M)
+  T miss;        // 1 - p_y with all its digits
+  T log_sum;     // log sum_j e^(x_j - M)
+};
+
+// Folds the logit of the target into the sums of the other classes. NaN in any sum or in x_y gives
+// NaN in nll and inv_sum at least; the caller spoils the whole row then.
+template <class T>
+EMP_FAST_HD Scores<T> finish(const SoftmaxSums<T>& others, T x_y) {
+  const T zero = Numbers<T>::of(0.0f);
+  const T one = Numbers<T>::of(1.0f);
+  const auto empty = others.d == zero;
+
+  SoftmaxSums<T> sums = others;
+  const T max = choose(empty, x_y, larger(others.m, x_y));
+  raise(sums, max);
+  const T target = x_y - max;  // -inf stays: nll needs it
+  const T floored = floored_difference(x_y, max);
+  const T e_y = exp_nonpositive(floored);
+  const T total = sums.d + e_y;
+  const T inv_sum = one / total;
+
+  // e_y is 1 where the target is the largest: then the rest alone goes into log1p, with all its
+  // digits.
+  const T rest = choose(target == zero, sums.d, (sums.d - one) + e_y);
+  Scores<T> scores;
+  scores.log_sum = log1p_nonnegative(rest);
+  scores.nll = scores.log_sum - target;
+  scores.entropy = scores.log_sum - fused(floored, e_y, sums.s) * inv_sum;
+  scores.miss = sums.d * inv_sum;
+  scores.el2n = square_root(fused(scores.miss, scores.miss, sums.q * (inv_sum * inv_sum)));
+  scores.margin = choose(empty, Numbers<T>::of(INFINITY), x_y - others.m);
+  scores.confidence = e_y * inv_sum;
+  scores.max = max;
+  scores.inv_sum = inv_sum;
+  return scores;
+}
+
+// sum_j w_j (-log p_j) over all classes, for label smoothing: terms of one sign again.
+//
+//   spread       sum_{j != y} w_j (x_j - m), m = others.m; -inf logits and all
+//   weight_y     w_y            (1 without class weights)
+//   weight_rest  sum_{j != y} w_j
+template <class T>
+EMP_FAST_HD T uniform_loss(const SoftmaxSums<T>& others, T x_y, const Scores<T>& scores, T spread,
+                           T weight_y, T weight_rest) {
+  const T zero = Numbers<T>::of(0.0f);
+  const T below = choose(others.d == zero, zero, scores.max - others.m);
+  const T below_y = choose(weight_y == zero, zero, weight_y * (scores.max - x_y));
+  return (below * weight_rest - spread) + below_y + (weight_y + weight_rest) * scores.log_sum;
+}
+
+}  // namespace emp_fast
