@@ -56,8 +56,14 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """Places the module in the source tree for editable installs, if there is one."""
-        if any(Path(self.get_ext_fullpath(ext.name)).exists() for ext in self.extensions):
-            super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name))
+            info = built.with_name(BUILD_INFO)
+            beside = Path(self.get_ext_fullpath(ext.name))  # in the source tree now
+            for source, copy in ((built, beside), (info, beside.with_name(BUILD_INFO))):
+                copy.unlink(missing_ok=True)  # a process may have the old module mapped
+                if source.exists():
+                    shutil.copy2(source, copy)
 
     def _cmake(self, module: Path) -> None:
         cmake = shutil.which("cmake")
