@@ -1,0 +1,36 @@
+"""What tests and benchmarks share: one list of cases, the float64 oracle, the tolerances.
+
+    for case in CASES:
+        logits, target, options = make(case)
+        got = emp_fast.functional.cross_entropy(logits, target, **options)
+        wanted, grad = oracle(logits, target, **options)
+
+It needs numpy and no test framework, so that a backend of one's own can be held against it as well.
+"""
+
+from emp_fast.testing.cases import (
+    CASES,
+    CPU_BENCHMARK_SHAPES,
+    GPU_BENCHMARK_SHAPES,
+    Case,
+    Inputs,
+    benchmark_shapes,
+    cut,
+    make,
+)
+from emp_fast.testing.oracle import ATOL, RTOL, OracleStats, oracle
+
+__all__ = [
+    "ATOL",
+    "CASES",
+    "CPU_BENCHMARK_SHAPES",
+    "GPU_BENCHMARK_SHAPES",
+    "RTOL",
+    "Case",
+    "Inputs",
+    "OracleStats",
+    "benchmark_shapes",
+    "cut",
+    "make",
+    "oracle",
+]
