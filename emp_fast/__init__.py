@@ -8,17 +8,31 @@
 Importing the package builds and loads nothing native.
 """
 
-from emp_fast import functional
+from emp_fast import functional, policies, rules
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import BackendError, use_backend
+from emp_fast.data import collate_with_indices, with_indices
 from emp_fast.functional import SampleStats
+from emp_fast.policies import Policy
+from emp_fast.pruner import Pruner
+from emp_fast.rules import Rule
+from emp_fast.store import ScoreStore, Selection
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
     "EmpFastWarning",
+    "Policy",
+    "Pruner",
+    "Rule",
     "SampleStats",
+    "ScoreStore",
+    "Selection",
+    "collate_with_indices",
     "functional",
+    "policies",
+    "rules",
     "use_backend",
+    "with_indices",
 ]

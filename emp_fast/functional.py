@@ -1,7 +1,7 @@
 """Stateless scoring and selection: one pass over the logits gives the loss and every score.
 
-``loss`` equals ``torch.nn.functional.cross_entropy(..., reduction="none")`` wherever torch is accurate
-and carries the gradient; all other fields are detached.
+``loss`` equals ``torch.nn.functional.cross_entropy(..., reduction="none")`` wherever torch is
+accurate and carries the gradient; all other fields are detached.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-#: Rows of logits that `linear_cross_entropy` holds at a time: bounds their memory to 32 MiB of float32.
+#: Logits that `linear_cross_entropy` holds at a time: 32 MiB of float32.
 _CHUNK_ELEMENTS = 1 << 23
+
+_RowScores = tuple[Tensor, Tensor, Tensor, Tensor]  # as backends.base.RowScores
 
 
 class SampleStats(NamedTuple):
@@ -33,7 +35,8 @@ class SampleStats(NamedTuple):
     margin: Tensor  # [S] x_y - max_{j != y} x_j, in logits; +inf when C == 1
     confidence: Tensor  # [S] p_y
     correct: Tensor  # [S] bool, margin >= 0
-    count: Tensor  # [S] int32, valid positions of the sample; 0: ignored
+    # Hides tuple.count, which nobody calls on stats; mypy minds.
+    count: Tensor  # type: ignore[assignment]  # [S] int32, valid positions; 0: ignored
 
 
 def cross_entropy(
@@ -48,8 +51,9 @@ def cross_entropy(
 ) -> SampleStats:
     """Cross-entropy and every per-sample score of it in one pass over the logits.
 
-    A sample with several positions gets the mean over its valid ones in every field; it is ``correct``
-    when all of them are. For soft targets y is the class of the largest probability, the lowest such.
+    A sample with several positions gets the mean over its valid ones in every field; it is
+    ``correct`` when all of them are. For soft targets y is the class of the largest probability,
+    the lowest such.
 
     Args:
         logits: float16, bfloat16, float32 or float64 (the last through the reference), any strides.
@@ -58,15 +62,16 @@ def cross_entropy(
         ignore_index: the class id of positions that do not count.
         label_smoothing: in [0, 1], as in torch; it changes the loss and no other field.
         softcap: c > 0 turns the logits into c * tanh(logits / c) first (Gemma 2, arXiv 2408.00118).
-        offsets: int32 or int64 starts of packed samples: sample s owns rows offsets[s]:offsets[s + 1]
-            of logits [total, C] and target [total].
+        offsets: int32 or int64 starts of packed samples: sample s owns rows offsets[s]:offsets[s +
+            1] of logits [total, C] and target [total].
 
     Returns:
         SampleStats of S samples.
 
     Raises:
         ValueError: a shape or option is impossible; TypeError: a dtype is.
-        IndexError: a class id of a CPU tensor lies outside [0, C). On a GPU that sample's stats are NaN.
+        IndexError: a class id of a CPU tensor lies outside [0, C). On a GPU that sample's stats are
+            NaN.
     """
     _require_tensor("logits", logits)
     _require_tensor("target", target)
@@ -79,13 +84,13 @@ def cross_entropy(
     if num_classes == 0:
         raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
     target = _checked_target(logits.shape, logits.dtype, logits.device, target)
-    weight = _checked_weight(weight, num_classes, logits)
+    class_weight = _checked_weight(weight, num_classes, logits)
     smoothing, cap = _checked_options(ignore_index, label_smoothing, softcap)
     rows = logits if logits.dim() == 2 else logits.flatten(0, 1)
     if rows.stride(-1) != 1 and num_classes > 1:
         rows = rows.contiguous()
     flat_target = target if logits.dim() == 2 else target.flatten(0, 1)
-    scored = _score_rows(rows, flat_target, weight, ignore_index, smoothing, cap)
+    scored: _RowScores = _score_rows(rows, flat_target, class_weight, ignore_index, smoothing, cap)
     if offsets is not None:
         return _packed_means(*scored, _checked_offsets(offsets, logits))
     if logits.dim() == 3:
@@ -107,8 +112,8 @@ def linear_cross_entropy(
 ) -> SampleStats:
     """`cross_entropy` of ``hidden @ classifier.T + bias`` without ever holding the logits.
 
-    The logits are made a block of rows at a time and made again in the backward pass. Gradients flow to
-    ``hidden``, ``classifier`` and ``bias``.
+    The logits are made a block of rows at a time and made again in the backward pass. Gradients
+    flow to ``hidden``, ``classifier`` and ``bias``.
 
     Args:
         hidden: features of the dtype of ``classifier``.
@@ -140,11 +145,13 @@ def linear_cross_entropy(
             f"classifier must have shape [C, {hidden.shape[-1]}] to go with hidden, "
             f"got {tuple(classifier.shape)}"
         )
-    for name, tensor in (("classifier", classifier), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+    for name, parameter in (("classifier", classifier), ("bias", bias)):
+        if parameter is not None and (
+            parameter.dtype != hidden.dtype or parameter.device != hidden.device
+        ):
             raise TypeError(
                 f"{name} must be {hidden.dtype} on {hidden.device} like hidden, "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"got {parameter.dtype} on {parameter.device}"
             )
     num_classes = classifier.shape[0]
     if num_classes == 0:
@@ -153,16 +160,16 @@ def linear_cross_entropy(
         raise ValueError(f"bias must have shape [{num_classes}], got {tuple(bias.shape)}")
     shape = (*hidden.shape[:-1], num_classes)
     target = _checked_target(shape, hidden.dtype, hidden.device, target)
-    weight = _checked_weight(weight, num_classes, hidden)
+    class_weight = _checked_weight(weight, num_classes, hidden)
     smoothing, cap = _checked_options(ignore_index, label_smoothing, softcap)
     flat_hidden = hidden if hidden.dim() == 2 else hidden.flatten(0, 1)
     flat_target = target if hidden.dim() == 2 else target.flatten(0, 1)
-    scored = ops.LinearCrossEntropy.apply(
+    scored: _RowScores = ops.LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         flat_hidden,
         classifier,
         bias,
         flat_target,
-        weight,
+        class_weight,
         ignore_index,
         smoothing,
         cap,
@@ -183,17 +190,19 @@ def info_nce(
     hidden: Tensor | None = None,  # [S, E]
     symmetric: bool = True,
 ) -> SampleStats:
-    """InfoNCE with in-batch negatives and its per-sample scores; the [S, S] similarity is never stored.
+    """InfoNCE with in-batch negatives and its scores, without storing the [S, S] similarity.
 
-    Row i's positive is key i (van den Oord et al., arXiv 1807.03748). With ``symmetric`` every field is
-    the mean over the two directions, query to key and key to query, as of a sample of two positions.
+    Row i's positive is key i (van den Oord et al., arXiv 1807.03748). With ``symmetric`` every
+    field is the mean over the two directions, query to key and key to query, as of a sample of two
+    positions.
 
     Args:
         query: embeddings; both are normalised to unit length here.
         key: embeddings of the other view.
         temperature: divides the cosine similarities, > 0.
-        hidden: features of the base encoder; given, ``entropy`` is that of softmax(hidden_i), EMP's memory
-            term for contrastive learning. (The paper says "from the hidden layer"; the softmax is ours.)
+        hidden: features of the base encoder; given, ``entropy`` is that of softmax(hidden_i), EMP's
+            memory term for contrastive learning. (The paper says "from the hidden layer"; the
+            softmax is ours.)
         symmetric: average both directions, as CLIP and SimCLR do.
 
     Returns:
@@ -209,10 +218,13 @@ def info_nce(
     if query.dim() != 2:
         raise ValueError(f"query must have shape [S, D], got {tuple(query.shape)}")
     if key.shape != query.shape:
-        raise ValueError(f"key must have the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}")
+        raise ValueError(
+            f"key must have the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}"
+        )
     if key.dtype != query.dtype or key.device != query.device:
         raise TypeError(
-            f"key must be {query.dtype} on {query.device} like query, got {key.dtype} on {key.device}"
+            f"key must be {query.dtype} on {query.device} like query, "
+            f"got {key.dtype} on {key.device}"
         )
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ValueError(f"temperature must be a positive finite number, got {temperature!r}")
@@ -232,8 +244,13 @@ def info_nce(
         stats = linear_cross_entropy(q / temperature, k, positives)
         if symmetric:
             back = linear_cross_entropy(k / temperature, q, positives)
-            halves = [(a + b) / 2 for a, b in zip(stats[:5], back[:5], strict=True)]
-            stats = SampleStats(*halves, stats.correct & back.correct, stats.count + back.count)
+            halves = {
+                name: (getattr(stats, name) + getattr(back, name)) / 2
+                for name in ("loss", "entropy", "el2n", "margin", "confidence")
+            }
+            stats = SampleStats(
+                **halves, correct=stats.correct & back.correct, count=stats.count + back.count
+            )
     if hidden is not None:
         features = hidden.detach()
         none = torch.zeros(samples, dtype=torch.int64, device=hidden.device)
@@ -288,7 +305,7 @@ def topk_indices(
     return grouped
 
 
-# ---- rows to samples -------------------------------------------------------------------------------
+# ---- rows to samples ----------------------------------------------------------------------------
 
 
 def _score_rows(
@@ -298,10 +315,10 @@ def _score_rows(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> _RowScores:
     arguments = (logits, target, weight, ignore_index, label_smoothing, softcap)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return ops.CrossEntropy.apply(*arguments)  # type: ignore[no-any-return]
+        return ops.CrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     return torch.ops.emp_fast.cross_entropy(*arguments)  # type: ignore[no-any-return]
 
 
@@ -318,7 +335,8 @@ def _means(
     divisor = counts.clamp_min(1)
     mean = loss.view(shape).sum(1) / divisor
     fields = rows[:4].view(4, *shape).sum(2) / divisor
-    return SampleStats(mean, *fields.unbind(0), correct.view(shape).all(1), counts)
+    entropy, el2n, margin, confidence = fields.unbind(0)
+    return SampleStats(mean, entropy, el2n, margin, confidence, correct.view(shape).all(1), counts)
 
 
 def _packed_means(
@@ -329,12 +347,13 @@ def _packed_means(
     # Counts in float64: exact beyond 2**24 positions a sample.
     counts = torch.ops.emp_fast.segment_sum(count.double()[None], offsets)[0].to(torch.int32)
     divisor = counts.clamp_min(1)
-    mean = ops.SegmentSum.apply(loss[None], offsets)[0] / divisor
+    total: Tensor = ops.SegmentSum.apply(loss[None], offsets)  # type: ignore[no-untyped-call]
+    mean = total[0] / divisor
     entropy, el2n, margin, confidence = (sums[:4] / divisor).unbind(0)
     return SampleStats(mean, entropy, el2n, margin, confidence, sums[4] == 0, counts)
 
 
-# ---- validation ------------------------------------------------------------------------------------
+# ---- validation ---------------------------------------------------------------------------------
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -353,12 +372,16 @@ def _checked_target(
                 f"target of probabilities must have the shape of the logits, {tuple(shape)}, "
                 f"got {tuple(target.shape)}"
             )
-        return target.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
+        return (
+            target.detach()
+            .to(torch.float64 if dtype == torch.float64 else torch.float32)
+            .contiguous()
+        )
     if target.dtype not in _INTEGERS:
         raise TypeError(f"target must be integer class ids or probabilities, got {target.dtype}")
     if tuple(target.shape) != tuple(shape[:-1]):
         raise ValueError(
-            f"target must have shape {tuple(shape[:-1])} to go with logits of shape {tuple(shape)}, "
+            f"target must have shape {tuple(shape[:-1])} to go with logits {tuple(shape)}, "
             f"got {tuple(target.shape)}"
         )
     return target.to(torch.int64).contiguous()
@@ -397,7 +420,9 @@ def _checked_offsets(offsets: Tensor, packed: Tensor) -> Tensor:
     if offsets.dim() != 1 or offsets.shape[0] < 1:
         raise ValueError(f"offsets must have shape [S + 1], got {tuple(offsets.shape)}")
     if offsets.device != packed.device:
-        raise ValueError(f"offsets must be on {packed.device} like the logits, got {offsets.device}")
+        raise ValueError(
+            f"offsets must be on {packed.device} like the logits, got {offsets.device}"
+        )
     return offsets.to(torch.int64).contiguous()
 
 
@@ -416,14 +441,17 @@ def _checked_groups(
         raise ValueError(f"group_k must be integers of shape [G], got {group_k!r}")
     quotas = quotas.to(torch.int64)
     if int(quotas.sum()) != k:
-        raise ValueError(f"group_k must sum to k={k}, got {quotas.tolist()}, which sums to {int(quotas.sum())}")
+        raise ValueError(
+            f"group_k must sum to k={k}, got {quotas.tolist()}, which sums to {int(quotas.sum())}"
+        )
     groups = groups.to(scores.device, torch.int64).contiguous()
     num_groups = quotas.shape[0]
     if groups.numel():
         low, high = (int(bound) for bound in torch.aminmax(groups))
         if low < 0 or high >= num_groups:
             raise ValueError(
-                f"groups must lie in [0, {num_groups}), the length of group_k, got {low if low < 0 else high}"
+                f"groups must lie in [0, {num_groups}), the length of group_k, "
+                f"got {low if low < 0 else high}"
             )
     sizes = torch.bincount(groups, minlength=num_groups).cpu()
     wrong = ((quotas < 0) | (quotas > sizes)).nonzero()

@@ -1,8 +1,9 @@
-"""The operations as torch.library ops: schema, kernel, fake and autograd of each; nothing else dispatches.
+"""The operations as torch.library ops: schema, kernel, fake and autograd of each.
 
-``Library.define`` costs a third of what ``torch.library.custom_op`` does per call, which a training step
-of small batches feels. The autograd functions stand outside the ops, so ``torch.compile`` traces through
-them.
+Nothing else dispatches.
+``Library.define`` costs a third of what ``torch.library.custom_op`` does per call, which a training
+step of small batches feels. The autograd functions stand outside the ops, so ``torch.compile``
+traces through them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emp_fast.backends import resolve
-from emp_fast.backends.base import LossOptions, Recurrence, State
+from emp_fast.backends.base import LossOptions, Recurrence, RecurrenceKind, State
 
 _library = torch.library.Library("emp_fast", "DEF")
-_RECURRENCES = ("ema", "mean", "variance")
+_RECURRENCES: tuple[RecurrenceKind, ...] = ("ema", "mean", "variance")
 _STATE = (
     "Tensor(a!) scores, Tensor(b!) memory, Tensor(c!) visits, Tensor(d!)? variance, "
     "Tensor(e!) claims, Tensor(f!) counters"
@@ -33,7 +34,7 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
     torch.library.register_fake(f"emp_fast::{name}", fake, lib=_library)
 
 
-# ---- scoring ---------------------------------------------------------------------------------------
+# ---- scoring ------------------------------------------------------------------------------------
 
 
 def _cross_entropy(
@@ -93,7 +94,7 @@ class CrossEntropy(torch.autograd.Function):
     """Row scores with a differentiable loss: (loss [R], rows [7, R], correct [R], count [R])."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         target: Tensor,
@@ -112,8 +113,8 @@ class CrossEntropy(torch.autograd.Function):
         return loss, rows, correct, count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, rows = ctx.saved_tensors
         grad = torch.ops.emp_fast.cross_entropy_backward(
             grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
@@ -121,7 +122,7 @@ class CrossEntropy(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-# ---- scoring, gradient and state in one ------------------------------------------------------------
+# ---- scoring, gradient and state in one ---------------------------------------------------------
 
 
 def _cross_entropy_step(
@@ -158,7 +159,7 @@ def _cross_entropy_step(
         indices,
         State(scores, memory, visits, variance, claims, counters),
         Recurrence(
-            _RECURRENCES[kind],  # type: ignore[arg-type]
+            _RECURRENCES[kind],
             signal,
             decay,
             direct,
@@ -184,7 +185,7 @@ _define(
 )
 
 
-# ---- state -----------------------------------------------------------------------------------------
+# ---- state --------------------------------------------------------------------------------------
 
 
 def _update_state(
@@ -205,7 +206,7 @@ def _update_state(
     variance_scale: float,
 ) -> None:
     recurrence = Recurrence(
-        _RECURRENCES[kind],  # type: ignore[arg-type]
+        _RECURRENCES[kind],
         "",
         decay,
         None if direct is None else "",
@@ -218,8 +219,8 @@ def _update_state(
 
 
 _define(
-    f"update_state(Tensor indices, Tensor signal, Tensor? direct, Tensor? count, {_STATE}, int kind, "
-    "float decay, float direct_scale, float memory_scale, float variance_scale) -> ()",
+    f"update_state(Tensor indices, Tensor signal, Tensor? direct, Tensor? count, {_STATE}, "
+    "int kind, float decay, float direct_scale, float memory_scale, float variance_scale) -> ()",
     _update_state,
     lambda *_: None,
 )
@@ -248,12 +249,14 @@ def update_state(
     )
 
 
-# ---- packed samples --------------------------------------------------------------------------------
+# ---- packed samples -----------------------------------------------------------------------------
 
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     # A sum a segment, not differences of a running sum: one sample's NaN must not reach another's.
-    summed = torch.segment_reduce(values.T.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True)
+    summed = torch.segment_reduce(
+        values.T.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True
+    )
     return summed.T.contiguous()
 
 
@@ -268,21 +271,21 @@ class SegmentSum(torch.autograd.Function):
     """Sums [V, R] over the rows ``offsets[s]:offsets[s + 1]`` of each of S samples: [V, S]."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.rows = values.shape[1]
         summed: Tensor = torch.ops.emp_fast.segment_sum(values, offsets)
         return summed
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
         lengths = offsets[1:] - offsets[:-1]
         return torch.repeat_interleave(grad, lengths, dim=1, output_size=ctx.rows), None
 
 
-# ---- selection -------------------------------------------------------------------------------------
+# ---- selection ----------------------------------------------------------------------------------
 
 
 def _topk_indices(scores: Tensor, k: int) -> Tensor:
@@ -307,25 +310,21 @@ _define(
 )
 
 
-# ---- random bits -----------------------------------------------------------------------------------
+# ---- random bits --------------------------------------------------------------------------------
 
 
-def _philox(
-    n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device
-) -> Tensor:
+def _philox(n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device) -> Tensor:
     return resolve(device).philox(n, seed, epoch, stream, start, device)
 
 
 _define(
     "philox(SymInt n, int seed, int epoch, int stream, SymInt start, Device device) -> Tensor",
     _philox,
-    lambda n, seed, epoch, stream, start, device: torch.empty(
-        n, dtype=torch.int32, device=device
-    ),
+    lambda n, seed, epoch, stream, start, device: torch.empty(n, dtype=torch.int32, device=device),
 )
 
 
-# ---- scoring without the logits --------------------------------------------------------------------
+# ---- scoring without the logits -----------------------------------------------------------------
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -335,7 +334,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,  # [R, E]
         classifier: Tensor,  # [C, E]
@@ -352,17 +351,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.ops.emp_fast.cross_entropy(_logits(h, classifier, bias), t, weight, *options)
             for h, t in _blocks(chunk, hidden, target)
         ]
-        loss, rows, correct, count = (
-            torch.cat(part, dim=-1) for part in zip(*parts, strict=True)
-        )
+        loss, rows, correct, count = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, classifier, bias, target, weight, rows)
         ctx.options, ctx.chunk = options, chunk
         ctx.mark_non_differentiable(rows, correct, count)
         return loss, rows, correct, count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, classifier, bias, target, weight, rows = ctx.saved_tensors
         want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = []

@@ -1,0 +1,1 @@
+"""Triton kernels; reached as ``emp_fast.kernels``."""

@@ -1,7 +1,8 @@
 """Chooses the backend of a device: the fastest that serves it, or the one that the user names.
 
-An automatic choice that fails falls back with one warning; an explicit one raises with the reason. On
-first use on a device a kernel backend must agree with the reference on a tiny case (`selfcheck`).
+An automatic choice that fails falls back with one warning; an explicit one raises with the reason.
+On first use on a device a kernel backend must agree with the reference on a tiny case
+(`selfcheck`).
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _refusal(name: str, device: torch.device) -> str | None:
 @functools.cache
 def _choose(name: str, device_type: str, device_index: int | None) -> Backend:
     _check_name(name, _ENVIRONMENT)
-    device = torch.device(device_type, device_index)
+    device = torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
     if name != "auto":
         reason = _refusal(name, device)
         if reason is not None:

@@ -1,9 +1,9 @@
 """What a backend is: the one interface that the reference, C++, Triton and CUDA paths implement.
 
 Arguments arrive validated (`emp_fast.functional` and `emp_fast.store` do that once) and normalised:
-``logits`` is [R, C] with unit stride along C and any row stride; everything else is contiguous. Outputs
-are allocated by torch on the device of the inputs. No method synchronises with the host, except that
-on CPU tensors a bad value raises IndexError.
+``logits`` is [R, C] with unit stride along C and any row stride; everything else is contiguous.
+Outputs are allocated by torch on the device of the inputs. No method synchronises with the host,
+except that on CPU tensors a bad value raises IndexError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROW_FIELDS = ("entropy", "el2n", "margin", "confidence", "max", "inv_sum", "miss
 
 
 class LossOptions(NamedTuple):
-    """The scalar options of the cross-entropy, as `torch.nn.functional.cross_entropy` names them."""
+    """Scalar options, named as in `torch.nn.functional.cross_entropy`."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -33,9 +33,13 @@ class RowScores(NamedTuple):
     rows: Tensor  # [7, R] float32, in the order of ROW_FIELDS:
     #   max      the largest logit (after the softcap), M
     #   inv_sum  1 / sum_j exp(x_j - M)
-    #   miss     the probability off the target, summed without the target: 1 - p_y with all its digits
+    #   miss     the probability off the target, summed without the target: 1 - p_y with all its
+    # digits
     correct: Tensor  # [R] bool
-    count: Tensor  # [R] int32, 1 or 0
+    count: Tensor  # type: ignore[assignment]  # [R] int32, 1 or 0
+
+
+RecurrenceKind = Literal["ema", "mean", "variance"]
 
 
 class Recurrence(NamedTuple):
@@ -50,7 +54,7 @@ class Recurrence(NamedTuple):
         score = direct_scale * direct + memory_scale * m' + variance_scale * v'
     """
 
-    kind: Literal["ema", "mean", "variance"]
+    kind: RecurrenceKind
     signal: str  # the name of a SampleStats field
     decay: float = 0.0
     direct: str | None = None  # the name of a SampleStats field; None leaves the term out
@@ -77,7 +81,7 @@ class Backend(ABC):
 
     @abstractmethod
     def why_not(self, device: torch.device) -> str | None:
-        """The reason that this backend cannot serve ``device``; None when it can. Cheap, no raise."""
+        """The reason that this backend cannot serve ``device``, None when it can; never raises."""
 
     @abstractmethod
     def cross_entropy(
@@ -113,15 +117,13 @@ class Backend(ABC):
         state: State,
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
-        """Forward, gradient of ``scale * sum(row_scale * loss)`` and state update of one training step.
+        """One training step: forward, gradient of ``scale * sum(row_scale * loss)``, state update.
 
         This composes the three; a GPU backend does them in one launch.
         """
         scores = self.cross_entropy(logits, target, weight, options)
         grad_loss = torch.full_like(scores.loss, scale) if row_scale is None else row_scale * scale
-        grad = self.cross_entropy_backward(
-            grad_loss, logits, target, weight, scores.rows, options
-        )
+        grad = self.cross_entropy_backward(grad_loss, logits, target, weight, scores.rows, options)
         fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
         self.update_state(
             indices,
@@ -145,10 +147,10 @@ class Backend(ABC):
     ) -> None:
         """Moves the state of the samples in ``indices``.
 
-        A row of count 0 is skipped. A row with a non-finite signal or direct term is refused and counted in
-        ``counters[0]``. Of the remaining rows with one index the last wins and is the only one applied. An
-        index outside [0, N): on the CPU IndexError with nothing applied at all; on a GPU the row is
-        refused and counted in ``counters[1]``.
+        A row of count 0 is skipped. A row with a non-finite signal or direct term is refused and
+        counted in ``counters[0]``. Of the remaining rows with one index the last wins and is the
+        only one applied. An index outside [0, N): on the CPU IndexError with nothing applied at
+        all; on a GPU the row is refused and counted in ``counters[1]``.
         """
 
     @abstractmethod
@@ -181,7 +183,7 @@ class Backend(ABC):
 
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raises IndexError for the first class id of a CPU tensor that is neither a class nor ignored."""
+    """Raises IndexError for the first class id of a CPU tensor that is out of range."""
     bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])

@@ -97,9 +97,7 @@ class ReferenceBackend(Backend):
         loss = torch.where(spoiled, torch.nan, loss)
         rows = torch.where(valid, rows, zero)
         loss = torch.where(valid, loss, zero)
-        return RowScores(
-            loss.float(), rows.float(), (rows[2] >= 0), valid.to(torch.int32)
-        )
+        return RowScores(loss.float(), rows.float(), (rows[2] >= 0), valid.to(torch.int32))
 
     def cross_entropy_backward(
         self,
@@ -246,8 +244,9 @@ class Winners(NamedTuple):
     applied: Tensor  # [S] bool, false where no row of that sample may be applied
 
     def write(self, buffer: Tensor, values: Tensor) -> None:
-        """Puts ``values`` [S] into ``buffer`` [N] where they may be applied."""
-        buffer[self.indices] = torch.where(self.applied, values, buffer[self.indices])
+        """Puts ``values`` [S, ...] into ``buffer`` [N, ...] where they may be applied."""
+        applied = self.applied.view(-1, *(1,) * (values.dim() - 1))
+        buffer[self.indices] = torch.where(applied, values, buffer[self.indices])
 
 
 def winners(
@@ -289,8 +288,10 @@ def _capped(x: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(x / softcap) if softcap > 0 else x
 
 
-def _class_ids(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns which rows count, which of them have an impossible class, and ids safe to index with."""
+def _class_ids(
+    target: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows count, which of them have an impossible class, and ids safe to index with."""
     if target.device.type == "cpu":
         check_target_range(target, num_classes, ignore_index)
     valid = target != ignore_index
@@ -305,7 +306,7 @@ def _smoothed(target: Tensor, options: LossOptions, weight: Tensor | None) -> Te
 
 
 def _masked_product(t: Tensor, log_p: Tensor) -> Tensor:
-    """t * log_p, where a class of no weight costs nothing even at log_p = -inf."""
+    """T * log_p, where a class of no weight costs nothing even at log_p = -inf."""
     return torch.where(t == 0, 0.0, t * log_p)
 
 

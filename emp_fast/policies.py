@@ -1,0 +1,484 @@
+"""Selection policies: which samples the next epoch trains on, given their scores.
+
+Every policy ranks never-visited samples above all others, in random order, except `Random`, which
+does not look. With labels each class gets its own quota, and the policy works within every class.
+
+All of it is exact and reproducible: ties go to the lowest index, means are exact rationals,
+randomness is counter-based. Every backend, device and rank selects the same samples.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from emp_fast import functional, random
+from emp_fast.random import Stream
+
+__all__ = [
+    "BelowMean",
+    "Candidates",
+    "EpsilonGreedy",
+    "GumbelTopK",
+    "Policy",
+    "Random",
+    "Stratified",
+    "TopK",
+    "Window",
+    "class_quotas",
+]
+
+Balance = Literal["equal", "proportional"]
+_EXPONENTS = 512  # frexp exponents of float32, shifted to be non-negative, lie well within
+
+
+class Candidates:
+    """What a policy chooses from: N samples in G groups (classes), and the tools to choose exactly.
+
+    Args:
+        scores: [N] float32, no NaN.
+        visited: [N] bool.
+        groups: [N] int64 in [0, num_groups), or None for one group.
+        num_groups: G.
+        seed: keys the random numbers, with
+        epoch: the epoch.
+    """
+
+    def __init__(
+        self,
+        scores: Tensor,
+        visited: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int = 1,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+    ) -> None:
+        self.scores = scores
+        self.visited = visited
+        self.groups = groups
+        self.num_groups = num_groups
+        self._seed = seed
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self.scores.shape[0]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Samples of each group."""
+        return self.count(None)
+
+    @cached_property
+    def num_visited(self) -> list[int]:
+        """Visited samples of each group."""
+        return self.count(self.visited)
+
+    def count(self, mask: Tensor | None) -> list[int]:
+        """How many samples of each group are in ``mask`` (all, for None)."""
+        if self.groups is None:
+            return [len(self) if mask is None else int(mask.sum())]
+        members = self.groups if mask is None else self.groups[mask]
+        counts: list[int] = torch.bincount(members, minlength=self.num_groups).tolist()
+        return counts
+
+    def random_keys(self, stream: Stream) -> Tensor:
+        """[N] float32 keys in uniformly random order."""
+        return random.random_keys(
+            len(self),
+            seed=self._seed,
+            epoch=self._epoch,
+            stream=stream,
+            device=self.scores.device,
+        )
+
+    def gumbel(self) -> Tensor:
+        """[N] float32 standard Gumbel noise."""
+        return random.gumbel(
+            len(self),
+            seed=self._seed,
+            epoch=self._epoch,
+            stream=Stream.GUMBEL,
+            device=self.scores.device,
+        )
+
+    def top(
+        self,
+        keys: Tensor,
+        eligible: Tensor | None,
+        quotas: list[int],
+        groups: Tensor | None = None,
+    ) -> Tensor:
+        """Mask [N] of the ``quotas[g]`` highest keys of the eligible samples of each group."""
+        mask = torch.zeros(len(self), dtype=torch.bool, device=self.scores.device)
+        k = sum(quotas)
+        if k == 0:
+            return mask
+        if eligible is not None:
+            # NaN ranks below everything, and no quota exceeds the eligible samples.
+            keys = keys.masked_fill(~eligible, torch.nan)
+        groups = self.groups if groups is None else groups
+        if groups is None:
+            mask[functional.topk_indices(keys, k)] = True
+        else:
+            mask[functional.topk_indices(keys, k, groups=groups, group_k=quotas)] = True
+        return mask
+
+    def unvisited_first(self, quotas: list[int], rank: Callable[[list[int]], Tensor]) -> Tensor:
+        """Never-visited samples at random, then what ``rank`` selects for the rest."""
+        fresh = [
+            min(quota, size - visited)
+            for quota, size, visited in zip(quotas, self.sizes, self.num_visited, strict=True)
+        ]
+        rest = [quota - new for quota, new in zip(quotas, fresh, strict=True)]
+        mask = rank(rest)
+        if sum(fresh):
+            mask |= self.top(self.random_keys(Stream.UNVISITED), ~self.visited, fresh)
+        return mask
+
+
+class Policy(ABC):
+    """How a budget is spent. Subclasses implement `choose`."""
+
+    #: Whether ``k`` may be None: the policy then fixes its own number.
+    sizes_itself: ClassVar[bool] = False
+    #: Whether the policy takes a budget at all.
+    takes_budget: ClassVar[bool] = True
+
+    @abstractmethod
+    def choose(
+        self, candidates: Candidates, quotas: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Chooses ``quotas[g]`` samples of every group g.
+
+        Args:
+            candidates: the samples.
+            quotas: [G], each within the size of its group; None for a policy that fixes its own
+                number.
+
+        Returns:
+            Mask [N] of the chosen and their weights [N] float32, or None where all weigh 1.
+        """
+
+    def check_fraction(self, fraction: float) -> None:
+        """Raises ValueError when the policy can never keep ``fraction`` of the samples."""
+
+
+@dataclass(frozen=True)
+class TopK(Policy):
+    """The k highest scores."""
+
+    def choose(
+        self, candidates: Candidates, quotas: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        def rank(rest: list[int]) -> Tensor:
+            return candidates.top(candidates.scores, candidates.visited, rest)
+
+        return candidates.unvisited_first(_required(quotas), rank), None
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """k samples uniformly at random: the baseline that every rule has to beat."""
+
+    def choose(
+        self, candidates: Candidates, quotas: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        keys = candidates.random_keys(Stream.RANDOM)
+        return candidates.top(keys, None, _required(quotas)), None
+
+
+@dataclass(frozen=True)
+class EpsilonGreedy(Policy):
+    """round(eps * quota) samples at random, the others by score (Raju et al., arXiv 2111.12621).
+
+    Args:
+        eps: share of the budget that explores, in [0, 1].
+    """
+
+    eps: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_share("eps", self.eps)
+
+    def choose(
+        self, candidates: Candidates, quotas: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        quotas = _required(quotas)
+        explore = [round(self.eps * quota) for quota in quotas]
+        greedy = [quota - random for quota, random in zip(quotas, explore, strict=True)]
+        mask, _ = TopK().choose(candidates, greedy)
+        keys = candidates.random_keys(Stream.EPSILON)
+        return mask | candidates.top(keys, ~mask, explore), None
+
+
+@dataclass(frozen=True)
+class GumbelTopK(Policy):
+    """k samples without replacement, with probabilities that follow exp(score / temperature).
+
+    Kool et al., "Stochastic beams and where to find them", arXiv 1903.06059: the top k of the
+    perturbed scores are such a sample.
+
+    Args:
+        temperature: > 0; towards 0 it becomes `TopK`, towards infinity `Random`.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
+            raise ValueError(
+                f"temperature must be a positive finite number, got {self.temperature!r}"
+            )
+
+    def choose(
+        self, candidates: Candidates, quotas: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        def rank(rest: list[int]) -> Tensor:
+            # float64: a score of 1e4 would swallow the noise in float32. The rounding back is
+            # monotone.
+            keys = candidates.scores.double() / self.temperature + candidates.gumbel()
+            return candidates.top(keys.float(), candidates.visited, rest)
+
+        return candidates.unvisited_first(_required(quotas), rank), None
+
+
+@dataclass(frozen=True)
+class BelowMean(Policy):
+    """InfoBatch's rule (Qin et al., arXiv 2303.04947): thin out what lies below the mean score.
+
+    Keeps all samples at or above the mean and exactly int(keep * n) of the n below it, at random,
+    each of these with weight 1 / keep, so that the expected gradient is that of the full data. It
+    fixes its own
+    number: k is None. Never-visited samples are kept. The mean is exact, over the visited samples
+    of the class.
+
+    Args:
+        keep: in (0, 1].
+    """
+
+    keep: float = 0.5
+    sizes_itself: ClassVar[bool] = True
+    takes_budget: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.keep, (int, float)) and 0 < self.keep <= 1):
+            raise ValueError(f"keep must lie in (0, 1], got {self.keep!r}")
+
+    def choose(
+        self, candidates: Candidates, quotas: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        thresholds = torch.tensor(
+            _means(candidates), dtype=torch.float32, device=candidates.scores.device
+        )
+        threshold = thresholds if candidates.groups is None else thresholds[candidates.groups]
+        below = candidates.visited & (candidates.scores < threshold)
+        kept = [int(self.keep * n) for n in candidates.count(below)]
+        chosen = candidates.top(candidates.random_keys(Stream.BELOW_MEAN), below, kept)
+        weights = torch.ones_like(candidates.scores)
+        weights[chosen] = 1 / self.keep
+        return ~below | chosen, weights
+
+
+@dataclass(frozen=True)
+class Stratified(Policy):
+    """Coverage-centric selection: the same budget for every bin of scores.
+
+    Zheng et al., arXiv 2210.15809.
+
+    Drops the hardest samples, cuts the range of the remaining scores into bins of equal width and
+    takes the same number of each, at random within the bin; a bin smaller than its share gives the
+    rest away.
+
+    Args:
+        bins: at least 1.
+        cutoff: share of the highest scores that is dropped first, in [0, 1): mislabelled samples
+            are among them. A budget that the remaining samples cannot fill spares as many of those.
+    """
+
+    bins: int = 50
+    cutoff: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bins, bool) or not isinstance(self.bins, int) or self.bins < 1:
+            raise ValueError(f"bins must be an int of at least 1, got {self.bins!r}")
+        if not (isinstance(self.cutoff, (int, float)) and 0 <= self.cutoff < 1):
+            raise ValueError(f"cutoff must lie in [0, 1), got {self.cutoff!r}")
+
+    def choose(
+        self, candidates: Candidates, quotas: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return candidates.unvisited_first(
+            _required(quotas), lambda rest: self._cover(candidates, rest)
+        ), None
+
+    def _cover(self, candidates: Candidates, quotas: list[int]) -> Tensor:
+        if sum(quotas) == 0:
+            return torch.zeros_like(candidates.visited)
+        dropped = [
+            min(int(self.cutoff * visited), visited - quota)
+            for visited, quota in zip(candidates.num_visited, quotas, strict=True)
+        ]
+        hardest = candidates.top(candidates.scores, candidates.visited, dropped)
+        eligible = candidates.visited & ~hardest
+        bins = self._bins(candidates.scores, eligible)
+        strata = bins if candidates.groups is None else candidates.groups * self.bins + bins
+        num_strata = candidates.num_groups * self.bins
+        sizes = torch.bincount(strata[eligible], minlength=num_strata).tolist()
+        shares: list[int] = []
+        for group, quota in enumerate(quotas):
+            shares += fair_shares(sizes[group * self.bins : (group + 1) * self.bins], quota)
+        keys = candidates.random_keys(Stream.STRATIFIED)
+        return candidates.top(keys, eligible, shares, strata)
+
+    def _bins(self, scores: Tensor, eligible: Tensor) -> Tensor:
+        """[N] int64 bins of equal width between the extremes of the finite eligible scores."""
+        finite = scores[eligible & torch.isfinite(scores)]
+        if finite.numel() == 0:
+            return torch.zeros_like(scores, dtype=torch.int64)
+        low, high = (float(bound) for bound in torch.aminmax(finite))
+        edges = [low + (high - low) * edge / self.bins for edge in range(1, self.bins)]
+        boundaries = torch.tensor(edges, dtype=torch.float32, device=scores.device)
+        return torch.bucketize(scores, boundaries, right=True)
+
+
+@dataclass(frozen=True)
+class Window(Policy):
+    """k random samples between two quantiles of the score: neither the easiest nor the hardest.
+
+    Of V visited samples in rising order, ties by index, those of rank floor(low * V) to floor(high
+    * V). With ``k=None`` all of them, and every never-visited sample.
+
+    Args:
+        low: lower quantile, in [0, 1).
+        high: upper quantile, in (low, 1].
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    sizes_itself: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            _require_share(name, getattr(self, name))
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got low={self.low} and high={self.high}")
+
+    def check_fraction(self, fraction: float) -> None:
+        if fraction > self.high - self.low + 1e-12:
+            raise ValueError(
+                f"prune_rate must be at least {1 - (self.high - self.low):g} for {self!r}, "
+                f"which holds {self.high - self.low:g} of the samples; got {1 - fraction:g}"
+            )
+
+    def choose(
+        self, candidates: Candidates, quotas: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        from_low = [n - math.floor(self.low * n) for n in candidates.num_visited]
+        from_high = [n - math.floor(self.high * n) for n in candidates.num_visited]
+        window = candidates.top(candidates.scores, candidates.visited, from_low)
+        window &= ~candidates.top(candidates.scores, candidates.visited, from_high)
+        if quotas is None:
+            return window | ~candidates.visited, None
+
+        def rank(rest: list[int]) -> Tensor:
+            inside = [low - high for low, high in zip(from_low, from_high, strict=True)]
+            for group, (quota, size) in enumerate(zip(rest, inside, strict=True)):
+                if quota > size:
+                    raise ValueError(
+                        f"k must fit the window: {self!r} holds {size} visited samples"
+                        f"{'' if candidates.groups is None else f' of class {group}'}, got {quota}"
+                    )
+            return candidates.top(candidates.random_keys(Stream.WINDOW), window, rest)
+
+        return candidates.unvisited_first(quotas, rank), None
+
+
+def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[int]:
+    """Divides a budget of k over classes of the given sizes; the quotas sum to exactly k.
+
+    Args:
+        sizes: samples of each class.
+        k: at most their sum.
+        balance: "equal" gives every class the same, and what a small class cannot use goes to the
+            others; "proportional" keeps the same fraction of each (largest remainders).
+    """
+    if balance == "equal":
+        return fair_shares(sizes, k)
+    if balance != "proportional":
+        raise ValueError(f"balance must be 'equal' or 'proportional', got {balance!r}")
+    total = sum(sizes)
+    quotas = [k * size // total for size in sizes]
+    remainders = sorted(range(len(sizes)), key=lambda c: (-(k * sizes[c] % total), c))
+    for c in remainders[: k - sum(quotas)]:
+        quotas[c] += 1
+    return quotas
+
+
+def fair_shares(sizes: list[int], k: int) -> list[int]:
+    """Shares of k as equal as ``sizes`` allow; leftovers go to the first that can take one."""
+    shares = [0] * len(sizes)
+    left = k
+    for position, c in enumerate(sorted(range(len(sizes)), key=lambda c: sizes[c])):
+        shares[c] = min(sizes[c], left // (len(sizes) - position))
+        left -= shares[c]
+    for c, size in enumerate(sizes):
+        if left and shares[c] < size:
+            shares[c] += 1
+            left -= 1
+    return shares
+
+
+def _means(candidates: Candidates) -> list[float]:
+    """The smallest float32 at or above the exact mean of the visited scores of every group.
+
+    Scores are summed as integers by exponent, so no order of summation and no device changes a bit:
+    ``score >= mean`` decides alike everywhere. A group without a finite score gets -inf.
+    """
+    finite = candidates.visited & torch.isfinite(candidates.scores)
+    scores = candidates.scores[finite]
+    mantissa, exponent = torch.frexp(scores)
+    digits = (mantissa.double() * 2**24).long()  # exact: a float32 has 24 bits
+    bucket = exponent.long() + _EXPONENTS // 2
+    if candidates.groups is not None:
+        bucket += candidates.groups[finite] * _EXPONENTS
+    sums = torch.zeros(candidates.num_groups * _EXPONENTS, dtype=torch.int64, device=scores.device)
+    sums.scatter_add_(0, bucket, digits)
+    means = []
+    for row, count in zip(
+        sums.view(-1, _EXPONENTS).tolist(), candidates.count(finite), strict=True
+    ):
+        total = sum(
+            (Fraction(part) * Fraction(2) ** (e - _EXPONENTS // 2 - 24))
+            for e, part in enumerate(row)
+            if part
+        )
+        means.append(-math.inf if count == 0 else _round_up(Fraction(total) / count))
+    return means
+
+
+def _round_up(value: Fraction) -> float:
+    """The smallest float32 that is not below ``value``."""
+    nearest = torch.tensor(float(value), dtype=torch.float32)
+    if Fraction(nearest.item()) < value:
+        nearest = torch.nextafter(nearest, torch.tensor(torch.inf))
+    return nearest.item()
+
+
+def _required(quotas: list[int] | None) -> list[int]:
+    if quotas is None:
+        raise ValueError("k must be an int for this policy, got None")
+    return quotas
+
+
+def _require_share(name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")

@@ -1,0 +1,552 @@
+"""The training loop's side: which samples an epoch uses, and the loss that scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from emp_fast import functional, random
+from emp_fast.functional import SampleStats
+from emp_fast.policies import Balance, Policy, TopK
+from emp_fast.random import Stream
+from emp_fast.rules import EMP, Rule
+from emp_fast.store import ScoreStore, Selection
+
+__all__ = ["EpochIterator", "EpochSampler", "Pruner"]
+
+_FORMAT = 1
+_BLOCK = 1 << 16  # indices turned into Python ints at a time
+
+
+class _Plan:
+    """One epoch: its selection, the order in which it is visited, and the loss weights."""
+
+    def __init__(self, epoch: int, selection: Selection, num_samples: int, seed: int) -> None:
+        self.epoch = epoch
+        self.selection = selection
+        indices = selection.indices
+        keys = random.random_keys(
+            num_samples, seed=seed, epoch=epoch, stream=Stream.SHUFFLE, device=indices.device
+        )
+        # As integers: their order is that of the non-negative floats, and sorting them is faster.
+        shuffled = keys.view(torch.int32)[indices].sort(stable=True).indices
+        self.order = indices[shuffled].cpu()  # [K] int64
+        self.weights: Tensor | None = None  # [N] float32
+        if selection.weights is not None:
+            self.weights = torch.ones(num_samples, device=indices.device)
+            self.weights[indices] = selection.weights
+
+    def __len__(self) -> int:
+        return self.order.shape[0]
+
+
+class Pruner:
+    """Dynamic data pruning for a training loop::
+
+        pruner = emp_fast.Pruner(len(train_set), prune_rate=0.7)
+        loader = DataLoader(emp_fast.with_indices(train_set), batch_size=128,
+        sampler=pruner.sampler) for epoch in range(epochs):
+            for (x, y), idx in loader:
+                loss = pruner.loss(model(x), y, idx)
+                loss.backward(); ...
+
+    Every epoch trains on exactly ``round((1 - prune_rate) * N)`` samples, or on what a policy that
+    fixes its own number selects. The selection is made when the epoch's first index is asked for,
+    from the scores of all epochs before.
+
+    Args:
+        num_samples: N, the length of the training set.
+        prune_rate: share of the samples left out, in [0, 1), or a function of the epoch that
+            returns it. Ignored by a policy that fixes its own number.
+        rule: how a visit moves a sample's score.
+        policy: which samples the next epoch uses.
+        labels: [N] class ids: makes every class keep its quota.
+        epochs: length of the training run; ``full_epochs_last`` needs it.
+        full_epochs_first: epochs at the start that use every sample.
+        full_epochs_last: epochs at the end that use every sample.
+        seed: keys selection and order; the global generators are neither read nor written.
+        device: where the scores live; None follows the first logits.
+        process_group: the ranks that train together; None is the default group, where one exists.
+        balance: of the classes, with labels; see `ScoreStore.select`.
+
+    Raises:
+        ValueError: an argument is impossible; TypeError: or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        prune_rate: float | Callable[[int], float] = 0.5,
+        *,
+        rule: Rule = EMP(),
+        policy: Policy = TopK(),
+        labels: Tensor | None = None,
+        epochs: int | None = None,
+        full_epochs_first: int = 0,
+        full_epochs_last: int = 0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        process_group: Any = None,
+        balance: Balance = "equal",
+    ) -> None:
+        self.store = ScoreStore(num_samples, rule, device=device)
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {seed!r}")
+        self.policy = policy
+        self.seed = seed
+        self.process_group = process_group
+        self._balance: Balance = balance
+        self._prune_rate = prune_rate
+        self._epochs = _checked_count("epochs", epochs) if epochs is not None else None
+        self._full_first = _checked_count("full_epochs_first", full_epochs_first)
+        self._full_last = _checked_count("full_epochs_last", full_epochs_last)
+        if self._full_last and self._epochs is None:
+            raise ValueError(f"full_epochs_last={full_epochs_last} needs epochs, got epochs=None")
+        if self._epochs is not None and self._full_first + self._full_last > self._epochs:
+            raise ValueError(
+                f"full_epochs_first + full_epochs_last must be at most epochs={epochs}, "
+                f"got {full_epochs_first} + {full_epochs_last}"
+            )
+        self._labels = None if labels is None else torch.as_tensor(labels)
+        if self._labels is not None:
+            self.store._checked_labels(self._labels)
+        # Fail now, not in epoch 57.
+        for epoch in range(1 if callable(prune_rate) and epochs is None else epochs or 1):
+            self._budget(epoch)
+        if not callable(prune_rate):
+            self._pruned_budget(0)
+        self._epoch = 0  # begun last, or to be begun first
+        self._plan: _Plan | None = None  # of that epoch, once it has begun
+        self._next: tuple[int, _Plan] | None = None  # made early, from this many rows seen
+        self._start = (
+            0  # store.rows_seen when the epoch began, less what a resumed one had behind it
+        )
+        self._requested: int | None = None  # by set_epoch
+        self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
+        self._exhausted = False  # the plan has been handed out to its end
+        self._largest_batch = 0
+        self.sampler = EpochSampler(self)
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        logits: Tensor,  # as functional.cross_entropy
+        target: Tensor,
+        indices: Tensor,  # [S] integers
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        offsets: Tensor | None = None,
+        **extra: Tensor,
+    ) -> Tensor:
+        """The mean cross-entropy of a batch; scores it and moves the state of its samples on the
+        way.
+
+        Args:
+            logits: as `functional.cross_entropy`, like all options.
+            target: class ids or probabilities.
+            indices: which samples these are.
+            weight: class weights.
+            ignore_index: class id of positions that do not count.
+            label_smoothing: in [0, 1].
+            softcap: of the logits.
+            offsets: of packed samples.
+            **extra: further stats that the rule reads, as ``hidden=`` for `GraNd`.
+
+        Returns:
+            Scalar: the mean over the samples that count of (policy weight) * loss.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `functional.cross_entropy` and
+            `ScoreStore.update`.
+        """
+        stats = functional.cross_entropy(
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            offsets=offsets,
+        )
+        self._update(indices, stats, extra)
+        return self.mean_loss(stats, indices)
+
+    def mean_loss(self, stats: SampleStats, indices: Tensor) -> Tensor:
+        """The mean over the samples that count of (policy weight) * loss; scores nothing."""
+        counted = stats.count.clamp_max(1).sum().clamp_min(1)
+        loss = stats.loss
+        if self._plan is not None and self._plan.weights is not None:
+            loss = loss * self.weights(indices).to(loss.device)
+        return loss.sum() / counted
+
+    def update(
+        self,
+        indices: Tensor,
+        stats: SampleStats | None = None,
+        *,
+        loss: Tensor | None = None,
+        memory: Tensor | None = None,
+        **extra: Tensor,
+    ) -> None:
+        """Scores samples by any per-sample loss: segmentation, detection, diffusion, contrastive.
+
+        Args:
+            indices: [S] which samples.
+            stats: SampleStats, as `functional.info_nce` returns them.
+            loss: [S], in place of ``stats``.
+            memory: [S] memory term, for rules that read the entropy.
+            **extra: further stats by name.
+
+        Raises:
+            ValueError, TypeError, IndexError: as `ScoreStore.update`.
+        """
+        if (stats is None) == (loss is None):
+            raise ValueError(f"either stats or loss must be given, got {stats!r} and {loss!r}")
+        if stats is not None:
+            if memory is not None:
+                stats = stats._replace(entropy=memory)
+            self._update(indices, stats, extra)
+            return
+        given = {"loss": loss, "entropy": memory}
+        self._update(
+            indices, {name: value for name, value in given.items() if value is not None}, extra
+        )
+
+    def weights(self, indices: Tensor) -> Tensor:
+        """[S] float32 loss weights that the policy gives these samples in this epoch; mostly 1."""
+        indices = torch.as_tensor(indices)
+        plan = self._plan
+        if plan is None or plan.weights is None:
+            return torch.ones(indices.shape, device=indices.device)
+        if plan.weights.device != self.store.device:  # the state has followed the logits meanwhile
+            plan.weights = plan.weights.to(self.store.device)
+        return plan.weights[indices.to(self.store.device, torch.int64, non_blocking=True)]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that began last, or the one asked for by `set_epoch`; a resumed run starts
+        there.
+        """
+        return self._epoch if self._requested is None else self._requested
+
+    @property
+    def selection(self) -> Selection:
+        """What the epoch that began last trains on; before the first, what that will train on."""
+        return (self._plan or self._plan_of(self.epoch)).selection
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next iteration of the sampler that epoch. Calling it twice is harmless.
+
+        A resumed epoch continues where it was when its own number is set, and is given up for
+        another.
+        """
+        _checked_count("epoch", epoch)
+        self._requested = epoch
+
+    def prune_rate(self, epoch: int) -> float:
+        """The share of samples left out in that epoch, as asked for: 0 in the full epochs.
+
+        Raises:
+            ValueError: the function given as ``prune_rate`` returned something outside [0, 1).
+        """
+        last = self._epochs is not None and epoch >= self._epochs - self._full_last
+        if epoch < self._full_first or (last and self._full_last):
+            return 0.0
+        rate = self._prune_rate(epoch) if callable(self._prune_rate) else self._prune_rate
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            where = f" from prune_rate({epoch})" if callable(self._prune_rate) else ""
+            raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}")
+        return float(rate)
+
+    # ---- epochs ---------------------------------------------------------------------------------
+
+    def _update(
+        self,
+        indices: Tensor,
+        stats: SampleStats | Mapping[str, Tensor],
+        extra: Mapping[str, Tensor],
+    ) -> None:
+        before = self.store.rows_seen
+        self.store.update(indices, stats, **extra)
+        self._largest_batch = max(self._largest_batch, self.store.rows_seen - before)
+
+    def _is_full(self, epoch: int) -> bool:
+        last = self._epochs is not None and epoch >= self._epochs - self._full_last
+        return epoch < self._full_first or (last and self._full_last > 0)
+
+    def _budget(self, epoch: int) -> int | None:
+        """How many samples that epoch uses; None where the policy decides."""
+        if self._is_full(epoch):
+            return self.store.num_samples
+        return self._pruned_budget(epoch) if self.policy.takes_budget else None
+
+    def _pruned_budget(self, epoch: int) -> int:
+        n = self.store.num_samples
+        rate = self.prune_rate(epoch)
+        budget = round((1 - rate) * n)
+        if budget < 1:
+            raise ValueError(
+                f"prune_rate must leave at least one of {n} samples, got {rate!r} for epoch {epoch}"
+            )
+        if rate > 0:
+            self.policy.check_fraction(1 - rate)
+        return budget
+
+    def _plan_of(self, epoch: int) -> _Plan:
+        if self._plan is not None and self._plan.epoch == epoch:
+            return self._plan
+        rows_seen = self.store.rows_seen
+        if self._next is None or self._next[0] != rows_seen or self._next[1].epoch != epoch:
+            self._next = rows_seen, self._make_plan(epoch, self._select(epoch))
+        return self._next[1]
+
+    def _make_plan(self, epoch: int, selection: Selection) -> _Plan:
+        return _Plan(epoch, selection, self.store.num_samples, self.seed)
+
+    def _select(self, epoch: int) -> Selection:
+        if self._is_full(epoch):
+            return Selection(torch.arange(self.store.num_samples), None)
+        return self.store.select(
+            self._budget(epoch),
+            self.policy,
+            labels=self._labels,
+            epoch=epoch,
+            seed=self.seed,
+            balance=self._balance,
+        )
+
+    def _begin(self) -> tuple[_Plan, int]:
+        """Starts an iteration of the sampler: the plan of its epoch and where to start in it."""
+        epoch = self._coming()
+        resumes = self._resume_at is not None and epoch == self._epoch
+        position = (self._resume_at or 0) if resumes else 0
+        self._plan = self._plan_of(epoch)
+        self._epoch, self._next, self._exhausted = epoch, None, False
+        self._requested = self._resume_at = None
+        self._start = self.store.rows_seen - position
+        return self._plan, position
+
+    def _coming(self) -> int:
+        """The epoch of the next iteration."""
+        if self._requested is not None:
+            return self._requested
+        goes_on = self._plan is None or self._resume_at is not None
+        return self._epoch if goes_on else self._epoch + 1
+
+    def _position(self) -> int:
+        """How many samples of the epoch in progress have been trained on."""
+        if self._resume_at is not None:
+            return self._resume_at
+        if self._plan is None:
+            return 0
+        return min((self.store.rows_seen - self._start) * self._world_size(), len(self._plan))
+
+    def _world_size(self) -> int:
+        return 1
+
+    def _length(self) -> int:
+        """Samples of the epoch in progress, or of the next one once this is over."""
+        if self._plan is not None and self._requested is None and self._resume_at is None:
+            left = len(self._plan) - self._position()
+            # What drop_last drops is less than a batch.
+            if left and not (self._exhausted and left < self._largest_batch):
+                return len(self._plan)
+        epoch = self._coming()
+        budget = self._budget(epoch)
+        if self._plan is not None and self._plan.epoch == epoch:
+            return len(self._plan)
+        return len(self._plan_of(epoch)) if budget is None else budget
+
+    # ---- seeing it ------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, float]:
+        """Where the run stands, as plain numbers for any logger. Reads from the device."""
+        store, plan = self.store, self._plan
+        visited = store.visits > 0
+        scores = store.scores[visited & torch.isfinite(store.scores)]
+        kept = len(plan) if plan is not None else 0
+        summary = {
+            "epoch": float(self.epoch),
+            "kept": float(kept),
+            "kept_fraction": kept / store.num_samples,
+            "samples_seen": float(store.rows_seen),
+            "visited_fraction": float(visited.float().mean()),
+            "visits_mean": float(store.visits.float().mean()),
+            "visits_min": float(store.visits.min()),
+            "visits_max": float(store.visits.max()),
+            "memory_mean": float(store.memory[visited].mean()) if bool(visited.any()) else 0.0,
+            "nonfinite": float(store.num_nonfinite),
+        }
+        if scores.numel():
+            summary |= {
+                "score_mean": float(scores.mean()),
+                "score_std": float(scores.std(correction=0)),
+                "score_min": float(scores.min()),
+                "score_max": float(scores.max()),
+            }
+        return summary
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to see the bit-identical samples;
+        weights_only-loadable.
+
+        Take it between steps: what has been given to `loss` or `update` counts as trained.
+        """
+        position, plan = self._position(), self._plan
+        finished = plan is not None and position == len(plan)
+        selection = None if plan is None or finished else plan.selection
+        return {
+            "format": _FORMAT,
+            "seed": self.seed,
+            "policy": repr(self.policy),
+            "epoch": self._epoch + 1 if finished else self._epoch,
+            "position": 0 if finished else position,
+            "indices": None if selection is None else selection.indices.cpu().clone(),
+            "weights": None
+            if selection is None or selection.weights is None
+            else selection.weights.cpu().clone(),
+            "store": self.store.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a snapshot, whole or not at all; the next iteration continues inside its epoch.
+
+        Raises:
+            ValueError: it is of another format, data set, rule, policy or seed, or damaged.
+        """
+        wanted = {"format": _FORMAT, "seed": self.seed, "policy": repr(self.policy)}
+        for name, value in wanted.items():
+            if state.get(name) != value:
+                raise ValueError(f"state[{name!r}] must be {value!r}, got {state.get(name)!r}")
+        epoch, position = state.get("epoch"), state.get("position")
+        if not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"state['epoch'] must be a count, got {epoch!r}")
+        if not isinstance(position, int) or position < 0:
+            raise ValueError(f"state['position'] must be a count, got {position!r}")
+        selection = self._checked_selection(state.get("indices"), state.get("weights"), position)
+        store = state.get("store")
+        if not isinstance(store, Mapping):
+            raise ValueError(f"state['store'] must be a mapping, got {store!r}")
+        self.store.load_state_dict(store)
+        self._epoch = epoch
+        self._plan = None if selection is None else self._make_plan(epoch, selection)
+        self._resume_at = None if selection is None else position
+        self._next, self._requested, self._exhausted = None, None, False
+
+    def _checked_selection(self, indices: Any, weights: Any, position: int) -> Selection | None:
+        if indices is None:
+            if position:
+                raise ValueError(f"state['position'] must be 0 without indices, got {position}")
+            return None
+        n = self.store.num_samples
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
+            raise ValueError(f"state['indices'] must be an int64 vector, got {indices!r}")
+        ascending = bool((indices[1:] > indices[:-1]).all())
+        if not ascending or (indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < n):
+            raise ValueError(f"state['indices'] must be ascending in [0, {n}), got {indices!r}")
+        if position > indices.numel():
+            raise ValueError(f"state['position'] must be at most {indices.numel()}, got {position}")
+        if weights is not None and (
+            not isinstance(weights, Tensor) or weights.shape != indices.shape
+        ):
+            raise ValueError(
+                f"state['weights'] must have shape {tuple(indices.shape)}, got {weights!r}"
+            )
+        return Selection(indices, weights)
+
+    def __repr__(self) -> str:
+        return (
+            f"Pruner({self.store.num_samples}, prune_rate={self._prune_rate!r}, "
+            f"rule={self.store.rule!r}, policy={self.policy!r}, epoch={self.epoch})"
+        )
+
+
+class EpochSampler(Sampler[int]):
+    """Yields the selected samples of each epoch in the global order; every iteration is the next
+    epoch.
+
+    ``len`` is right before the epoch starts.
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        self._pruner = pruner
+
+    def __len__(self) -> int:
+        return self._pruner._length()
+
+    def __iter__(self) -> EpochIterator:
+        return EpochIterator(self._pruner)
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `Pruner.set_epoch`."""
+        self._pruner.set_epoch(epoch)
+
+
+class EpochIterator(Iterator[int]):
+    """One pass over an epoch's samples. Its state is a position, so a stateful loader can
+    resume it.
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        self._pruner = pruner
+        self._plan, self._position = pruner._begin()
+        self._block: list[int] = []
+        self._block_start = self._position
+
+    def __iter__(self) -> EpochIterator:
+        return self  # batch samplers ask again for every batch; the pass goes on
+
+    def __next__(self) -> int:
+        offset = self._position - self._block_start
+        if offset >= len(self._block):
+            if self._position >= len(self._plan):
+                if self._plan is self._pruner._plan:
+                    self._pruner._exhausted = True
+                raise StopIteration
+            self._block_start, offset = self._position, 0
+            self._block = self._plan.order[self._position : self._position + _BLOCK].tolist()
+        self._position += 1
+        return self._block[offset]
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and the position in it."""
+        return {"epoch": self._plan.epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues at a position of the same epoch.
+
+        Raises:
+            ValueError: the state is of another epoch, or beyond its end.
+        """
+        epoch, position = state.get("epoch"), state.get("position")
+        if epoch != self._plan.epoch:
+            raise ValueError(
+                f"state['epoch'] must be {self._plan.epoch} as in this iterator, got {epoch!r}; "
+                "restore the pruner's own state first"
+            )
+        if not isinstance(position, int) or not 0 <= position <= len(self._plan):
+            raise ValueError(
+                f"state['position'] must lie in [0, {len(self._plan)}], got {position!r}"
+            )
+        self._position, self._block, self._block_start = position, [], position
+        self._pruner._start = self._pruner.store.rows_seen - position
+
+
+def _checked_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value

@@ -1,0 +1,334 @@
+"""Scoring rules: which stats a rule reads, and how a visit moves a sample's state and score.
+
+The next epoch trains on the samples of highest score, so every score here grows with how much a
+sample is worth training on; where the literature's quantity grows with ease (the margin), the score
+is its negative.
+
+A rule either states a `Recurrence`, which the kernels run (one launch with the loss), or overrides
+`Rule.step` with tensor code. Subclass `Rule` for a new one::
+
+    class Focal(Rule):
+        reads = ("loss", "confidence")
+
+        def step(self, stats, state):
+            score = (1 - stats["confidence"]) ** 2 * stats["loss"]
+            return {"score": score}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from emp_fast.backends.base import Recurrence
+
+__all__ = [
+    "AUM",
+    "EL2N",
+    "EMP",
+    "RHO",
+    "UCB",
+    "DynUnc",
+    "Entropy",
+    "Forgetting",
+    "GraNd",
+    "Loss",
+    "Margin",
+    "Rule",
+]
+
+
+class Rule:
+    """How a visit moves a sample's state. Subclasses set ``reads`` and override one method."""
+
+    #: What the rule reads: names of SampleStats fields, or of keyword stats of ``update``.
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def recurrence(self) -> Recurrence | None:
+        """The rule in the form that kernels run, or None for one that is tensor code in `step`."""
+        return None
+
+    def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+        """Further state beside "score", "memory" and "visits": tensors whose first axis is N."""
+        return {}
+
+    def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moves the state of S samples, each of them present once.
+
+        Args:
+            stats: what ``reads`` names, each [S, ...], detached.
+            state: the rows of "score", "memory" (float32), "visits" (int32, before this visit) and
+                of every buffer, [S, ...].
+
+        Returns:
+            The new rows, by name: "score" always, of the rest whatever changed ("visits" is counted
+            for you). A row whose score is NaN is refused. No host synchronisation, please.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override step() or recurrence()")
+
+
+@dataclass(frozen=True)
+class EMP(Rule):
+    """The paper's score: loss + beta * memory (EMP, arXiv 2408.16031).
+
+    ``memory <- decay * memory + (1 - decay) * entropy``, on the first visit the entropy itself. The
+    paper takes the entropy of the current visit, ``decay=0``; accumulating it is ours. Nothing of
+    the paper fixes ``beta`` for every data set; the default weighs both terms alike.
+
+    Args:
+        beta: weight of the memory term, finite.
+        decay: in [0, 1).
+    """
+
+    beta: float = 1.0
+    decay: float = 0.0
+    reads: ClassVar[tuple[str, ...]] = ("loss", "entropy")
+
+    def __post_init__(self) -> None:
+        _require_finite("beta", self.beta)
+        _require_decay(self.decay)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("ema", "entropy", self.decay, "loss", 1.0, self.beta)
+
+
+@dataclass(frozen=True)
+class Loss(Rule):
+    """The loss, or with ``decay`` its exponential moving average."""
+
+    decay: float = 0.0
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __post_init__(self) -> None:
+        _require_decay(self.decay)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("ema", "loss", self.decay)
+
+
+@dataclass(frozen=True)
+class Entropy(Rule):
+    """The entropy of the softmax output, or with ``decay`` its moving average: the most
+    uncertain first.
+    """
+
+    decay: float = 0.0
+    reads: ClassVar[tuple[str, ...]] = ("entropy",)
+
+    def __post_init__(self) -> None:
+        _require_decay(self.decay)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("ema", "entropy", self.decay)
+
+
+@dataclass(frozen=True)
+class EL2N(Rule):
+    """||p - y||_2, or with ``decay`` its moving average (Paul et al., arXiv 2107.07075)."""
+
+    decay: float = 0.0
+    reads: ClassVar[tuple[str, ...]] = ("el2n",)
+
+    def __post_init__(self) -> None:
+        _require_decay(self.decay)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("ema", "el2n", self.decay)
+
+
+@dataclass(frozen=True)
+class Margin(Rule):
+    """The negative margin, or with ``decay`` of its moving average: the least separated first."""
+
+    decay: float = 0.0
+    reads: ClassVar[tuple[str, ...]] = ("margin",)
+
+    def __post_init__(self) -> None:
+        _require_decay(self.decay)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("ema", "margin", self.decay, memory_scale=-1.0)
+
+
+@dataclass(frozen=True)
+class AUM(Rule):
+    """The negative area under the margin: ``memory`` is the mean margin over all visits.
+
+    Pleiss et al., arXiv 2001.10528. A high score (a low AUM) is a hard sample or a wrong label.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("margin",)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("mean", "margin", memory_scale=-1.0)
+
+
+@dataclass(frozen=True)
+class UCB(Rule):
+    """Upper confidence bound of the loss: mean + c * variance (Raju et al., arXiv 2111.12621).
+
+    With a = 1 - decay: ``v <- (1 - a) v + a (l - mu)^2``, then ``mu <- (1 - a) mu + a l``; on the
+    first visit mu = l and v = 0. ``memory`` is mu.
+    """
+
+    c: float = 1.0
+    decay: float = 0.8
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __post_init__(self) -> None:
+        _require_finite("c", self.c)
+        _require_decay(self.decay)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("variance", "loss", self.decay, variance_scale=self.c)
+
+
+@dataclass(frozen=True)
+class Forgetting(Rule):
+    """How often a sample went from right to wrong; +inf while it was never right.
+
+    Toneva et al., arXiv 1812.05159. ``memory`` is the count of forgetting events.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("correct",)
+
+    def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+        return {
+            "was_correct": torch.zeros(num_samples, dtype=torch.bool, device=device),
+            "learned": torch.zeros(num_samples, dtype=torch.bool, device=device),
+        }
+
+    def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        correct = stats["correct"].bool()
+        events = state["memory"] + (state["was_correct"] & ~correct)
+        learned = state["learned"] | correct
+        score = torch.where(learned, events, torch.inf)
+        return {"score": score, "memory": events, "was_correct": correct, "learned": learned}
+
+
+@dataclass(frozen=True)
+class GraNd(Rule):
+    """Norm of the last layer's gradient, ||p - y|| * sqrt(1 + ||h||^2) (Paul et al., arXiv
+    2107.07075).
+
+    Exact for a linear classifier with a bias on features h [S, E], which the caller gives:
+    ``pruner.loss(logits, y, idx, hidden=h)`` or ``store.update(idx, stats, hidden=h)``.
+    """
+
+    decay: float = 0.0
+    reads: ClassVar[tuple[str, ...]] = ("el2n", "hidden")
+
+    def __post_init__(self) -> None:
+        _require_decay(self.decay)
+
+    def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        norm = stats["hidden"].float().flatten(1).square().sum(1)
+        grand = stats["el2n"] * (1 + norm).sqrt()
+        average = self.decay * state["memory"] + (1 - self.decay) * grand
+        memory = torch.where(state["visits"] == 0, grand, average)
+        return {"score": memory, "memory": memory}
+
+
+@dataclass(frozen=True)
+class DynUnc(Rule):
+    """Dynamic uncertainty: the mean over sliding windows of the standard deviation of p_y.
+
+    He et al., "Large-scale dataset pruning with dynamic uncertainty", arXiv 2306.05175. Until a
+    sample has filled one window, its score is the deviation of the visits that it has. ``memory``
+    is the mean over the full windows so far.
+
+    Args:
+        window: visits a window, at least 2; N * window floats of state.
+    """
+
+    window: int = 10
+    reads: ClassVar[tuple[str, ...]] = ("confidence",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 2:
+            raise ValueError(f"window must be an int of at least 2, got {self.window!r}")
+
+    def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+        return {"history": torch.zeros(num_samples, self.window, device=device)}
+
+    def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        visits = state["visits"].long()
+        slot = (visits % self.window)[:, None]
+        history = state["history"].scatter(1, slot, stats["confidence"][:, None].float())
+        seen = (visits + 1).clamp_max(self.window)[:, None]
+        present = torch.arange(self.window, device=history.device) < seen
+        mean = history.where(present, 0).sum(1, keepdim=True) / seen
+        square = (history - mean).square().where(present, 0).sum(1)
+        # The sample deviation (n - 1), as the paper's code; of one visit it is 0.
+        deviation = (square / (seen[:, 0] - 1).clamp_min(1)).sqrt()
+        windows = visits + 2 - self.window  # full windows, this one included
+        mean_deviation = state["memory"] + (deviation - state["memory"]) / windows.clamp_min(1)
+        full = windows >= 1
+        return {
+            "score": torch.where(full, mean_deviation, deviation),
+            "memory": torch.where(full, mean_deviation, 0.0),
+            "history": history,
+        }
+
+
+class RHO(Rule):
+    """Reducible hold-out loss: loss - irreducible loss (Mindermann et al., arXiv 2206.07137).
+
+    Args:
+        irreducible: [N] losses of a model trained on held-out data.
+        decay: moving average of the reducible loss.
+    """
+
+    reads = ("loss",)
+
+    def __init__(self, irreducible: Tensor, decay: float = 0.0) -> None:
+        if not isinstance(irreducible, Tensor):
+            raise TypeError(f"irreducible must be a tensor, got {type(irreducible).__name__}")
+        if irreducible.dim() != 1 or not irreducible.is_floating_point():
+            raise ValueError(
+                "irreducible must be floating point of shape [N], "
+                f"got {irreducible.dtype} {tuple(irreducible.shape)}"
+            )
+        bad = ~torch.isfinite(irreducible)
+        if bool(bad.any()):
+            index = int(bad.nonzero()[0])
+            raise ValueError(
+                f"irreducible must be finite, got {float(irreducible[index])} for sample {index}"
+            )
+        _require_decay(decay)
+        self.irreducible = irreducible.detach().to("cpu", torch.float32).clone()
+        self.decay = decay
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(self.irreducible.numpy().tobytes()).hexdigest()[:16]
+        return f"RHO(irreducible=<{len(self.irreducible)} losses, {digest}>, decay={self.decay})"
+
+    def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+        if len(self.irreducible) != num_samples:
+            raise ValueError(
+                f"irreducible must have one loss for each of {num_samples} samples, "
+                f"got {len(self.irreducible)}"
+            )
+        return {"irreducible": self.irreducible.to(device, copy=True)}
+
+    def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        reducible = stats["loss"] - state["irreducible"]
+        average = self.decay * state["memory"] + (1 - self.decay) * reducible
+        memory = torch.where(state["visits"] == 0, reducible, average)
+        return {"score": memory, "memory": memory}
+
+
+def _require_decay(decay: float) -> None:
+    if not (isinstance(decay, (int, float)) and 0 <= decay < 1):
+        raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
+
+
+def _require_finite(name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")

@@ -1,0 +1,389 @@
+"""The per-sample state of a training run: scores, memory and visits, on the device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emp_fast import ops
+from emp_fast._warnings import EmpFastWarning
+from emp_fast.backends.base import State
+from emp_fast.backends.reference import winners
+from emp_fast.functional import SampleStats
+from emp_fast.policies import Balance, Candidates, Policy, TopK, class_quotas
+from emp_fast.rules import EMP, Rule
+
+__all__ = ["ScoreStore", "Selection"]
+
+_FORMAT = 1
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Selection(NamedTuple):
+    """What one epoch trains on."""
+
+    indices: Tensor  # [K] int64, ascending
+    weights: Tensor | None  # [K] float32 loss weights; None: all 1
+
+
+class ScoreStore:
+    """Scores, memory term and visits of N samples, moved by a rule and selected from by a policy.
+
+    Args:
+        num_samples: N, at least 1.
+        rule: what a visit does to a sample's state.
+        device: where the state lives; None follows the stats of the first update.
+
+    Raises:
+        ValueError: num_samples is below 1, or the rule does not fit it.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        rule: Rule = EMP(),
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+            raise TypeError(f"num_samples must be an int, got {num_samples!r}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+        self.num_samples = num_samples
+        self.rule = rule
+        self._follows = device is None
+        at = torch.device("cpu" if device is None else device)
+        self._recurrence = rule.recurrence()
+        spreads = self._recurrence is not None and self._recurrence.kind == "variance"
+        self._state = State(
+            scores=torch.full((num_samples,), torch.inf, device=at),
+            memory=torch.zeros(num_samples, device=at),
+            visits=torch.zeros(num_samples, dtype=torch.int32, device=at),
+            variance=torch.zeros(num_samples, device=at) if spreads else None,
+            claims=torch.zeros(num_samples, dtype=torch.int32, device=at),
+            counters=torch.zeros(2, dtype=torch.int64, device=at),
+        )
+        self._buffers = rule.buffers(num_samples, at)
+        for name, buffer in self._buffers.items():
+            if buffer.shape[:1] != (num_samples,):
+                raise ValueError(
+                    f"rule.buffers()[{name!r}] must have {num_samples} rows, "
+                    f"got shape {tuple(buffer.shape)}"
+                )
+        self._warned = 0
+        #: Rows given to `update` since the store was made: how far an epoch has come.
+        self.rows_seen = 0
+
+    # ---- reading --------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        return self._state.scores.device
+
+    @property
+    def scores(self) -> Tensor:
+        """[N] float32; +inf where never visited."""
+        return self._state.scores
+
+    @property
+    def memory(self) -> Tensor:
+        """[N] float32, the accumulated memory term; 0 where never visited."""
+        return self._state.memory
+
+    @property
+    def visits(self) -> Tensor:
+        """[N] int32, how often each sample was scored."""
+        return self._state.visits
+
+    @property
+    def num_nonfinite(self) -> int:
+        """How many rows were refused because a stat that the rule reads was not finite."""
+        return int(self._state.counters[0])
+
+    # ---- updating -------------------------------------------------------------------------------
+
+    def update(
+        self,
+        indices: Tensor,  # [S] integers, on any device
+        stats: SampleStats | Mapping[str, Tensor],  # of S samples
+        **extra: Tensor,
+    ) -> None:
+        """Moves the state of the samples that a batch visited. O(S); no host synchronisation.
+
+        Samples of ``count`` 0 are skipped. A row with a non-finite stat is refused: its sample
+        keeps its state, and `num_nonfinite` counts it. Of several rows of one sample the last one
+        is applied.
+
+        Args:
+            indices: which samples.
+            stats: their stats, or a mapping of those that the rule reads (and "count", optionally).
+            **extra: further stats that the rule reads, as ``hidden=`` for `GraNd`; [S, ...].
+
+        Raises:
+            ValueError: shapes differ, or a stat that the rule reads is missing; TypeError: indices
+                are not integers.
+            IndexError: on the CPU, an index lies outside [0, N); nothing of the update is applied.
+                On a GPU that row is refused and the next `select` raises.
+        """
+        given = {**(stats._asdict() if isinstance(stats, SampleStats) else stats), **extra}
+        indices = self._checked_indices(indices)
+        samples = indices.shape[0]
+        read = {name: self._checked_stat(name, given, samples) for name in self.rule.reads}
+        count = given.get("count")
+        if count is not None:
+            count = self._checked_stat("count", given, samples).to(torch.int32)
+        device = next(iter(read.values())).device if read else indices.device
+        if self._follows and device != self.device:
+            self._move(device)
+        indices = indices.to(self.device, non_blocking=True)
+        read = {name: value.to(self.device, non_blocking=True) for name, value in read.items()}
+        count = None if count is None else count.to(self.device, non_blocking=True)
+
+        recurrence = self._recurrence
+        if recurrence is not None:
+            direct = None if recurrence.direct is None else read[recurrence.direct].float()
+            signal = read[recurrence.signal].float()
+            ops.update_state(indices, signal, direct, count, self._state, recurrence)
+        else:
+            self._step(indices, read, count)
+        self.rows_seen += samples
+
+    def _step(self, indices: Tensor, read: dict[str, Tensor], count: Tensor | None) -> None:
+        """The update of a rule that is tensor code."""
+        finite = torch.ones_like(indices, dtype=torch.bool)
+        for value in read.values():
+            if value.is_floating_point():
+                finite &= (
+                    torch.isfinite(value).flatten(1).all(1)
+                    if value.dim() > 1
+                    else (torch.isfinite(value))
+                )
+        chosen = winners(
+            indices,
+            torch.where(finite, 0.0, torch.nan),
+            count,
+            self.num_samples,
+            self._state.counters,
+        )
+        rows, at = chosen.rows, chosen.indices
+        state = {
+            "score": self.scores[at],
+            "memory": self.memory[at],
+            "visits": self.visits[at],
+            **{name: buffer[at] for name, buffer in self._buffers.items()},
+        }
+        moved = self.rule.step({name: value[rows] for name, value in read.items()}, state)
+        unknown = set(moved) - {"score", "memory", *self._buffers}
+        if unknown or "score" not in moved:
+            raise ValueError(
+                f"{type(self.rule).__name__}.step() must return 'score', and of 'memory' and its "
+                f"buffers {sorted(self._buffers)} what changed; got {sorted(moved)}"
+            )
+        score = moved["score"].float()
+        applied = chosen.applied & ~torch.isnan(score)
+        once = torch.ones_like(applied)  # a sample's rows all stand for its last one
+        once[1:] = at[1:] != at[:-1]
+        self._state.counters[0] += (chosen.applied & ~applied & once).sum()
+        chosen = chosen._replace(applied=applied)
+        targets = {"score": self.scores, "memory": self.memory, **self._buffers}
+        for name, values in moved.items():
+            chosen.write(targets[name], values.to(targets[name].dtype))
+        chosen.write(self._state.visits, state["visits"] + 1)
+
+    def _checked_indices(self, indices: Tensor) -> Tensor:
+        if not isinstance(indices, Tensor):
+            indices = torch.as_tensor(indices)
+        if indices.dtype not in _INTEGERS:
+            raise TypeError(f"indices must be integers, got {indices.dtype}")
+        if indices.dim() != 1:
+            raise ValueError(f"indices must have shape [S], got {tuple(indices.shape)}")
+        return indices.to(torch.int64).contiguous()
+
+    def _checked_stat(self, name: str, given: Mapping[str, Tensor], samples: int) -> Tensor:
+        value = given.get(name)
+        if value is None:
+            raise ValueError(
+                f"stats must have {name!r}, which {self.rule!r} reads; got {sorted(given)}"
+            )
+        if not isinstance(value, Tensor):
+            raise TypeError(f"stats[{name!r}] must be a tensor, got {value!r}")
+        if value.shape[:1] != (samples,):
+            raise ValueError(
+                f"stats[{name!r}] must have {samples} rows, one for each index, "
+                f"got shape {tuple(value.shape)}"
+            )
+        return value.detach().contiguous()
+
+    def _move(self, device: torch.device) -> None:
+        moved = {
+            name: tensor.to(device)
+            for name, tensor in self._state._asdict().items()
+            if tensor is not None
+        }
+        self._state = self._state._replace(**moved)
+        self._buffers = {name: buffer.to(device) for name, buffer in self._buffers.items()}
+
+    # ---- selecting ------------------------------------------------------------------------------
+
+    def select(
+        self,
+        k: int | None,
+        policy: Policy = TopK(),
+        *,
+        labels: Tensor | None = None,  # [N] integers
+        epoch: int = 0,
+        seed: int = 0,
+        balance: Balance = "equal",
+    ) -> Selection:
+        """Chooses the samples of an epoch. Reproducible bit for bit on every backend and device.
+
+        Args:
+            k: how many, 1 <= k <= N; None for a policy that fixes its own number.
+            policy: how; `TopK` by default.
+            labels: class ids; every class then gets its own quota.
+            epoch: keys the random numbers, with ``seed``.
+            seed: any int.
+            balance: with labels, "equal" quotas (what a small class cannot use goes to the others)
+                or quotas "proportional" to the classes' sizes.
+
+        Returns:
+            Selection of K samples, ascending.
+
+        Raises:
+            ValueError: k or labels are impossible.
+            IndexError: an earlier update on a GPU had indices out of range; raised once.
+        """
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
+        self._check_budget(k, policy)
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or not 0 <= epoch < 2**32:
+            raise ValueError(f"epoch must be an int in [0, 2**32), got {epoch!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {seed!r}")
+        self._report_refused()
+        groups, num_groups = None, 1
+        if labels is not None:
+            groups, num_groups = self._checked_labels(labels)
+        candidates = Candidates(
+            self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
+        )
+        quotas = None if k is None else class_quotas(candidates.sizes, k, balance)
+        mask, weights = policy.choose(candidates, quotas)
+        indices = mask.nonzero()[:, 0]
+        return Selection(indices, None if weights is None else weights[indices])
+
+    def _check_budget(self, k: int | None, policy: Policy) -> None:
+        if k is None:
+            if not policy.sizes_itself:
+                raise ValueError(f"k must be an int for {policy!r}, got None")
+            return
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k must be an int, got {k!r}")
+        if not policy.takes_budget:
+            raise ValueError(f"k must be None for {policy!r}, which fixes its own number; got {k}")
+        if not 1 <= k <= self.num_samples:
+            raise ValueError(f"k must lie in [1, {self.num_samples}], got {k}")
+
+    def _checked_labels(self, labels: Tensor) -> tuple[Tensor, int]:
+        labels = torch.as_tensor(labels)
+        if labels.dtype not in _INTEGERS:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if labels.shape != (self.num_samples,):
+            raise ValueError(
+                f"labels must have shape [{self.num_samples}], got {tuple(labels.shape)}"
+            )
+        classes, groups = torch.unique(labels.to(self.device), return_inverse=True)
+        return groups, classes.shape[0]
+
+    def _report_refused(self) -> None:
+        nonfinite, out_of_range = self._state.counters.tolist()
+        if out_of_range:
+            self._state.counters[1] = 0
+            raise IndexError(
+                f"indices must lie in [0, {self.num_samples}): {out_of_range} rows of earlier "
+                "updates did not and were refused"
+            )
+        if nonfinite > self._warned:
+            warnings.warn(
+                f"{nonfinite - self._warned} non-finite stats were refused since the last "
+                "selection; their samples keep their last score",
+                EmpFastWarning,
+                stacklevel=3,
+            )
+            self._warned = nonfinite
+
+    # ---- distributed ----------------------------------------------------------------------------
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot of tensors and plain values; loads with ``torch.load(weights_only=True)``."""
+        return {
+            "format": _FORMAT,
+            "num_samples": self.num_samples,
+            "rule": repr(self.rule),
+            "rows_seen": self.rows_seen,
+            "tensors": {name: tensor.clone() for name, tensor in self._tensors().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a snapshot, whole or not at all.
+
+        Raises:
+            ValueError: it is of another format, size or rule, or a tensor does not fit. Nothing is
+                changed then.
+        """
+        wanted = {
+            "format": _FORMAT,
+            "num_samples": self.num_samples,
+            "rule": repr(self.rule),
+        }
+        for name, value in wanted.items():
+            if state.get(name) != value:
+                raise ValueError(f"state[{name!r}] must be {value!r}, got {state.get(name)!r}")
+        rows_seen, saved = state.get("rows_seen"), state.get("tensors")
+        if not isinstance(rows_seen, int) or rows_seen < 0:
+            raise ValueError(f"state['rows_seen'] must be a count, got {rows_seen!r}")
+        tensors = self._tensors()
+        if not isinstance(saved, Mapping) or set(saved) != set(tensors):
+            names = sorted(saved) if isinstance(saved, Mapping) else saved
+            raise ValueError(f"state['tensors'] must hold {sorted(tensors)}, got {names!r}")
+        for name, tensor in tensors.items():
+            value = saved[name]
+            if (
+                not isinstance(value, Tensor)
+                or value.shape != tensor.shape
+                or value.dtype != tensor.dtype
+            ):
+                got = (
+                    f"{value.dtype} {tuple(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else repr(value)
+                )
+                raise ValueError(
+                    f"state['tensors'][{name!r}] must be {tensor.dtype} {tuple(tensor.shape)}, "
+                    f"got {got}"
+                )
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+        self.rows_seen = rows_seen
+        self._warned = self.num_nonfinite
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, by name."""
+        named = self._state._asdict()
+        del named["claims"]  # scratch
+        return {
+            **{name: tensor for name, tensor in named.items() if tensor is not None},
+            **{f"rule.{name}": buffer for name, buffer in self._buffers.items()},
+        }
+
+    def __repr__(self) -> str:
+        return f"ScoreStore({self.num_samples}, {self.rule!r}, device={self.device})"
