@@ -69,7 +69,7 @@ def test_a_batched_fetch_of_the_wrong_length_is_refused():
         def __getitems__(self, indices):
             return [self[i] for i in indices[:-1]]
 
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="2 samples, got 1"):
         with_indices(Short()).__getitems__([1, 2])
 
 
@@ -92,7 +92,9 @@ def add_up(samples):
     return sum(samples)
 
 
-@pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
+@pytest.mark.parametrize(
+    "method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()]
+)
 def test_workers_of_either_start_method_see_every_selected_sample_once(method):
     pruner = Pruner(40, prune_rate=0.5)
     loader = DataLoader(

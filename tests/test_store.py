@@ -6,10 +6,9 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import emp_fast
 from emp_fast import EmpFastWarning, ScoreStore
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, TopK
@@ -69,6 +68,8 @@ values = st.one_of(
 rows = st.tuples(st.integers(-1, 6), values, values, st.integers(0, 2))
 
 
+# The fixture only names the backend: nothing of it changes between examples.
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     updates=st.lists(st.lists(rows, max_size=12), max_size=5),
     decay=st.sampled_from([0.0, 0.5, 0.9]),
@@ -84,17 +85,16 @@ def test_a_store_does_what_the_model_does(backend, updates, decay, beta):
             "entropy": torch.tensor(entropy, dtype=torch.float32),
             "count": torch.tensor(count, dtype=torch.int32),
         }
-        with emp_fast.use_backend(backend):
-            try:
-                model.update(indices, loss, entropy, count)
-            except IndexError:
-                before = store.state_dict()["tensors"]
-                with pytest.raises(IndexError, match=r"indices must lie in \[0, 6\), got"):
-                    store.update(torch.tensor(indices, dtype=torch.int64), given_stats)
-                after = store.state_dict()["tensors"]
-                assert all(torch.equal(before[name], after[name]) for name in before)
-            else:
+        try:
+            model.update(indices, loss, entropy, count)
+        except IndexError:
+            before = store.state_dict()["tensors"]
+            with pytest.raises(IndexError, match=r"indices must lie in \[0, 6\), got"):
                 store.update(torch.tensor(indices, dtype=torch.int64), given_stats)
+            after = store.state_dict()["tensors"]
+            assert all(torch.equal(before[name], after[name]) for name in before)
+        else:
+            store.update(torch.tensor(indices, dtype=torch.int64), given_stats)
     assert store.visits.tolist() == model.visits
     assert store.num_nonfinite == model.nonfinite
     torch.testing.assert_close(
@@ -126,9 +126,8 @@ def visit_one(rule: Rule, history: list[dict[str, float]]) -> ScoreStore:
 
 
 def test_emp_adds_the_memory_term(backend):
-    with emp_fast.use_backend(backend):
-        history = [{"loss": 1.0, "entropy": 2.0}, {"loss": 3.0, "entropy": 1.0}]
-        store = visit_one(EMP(beta=0.5, decay=0.75), history)
+    history = [{"loss": 1.0, "entropy": 2.0}, {"loss": 3.0, "entropy": 1.0}]
+    store = visit_one(EMP(beta=0.5, decay=0.75), history)
     assert store.memory[1].item() == pytest.approx(0.75 * 2 + 0.25 * 1)
     assert store.scores[1].item() == pytest.approx(3 + 0.5 * 1.75)
 
@@ -139,14 +138,12 @@ def test_emp_adds_the_memory_term(backend):
 )
 @pytest.mark.parametrize("decay", [0.0, 0.8])
 def test_one_stat_and_its_moving_average(backend, rule, stat, sign, decay):
-    with emp_fast.use_backend(backend):
-        store = visit_one(rule(decay), [{stat: 2.0}, {stat: -1.0}])
+    store = visit_one(rule(decay), [{stat: 2.0}, {stat: -1.0}])
     assert store.scores[1].item() == pytest.approx(sign * (decay * 2 + (1 - decay) * -1))
 
 
 def test_aum_is_the_mean_margin_over_all_visits(backend):
-    with emp_fast.use_backend(backend):
-        store = visit_one(AUM(), [{"margin": m} for m in (3.0, -1.0, 7.0, 4.0)])
+    store = visit_one(AUM(), [{"margin": m} for m in (3.0, -1.0, 7.0, 4.0)])
     assert store.memory[1].item() == pytest.approx(3.25)
     assert store.scores[1].item() == pytest.approx(-3.25)
 
@@ -156,8 +153,7 @@ def test_ucb_is_mean_plus_variance(backend):
     for loss in (5.0, 1.0):
         variance = (1 - a) * variance + a * (loss - mean) ** 2
         mean = (1 - a) * mean + a * loss
-    with emp_fast.use_backend(backend):
-        store = visit_one(UCB(c=0.5, decay=0.7), [{"loss": x} for x in (2.0, 5.0, 1.0)])
+    store = visit_one(UCB(c=0.5, decay=0.7), [{"loss": x} for x in (2.0, 5.0, 1.0)])
     assert store.scores[1].item() == pytest.approx(mean + 0.5 * variance, rel=1e-5)
 
 
@@ -276,10 +272,9 @@ def test_tensor_code_and_kernels_resolve_repeats_alike(backend):
     count = torch.tensor([1, 1, 1, 0, 1, 1], dtype=torch.int32)
     stores = []
     for rule in (Plain(), Loss()):
-        with emp_fast.use_backend(backend):
             store = ScoreStore(5, rule)
-            store.update(indices, {"loss": loss, "count": count})
-        stores.append(store)
+        store.update(indices, {"loss": loss, "count": count})
+    stores.append(store)
     assert stores[0].scores.tolist() == [6.0, 2.0, math.inf, 3.0, math.inf]
     assert torch.equal(stores[0].scores, stores[1].scores)
     assert torch.equal(stores[0].visits, stores[1].visits)
@@ -335,8 +330,7 @@ def test_strided_stats_and_indices():
 
 def test_an_empty_update_changes_nothing(backend):
     store = ScoreStore(2, EMP())
-    with emp_fast.use_backend(backend):
-        store.update(torch.empty(0, dtype=torch.int64), stats_of(0))
+    store.update(torch.empty(0, dtype=torch.int64), stats_of(0))
     assert store.visits.tolist() == [0, 0]
 
 
