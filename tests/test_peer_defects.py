@@ -1,4 +1,4 @@
-"""Defects seen in other pruning libraries, each shown to be absent here; named after what they do."""
+"""Defects seen in other pruning libraries, each shown to be absent here."""
 
 import copy
 import pickle
@@ -98,7 +98,7 @@ def test_infobatch_7_one_nan_loss_that_ends_all_pruning():
 def test_infobatch_8_length_one_epoch_behind_and_global_seeds_overwritten():
     pruner = Pruner(N, prune_rate=lambda epoch: [0.0, 0.5, 0.9][epoch], rule=Loss())
     loader = DataLoader(with_indices(make_dataset()), batch_size=10, sampler=pruner.sampler)
-    states = np.random.get_state()[1].copy(), random.getstate()
+    states = np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     for _ in range(3):
         announced = len(loader)
         seen = 0
@@ -107,7 +107,7 @@ def test_infobatch_8_length_one_epoch_behind_and_global_seeds_overwritten():
             pruner.update(torch.tensor(batch), loss=torch.ones(len(batch)))
             seen += 1
         assert seen == announced
-    assert (np.random.get_state()[1] == states[0]).all()
+    assert (np.random.get_state()[1] == states[0]).all()  # noqa: NPY002
     assert random.getstate() == states[1]
     before = torch.get_rng_state()
     pruner.set_epoch(0)

@@ -62,9 +62,7 @@ class Model:
             self.visits[i] += 1
 
 
-values = st.one_of(
-    st.floats(-100, 100, width=32), st.sampled_from([math.nan, math.inf, -math.inf])
-)
+values = st.one_of(st.floats(-100, 100, width=32), st.sampled_from([math.nan, math.inf, -math.inf]))
 rows = st.tuples(st.integers(-1, 6), values, values, st.integers(0, 2))
 
 
@@ -256,9 +254,7 @@ def test_a_rule_that_returns_an_unknown_name_changes_nothing():
 
     store = ScoreStore(2, Unknown())
     with pytest.raises(ValueError, match="'momentum'"):
-        store.update(
-            torch.tensor([0]), {"loss": torch.ones(1), "confidence": torch.ones(1)}
-        )
+        store.update(torch.tensor([0]), {"loss": torch.ones(1), "confidence": torch.ones(1)})
     assert store.visits.tolist() == [0, 0]
 
 
@@ -272,9 +268,9 @@ def test_tensor_code_and_kernels_resolve_repeats_alike(backend):
     count = torch.tensor([1, 1, 1, 0, 1, 1], dtype=torch.int32)
     stores = []
     for rule in (Plain(), Loss()):
-            store = ScoreStore(5, rule)
+        store = ScoreStore(5, rule)
         store.update(indices, {"loss": loss, "count": count})
-    stores.append(store)
+        stores.append(store)
     assert stores[0].scores.tolist() == [6.0, 2.0, math.inf, 3.0, math.inf]
     assert torch.equal(stores[0].scores, stores[1].scores)
     assert torch.equal(stores[0].visits, stores[1].visits)
