@@ -362,7 +362,7 @@ class Pruner:
             left = len(self._plan) - self._position()
             # Less than a batch is left over when drop_last dropped it, or when it is still to be
             # trained on. In the main process the loader then still holds the iterator; worker
-            # processes fetch ahead, and a length asked for during their last batch is the next one's.
+            # processes fetch ahead: a length asked for in their last batch is the next epoch's.
             alive = self._iterator is not None and self._iterator() is not None
             dropped = self._exhausted and left < self._largest_batch and not alive
             if left and not dropped:
