@@ -1,6 +1,6 @@
 """Fixtures for every test: the backends that serve this machine's CPU, and poisoned memory.
 
-With EMP_FAST_REQUIRE_NATIVE=1 (CI) an absent native backend fails the tests instead of skipping them.
+With EMP_FAST_REQUIRE_NATIVE=1 (CI) an absent native backend is a failure and not a skip.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from emp_fast.backends import backend_status, resolve
 CPU = torch.device("cpu")
 REQUIRE_NATIVE = os.environ.get("EMP_FAST_REQUIRE_NATIVE") == "1"
 
-# Triton serves the CPU through its interpreter alone, which must be chosen before triton is imported.
+# Triton serves the CPU through its interpreter alone, chosen before triton is imported.
 BACKENDS = ["reference", "cpu"]
 if os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS.append("triton")
