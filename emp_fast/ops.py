@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from emp_fast.backends import resolve
-from emp_fast.backends.base import LossOptions, Recurrence, RecurrenceKind, State
+from emp_fast.backends.base import (
+    LossOptions,
+    Recurrence,
+    RecurrenceKind,
+    State,
+    check_offsets,
+)
 
 _library = torch.library.Library("emp_fast", "DEF")
 _RECURRENCES: tuple[RecurrenceKind, ...] = ("ema", "mean", "variance")
@@ -276,11 +282,16 @@ def update_state(
 
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    rows = values.shape[1]
+    if offsets.device.type == "cpu":
+        check_offsets(offsets, rows)
+    else:  # not read by the host, but never outside the rows
+        offsets = offsets.clamp(0, rows).cummax(0).values
     # A sum a segment, not differences of a running sum: one sample's NaN must not reach another's.
-    summed = torch.segment_reduce(
-        values.T.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True
-    )
-    return summed.T.contiguous()
+    # In float64, for a segment is added up in order, however long.
+    columns = values.T.double().contiguous()
+    summed = torch.segment_reduce(columns, "sum", offsets=offsets, axis=0, unsafe=True)
+    return summed.T.to(values.dtype, memory_format=torch.contiguous_format)
 
 
 _define(
@@ -303,8 +314,9 @@ class SegmentSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
-        lengths = offsets[1:] - offsets[:-1]
-        return torch.repeat_interleave(grad, lengths, dim=1, output_size=ctx.rows), None
+        row = torch.arange(ctx.rows, device=grad.device)
+        owner = torch.searchsorted(offsets, row, right=True) - 1
+        return grad[:, owner.clamp(0, grad.shape[1] - 1)], None
 
 
 # ---- selection ----------------------------------------------------------------------------------
