@@ -1,0 +1,341 @@
+"""The pictures of pruning: one state (`selection_figure`), methods compared (`comparison_figure`).
+
+matplotlib is imported on use; figures are made without pyplot, so no global state and no display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Curve", "comparison_figure", "selection_figure"]
+
+_KEPT, _PRUNED, _ALL, _LINE = "#0072b2", "#c9ced6", "#6b7280", "#d55e00"
+#: Okabe and Ito's colours, told apart with any colour vision.
+_METHODS = ("#6b7280", "#e69f00", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#56b4e9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+_BINS = 60
+_POINTS = 20_000  # more dots than this say nothing more, and files grow
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method of `comparison_figure`; seeds are averaged by the caller."""
+
+    label: str
+    seen: ArrayLike  # [P] training samples seen at each test
+    accuracy: ArrayLike  # [P] mean over the seeds, in [0, 1]
+    deviation: ArrayLike  # [P] over the seeds; zeros draw no band
+    visits: ArrayLike  # [N] visits of each training sample
+
+
+def selection_figure(
+    scores: ArrayLike,  # [N]
+    visits: ArrayLike,  # [N]
+    kept: ArrayLike,  # [K]
+    *,
+    labels: ArrayLike | None = None,  # [N]
+    loss: ArrayLike | None = None,  # [N]
+    entropy: ArrayLike | None = None,  # [N]
+    title: str | None = None,
+) -> Figure:
+    """One panel each: scores with their threshold, visits, class balance, entropy against loss.
+
+    The visits a sample are the paper's picture of low-frequency learning (arXiv 2408.16031): scores
+    that spread the visits evenly leave every sample with too few to be remembered.
+
+    Args:
+        scores: +inf marks a sample never visited; those are counted, not drawn.
+        visits: how often each sample was trained on.
+        kept: indices of the selected samples.
+        labels: class ids; without them no class panel.
+        loss: last loss of each sample; without it, or without ``entropy``, no such panel.
+        entropy: accumulated memory term of each sample.
+        title: above everything.
+
+    Returns:
+        A matplotlib Figure; ``figure.savefig("pruning.png")`` writes it.
+
+    Raises:
+        ValueError: lengths differ or an index is out of range.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    score = _vector("scores", scores)
+    visit = _vector("visits", visits, len(score))
+    mask = _mask(kept, len(score))
+    panels: list[tuple[Any, ...]] = [(_score_panel, score, mask), (_visit_panel, visit)]
+    if labels is not None:
+        panels.append((_class_panel, _vector("labels", labels, len(score)), mask))
+    if loss is not None and entropy is not None:
+        panels.append(
+            (
+                _plane_panel,
+                _vector("loss", loss, len(score)),
+                _vector("entropy", entropy, len(score)),
+                mask,
+            )
+        )
+    figure, axes = _figure(len(panels), title)
+    with _style():
+        for axis, (draw, *arrays) in zip(axes, panels, strict=True):
+            draw(axis, *arrays)
+    return figure
+
+
+def comparison_figure(
+    curves: Sequence[Curve],
+    scores: ArrayLike | None = None,  # [N]
+    kept: ArrayLike = (),  # [K]
+    *,
+    score_label: str = "scores",
+    title: str | None = None,
+) -> Figure:
+    """Accuracy against samples seen, visits a sample of every method, the scores of one of them.
+
+    Args:
+        curves: the methods; at least one.
+        scores: of the method whose distribution is drawn; without them no such panel.
+        kept: indices of its selected samples.
+        score_label: names that method.
+        title: above everything.
+
+    Returns:
+        A matplotlib Figure.
+
+    Raises:
+        ValueError: there is no curve, lengths differ or an index is out of range.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if not curves:
+        raise ValueError("curves must hold at least one method, got none")
+    figure, axes = _figure(2 if scores is None else 3, title)
+    with _style():
+        _accuracy_panel(axes[0], curves)
+        _ranked_visits_panel(axes[1], curves)
+        if scores is not None:
+            score = _vector("scores", scores)
+            mask = _mask(kept, len(score))
+            _score_panel(axes[2], score, mask, title=f"Score distribution: {score_label}")
+    return figure
+
+
+# ---- panels -------------------------------------------------------------------------------------
+
+
+def _score_panel(
+    axis: Axes, scores: NDArray[Any], kept: NDArray[np.bool_], title: str = "Score distribution"
+) -> None:
+    axis.set(title=title, xlabel="score", ylabel="samples")
+    finite = np.isfinite(scores)
+    values = scores[finite]
+    if values.size:
+        edges, logarithmic = _edges(values)
+        inside = np.clip(values, edges[0], edges[-1])  # the first bin holds all that is lower
+        kept_counts, _ = np.histogram(inside[kept[finite]], edges)
+        counts, _ = np.histogram(inside, edges)
+        axis.set_ylim(0, 1.4 * counts.max())  # room for the legend
+        axis.stairs(counts, edges, fill=True, color=_PRUNED, label="pruned")
+        axis.stairs(kept_counts, edges, fill=True, color=_KEPT, label="kept")
+        if logarithmic:
+            axis.set_xscale("log")
+        kept_values = values[kept[finite]]
+        if kept_values.size and kept_values.size < values.size:
+            threshold = kept_values.min()
+            if threshold >= values[~kept[finite]].max():  # not so when the policy is not a top-k
+                axis.axvline(
+                    threshold, color=_LINE, linewidth=1.5, label=f"threshold {threshold:.3g}"
+                )
+    never = int((~finite).sum())
+    if never:
+        axis.plot([], [], " ", label=f"{never} never visited")
+    axis.legend(loc="upper left" if values.size else "center")
+    axis.grid(axis="x", visible=False)
+
+
+def _visit_panel(axis: Axes, visits: NDArray[Any]) -> None:
+    axis.set(title="Visits a sample", xlabel="visits", ylabel="samples")
+    top = int(visits.max(initial=0))
+    # Whole visits a bin, so that no bin covers more visits than another and the comb looks ragged.
+    width = max(1, -(-(top + 1) // _BINS))
+    edges = np.arange(0, top + 1 + width, width) - 0.5
+    counts, _ = np.histogram(visits, edges)
+    axis.stairs(counts, edges, fill=True, color=_KEPT)
+    if visits.size:
+        mean = float(visits.mean())
+        axis.axvline(mean, color=_LINE, linewidth=1.5, label=f"mean {mean:.3g}")
+        axis.legend()
+    axis.locator_params(axis="x", integer=True)
+    axis.grid(axis="x", visible=False)
+
+
+def _class_panel(axis: Axes, labels: NDArray[Any], kept: NDArray[np.bool_]) -> None:
+    classes, of_class = np.unique(labels, return_inverse=True)
+    total = np.bincount(of_class, minlength=len(classes))
+    chosen = np.bincount(of_class[kept], minlength=len(classes))
+    share = chosen / np.maximum(total, 1)
+    axis.set(title="Class balance", xlabel="class", ylabel="kept of its class, %", ylim=(0, 105))
+    if len(classes) <= 30:
+        places = np.arange(len(classes))
+        axis.bar(places, 100 * share, color=_KEPT, width=0.8)
+        axis.set_xticks(places, [str(name) for name in classes], rotation=90 * (len(classes) > 12))
+    else:
+        places = np.arange(len(classes) + 1)
+        axis.stairs(100 * np.sort(share)[::-1], places, fill=True, color=_KEPT)
+        axis.set_xlabel(f"{len(classes)} classes, most kept first")
+    overall = 100 * float(kept.mean()) if kept.size else 0.0
+    axis.axhline(overall, color=_LINE, linewidth=1.5, label=f"all classes {overall:.3g} %")
+    axis.legend(loc="upper right")
+    axis.grid(axis="x", visible=False)
+
+
+def _plane_panel(
+    axis: Axes, loss: NDArray[Any], entropy: NDArray[Any], kept: NDArray[np.bool_]
+) -> None:
+    axis.set(title="Entropy against loss", xlabel="loss", ylabel="entropy (memory term), nats")
+    drawable = np.flatnonzero(np.isfinite(loss) & np.isfinite(entropy))
+    if len(drawable) > _POINTS:
+        drawable = np.random.default_rng(0).choice(drawable, _POINTS, replace=False)
+    if len(drawable) and loss[drawable].max() > 0:
+        # Most losses are near zero and a few are large; the smallest are drawn at the left edge.
+        floor = max(float(np.quantile(loss[drawable], 0.01)), float(loss[drawable].max()) * 1e-7)
+        loss = np.maximum(loss, floor)
+        axis.set_xscale("log")
+    for chosen, color, label in ((False, _PRUNED, "pruned"), (True, _KEPT, "kept")):
+        at = drawable[kept[drawable] == chosen]
+        axis.scatter(
+            loss[at],
+            entropy[at],
+            s=6,
+            c=color,
+            alpha=0.6,
+            linewidths=0,
+            label=label,
+            rasterized=True,
+        )
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="upper left", markerscale=2.5)
+
+
+def _accuracy_panel(axis: Axes, curves: Sequence[Curve]) -> None:
+    axis.set(title="Test accuracy", xlabel="training samples seen", ylabel="accuracy, %")
+    for curve, color, marker in zip(curves, cycle(_METHODS), cycle(_MARKERS), strict=False):
+        seen, mean, deviation = (
+            _vector(name, getattr(curve, name)) for name in ("seen", "accuracy", "deviation")
+        )
+        axis.plot(
+            seen,
+            100 * mean,
+            color=color,
+            marker=marker,
+            markersize=4,
+            linewidth=1.6,
+            label=curve.label,
+        )
+        if deviation.any():
+            axis.fill_between(
+                seen,
+                100 * (mean - deviation),
+                100 * (mean + deviation),
+                color=color,
+                alpha=0.12,
+                linewidth=0,
+            )
+    axis.legend(loc="lower right")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.locator_params(axis="x", nbins=5)
+
+
+def _ranked_visits_panel(axis: Axes, curves: Sequence[Curve]) -> None:
+    axis.set(
+        title="Visits a sample",
+        xlabel="training samples, most visited first, %",
+        ylabel="visits",
+    )
+    for curve, color in zip(curves, cycle(_METHODS), strict=False):
+        visits = np.sort(_vector("visits", curve.visits))[::-1]
+        # A thousand ranks draw the same line as all of them.
+        ranks = np.unique(np.linspace(0, len(visits) - 1, 1000).astype(np.int64))
+        share = 100 * (ranks + 0.5) / len(visits)
+        axis.plot(share, visits[ranks], color=color, linewidth=1.6, label=curve.label)
+    axis.set(xlim=(0, 100), ylim=(0, None))
+    axis.locator_params(axis="y", integer=True)
+    axis.legend(loc="upper right")
+
+
+# ---- helpers ------------------------------------------------------------------------------------
+
+
+def _figure(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "plots need matplotlib, which is not installed: pip install 'emp_fast[plot]'"
+        ) from error
+    rows = 2 if panels == 4 else 1
+    columns = panels // rows
+    with _style():
+        figure = Figure(figsize=(5.0 * columns, 4.2 * rows), dpi=150, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        if title is not None:
+            figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    return figure, list(axes.flat)
+
+
+def _style() -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _edges(values: NDArray[Any]) -> tuple[NDArray[Any], bool]:
+    """Bin edges, and whether they are logarithmic: scores of a trained model span many decades."""
+    low, high = float(values.min()), float(values.max())
+    median = float(np.median(values))
+    if low >= 0 and median > 0 and high / median > 20:
+        low = max(low, float(np.quantile(values, 0.001)), high * 1e-8)
+        return np.geomspace(low, high, _BINS + 1), True
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    return np.linspace(low, high, _BINS + 1), False
+
+
+def _vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray[Any]:
+    array: NDArray[Any] = np.asarray(values)
+    if array.ndim != 1 or (length is not None and len(array) != length):
+        wanted = "[N]" if length is None else f"[{length}]"
+        raise ValueError(f"{name} must have shape {wanted}, got {list(array.shape)}")
+    return array
+
+
+def _mask(kept: ArrayLike, length: int) -> NDArray[np.bool_]:
+    indices = _vector("kept", kept)
+    if indices.size and (indices.min() < 0 or indices.max() >= length):
+        raise ValueError(f"kept must lie in [0, {length}), got {indices.min()} to {indices.max()}")
+    mask = np.zeros(length, dtype=np.bool_)
+    mask[indices.astype(np.int64)] = True
+    return mask
