@@ -1,0 +1,226 @@
+"""Trains one network by one method until a budget of samples is spent, and measures the cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset
+
+from emp_fast.data import with_indices
+from emp_fast.demo.datasets import ImageData
+from emp_fast.demo.models import for_data
+from emp_fast.policies import BelowMean, Policy, Random, TopK
+from emp_fast.pruner import Pruner
+from emp_fast.rules import EMP, Loss, Rule
+
+__all__ = ["METHODS", "Method", "Run", "Settings", "train"]
+
+_TEST_BATCH = 1000
+_WARM_UP = 0.2  # share of the budget over which the learning rate rises
+
+
+class Method(NamedTuple):
+    """A way to choose what to train on; without a rule, a plain loop over all data."""
+
+    label: str
+    about: str
+    rule: Rule | None = None
+    policy: Policy | None = None
+
+
+def methods(prune_rate: float) -> dict[str, Method]:
+    """The methods that the demo compares, by name."""
+    return {
+        "full": Method("full data", "plain loop over all samples, so fewer epochs"),
+        "random": Method("random", "a new random subset every epoch", Loss(), Random()),
+        "loss": Method("loss", "highest loss", Loss(), TopK()),
+        "emp": Method("EMP", "highest loss + memory term", EMP(), TopK()),
+        "infobatch": Method(
+            "InfoBatch's rule",
+            "drops at random below the mean loss, reweights",
+            Loss(),
+            BelowMean(keep=1 - prune_rate),
+        ),
+    }
+
+
+METHODS = tuple(methods(0.5))
+
+
+class Settings(NamedTuple):
+    """How a run trains."""
+
+    prune_rate: float
+    epochs: int  # pruned epochs: the budget is epochs * round((1 - prune_rate) * N) samples
+    batch_size: int
+    learning_rate: float  # its peak; it rises, then falls to 0, over the budget
+    tests: int  # how often the accuracy is measured
+    device: torch.device
+
+    def budget(self, num_samples: int) -> int:
+        """Samples that every method trains on."""
+        return self.epochs * round((1 - self.prune_rate) * num_samples)
+
+
+class Run(NamedTuple):
+    """What one method did with one seed."""
+
+    seed: int
+    samples_seen: int
+    steps: int
+    epochs: int  # begun
+    accuracy: list[tuple[int, float]]  # (samples seen, test accuracy), rising; the last is final
+    visits: Tensor  # [N] int64 on the CPU
+    scores: Tensor | None  # [N] float32 on the CPU; None for the plain loop
+    kept: Tensor | None  # [K] int64 on the CPU, what the next epoch would train on
+    train_seconds: float  # all of training, with data loading, without testing
+    loss_seconds: list[float]  # of each step: the loss, and with a pruner scores and state
+    selection_seconds: float  # all selections, and the shuffle of what they kept
+
+
+def train(
+    data: ImageData,
+    method: Method,
+    settings: Settings,
+    seed: int,
+    progress: Callable[[int], object] = lambda seen: None,
+) -> Run:
+    """Trains until exactly ``settings.budget`` samples are seen; the last batch is cut to fit.
+
+    Args:
+        data: what to train and test on.
+        method: how the samples are chosen.
+        settings: the same for every method.
+        seed: of the weights and of the order; methods with one seed start from the same weights.
+        progress: called after every step with the samples seen.
+    """
+    device, num_samples = settings.device, len(data.train_labels)
+    budget = settings.budget(num_samples)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = for_data(data.name, data.num_classes).to(device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), settings.learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    train_set = with_indices(TensorDataset(data.train_images, data.train_labels))
+    pruner = None
+    chosen: Sampler[int]
+    if method.rule is None or method.policy is None:
+        chosen = RandomSampler(train_set, generator=torch.Generator().manual_seed(seed))
+    else:
+        pruner = Pruner(
+            num_samples, settings.prune_rate, rule=method.rule, policy=method.policy, seed=seed
+        )
+        chosen = pruner.sampler
+    sampler = _TimedSampler(chosen)
+    # A loader draws from the global generator unless it has its own.
+    loader = DataLoader(
+        train_set,
+        settings.batch_size,
+        sampler=sampler,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+    seen, steps, train_seconds = 0, 0, 0.0
+    visits = torch.zeros(num_samples, dtype=torch.int64)
+    loss_seconds: list[float] = []
+    accuracy: list[tuple[int, float]] = []
+    test_at = [round(budget * (test + 1) / settings.tests) for test in range(settings.tests)]
+    model.train()
+    started = _now(device)
+    while seen < budget:
+        for (images, labels), indices in loader:
+            room = budget - seen
+            images, labels, indices = images[:room], labels[:room], indices[:room]
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _schedule((seen + len(labels) / 2) / budget)
+            optimizer.zero_grad()
+            logits = model(images.to(device))
+            target = labels.to(device)
+            before = _now(device)
+            if pruner is None:
+                loss = cross_entropy(logits, target)
+            else:
+                loss = pruner.loss(logits, target, indices)
+            loss_seconds.append(_now(device) - before)
+            loss.backward()
+            optimizer.step()
+            seen, steps = seen + len(labels), steps + 1
+            visits[indices] += 1  # a batch holds no sample twice
+            progress(seen)
+            due = sum(point <= seen for point in test_at[len(accuracy) :])
+            if due:
+                train_seconds += _now(device) - started
+                accuracy += [(seen, _accuracy(model, data, device))] * due
+                started = _now(device)
+            if seen == budget:
+                break
+
+    scores = kept = None
+    if pruner is not None:
+        scores = pruner.store.scores.cpu()
+        k = round((1 - settings.prune_rate) * num_samples) if pruner.policy.takes_budget else None
+        kept = pruner.store.select(
+            k, pruner.policy, epoch=pruner.epoch + 1, seed=seed
+        ).indices.cpu()
+    return Run(
+        seed=seed,
+        samples_seen=seen,
+        steps=steps,
+        epochs=sampler.epochs,
+        accuracy=accuracy,
+        visits=visits,
+        scores=scores,
+        kept=kept,
+        train_seconds=train_seconds,
+        loss_seconds=loss_seconds,
+        selection_seconds=sampler.seconds,
+    )
+
+
+class _TimedSampler(Sampler[int]):
+    """Passes a sampler on and adds up the time its epochs take to begin: pruners select then."""
+
+    def __init__(self, sampler: Sampler[int]) -> None:
+        self.sampler = sampler
+        self.seconds = 0.0
+        self.epochs = 0
+
+    def __iter__(self) -> Iterator[int]:
+        started = time.perf_counter()
+        samples = iter(self.sampler)
+        self.seconds += time.perf_counter() - started
+        self.epochs += 1
+        return samples
+
+
+def _schedule(progress: float) -> float:
+    """Share of the peak learning rate: a linear rise, then half a cosine down to 0."""
+    if progress < _WARM_UP:
+        return progress / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, data: ImageData, device: torch.device) -> float:
+    model.eval()
+    correct = 0
+    batches = zip(
+        data.test_images.split(_TEST_BATCH), data.test_labels.split(_TEST_BATCH), strict=True
+    )
+    for images, labels in batches:
+        correct += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
+    model.train()
+    return correct / len(data.test_labels)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # else only the launches would be timed
+    return time.perf_counter()
