@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import NamedTuple
 
@@ -32,8 +33,7 @@ _CLASSES = {
 _AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _ENVIRONMENT = "EMP_FAST_BACKEND"
 
-# One for the process, not one a thread: autograd runs the backward pass in threads of its own.
-_explicit: str | None = None
+_explicit: ContextVar[str | None] = ContextVar("emp_fast_backend", default=None)
 
 
 class BackendError(RuntimeError):
@@ -50,7 +50,7 @@ class BackendStatus(NamedTuple):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes every operation of the process use one backend during the ``with`` block.
+    """Makes every operation inside the ``with`` block use one backend.
 
     Args:
         name: "reference", "cpu", "triton" or "cuda"; "auto" restores the automatic choice.
@@ -59,13 +59,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no backend has that name.
         BackendError: raised by the operations inside, when the backend cannot serve their tensors.
     """
-    global _explicit
     _check_name(name, "name")
-    before, _explicit = _explicit, name
+    token = _explicit.set(name)
     try:
         yield
     finally:
-        _explicit = before
+        _explicit.reset(token)
 
 
 def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
@@ -75,7 +74,7 @@ def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """
     if dtype == torch.float64:
         return load("reference")
-    name = _explicit or os.environ.get(_ENVIRONMENT) or "auto"
+    name = _explicit.get() or os.environ.get(_ENVIRONMENT) or "auto"
     return _choose(name, device.type, device.index)
 
 

@@ -1,0 +1,144 @@
+"""What every command shares: consoles, the error line, files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+__all__ = ["InputError", "OneLineErrors", "chosen_device", "stderr", "stdout", "write_atomically"]
+
+#: Tables keep their columns in a log file, where there is no terminal to ask for its width.
+_WIDTH_WITHOUT_TERMINAL = 120
+_INTERRUPTED = 130  # as a shell reports SIGINT
+
+# Some versions of typer use click, others carry a copy of it: the ancestor of their public error is
+# the error base of whichever it is.
+_UsageProblem: type[Any] = next(
+    ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException"
+)
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message is the one line that is printed."""
+
+
+class OneLineErrors(TyperGroup):
+    """A group of commands that ends every usage error with one line on stderr and exit code 2."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs as its base does; with ``standalone_mode`` it ends the process."""
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                result = super().main(
+                    args, prog_name, complete_var, False, windows_expand_args, **extra
+                )
+        except Exception as error:
+            if not standalone_mode:
+                raise
+            _end(error)
+        if standalone_mode:
+            sys.exit(result if isinstance(result, int) else 0)
+        return result
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        InputError: it does not exist here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name!r} cannot be used: {str(error).split('.')[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, got {name!r}")
+    return device
+
+
+def stdout() -> Console:
+    """Where results go."""
+    return _console(stderr=False)
+
+
+def stderr() -> Console:
+    """Where progress and remarks go, so that a redirected stdout holds results alone."""
+    return _console(stderr=True)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwrite: bool) -> None:
+    """Writes a file so that at any moment ``path`` is what it was before, or whole.
+
+    Args:
+        path: the file.
+        write: is called with a temporary binary file of the same folder.
+        overwrite: replace an existing file.
+
+    Raises:
+        InputError: it exists already, or it cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already; --overwrite replaces it")
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH_WITHOUT_TERMINAL)
+    return console
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning in one line: which line of which file gave it says nothing to the user."""
+    typer.echo(f"emp-fast: {message}", err=True)
+
+
+def _end(error: Exception) -> NoReturn:
+    """Ends the process with the line and exit code of an error of the user's; raises any other."""
+    if isinstance(error, typer.Abort):
+        typer.echo("emp-fast: interrupted", err=True)
+        sys.exit(_INTERRUPTED)
+    if isinstance(error, _UsageProblem):
+        message = error.format_message()
+    elif isinstance(error, InputError):
+        message = str(error)
+    else:
+        raise error
+    typer.echo(f"emp-fast: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,251 @@
+"""``emp-fast demo``: trains on real images with several rules at one budget of samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from emp_fast.cli.console import InputError, chosen_device, stderr, stdout, write_atomically
+from emp_fast.demo.comparison import Comparison, Summary, compare, defaults
+from emp_fast.demo.datasets import DATASETS, ImageData, load
+from emp_fast.demo.training import METHODS, Settings
+
+__all__ = ["demo"]
+
+_TESTS = 12  # points of the accuracy curves
+
+
+def demo(
+    data: Annotated[
+        str,
+        typer.Option("--data", metavar="NAME", help=f"What to train on: {', '.join(DATASETS)}."),
+    ] = "digits",
+    root: Annotated[
+        Path | None,
+        typer.Option("--root", metavar="DIR", help="Folder of the data set's files."),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="NAMES", help="What to compare, by commas.")
+    ] = ",".join(METHODS),
+    prune_rate: Annotated[
+        float,
+        typer.Option("--prune-rate", metavar="RATE", help="Share of samples an epoch leaves out."),
+    ] = 0.7,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", min=1, help="Pruned epochs; they make the budget of samples."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Runs of every method, seeds 0, 1, ...")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1)] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Where to train: cpu, cuda, cuda:1, ...")
+    ] = "cpu",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few epochs and seeds, in seconds: a smoke test.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Folder for the plot and the results.")
+    ] = Path("runs/demo"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON in place of the table.")
+    ] = False,
+) -> None:
+    """Train on real images with several pruning rules at exactly one budget of samples seen."""
+    images = _load(data, root)
+    names = _method_names(methods)
+    settings = _settings(images, prune_rate, epochs, batch_size, chosen_device(device), quick)
+    num_seeds = seeds or (min(2, defaults(data).seeds) if quick else defaults(data).seeds)
+    _prepare(output)
+
+    comparison = _run(images, settings, names, num_seeds)
+
+    report = {**comparison.report(), "figure": _save_figure(comparison, output)}
+    text = json.dumps(report, indent=2)
+    results = output / f"{data}.json"
+    write_atomically(results, lambda file: file.write(text.encode()), overwrite=True)
+    if as_json:
+        typer.echo(text)
+        return
+    _print(comparison)
+    figure = report["figure"]
+    stdout().print(f"Written: {results}" + (f", {figure}" if figure else ""), soft_wrap=True)
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def _load(data: str, root: Path | None) -> ImageData:
+    if data not in DATASETS:
+        raise InputError(f"--data must be one of {', '.join(DATASETS)}, got {data!r}")
+    try:
+        return load(data, root)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise InputError(str(error)) from error
+
+
+def _method_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"--methods must be of {', '.join(METHODS)}, got {name!r}")
+    return list(dict.fromkeys(names))
+
+
+def _settings(
+    images: ImageData,
+    prune_rate: float,
+    epochs: int | None,
+    batch_size: int | None,
+    device: torch.device,
+    quick: bool,
+) -> Settings:
+    num_samples = len(images.train_labels)
+    if not 0 <= prune_rate < 1:
+        raise InputError(f"--prune-rate must lie in [0, 1), got {prune_rate:g}")
+    if round((1 - prune_rate) * num_samples) < 1:
+        raise InputError(
+            f"--prune-rate must leave at least one of {num_samples} samples, got {prune_rate!r}"
+        )
+    usual = defaults(images.name)
+    few = 4 if images.name == "digits" else 1
+    return Settings(
+        prune_rate=prune_rate,
+        epochs=epochs or (few if quick else usual.epochs),
+        batch_size=batch_size or usual.batch_size,
+        learning_rate=usual.learning_rate,
+        tests=_TESTS,
+        device=device,
+    )
+
+
+def _prepare(output: Path) -> None:
+    """Finds out before the training whether its results can be kept."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {output}: {error.strerror}") from error
+    if not os.access(output, os.W_OK):
+        raise InputError(f"cannot write into the folder {output}")
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+def _run(images: ImageData, settings: Settings, names: list[str], num_seeds: int) -> Comparison:
+    budget = settings.budget(len(images.train_labels))
+    total = budget * len(names) * num_seeds
+    console = stderr()
+    console.print(
+        f"{images.name}: {len(images.train_labels):,} training images; {len(names)} methods x "
+        f"{num_seeds} seeds, each on {budget:,} samples (batches of {settings.batch_size})"
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=total)
+
+        def advance(name: str, seed: int, seen: int) -> None:
+            done = budget * (seed * len(names) + names.index(name)) + seen
+            progress.update(task, completed=done, description=f"{name}, seed {seed}".ljust(18))
+
+        comparison = compare(images, settings, names, range(num_seeds), advance)
+        progress.update(task, description="training".ljust(18))
+    return comparison
+
+
+def _save_figure(comparison: Comparison, output: Path) -> str | None:
+    try:
+        figure = comparison.figure()
+    except ModuleNotFoundError as error:
+        stderr().print(f"No plot: {error}", markup=False)
+        return None
+    path = output / f"{comparison.data}.png"
+    write_atomically(path, lambda file: figure.savefig(file, format="png"), overwrite=True)
+    return str(path)
+
+
+# ---- table --------------------------------------------------------------------------------------
+
+
+def _print(comparison: Comparison) -> None:
+    summaries = comparison.summaries()
+    budget = comparison.settings.budget(comparison.num_samples)
+    table = Table(
+        title=f"{comparison.data}: every method sees {budget:,} samples "
+        f"({comparison.settings.epochs} epochs of "
+        f"{1 - comparison.settings.prune_rate:.0%} of {comparison.num_samples:,})",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("method")
+    for column in (
+        "test accuracy, %",
+        "samples seen",
+        "train, s",
+        "loss + scores, ms/step",
+        "selection, ms/epoch",
+        "overhead, %",
+    ):
+        table.add_column(column, justify="right")
+    best = max(summary.accuracy_mean for summary in summaries)
+    for summary in summaries:
+        accuracy = _accuracy(summary)
+        table.add_row(
+            summary.label,
+            f"[bold]{accuracy}[/bold]" if summary.accuracy_mean == best else accuracy,
+            f"{summary.samples_seen:,}",
+            f"{summary.train_seconds:.2f}",
+            f"{summary.loss_milliseconds:.3f}",
+            "-" if summary.name == "full" else f"{summary.selection_milliseconds:.2f}",
+            "-" if summary.overhead_percent is None else f"{summary.overhead_percent:.1f}",
+        )
+    console = stdout()
+    console.print(table)
+    seeds = len(summaries[0].accuracies)
+    console.print(
+        f"Accuracy: mean ± standard deviation over {seeds} seeds; the highest mean is bold. "
+        "Overhead: what scoring (median of a step, less the plain loss of 'full data') and "
+        "selection add, as a share of the training time."
+        if seeds > 1
+        else "One seed alone: no deviation, so no conclusion about which method is better.",
+        soft_wrap=True,
+    )
+    verdict = _verdict(summaries)
+    if verdict:
+        console.print(verdict, soft_wrap=True)
+
+
+def _accuracy(summary: Summary) -> str:
+    text = f"{100 * summary.accuracy_mean:.2f}"
+    return text if summary.accuracy_std is None else f"{text} ± {100 * summary.accuracy_std:.2f}"
+
+
+def _verdict(summaries: list[Summary]) -> str | None:
+    """EMP against the best of the others, seed by seed, so that what all share cancels."""
+    emp = next((summary for summary in summaries if summary.name == "emp"), None)
+    others = [summary for summary in summaries if summary.name != "emp"]
+    if emp is None or not others or len(emp.accuracies) < 2:
+        return None
+    best = max(others, key=lambda summary: summary.accuracy_mean)
+    gaps = [100 * (a - b) for a, b in zip(emp.accuracies, best.accuracies, strict=True)]
+    gap, error = mean(gaps), stdev(gaps) / math.sqrt(len(gaps))
+    text = f"EMP against {best.label}, the best of the others here: {gap:+.2f} ± {error:.2f} points"
+    if abs(gap) <= 2 * error:
+        return f"{text} (mean ± standard error over seeds): no clear difference."
+    return f"{text} (mean ± standard error over seeds)."

@@ -1,0 +1,230 @@
+"""``emp-fast doctor``: what is available here, why the rest is not, and whether it works."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from importlib import import_module, metadata, resources
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from rich.text import Text
+
+import emp_fast
+from emp_fast.backends import BackendError, backend_status, resolve, use_backend
+from emp_fast.cli.console import stdout
+from emp_fast.functional import cross_entropy, topk_indices
+
+__all__ = ["doctor"]
+
+#: Backends whose kernels no GPU has run yet. A name leaves this list together with the committed
+#: results of the run on a GPU.
+NEVER_RUN_ON_A_GPU = ("triton", "cuda")
+_SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
+_PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "pyarrow")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """Show which backends work here, why the others do not, and versions."""
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    if report["reference_problem"] is not None:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """Everything that doctor prints, as plain data."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": {
+            "emp_fast": emp_fast.__version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in _PACKAGES},
+            "torch's CUDA": torch.version.cuda,
+        },
+        "machine": {
+            "system": platform.platform(),
+            "cpu": _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "instruction set": _instruction_set(),
+            "cuda devices": [_cuda_device(device) for device in devices[1:]],
+        },
+        "build": _build_info(),
+        "backends": [line for device in devices for line in _backends(device)],
+        "automatic_choice": {str(device): _choice(device) for device in devices},
+        "reference_problem": _reference_problem(),
+        "never_run_on_a_gpu": list(NEVER_RUN_ON_A_GPU),
+    }
+
+
+def _backends(device: torch.device) -> list[dict[str, Any]]:
+    lines = []
+    for name, available, reason in backend_status(device):
+        if name == "reference":
+            check = "is the oracle"
+        elif available:
+            check = "passed"
+        else:
+            check = "failed" if (reason or "").startswith(_SELF_CHECK_FAILED) else "not run"
+        lines.append(
+            {
+                "device": str(device),
+                "backend": name,
+                "available": available,
+                "self_check": check,
+                "reason": (reason or "").removeprefix(_SELF_CHECK_FAILED) or None,
+            }
+        )
+    return lines
+
+
+def _choice(device: torch.device) -> str:
+    """The backend that an operation on ``device`` would use now, or why there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", emp_fast.EmpFastWarning)  # the table says the same
+        try:
+            return resolve(device).name
+        except (BackendError, ValueError) as error:  # EMP_FAST_BACKEND names what cannot serve
+            return f"none: {error}"
+
+
+def _reference_problem() -> str | None:
+    """What is wrong with the reference, against which every other backend is checked; or None."""
+    logits = torch.arange(24, dtype=torch.float32).reshape(4, 6).sin() * 3
+    target = torch.tensor([0, 5, 2, 2])
+    try:
+        with use_backend("reference"):
+            loss = cross_entropy(logits, target).loss
+            kept = topk_indices(torch.tensor([0.5, 2.0, 0.5, 1.0]), 3)
+    except Exception as error:  # whatever it is, doctor's task is to say it
+        return f"{type(error).__name__}: {error}"
+    if not torch.allclose(
+        loss, torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    ):
+        return "its cross-entropy differs from torch's"
+    if kept.tolist() != [0, 1, 3]:
+        return f"it selected {kept.tolist()} where [0, 1, 3] are the highest"
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cuda_device(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": str(device),
+        "name": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "memory GiB": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def _build_info() -> dict[str, Any]:
+    """What setup.py recorded about the native build."""
+    file = resources.files("emp_fast") / "_build_info.json"
+    try:
+        info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"native": False, "reason": "no build has run in this source tree"}
+    except (OSError, ValueError) as error:
+        return {"native": False, "reason": f"_build_info.json cannot be read: {error}"}
+    return info
+
+
+def _instruction_set() -> str | None:
+    """That of the native kernels that run on this CPU; None without the native module."""
+    try:
+        native = import_module("emp_fast._native")
+    except ImportError:
+        return None
+    return str(native.isa())
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = stdout()
+    console.print(_backend_table(report))
+    for device, choice in report["automatic_choice"].items():
+        forced = os.environ.get("EMP_FAST_BACKEND")
+        why = f" (EMP_FAST_BACKEND={forced})" if forced else ""
+        console.print(f"On {device} emp_fast uses: [bold]{choice}[/bold]{why}")
+    console.print()
+    build = dict(report["build"])
+    if build.pop("native", False):
+        build = {"native module": "built", **build}
+    else:
+        build = {"native module": "not built", **build}
+    console.print(_facts("versions", report["versions"]))
+    console.print(_facts("machine", report["machine"]))
+    console.print(_facts("native build", build))
+    console.print(
+        f"The kernels of {' and '.join(report['never_run_on_a_gpu'])} have never run on a GPU as "
+        "far as this version knows. On a machine with a GPU the self-check above runs them on it.",
+        style="yellow",
+    )
+    if report["reference_problem"] is not None:
+        console.print(
+            f"The reference backend does not work: {report['reference_problem']}", style="red"
+        )
+
+
+def _backend_table(report: dict[str, Any]) -> Table:
+    table = Table(title="backends", title_justify="left", title_style="bold")
+    for column in ("device", "backend", "available", "self-check", "why not"):
+        table.add_column(column, overflow="fold")
+    for line in report["backends"]:
+        table.add_row(
+            line["device"],
+            line["backend"],
+            "[green]yes[/green]" if line["available"] else "[yellow]no[/yellow]",
+            line["self_check"],
+            Text(line["reason"] or ""),  # not markup: reasons hold brackets
+        )
+    return table
+
+
+def _facts(title: str, facts: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, Text(_readable(value)))
+    return table
+
+
+def _readable(value: object) -> str:
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list):
+        return "\n".join(_readable(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_readable(item)}" for key, item in value.items())
+    return str(value)

@@ -1,0 +1,534 @@
+"""The command line: what each command prints and writes; misuse is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import emp_fast
+from emp_fast.cli import app, bench, doctor
+from emp_fast.cli import demo as demo_command
+from emp_fast.cli.console import InputError, write_atomically
+
+pytestmark = pytest.mark.filterwarnings("ignore::emp_fast.EmpFastWarning")
+
+N = 1009
+
+
+def run(*arguments, exit_code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+def refused(*arguments):
+    """The one line on stderr of a refusal."""
+    result = run(*arguments, exit_code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("emp-fast: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith("\n")
+    return result.stderr
+
+
+# ---- the group ----------------------------------------------------------------------------------
+
+
+def test_module_runs_as_a_command():
+    environment = {**os.environ, "PYTHONPATH": str(Path(emp_fast.__file__).parents[1])}
+
+    def emp_fast_module(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "emp_fast", *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+            check=False,
+        )
+
+    report = emp_fast_module("doctor", "--json")
+    assert report.returncode == 0, report.stderr
+    assert json.loads(report.stdout)["versions"]["torch"] == torch.__version__
+    wrong = emp_fast_module("select", "nowhere.npy", "out.npy", "--k", "3")
+    assert wrong.returncode == 2
+    assert wrong.stdout == ""
+    assert wrong.stderr == "emp-fast: cannot read nowhere.npy: No such file or directory\n"
+
+
+def test_version_and_help():
+    assert run("--version").stdout == f"emp_fast {emp_fast.__version__}\n"
+    for arguments in ((), ("--help",)):
+        text = run(*arguments).stdout
+        assert all(command in text for command in ("doctor", "demo", "bench", "select"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("diagnose",), "No such command 'diagnose'"),
+        (("doctor", "--xml"), "No such option: --xml"),
+        (("doctor", "extra"), "unexpected extra argument"),
+        (("select",), "Missing argument 'SCORES'"),
+        (("demo", "--epochs", "0"), "'--epochs'"),
+        (("demo", "--seeds", "many"), "'--seeds'"),
+        (("--frobnicate",), "No such option"),
+    ],
+)
+def test_misuse_is_one_line(arguments, message):
+    assert message in refused(*arguments)
+
+
+# ---- doctor -------------------------------------------------------------------------------------
+
+
+def test_doctor_reports_backends_versions_and_what_never_ran():
+    report = json.loads(run("doctor", "--json").stdout)
+    backends = {line["backend"]: line for line in report["backends"] if line["device"] == "cpu"}
+    assert set(backends) == {"reference", "cpu", "triton", "cuda"}
+    assert backends["reference"]["available"]
+    for line in backends.values():
+        assert (line["reason"] is None) == line["available"]
+        assert line["self_check"] in ("is the oracle", "passed", "failed", "not run")
+    assert report["reference_problem"] is None
+    assert report["automatic_choice"]["cpu"] in ("reference", "cpu")
+    assert report["never_run_on_a_gpu"] == ["triton", "cuda"]
+    assert report["versions"]["emp_fast"] == emp_fast.__version__
+
+
+def test_doctor_prints_the_same_as_tables():
+    text = run("doctor").stdout
+    assert "│ reference │ yes" in text
+    assert torch.__version__ in text
+    assert "triton and cuda have never run on a GPU" in " ".join(text.split())
+
+
+def test_doctor_says_that_a_chosen_backend_cannot_serve(monkeypatch):
+    monkeypatch.setenv("EMP_FAST_BACKEND", "cuda")
+    report = json.loads(run("doctor", "--json").stdout)
+    assert "the cuda backend cannot serve cpu" in report["automatic_choice"]["cpu"]
+    monkeypatch.setenv("EMP_FAST_BACKEND", "magic")
+    report = json.loads(run("doctor", "--json").stdout)
+    assert "got 'magic'" in report["automatic_choice"]["cpu"]
+
+
+@pytest.mark.parametrize("broken", ["cross_entropy", "topk_indices"])
+def test_doctor_fails_when_the_reference_is_wrong(monkeypatch, broken):
+    module = sys.modules[doctor.__module__]
+    right = getattr(module, broken)
+
+    def wrong(*arguments):
+        if broken == "topk_indices":
+            return right(*arguments) + 1
+        stats = right(*arguments)
+        return stats._replace(loss=stats.loss + 1e-3)
+
+    monkeypatch.setattr(module, broken, wrong)
+    result = run("doctor", exit_code=1)
+    assert "The reference backend does not work" in result.stdout
+
+
+# ---- select -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scores() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(N).round(1).astype(np.float32)  # many ties
+
+
+@pytest.fixture
+def file(tmp_path, scores) -> Path:
+    np.save(tmp_path / "scores.npy", scores)
+    return tmp_path / "scores.npy"
+
+
+def expected(scores, k):
+    """A stable sort's top k, ascending."""
+    return np.sort(np.argsort(-scores, kind="stable")[:k]).tolist()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".txt"])
+@pytest.mark.parametrize("budget", [("--keep", "0.3"), ("--k", "303")])
+def test_select_writes_the_highest(file, scores, suffix, budget):
+    output = file.parent / f"kept{suffix}"
+    result = run("select", file, output, *budget)
+    assert result.stderr == f"kept 303 of 1,009 samples: {output}\n"
+    if suffix == ".npy":
+        kept = np.load(output)
+        assert kept.dtype == np.int64
+    elif suffix == ".txt":
+        kept = np.loadtxt(output, dtype=np.int64)
+    else:
+        table = pytest.importorskip("pyarrow.parquet").read_table(output)
+        assert table.column_names == ["index"]
+        kept = table["index"].to_numpy()
+    assert kept.tolist() == expected(scores, 303)
+    assert {path.name for path in file.parent.iterdir()} == {"scores.npy", output.name}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(50)[::-1] % 7,
+        (np.arange(50) % 7).astype(np.uint8),
+        (1 + np.arange(50)[::-1] * 1e-12).astype(np.float64),  # one number in float32
+        (np.arange(50) % 11).astype(np.float16),
+        (np.arange(50) % 13).astype(">f4"),
+        (np.arange(50) * 1e300)[::-1],
+    ],
+    ids=["int64", "uint8", "float64", "float16", "big-endian", "beyond float32"],
+)
+def test_select_ranks_every_dtype_exactly(tmp_path, values):
+    np.save(tmp_path / "scores.npy", values)
+    run("select", tmp_path / "scores.npy", tmp_path / "kept.npy", "--k", 9)
+    assert np.load(tmp_path / "kept.npy").tolist() == expected(values.astype(np.float64), 9)
+
+
+def test_select_reads_parquet_columns(tmp_path, scores):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, kept = tmp_path / "scores.parquet", tmp_path / "kept.npy"
+    parquet.write_table(pa.table({"loss": scores, "score": -scores}), path)
+    run("select", path, kept, "--k", 100)
+    assert np.load(kept).tolist() == expected(-scores, 100)
+    run("select", path, kept, "--k", 100, "--column", "loss", "--overwrite")
+    assert np.load(kept).tolist() == expected(scores, 100)
+    message = refused("select", path, kept, "--k", 1, "--column", "no", "--overwrite")
+    assert "has no column 'no'; it has 'loss', 'score'" in message
+    parquet.write_table(pa.table({"a": scores, "b": scores}), path)
+    assert "no column 'score'" in refused("select", path, tmp_path / "x.npy", "--k", 1)
+    parquet.write_table(pa.table({"a": [1.0, None, None]}), path)
+    assert "holds 2 nulls" in refused("select", path, tmp_path / "x.npy", "--k", 1)
+    parquet.write_table(pa.table({"a": ["x", "y"]}), path)
+    assert "must hold numbers" in refused("select", path, tmp_path / "x.npy", "--k", 1)
+
+
+@pytest.mark.parametrize("balance", ["equal", "proportional"])
+def test_select_balances_classes(file, scores, balance):
+    labels = np.repeat([7, -2, 40], [900, 99, 10])
+    np.save(file.parent / "labels.npy", labels)
+    output = file.parent / "kept.npy"
+    options = ("--labels", file.parent / "labels.npy", "--balance", balance)
+    run("select", file, output, "--k", 200, *options)
+    kept = np.load(output)
+    counts = [int((labels[kept] == label).sum()) for label in (7, -2, 40)]
+    assert counts == ([95, 95, 10] if balance == "equal" else [178, 20, 2])
+    for label, count in zip((7, -2, 40), counts, strict=True):
+        members = np.flatnonzero(labels == label)
+        wanted = members[expected(scores[members], count)]
+        assert kept[labels[kept] == label].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("random", ()),
+        ("epsilon-greedy", ("--eps", "0.5")),
+        ("gumbel", ("--temperature", "0.5")),
+        ("stratified", ()),
+        ("window", ("--low", "0.2", "--high", "0.9")),
+    ],
+)
+def test_select_draws_reproducibly(file, policy, options):
+    outputs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        output = file.parent / f"{name}.npy"
+        run("select", file, output, "--k", 300, "--policy", policy, "--seed", seed, *options)
+        outputs.append(np.load(output).tolist())
+        assert len(set(outputs[-1])) == 300
+        assert outputs[-1] == sorted(outputs[-1])
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_select_below_mean_keeps_weights_in_parquet(file, scores):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    output = file.parent / "kept.parquet"
+    run("select", file, output, "--policy", "below-mean", "--keep", 0.25)
+    table = parquet.read_table(output)
+    kept, weights = table["index"].to_numpy(), table["weight"].to_numpy()
+    below = scores < scores.astype(np.float64).mean()
+    assert np.flatnonzero(~below).tolist() == kept[~below[kept]].tolist()
+    assert below[kept].sum() == int(0.25 * below.sum())
+    assert weights.tolist() == np.where(below[kept], 4.0, 1.0).tolist()
+    result = run("select", file, file.parent / "k.npy", "--policy", "below-mean", "--keep", 0.25)
+    assert "weights, which .npy cannot hold" in result.stderr
+    assert np.load(file.parent / "k.npy").tolist() == kept.tolist()
+
+
+def test_select_takes_infinities_and_counts_nan(tmp_path):
+    path, output = tmp_path / "scores.npy", tmp_path / "kept.npy"
+    np.save(path, np.array([np.nan, 1, -np.inf, np.inf, np.nan, 0], dtype=np.float32))
+    message = refused("select", path, output, "--k", 3)
+    assert "holds 2 NaN among 6 scores, the first at 0" in message
+    assert not output.exists()
+    run("select", path, output, "--k", 3, "--allow-nan")
+    assert np.load(output).tolist() == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "either --keep or --k"),
+        (("--k", 3, "--keep", 0.3), "not both; got --keep 0.3 and --k 3"),
+        (("--k", 0), "--k must lie in [1, 1009], the number of scores, got 0"),
+        (("--k", N + 1), "--k must lie in [1, 1009], the number of scores, got 1010"),
+        (("--k", "2.5"), "'--k'"),
+        (("--keep", 0), "--keep must lie in (0, 1], got 0.0"),
+        (("--keep", 1.5), "--keep must lie in (0, 1], got 1.5"),
+        (("--keep", "nan"), "--keep must lie in (0, 1], got nan"),
+        (("--keep", 1e-9), "--keep must keep at least one of 1009 samples, got 1e-09"),
+        (("--k", 3, "--policy", "best"), "--policy must be one of topk, random"),
+        (("--k", 3, "--eps", 0.1), "--eps means nothing to --policy topk, got 0.1"),
+        (("--k", 3, "--policy", "epsilon-greedy", "--eps", 2), "eps must lie in [0, 1], got 2"),
+        (("--k", 3, "--policy", "below-mean"), "--k means nothing to --policy below-mean"),
+        (("--policy", "below-mean", "--keep", 7), "keep must lie in (0, 1], got 7"),
+        (("--k", 900, "--policy", "window", "--low", 0.5), "k must fit the window"),
+        (("--k", 3, "--balance", "fair"), "--balance must be one of equal, proportional"),
+        (("--k", 3, "--seed", 2**63), "--seed must fit 64 bits"),
+        (("--k", 3, "--column", "a"), "a column can be named for .parquet alone, got 'a'"),
+        (("--k", 3, "--labels", "nowhere.npy"), "cannot read nowhere.npy: No such file"),
+    ],
+)
+def test_select_refuses_bad_options(file, options, message):
+    output = file.parent / "kept.npy"
+    assert message in refused("select", file, output, *options)
+    assert [path.name for path in file.parent.iterdir()] == ["scores.npy"]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 2)), "must hold a vector [N], got shape [4, 2]"),
+        (np.float32(3), "must hold a vector [N], got shape []"),
+        (np.zeros(0), "is empty"),
+        (np.array(["a", "b"]), "must hold numbers, got dtype <U1"),
+        (np.array([True, False]), "must hold numbers, got dtype bool"),
+        (np.array([1j, 2]), "must hold numbers, got dtype complex128"),
+        (np.array([2**60, 2**60 + 1]), "integers beyond 2**53"),
+    ],
+)
+def test_select_refuses_bad_scores(tmp_path, array, message):
+    np.save(tmp_path / "scores.npy", array)
+    assert message in refused("select", tmp_path / "scores.npy", tmp_path / "k.npy", "--k", 1)
+
+
+def test_select_refuses_files_that_are_not_what_they_are_called(file):
+    output = file.parent / "kept.npy"
+    whole = file.read_bytes()
+    for content in (b"", b"not numpy", whole[:100], whole[:-4]):
+        file.write_bytes(content)
+        assert "is not a sound .npy file" in refused("select", file, output, "--k", 3)
+    np.save(file, np.array([{}, 1], dtype=object), allow_pickle=True)
+    assert "is not a sound .npy file" in refused("select", file, output, "--k", 3)
+    with file.open("wb") as archive:
+        np.savez(archive, a=np.zeros(3))
+    assert "an archive of several arrays" in refused("select", file, output, "--k", 3)
+    for suffix, message in ((".csv", ".npy or .parquet files, got"), ("", "got")):
+        other = file.with_suffix(suffix) if suffix else file.parent / "scores"
+        assert message in refused("select", other, output, "--k", 3)
+    folder = file.parent / "folder.npy"
+    folder.mkdir()
+    assert "Is a directory" in refused("select", folder, output, "--k", 3)
+    pytest.importorskip("pyarrow")
+    (file.parent / "bad.parquet").write_bytes(b"PAR1 but no more")
+    message = refused("select", file.parent / "bad.parquet", output, "--k", 3)
+    assert "is not a sound .parquet file" in message
+
+
+def test_select_refuses_labels_that_do_not_fit(file):
+    labels, output = file.parent / "labels.npy", file.parent / "kept.npy"
+    for array, message in (
+        (np.zeros(N - 1, dtype=np.int64), "one label for each of 1,009 scores, got 1,008"),
+        (np.zeros(N), "must hold integer class ids, got dtype float64"),
+    ):
+        np.save(labels, array)
+        assert message in refused("select", file, output, "--k", 3, "--labels", labels)
+
+
+def test_select_never_loses_a_file(file, scores):
+    output = file.parent / "kept.npy"
+    output.write_bytes(b"precious")
+    assert "exists already; --overwrite" in refused("select", file, output, "--k", 3)
+    assert output.read_bytes() == b"precious"
+    run("select", file, output, "--k", 3, "--overwrite")
+    assert np.load(output).tolist() == expected(scores, 3)
+    assert "exists already" in refused("select", file, file, "--k", 3)
+    assert np.load(file).tolist() == scores.tolist()
+
+
+def test_select_refuses_an_output_that_cannot_be_written(file):
+    assert "OUTPUT must end in" in refused("select", file, file.parent / "kept.csv", "--k", 3)
+    nowhere = file.parent / "nowhere" / "kept.npy"
+    assert f"cannot write {nowhere}: No such file" in refused("select", file, nowhere, "--k", 3)
+
+
+def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=f"cannot write {path}: No space left on device"):
+        write_atomically(path, fail, overwrite=True)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- demo ---------------------------------------------------------------------------------------
+
+
+def test_demo_trains_prints_and_draws(tmp_path):
+    pytest.importorskip("sklearn")
+    output = tmp_path / "new" / "folder"
+    result = run("demo", "--quick", "--epochs", 1, "--output", output)
+    for label in ("full data", "random", "loss", "EMP", "InfoBatch's rule"):
+        assert label in result.stdout
+    assert "every method sees 404 samples" in result.stdout
+    report = json.loads((output / "digits.json").read_text())
+    assert report["budget"] == 404
+    assert [method["samples_seen"] for method in report["methods"]] == [404] * 5
+    assert (output / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_json_is_all_of_stdout(tmp_path):
+    pytest.importorskip("sklearn")
+    options = ("--quick", "--epochs", 1, "--seeds", 1, "--prune-rate", 0.9, "--batch-size", 50)
+    methods = ("--methods", "emp, full")
+    result = run("demo", *options, *methods, "--output", tmp_path, "--json")
+    report = json.loads(result.stdout)
+    assert [method["name"] for method in report["methods"]] == ["emp", "full"]
+    assert report["budget"] == 135
+    assert report["settings"]["batch_size"] == 50
+    assert report == json.loads((tmp_path / "digits.json").read_text())
+
+
+def test_demo_without_matplotlib_says_so(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ("--quick", "--epochs", 1, "--seeds", 1, "--methods", "full")
+    result = run("demo", *options, "--output", tmp_path)
+    assert "No plot: plots need matplotlib" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "imagenet"), "--data must be one of digits, fashion-mnist, cifar10, cifar100"),
+        (("--data", "cifar10"), "cifar10 needs --root"),
+        (("--data", "cifar10", "--root", "nowhere"), "no file nowhere/data_batch_1"),
+        (("--data", "fashion-mnist", "--root", "nowhere"), "no folder nowhere"),
+        (("--root", "here"), "take no root"),
+        (("--methods", "emp,best"), "--methods must be of full, random, loss, emp, infobatch"),
+        (("--methods", ""), "got ''"),
+        (("--prune-rate", "1"), "--prune-rate must lie in [0, 1), got 1"),
+        (("--prune-rate", "-0.1"), "--prune-rate must lie in [0, 1), got -0.1"),
+        (("--prune-rate", "nan"), "--prune-rate must lie in [0, 1), got nan"),
+        (("--prune-rate", "0.9999"), "must leave at least one of 1348 samples"),
+        (("--device", "gpu"), "--device 'gpu' cannot be used"),
+        (("--device", "cuda:99"), "--device 'cuda:99' cannot be used"),
+        (("--device", "meta"), "--device must be cpu or cuda, got 'meta'"),
+        (("--batch-size", "0"), "'--batch-size'"),
+    ],
+)
+def test_demo_refuses_bad_options(tmp_path, options, message):
+    pytest.importorskip("sklearn")
+    assert message in refused("demo", "--output", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_refuses_a_folder_that_cannot_be_made(tmp_path):
+    pytest.importorskip("sklearn")
+    (tmp_path / "file").write_text("")
+    message = refused("demo", "--quick", "--output", tmp_path / "file" / "out")
+    assert "cannot make the folder" in message
+    assert "cannot make the folder" in refused("demo", "--quick", "--output", tmp_path / "file")
+
+
+def test_demo_states_no_winner_that_the_seeds_do_not_show():
+    module = sys.modules[demo_command.__module__]
+
+    def summary(name, accuracies):
+        values = dict.fromkeys(module.Summary._fields)
+        mean = sum(accuracies) / len(accuracies)
+        values |= {"name": name, "label": name, "accuracies": accuracies, "accuracy_mean": mean}
+        return module.Summary(**values)
+
+    worse = module._verdict([summary("loss", [0.9, 0.91]), summary("emp", [0.8, 0.81])])
+    assert worse == (
+        "EMP against loss, the best of the others here: -10.00 ± 0.00 points "
+        "(mean ± standard error over seeds)."
+    )
+    unclear = module._verdict([summary("loss", [0.9, 0.8]), summary("emp", [0.8, 0.91])])
+    assert unclear.endswith("no clear difference.")
+    assert module._verdict([summary("loss", [0.9]), summary("emp", [0.8])]) is None
+
+
+# ---- bench --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_bench(monkeypatch):
+    module = sys.modules[bench.__module__]
+    monkeypatch.setattr(module, "benchmark_shapes", lambda device: ((7, 10), (3, 33)))
+    monkeypatch.setattr(module, "_SELECTION", (501,))
+    monkeypatch.setattr(module, "_UPDATE", (17,))
+    monkeypatch.setattr(module, "_UPDATE_SAMPLES", 100)
+    monkeypatch.setattr(module, "_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(module, "_QUICK_SECONDS", 0.01)
+    return module
+
+
+def test_bench_measures_against_plain_torch(small_bench):
+    report = json.loads(run("bench", "--quick", "--json").stdout)
+    names = [line["case"] for line in report["cases"]]
+    assert names == [
+        "scores 7 x 10",
+        "scores + gradient 7 x 10",
+        "scores 3 x 33",
+        "scores + gradient 3 x 33",
+        "update 17 samples",
+        "select 30% of 501",
+    ]
+    for line in report["cases"]:
+        assert line["problem"] is None
+        times = line["microseconds"]
+        for name, ratio in line["times_faster_than"].items():
+            assert ratio == pytest.approx(times[name] / times["emp_fast"])
+        assert set(times) == {"emp_fast", *line["times_faster_than"]}
+    assert "too short and too small to be a result" in run("bench", "--quick").stdout
+
+
+def test_bench_times_nothing_that_is_wrong(small_bench, monkeypatch):
+    right = small_bench.cross_entropy
+
+    def wrong(*arguments):
+        stats = right(*arguments)
+        return stats._replace(el2n=stats.el2n + 1e-3, loss=stats.loss * 1.01)
+
+    monkeypatch.setattr(small_bench, "cross_entropy", wrong)
+    monkeypatch.setattr(
+        small_bench, "topk_indices", lambda scores, k: torch.arange(k), raising=True
+    )
+    report = json.loads(run("bench", "--quick", "--json", exit_code=1).stdout)
+    problems = {line["case"]: line["problem"] for line in report["cases"]}
+    assert problems["scores 7 x 10"] == "loss differs from the float64 oracle"
+    assert "gradient differs" in problems["scores + gradient 7 x 10"]
+    assert "selection differs" in problems["select 30% of 501"]
+    assert all("microseconds" not in line for line in report["cases"] if line["problem"])
+    assert "wrong" in run("bench", "--quick", exit_code=1).stdout
+
+
+def test_bench_refuses_a_device_that_is_not_there():
+    assert "cannot be used" in refused("bench", "--device", "cuda:99")
