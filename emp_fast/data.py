@@ -35,6 +35,11 @@ class IndexedDataset(Dataset[Any]):
         indices = [int(index) for index in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
         samples = [self.dataset[i] for i in indices] if fetch is None else fetch(indices)
+        if len(samples) != len(indices):
+            raise ValueError(
+                f"{type(self.dataset).__name__}.__getitems__ must return {len(indices)} samples, "
+                f"got {len(samples)}"
+            )
         return [
             _indexed(sample, self._position(index))
             for sample, index in zip(samples, indices, strict=True)

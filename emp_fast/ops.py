@@ -13,10 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emp_fast.backends import resolve
-from emp_fast.backends.base import LossOptions, Recurrence, RecurrenceKind, State
+from emp_fast.backends.base import (
+    LossOptions,
+    Recurrence,
+    RecurrenceKind,
+    State,
+    check_offsets,
+)
 
 _library = torch.library.Library("emp_fast", "DEF")
 _RECURRENCES: tuple[RecurrenceKind, ...] = ("ema", "mean", "variance")
@@ -90,6 +95,31 @@ _define(
 )
 
 
+class _Once(torch.autograd.Function):
+    """Hands a gradient on; differentiating it again raises instead of passing it for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "the gradient of an emp_fast loss cannot be differentiated again; "
+            "torch.nn.functional.cross_entropy can"
+        )
+
+
+def _once(grad: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Guards ``grad``, computed from ``inputs``, when the caller asked for ``create_graph``."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        guarded: Tensor = _Once.apply(  # type: ignore[no-untyped-call]
+            grad.detach(), *(x for x in inputs if x is not None)
+        )
+        return guarded
+    return grad
+
+
 class CrossEntropy(torch.autograd.Function):
     """Row scores with a differentiable loss: (loss [R], rows [7, R], correct [R], count [R])."""
 
@@ -113,13 +143,12 @@ class CrossEntropy(torch.autograd.Function):
         return loss, rows, correct, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, rows = ctx.saved_tensors
         grad = torch.ops.emp_fast.cross_entropy_backward(
             grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
         )
-        return grad, None, None, None, None, None
+        return _once(grad, grad_loss, logits), None, None, None, None, None
 
 
 # ---- scoring, gradient and state in one ---------------------------------------------------------
@@ -253,11 +282,16 @@ def update_state(
 
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    rows = values.shape[1]
+    if offsets.device.type == "cpu":
+        check_offsets(offsets, rows)
+    else:  # not read by the host, but never outside the rows
+        offsets = offsets.clamp(0, rows).cummax(0).values
     # A sum a segment, not differences of a running sum: one sample's NaN must not reach another's.
-    summed = torch.segment_reduce(
-        values.T.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True
-    )
-    return summed.T.contiguous()
+    # In float64, for a segment is added up in order, however long.
+    columns = values.T.double().contiguous()
+    summed = torch.segment_reduce(columns, "sum", offsets=offsets, axis=0, unsafe=True)
+    return summed.T.to(values.dtype, memory_format=torch.contiguous_format)
 
 
 _define(
@@ -278,11 +312,11 @@ class SegmentSum(torch.autograd.Function):
         return summed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
-        lengths = offsets[1:] - offsets[:-1]
-        return torch.repeat_interleave(grad, lengths, dim=1, output_size=ctx.rows), None
+        row = torch.arange(ctx.rows, device=grad.device)
+        owner = torch.searchsorted(offsets, row, right=True) - 1
+        return grad[:, owner.clamp(0, grad.shape[1] - 1)], None
 
 
 # ---- selection ----------------------------------------------------------------------------------
@@ -358,8 +392,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss, rows, correct, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, classifier, bias = ctx.saved_tensors[:3]
+        with torch.no_grad():
+            grads = LinearCrossEntropy._gradients(ctx, grad_loss.detach())
+        inputs = (grad_loss, hidden, classifier, bias)
+        guarded = [None if grad is None else _once(grad, *inputs) for grad in grads]
+        return (*guarded, *(None,) * 6)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, classifier, bias, target, weight, rows = ctx.saved_tensors
         want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = []
@@ -386,7 +428,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.cat(grad_hidden) if want_hidden else None,
             None if grad_classifier is None else grad_classifier.to(classifier.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 6,
         )
 
 

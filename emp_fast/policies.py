@@ -415,7 +415,7 @@ def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[i
         return fair_shares(sizes, k)
     if balance != "proportional":
         raise ValueError(f"balance must be 'equal' or 'proportional', got {balance!r}")
-    total = sum(sizes)
+    total = max(sum(sizes), 1)
     quotas = [k * size // total for size in sizes]
     remainders = sorted(range(len(sizes)), key=lambda c: (-(k * sizes[c] % total), c))
     for c in remainders[: k - sum(quotas)]:
@@ -424,16 +424,12 @@ def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[i
 
 
 def fair_shares(sizes: list[int], k: int) -> list[int]:
-    """Shares of k as equal as ``sizes`` allow; leftovers go to the first that can take one."""
+    """Shares of k as equal as ``sizes`` allow; the odd ones go to the largest."""
     shares = [0] * len(sizes)
     left = k
     for position, c in enumerate(sorted(range(len(sizes)), key=lambda c: sizes[c])):
         shares[c] = min(sizes[c], left // (len(sizes) - position))
         left -= shares[c]
-    for c, size in enumerate(sizes):
-        if left and shares[c] < size:
-            shares[c] += 1
-            left -= 1
     return shares
 
 

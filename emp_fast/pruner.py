@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -129,7 +130,8 @@ class Pruner:
         )
         self._requested: int | None = None  # by set_epoch
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
-        self._exhausted = False  # the plan has been handed out to its end
+        self._iterator: weakref.ref[EpochIterator] | None = None  # the last that was made
+        self._exhausted = False  # it has handed out its last index
         self._largest_batch = 0
         self.sampler = EpochSampler(self)
 
@@ -358,8 +360,12 @@ class Pruner:
         """Samples of the epoch in progress, or of the next one once this is over."""
         if self._plan is not None and self._requested is None and self._resume_at is None:
             left = len(self._plan) - self._position()
-            # What drop_last drops is less than a batch.
-            if left and not (self._exhausted and left < self._largest_batch):
+            # Less than a batch is left over when drop_last dropped it, or when it is still to be
+            # trained on. In the main process the loader then still holds the iterator; worker
+            # processes fetch ahead: a length asked for in their last batch is the next epoch's.
+            alive = self._iterator is not None and self._iterator() is not None
+            dropped = self._exhausted and left < self._largest_batch and not alive
+            if left and not dropped:
                 return len(self._plan)
         epoch = self._coming()
         budget = self._budget(epoch)
@@ -487,7 +493,9 @@ class EpochSampler(Sampler[int]):
         return self._pruner._length()
 
     def __iter__(self) -> EpochIterator:
-        return EpochIterator(self._pruner)
+        iterator = EpochIterator(self._pruner)
+        self._pruner._iterator = weakref.ref(iterator)
+        return iterator
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""

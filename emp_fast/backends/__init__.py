@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib import import_module
 from typing import NamedTuple
 
@@ -33,7 +32,8 @@ _CLASSES = {
 _AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _ENVIRONMENT = "EMP_FAST_BACKEND"
 
-_explicit: ContextVar[str | None] = ContextVar("emp_fast_backend", default=None)
+# One for the process, not one a thread: autograd runs the backward pass in threads of its own.
+_explicit: str | None = None
 
 
 class BackendError(RuntimeError):
@@ -50,7 +50,7 @@ class BackendStatus(NamedTuple):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes every operation inside the ``with`` block use one backend.
+    """Makes every operation of the process use one backend during the ``with`` block.
 
     Args:
         name: "reference", "cpu", "triton" or "cuda"; "auto" restores the automatic choice.
@@ -59,12 +59,13 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no backend has that name.
         BackendError: raised by the operations inside, when the backend cannot serve their tensors.
     """
+    global _explicit
     _check_name(name, "name")
-    token = _explicit.set(name)
+    before, _explicit = _explicit, name
     try:
         yield
     finally:
-        _explicit.reset(token)
+        _explicit = before
 
 
 def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
@@ -74,7 +75,7 @@ def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """
     if dtype == torch.float64:
         return load("reference")
-    name = _explicit.get() or os.environ.get(_ENVIRONMENT) or "auto"
+    name = _explicit or os.environ.get(_ENVIRONMENT) or "auto"
     return _choose(name, device.type, device.index)
 
 

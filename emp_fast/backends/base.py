@@ -202,3 +202,20 @@ def check_index_range(indices: Tensor, num_samples: int) -> None:
             f"indices must lie in [0, {num_samples}), got {int(indices[row])} at position {row}; "
             "nothing of this update was applied"
         )
+
+
+def check_offsets(offsets: Tensor, total: int) -> None:
+    """Raises ValueError unless a CPU tensor's offsets rise from 0 to ``total``."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != total:
+        raise ValueError(
+            f"offsets must start at 0 and end at {total}, the number of rows, "
+            f"got {first} and {last}"
+        )
+    falls = (offsets[1:] < offsets[:-1]).nonzero()
+    if falls.numel():
+        at = int(falls[0])
+        raise ValueError(
+            f"offsets must not fall, got {int(offsets[at])} then {int(offsets[at + 1])} "
+            f"at position {at + 1}"
+        )

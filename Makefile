@@ -1,0 +1,51 @@
+# Each of these sets up what it needs: a virtual environment in .venv, dependencies, the native build.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test lint format typecheck bench cuda-build gpu-check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## virtual environment, dependencies, native build
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
+	@# Debian's python3 comes without ensurepip; virtualenv brings its own pip.
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(PYTHON) -m pip install --quiet --target .virtualenv virtualenv \
+	  && PYTHONPATH=.virtualenv $(PYTHON) -m virtualenv --quiet $(VENV); }
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $(STAMP)
+
+demo: setup  ## train on scikit-learn's digits with several rules at one budget, about a minute
+	$(BIN)/emp-fast demo --output $(OUT)/demo $(DEMO_FLAGS)
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+lint: setup  ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+format: setup  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+bench: setup  ## the CPU benchmark: a JSON file, a table and a plot in $(OUT)/bench
+	mkdir -p $(OUT)/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench/cpu.json
+	$(BIN)/python -m benchmarks.report $(OUT)/bench/cpu.json -o $(OUT)/bench
+
+gpu-check:  ## on a GPU machine: build, GPU tests, sanitizer, benchmark; everything into $(OUT)/gpu
+	OUT=$(OUT)/gpu PYTHON=$(PYTHON) tools/gpu_check.sh
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info $(VENV) emp_fast/_native*.so emp_fast/_build_info.json

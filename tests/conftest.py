@@ -1,0 +1,72 @@
+"""Fixtures for every test: the backends that serve this machine's CPU, and poisoned memory.
+
+With EMP_FAST_REQUIRE_NATIVE=1 (CI) an absent native backend is a failure and not a skip.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+import emp_fast
+from emp_fast.backends import backend_status, resolve
+
+CPU = torch.device("cpu")
+REQUIRE_NATIVE = os.environ.get("EMP_FAST_REQUIRE_NATIVE") == "1"
+
+# Triton serves the CPU through its interpreter alone, chosen before triton is imported.
+BACKENDS = ["reference", "cpu"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS.append("triton")
+
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, max_examples=25, deadline=None, database=None
+)
+hypothesis.settings.register_profile("dev", max_examples=200, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _automatic_choice_made() -> None:
+    """Spends the one warning of a fallback, an error under this suite's filter, before any test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", emp_fast.EmpFastWarning)
+        resolve(CPU)
+
+
+def require(name: str) -> None:
+    """Skips the test, or fails it in CI, when a backend cannot serve the CPU."""
+    reason = {status.name: status.reason for status in backend_status(CPU)}[name]
+    if reason is not None:
+        stop = pytest.fail if REQUIRE_NATIVE and name == "cpu" else pytest.skip
+        stop(f"the {name} backend cannot serve the CPU: {reason}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on each backend that serves the CPU, chosen explicitly."""
+    name: str = request.param
+    require(name)
+    with emp_fast.use_backend(name):
+        yield name
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fills what torch.empty and its kin return with NaN or the largest integer.
+
+    An output that a kernel forgets to write, or memory that it reads before writing, then shows.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -1,0 +1,448 @@
+"""`cross_entropy` on every backend: values and gradients against the float64 oracle and torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from emp_fast import SampleStats
+from emp_fast.functional import cross_entropy
+from emp_fast.testing import ATOL, CASES, RTOL, Case, make, oracle
+
+FLOAT_FIELDS = ("loss", "entropy", "el2n", "margin", "confidence")
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def assert_stats(got: SampleStats, wanted: Any, rtol: float = RTOL, atol: float = ATOL) -> None:
+    """Every field agrees with the oracle's, in dtype and in value."""
+    for name in FLOAT_FIELDS:
+        field = getattr(got, name)
+        assert field.dtype == torch.float32, name
+        np.testing.assert_allclose(
+            field.detach().double().numpy(), getattr(wanted, name), rtol, atol, err_msg=name
+        )
+    assert got.correct.dtype == torch.bool
+    assert got.count.dtype == torch.int32
+    np.testing.assert_array_equal(got.correct.numpy(), wanted.correct)
+    np.testing.assert_array_equal(got.count.numpy(), wanted.count)
+
+
+def torch_loss(logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+    """The loss a sample as torch has it: [S], in float32 or float64."""
+    options = dict(options)
+    offsets, softcap = options.pop("offsets", None), options.pop("softcap")
+    ignore_index, soft = options["ignore_index"], target.is_floating_point()
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    x = logits.to(dtype).flatten(0, -2)
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    t = target.to(dtype).flatten(0, -2) if soft else target.flatten()
+    if options.get("weight") is not None:
+        options["weight"] = options["weight"].to(dtype)
+    rows = torch.nn.functional.cross_entropy(x, t, reduction="none", **options)
+    valid = torch.ones_like(t[..., 0] if soft else t) if soft else (t != ignore_index)
+    if offsets is None:
+        positions = 1 if logits.dim() == 2 else logits.shape[1]
+        bounds = [(s * positions, (s + 1) * positions) for s in range(logits.shape[0])]
+    else:
+        bounds = list(zip(offsets.tolist()[:-1], offsets.tolist()[1:], strict=True))
+    means = [rows[a:b].sum() / max(int(valid[a:b].sum()), 1) for a, b in bounds]
+    return torch.stack(means) if means else rows[:0]
+
+
+def incoming(samples: int) -> Tensor:
+    """Gradients that arrive at the loss: no two equal, exact in float32."""
+    return torch.arange(1, samples + 1) / 8 - 0.5
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+
+@each_case
+def test_every_field_agrees_with_the_oracle(case: Case, backend: str, poison: None) -> None:
+    logits, target, options = make(case)
+    got = cross_entropy(logits, target, **options)
+    assert_stats(got, oracle(logits, target, **options)[0])
+
+
+@each_case
+def test_loss_agrees_with_torch(case: Case, backend: str) -> None:
+    logits, target, options = make(case)
+    loss = cross_entropy(logits, target, **options).loss
+    torchs = torch_loss(logits, target, options).float()
+    if target.is_floating_point() and logits.isinf().any():
+        # torch multiplies the probability 0 of a masked class by its -inf; the loss has a value.
+        loss, torchs = loss[~torchs.isnan()], torchs[~torchs.isnan()]
+    torch.testing.assert_close(loss, torchs, rtol=RTOL, atol=ATOL, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_class_ids_of_any_integer_type(dtype: torch.dtype, backend: str) -> None:
+    logits, target, _ = make(Case("integers", 6, 10))
+    got = cross_entropy(logits, target.to(dtype))
+    assert_stats(got, oracle(logits, target)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_offsets_of_either_integer_type(dtype: torch.dtype, backend: str) -> None:
+    logits, target, options = make(Case("offsets", 3, 10, lengths=(2, 0, 3)))
+    wanted = oracle(logits, target, **options)[0]
+    options["offsets"] = options["offsets"].to(dtype)
+    assert_stats(cross_entropy(logits, target, **options), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_and_weights_of_any_float_type(dtype: torch.dtype, backend: str) -> None:
+    logits, target, options = make(Case("floats", 6, 16, target="soft", weighted=True))
+    target, options["weight"] = target.to(dtype), options["weight"].to(dtype)
+    got = cross_entropy(logits, target, **options)
+    assert_stats(got, oracle(logits, target.float(), **options)[0])
+
+
+def test_targets_in_any_memory_layout(backend: str) -> None:
+    logits, target, options = make(Case("layouts", 8, 16, target="soft", weighted=True))
+    wanted = oracle(logits, target, **options)[0]
+    spread = torch.full((16, 16), torch.nan)
+    spread.T[:, ::2] = target.T
+    options["weight"] = options["weight"].repeat_interleave(3)[::3]
+    assert_stats(cross_entropy(logits, spread[::2], **options), wanted)
+    ids = target.argmax(1)
+    spread_ids = torch.full((8, 3), 99)
+    spread_ids[:, 1] = ids
+    assert_stats(cross_entropy(logits, spread_ids[:, 1]), oracle(logits, ids)[0])
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def gradient(loss: Tensor, leaf: Tensor, grad_loss: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, leaf, grad_loss.to(loss.dtype))[0]
+
+
+@each_case
+def test_gradient_errs_at_most_twice_as_much_as_torch(
+    case: Case, backend: str, poison: None
+) -> None:
+    logits, target, options = make(case)
+    leaf = logits.detach().requires_grad_()
+    loss = cross_entropy(leaf, target, **options).loss
+    grad_loss = incoming(loss.shape[0])
+    got = gradient(loss, leaf, grad_loss)
+    wanted = torch.from_numpy(oracle(logits, target, grad_loss=grad_loss, **options)[1])
+    torchs = gradient(torch_loss(leaf, target, options), leaf, grad_loss)
+
+    assert got.dtype == logits.dtype
+    assert got.shape == logits.shape
+    assert torch.equal(got.isnan(), wanted.isnan())
+    kept = ~wanted.isnan()
+    error = (got.double() - wanted)[kept].abs()
+    torch_error = (torchs.double() - wanted)[kept].abs().nan_to_num(0.0)
+    if error.numel():
+        # What no float32 arithmetic avoids: two ulps in the exponential and the reciprocal of the
+        # sum, and half of one in rounding the result.
+        carried = torch.finfo(torch.promote_types(logits.dtype, torch.float32)).eps
+        rounding = 2 * carried + torch.finfo(logits.dtype).eps / 2
+        floor = rounding * float(wanted[kept].abs().max())
+        assert float(error.max()) <= 2 * float(torch_error.max()) + floor
+
+
+@pytest.mark.parametrize("target", ["ids", "soft"])
+def test_gradient_agrees_with_finite_differences(target: Any) -> None:
+    logits, t, options = make(
+        Case(f"gradcheck_{target}", 3, 5, dtype=torch.float64, target=target, weighted=True)
+    )
+    options |= {"label_smoothing": 0.1, "softcap": 4.0}
+    options["weight"] = options["weight"].double()
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).double()
+    step = 1e-5
+    _, grad = oracle(logits, t, **options)
+    ahead, behind = (
+        oracle(logits + sign * step * direction, t, **options)[0].loss.sum() for sign in (1, -1)
+    )
+    numerical = (ahead - behind) / (2 * step)
+    assert numerical == pytest.approx(float((torch.from_numpy(grad) * direction).sum()), rel=1e-7)
+
+
+@pytest.mark.parametrize("classes", [10, 129])
+def test_gradient_arriving_in_any_memory_layout(classes: int, backend: str) -> None:
+    logits, target, _ = make(Case("incoming", 6, classes))
+    leaf = logits.requires_grad_()
+    loss = cross_entropy(leaf, target).loss
+    wide = torch.stack([incoming(6), torch.full((6,), torch.nan)], dim=1)
+    assert not wide[:, 0].is_contiguous()
+    strided = torch.autograd.grad(loss, leaf, wide[:, 0], retain_graph=True)[0]
+    wanted = torch.autograd.grad(loss, leaf, incoming(6), retain_graph=True)[0]
+    assert torch.equal(strided, wanted)
+    expanded = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)[0]  # stride 0
+    ones = torch.autograd.grad(loss, leaf, torch.ones(6))[0]
+    assert torch.equal(expanded, ones)
+
+
+def test_gradient_passes_through_views_of_one_row(backend: str) -> None:
+    row = torch.linspace(-1, 1, 10).requires_grad_()
+    target = torch.tensor([0, 3, 9])
+    grad = torch.autograd.grad(cross_entropy(row.expand(3, 10), target).loss.sum(), row)[0]
+    _, wanted = oracle(row.detach().expand(3, 10), target)
+    np.testing.assert_allclose(grad.numpy(), wanted.sum(0), RTOL, ATOL)
+
+
+def test_only_the_loss_carries_a_gradient(backend: str) -> None:
+    logits, target, options = make(Case("detached", 4, 10, target="soft", weighted=True))
+    for tensor in (logits, target, options["weight"]):
+        tensor.requires_grad_()
+    stats = cross_entropy(logits, target, **options)
+    assert stats.loss.requires_grad
+    for name in ("entropy", "el2n", "margin", "confidence", "correct", "count"):
+        assert not getattr(stats, name).requires_grad, name
+    stats.loss.sum().backward()
+    assert logits.grad is not None
+    assert target.grad is None
+    assert options["weight"].grad is None
+
+
+def test_sequences_and_packed_samples_detach_too(backend: str) -> None:
+    for case in (Case("d3", 3, 10, positions=4), Case("packed", 2, 10, lengths=(3, 2))):
+        logits, target, options = make(case)
+        stats = cross_entropy(logits.requires_grad_(), target, **options)
+        assert [field.requires_grad for field in stats] == [True] + [False] * 6
+
+
+def test_no_graph_is_kept_without_need(backend: str) -> None:
+    logits, target, _ = make(Case("graph", 4, 10))
+    assert not cross_entropy(logits, target).loss.requires_grad
+    logits.requires_grad_()
+    with torch.no_grad():
+        assert not cross_entropy(logits, target).loss.requires_grad
+    with torch.inference_mode():
+        assert cross_entropy(logits, target).loss.is_inference()
+
+
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    logits, target, _ = make(Case("twice", 4, 10))
+    logits.requires_grad_()
+    (grad,) = torch.autograd.grad(
+        cross_entropy(logits, target).loss.sum(), logits, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        (grad**2).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_the_statistics_stay_float32(dtype: torch.dtype, backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(6, 8, generator=generator)
+    layer = torch.nn.Linear(8, 10)
+    target = torch.arange(6)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = layer(features)
+        assert logits.dtype == dtype
+        stats = cross_entropy(logits, target)
+    assert_stats(stats, oracle(logits, target)[0])
+    stats.loss.mean().backward()
+    assert layer.weight.grad is not None
+    assert torch.isfinite(layer.weight.grad).all()
+
+
+# ---- numerical failures known of others ---------------------------------------------------------
+
+
+def test_first_block_all_minus_infinity_stays_finite(backend: str) -> None:
+    """flash-attention #1930: an empty first block turned the running maximum into NaN."""
+    logits = torch.full((3, 9001), -torch.inf)
+    logits[:, 8990:] = torch.arange(11.0)
+    target = torch.tensor([8990, 8995, 9000])
+    got = cross_entropy(logits, target)
+    assert all(torch.isfinite(field).all() for field in got)
+    assert_stats(got, oracle(logits, target)[0])
+
+
+def test_small_losses_survive_large_logits(backend: str) -> None:
+    """mlx #4188, torch #195829: lse - x_y loses the loss when both are near 1e8."""
+    logits = torch.full((2, 10), 1e8)
+    logits[:, 1:] -= 8 * torch.arange(1.0, 10)
+    logits[1] *= -1
+    logits[1, 0] += 80
+    target = torch.zeros(2, dtype=torch.int64)
+    wanted = oracle(logits, target)[0].loss
+    assert 0 < wanted.min() < 1e-3
+    np.testing.assert_allclose(cross_entropy(logits, target).loss.numpy(), wanted, RTOL, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("target_kind", ["ids", "one_hot"])
+def test_gradient_of_a_confident_row_keeps_its_digits(
+    dtype: torch.dtype, target_kind: str, backend: str
+) -> None:
+    """Liger #1268: p_y - 1 in 16 bits is 100 % wrong at p_y = 0.999."""
+    logits = torch.zeros((4, 10), dtype=dtype)
+    logits[:, 3] = math.log(9 * 999)
+    logits.requires_grad_()
+    target = torch.full((4,), 3)
+    t = torch.nn.functional.one_hot(target, 10).float() if target_kind == "one_hot" else target
+    cross_entropy(logits, t).loss.sum().backward()
+    assert logits.grad is not None
+    _, wanted = oracle(logits, target)
+    error = np.abs(logits.grad.double().numpy() / wanted - 1)
+    assert error.max() <= torch.finfo(dtype).eps  # the rounding of the result, nothing else
+
+
+@pytest.mark.parametrize("target_kind", ["ids", "one_hot"])
+def test_easy_samples_keep_relative_accuracy(target_kind: Any, backend: str) -> None:
+    """1 - 2 p_y + sum p^2 and lse - x_y both cancel at p_y = 1 - 1e-9; so does p_y - 1."""
+    case = Case("easy", 6, 50, logits="peaked", target=target_kind)
+    logits, target, options = make(case)
+    leaf = logits.requires_grad_()
+    got = cross_entropy(leaf, target, **options)
+    wanted, grad = oracle(logits, target, **options)
+    assert wanted.loss.max() < 2e-9
+    for name in ("loss", "entropy", "el2n"):
+        field = getattr(got, name).detach().numpy()
+        np.testing.assert_allclose(field, getattr(wanted, name), RTOL, 0, err_msg=name)
+    got_grad = torch.autograd.grad(got.loss.sum(), leaf)[0]
+    np.testing.assert_allclose(got_grad.numpy(), grad, RTOL, 0)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_a_common_offset_changes_nothing(classes: int, backend: str) -> None:
+    """Entropies built from an unshifted sum lose every digit under an offset of the logits."""
+    generator = torch.Generator().manual_seed(5)
+    # Multiples of 1/64 stay exact next to 8192, so that both calls see the same differences.
+    logits = torch.randint(-256, 256, (8, classes), generator=generator) / 64
+    target = torch.randint(classes, (8,), generator=generator)
+    plain, moved = cross_entropy(logits, target), cross_entropy(logits + 8192, target)
+    for a, b in zip(plain, moved, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_masked_classes_cost_no_entropy(backend: str) -> None:
+    """TRL's logprob_entropy meets 0 * -inf."""
+    logits = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]])
+    got = cross_entropy(logits, torch.tensor([0]))
+    assert float(got.entropy) == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("at", [0, 3, 9])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_spoiled_row_spoils_no_other(at: int, value: float, backend: str, poison: None) -> None:
+    logits, target, _ = make(Case("spoiled", 10, 33))
+    clean = cross_entropy(logits, target)
+    logits[at, 20] = value
+    leaf = logits.requires_grad_()
+    got = cross_entropy(leaf, target)
+    others = torch.arange(10) != at
+    for name in FLOAT_FIELDS:
+        assert torch.isnan(getattr(got, name)[at]), name
+    assert not got.correct[at]
+    assert got.count[at] == 1
+    for a, b in zip(got, clean, strict=True):
+        assert torch.equal(a[others], b[others])
+    got.loss.sum().backward()
+    assert leaf.grad is not None
+    assert torch.isfinite(leaf.grad[others]).all()
+
+
+def test_rows_beyond_two_to_the_31_elements(backend: str) -> None:
+    """TRL computed row offsets in 32 bits. The memory between the rows is never touched."""
+    stride = 2**30 + 7
+    logits = torch.empty(2 * stride + 10, dtype=torch.bfloat16).as_strided((3, 10), (stride, 1))
+    values = torch.arange(30.0).reshape(3, 10).sin().bfloat16()
+    logits.copy_(values)
+    target = torch.tensor([1, 5, 9])
+    assert_stats(cross_entropy(logits, target), oracle(values, target)[0])
+    rows = torch.ops.emp_fast.cross_entropy(logits, target, None, -100, 0.0, 0.0)[1]
+    grad = torch.ops.emp_fast.cross_entropy_backward(
+        torch.ones(3), logits, target, None, rows, -100, 0.0, 0.0
+    )
+    np.testing.assert_allclose(grad.double().numpy(), oracle(values, target)[1], 2**-8, ATOL)
+
+
+# ---- ignored rows and edges ---------------------------------------------------------------------
+
+
+def test_ignored_rows_are_zero_and_count_nothing(backend: str, poison: None) -> None:
+    logits, target, options = make(Case("ignored", 9, 10, ignored="some"))
+    leaf = logits.requires_grad_()
+    got = cross_entropy(leaf, target, **options)
+    ignored = target == -100
+    for name in (*FLOAT_FIELDS, "count"):
+        assert (getattr(got, name)[ignored] == 0).all(), name
+    assert (got.count[~ignored] == 1).all()
+    got.loss.sum().backward()
+    assert leaf.grad is not None
+    assert (leaf.grad[ignored] == 0).all()
+
+
+def test_an_ignored_row_of_nan_passes_no_gradient(backend: str) -> None:
+    leaf = torch.full((2, 4), torch.nan, requires_grad=True)
+    got = cross_entropy(leaf, torch.tensor([-100, -100]))
+    assert (got.loss == 0).all()
+    got.loss.sum().backward()
+    assert leaf.grad is not None
+    assert (leaf.grad == 0).all()
+
+
+def test_a_sequence_is_correct_only_when_all_its_positions_are(backend: str) -> None:
+    logits = torch.eye(3).expand(2, 3, 3)
+    target = torch.tensor([[0, 1, 2], [0, 1, 0]])
+    assert cross_entropy(logits, target).correct.tolist() == [True, False]
+
+
+def test_packed_samples_equal_the_padded_ones(backend: str) -> None:
+    logits, target, _ = make(Case("padded", 3, 10, positions=4))
+    lengths = [2, 4, 1]
+    for s, length in enumerate(lengths):
+        target[s, length:] = -100
+    padded = cross_entropy(logits, target)
+    rows = torch.cat([logits[s, :n] for s, n in enumerate(lengths)])
+    ids = torch.cat([target[s, :n] for s, n in enumerate(lengths)])
+    packed = cross_entropy(rows, ids, offsets=torch.tensor([0, 2, 6, 7]))
+    for a, b in zip(padded, packed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_a_tie_with_the_target_is_correct(backend: str) -> None:
+    got = cross_entropy(torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([1]))
+    assert got.margin.item() == 0
+    assert got.correct.item()
+
+
+def test_soft_targets_speak_for_their_lowest_largest_class(backend: str) -> None:
+    logits = torch.tensor([[0.0, 1.0, 3.0]])
+    got = cross_entropy(logits, torch.tensor([[0.2, 0.4, 0.4]]))
+    assert got.margin.item() == -2
+    assert got.confidence.item() == pytest.approx(logits.softmax(1)[0, 1].item(), rel=1e-6)
+
+
+def test_calls_repeat_bit_for_bit(backend: str) -> None:
+    logits, target, options = make(Case("repeat", 40, 1000, weighted=True, label_smoothing=0.1))
+    first = cross_entropy(logits, target, **options)
+    for _ in range(3):
+        for a, b in zip(first, cross_entropy(logits, target, **options), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_row_scores_the_same_in_any_batch(backend: str) -> None:
+    logits, target, _ = make(Case("alone", 33, 100))
+    together = cross_entropy(logits, target)
+    for row in (0, 15, 16, 32):
+        alone = cross_entropy(logits[row : row + 1], target[row : row + 1])
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[row : row + 1], b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_inputs_are_left_as_they_are(backend: str) -> None:
+    case = Case("inputs", 6, 10, weighted=True, ignored="some", softcap=3.0)
+    logits, target, options = make(case)
+    fresh = make(dataclasses.replace(case))
+    leaf = logits.requires_grad_()
+    cross_entropy(leaf, target, **options).loss.sum().backward()
+    assert torch.equal(leaf.detach(), fresh.logits)
+    assert torch.equal(target, fresh.target)
+    assert torch.equal(options["weight"], fresh.options["weight"])

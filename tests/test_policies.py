@@ -1,0 +1,263 @@
+"""Policies against plain Python models of them; every selection alike on every backend."""
+
+import math
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import emp_fast
+from emp_fast import ScoreStore
+from emp_fast.policies import (
+    BelowMean,
+    EpsilonGreedy,
+    GumbelTopK,
+    Random,
+    Stratified,
+    TopK,
+    Window,
+    class_quotas,
+    fair_shares,
+)
+from emp_fast.rules import Loss
+
+BUDGETED = [TopK(), Random(), EpsilonGreedy(0.3), GumbelTopK(0.5), Stratified(7, 0.1), Window(0, 1)]
+ALL = [*BUDGETED, BelowMean(0.4)]
+
+scores_of = st.lists(
+    st.one_of(st.floats(-1e3, 1e3, width=32), st.sampled_from([0.0, -0.0, 1.0])),
+    min_size=1,
+    max_size=40,
+)
+
+
+def visited_store(scores, visited=None) -> ScoreStore:
+    scores = torch.as_tensor(scores, dtype=torch.float32)
+    store = ScoreStore(len(scores), Loss())
+    rows = (
+        torch.arange(len(scores)) if visited is None else torch.as_tensor(visited).nonzero()[:, 0]
+    )
+    store.update(rows, {"loss": scores[rows]})
+    return store
+
+
+def kept(selection) -> set[int]:
+    return set(selection.indices.tolist())
+
+
+@given(scores=scores_of, data=st.data())
+def test_top_k_is_a_stable_sort_with_the_never_visited_first(scores, data):
+    n = len(scores)
+    visited = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    k = data.draw(st.integers(1, n))
+    fresh = [i for i in range(n) if not visited[i]]
+    old = sorted((i for i in range(n) if visited[i]), key=lambda i: (-scores[i], i))
+    chosen = kept(visited_store(scores, visited).select(k))
+    assert len(chosen) == k
+    if k >= len(fresh):
+        assert chosen == {*fresh, *old[: k - len(fresh)]}
+    else:
+        assert chosen < set(fresh)
+
+
+def test_never_visited_samples_are_drawn_at_random_by_seed_and_epoch():
+    store = ScoreStore(1000, Loss())
+    first = kept(store.select(100))
+    assert first == kept(store.select(100))
+    assert len(first & kept(store.select(100, epoch=1))) < 40
+    assert len(first & kept(store.select(100, seed=1))) < 40
+    # Uniform: over many draws every sample comes up about as often.
+    counts = Counter(i for epoch in range(300) for i in kept(store.select(100, epoch=epoch)))
+    assert min(counts[i] for i in range(1000)) > 10
+    assert max(counts.values()) < 60
+
+
+@pytest.mark.parametrize("policy", BUDGETED, ids=repr)
+@given(
+    scores=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=60),
+    classes=st.integers(1, 4),
+    data=st.data(),
+)
+def test_every_budget_is_exact(policy, scores, classes, data):
+    n = len(scores)
+    k = data.draw(st.integers(1, n))
+    visited = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    store = visited_store(scores, visited)
+    labels = torch.tensor([i * 7919 % classes for i in range(n)])
+    for selection in (
+        store.select(k, policy),
+        store.select(k, policy, labels=labels),
+        store.select(k, policy, labels=labels, balance="proportional"),
+    ):
+        indices = selection.indices.tolist()
+        assert indices == sorted(set(indices))
+        assert len(indices) == k
+        assert 0 <= indices[0] <= indices[-1] < n
+    sizes = torch.bincount(labels, minlength=classes).tolist()
+    quotas = torch.bincount(labels[store.select(k, policy, labels=labels).indices])
+    assert quotas.tolist() + [0] * (classes - len(quotas)) == class_quotas(sizes, k)
+
+
+@pytest.mark.parametrize("policy", ALL, ids=repr)
+@pytest.mark.parametrize("labelled", [False, True])
+def test_every_backend_selects_the_same(policy, labelled):
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(5000, generator=generator).round(decimals=2)  # with many ties
+    visited = torch.rand(5000, generator=generator) < 0.9
+    labels = torch.randint(6, (5000,), generator=generator) if labelled else None
+    k = 1700 if policy.takes_budget else None
+    selections = []
+    for backend in ("reference", "cpu"):
+        with emp_fast.use_backend(backend):
+            store = visited_store(scores, visited)
+            selections.append(store.select(k, policy, labels=labels, epoch=2, seed=9))
+    assert torch.equal(selections[0].indices, selections[1].indices)
+    if selections[0].weights is not None:
+        assert torch.equal(selections[0].weights, selections[1].weights)
+
+
+def test_random_does_not_look_at_the_scores():
+    low = visited_store(torch.arange(100.0)).select(30, Random(), seed=4)
+    high = visited_store(-torch.arange(100.0)).select(30, Random(), seed=4)
+    assert torch.equal(low.indices, high.indices)
+    assert kept(low) != kept(visited_store(torch.arange(100.0)).select(30, Random(), seed=5))
+
+
+@pytest.mark.parametrize(("eps", "greedy"), [(0.0, 20), (0.25, 15), (1.0, 0)])
+def test_epsilon_greedy_spends_its_share_at_random(eps, greedy):
+    store = visited_store(torch.arange(1000.0))
+    chosen = kept(store.select(20, EpsilonGreedy(eps)))
+    assert set(range(1000 - greedy, 1000)) <= chosen
+    assert len(chosen & set(range(900))) >= 0.5 * (20 - greedy)
+
+
+def test_gumbel_top_k_follows_the_softmax_of_the_scores():
+    store = visited_store(torch.log(torch.tensor([1.0, 2.0, 3.0, 4.0])))
+    counts = Counter(
+        int(store.select(1, GumbelTopK(1.0), epoch=epoch).indices) for epoch in range(2000)
+    )
+    for i in range(4):
+        assert counts[i] / 2000 == pytest.approx((i + 1) / 10, abs=0.035)
+
+
+def test_gumbel_top_k_tends_to_top_k_and_to_random():
+    store = visited_store(torch.arange(100.0) / 100)
+    assert kept(store.select(10, GumbelTopK(1e-6))) == set(range(90, 100))
+    assert len(kept(store.select(50, GumbelTopK(1e6))) & set(range(50))) in range(10, 40)
+
+
+@given(scores=scores_of, keep=st.sampled_from([0.1, 0.5, 0.7, 1.0]))
+def test_below_mean_keeps_what_infobatch_promises(scores, keep):
+    mean = Fraction(0)
+    for score in scores:
+        mean += Fraction(score)
+    mean /= len(scores)
+    above = {i for i, score in enumerate(scores) if Fraction(score) >= mean}
+    selection = visited_store(scores).select(None, BelowMean(keep))
+    chosen = kept(selection)
+    assert above <= chosen
+    below = len(scores) - len(above)
+    assert len(chosen - above) == int(keep * below)
+    for index, weight in zip(selection.indices.tolist(), selection.weights.tolist(), strict=True):
+        assert weight == (1.0 if index in above else torch.tensor(1 / keep).item())
+
+
+def test_below_mean_decides_by_the_exact_mean():
+    # Summed in float32 this mean comes out above every score, and nothing would be kept for sure.
+    scores = torch.full((1001,), 0.1)
+    assert len(visited_store(scores).select(None, BelowMean(0.5)).indices) == 1001
+
+
+def test_below_mean_is_unbiased_where_the_counts_divide():
+    scores = torch.cat([torch.zeros(100), torch.full((100,), 2.0)])
+    gradient = torch.arange(200.0)
+    store = visited_store(scores)
+    total = 0.0
+    for epoch in range(400):
+        selection = store.select(None, BelowMean(0.5), epoch=epoch)
+        total += float((gradient[selection.indices] * selection.weights).sum())
+    assert total / 400 == pytest.approx(float(gradient.sum()), rel=0.01)
+
+
+def test_below_mean_takes_the_mean_of_each_class():
+    scores = torch.tensor([1.0, 3.0, 10.0, 30.0])
+    labels = torch.tensor([0, 0, 1, 1])
+    assert kept(visited_store(scores).select(None, BelowMean(0.1))) == {3}
+    assert kept(visited_store(scores).select(None, BelowMean(0.1), labels=labels)) == {1, 3}
+
+
+def test_below_mean_keeps_the_never_visited():
+    store = visited_store([1.0, 2.0, 9.0, 0.0], [True, True, True, False])
+    selection = store.select(None, BelowMean(0.1))
+    assert kept(selection) == {2, 3}
+    assert selection.weights.tolist() == [1.0, 1.0]
+
+
+def test_stratified_gives_every_bin_the_same():
+    scores = torch.cat([torch.rand(900) * 0.999, 1 + torch.rand(90) * 0.999, 2 + torch.rand(10)])
+    store = visited_store(scores)
+    chosen = scores[store.select(60, Stratified(bins=3)).indices]
+    counts = torch.bincount(torch.bucketize(chosen, torch.tensor([1.0, 2.0])), minlength=3)
+    assert counts.tolist() == [25, 25, 10]
+
+
+def test_stratified_drops_the_hardest_first():
+    store = visited_store(torch.arange(100.0))
+    assert kept(store.select(90, Stratified(bins=5, cutoff=0.1))) == set(range(90))
+    # A budget beyond what is left spares the least hard of the hardest.
+    assert kept(store.select(95, Stratified(bins=5, cutoff=0.1))) == set(range(95))
+
+
+def test_window_lies_between_its_quantiles():
+    store = visited_store(torch.arange(100.0))
+    assert kept(store.select(None, Window(0.2, 0.5))) == set(range(20, 50))
+    chosen = kept(store.select(10, Window(0.2, 0.5)))
+    assert len(chosen) == 10
+    assert chosen < set(range(20, 50))
+    with pytest.raises(ValueError, match="holds 30 visited samples, got 31"):
+        store.select(31, Window(0.2, 0.5))
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.data())
+def test_quotas_sum_exactly_and_are_fair(sizes, data):
+    k = data.draw(st.integers(0, sum(sizes)))
+    for quotas in (class_quotas(sizes, k), class_quotas(sizes, k, "proportional")):
+        assert sum(quotas) == k
+        assert all(0 <= quota <= size for quota, size in zip(quotas, sizes, strict=True))
+    equal = fair_shares(sizes, k)
+    unfilled = [share for share, size in zip(equal, sizes, strict=True) if share < size]
+    if unfilled:  # who could take more has at most one less than anybody
+        assert min(unfilled) >= max(equal) - 1
+    for quota, size in zip(class_quotas(sizes, k, "proportional"), sizes, strict=True):
+        assert abs(quota - Fraction(k * size, max(sum(sizes), 1))) < 1
+
+
+def test_a_small_class_gives_the_rest_of_its_quota_away():
+    assert class_quotas([5, 500, 500], 300) == [5, 147, 148]
+
+
+def test_labels_may_be_any_integers():
+    store = visited_store(torch.arange(6.0))
+    labels = torch.tensor([-7, 40, -7, 40, -7, 40])
+    assert kept(store.select(2, labels=labels)) == {4, 5}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EpsilonGreedy(1.5), r"eps must lie in \[0, 1\], got 1.5"),
+        (lambda: GumbelTopK(0.0), "temperature must be a positive finite number, got 0.0"),
+        (lambda: GumbelTopK(math.inf), "temperature must be.*got inf"),
+        (lambda: BelowMean(0.0), r"keep must lie in \(0, 1\], got 0.0"),
+        (lambda: Stratified(0), "bins must be an int of at least 1, got 0"),
+        (lambda: Stratified(5, 1.0), r"cutoff must lie in \[0, 1\), got 1.0"),
+        (lambda: Window(0.5, 0.5), "low must be below high, got low=0.5 and high=0.5"),
+        (lambda: Window(-0.1, 0.5), r"low must lie in \[0, 1\], got -0.1"),
+    ],
+)
+def test_bad_policies_name_the_argument_and_the_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,402 @@
+"""The loop: budgets, epochs, order, weights, resuming."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import emp_fast
+from emp_fast import Pruner, with_indices
+from emp_fast.functional import cross_entropy
+from emp_fast.policies import BelowMean, EpsilonGreedy, Random, TopK, Window
+from emp_fast.rules import EMP, GraNd, Loss
+
+N = 60
+
+
+def make_loader(pruner, batch_size=8, **options):
+    dataset = TensorDataset(torch.arange(N, dtype=torch.float32), torch.arange(N) % 3)
+    return DataLoader(
+        with_indices(dataset), batch_size=batch_size, sampler=pruner.sampler, **options
+    )
+
+
+def loss_of(indices, epoch=0):
+    """A loss that depends on the sample and the epoch, reproducibly."""
+    return ((indices.double() * 37 + epoch * 11) % 17).float()
+
+
+def run_epoch(pruner, loader, epoch=0):
+    seen = []
+    for _, indices in loader:
+        pruner.update(indices, loss=loss_of(indices, epoch))
+        seen += indices.tolist()
+    return seen
+
+
+def test_three_lines_train_on_exactly_the_budget():
+    torch.manual_seed(0)
+    x, y = torch.randn(N, 4), torch.arange(N) % 3
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = Pruner(N, prune_rate=0.7)
+    loader = DataLoader(with_indices(TensorDataset(x, y)), batch_size=8, sampler=pruner.sampler)
+    first = last = math.nan
+    for epoch in range(12):
+        seen = 0
+        for (inputs, target), indices in loader:
+            loss = pruner.loss(model(inputs), target, indices)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen += len(indices)
+        assert seen == round(0.3 * N)
+        first, last = (loss.item() if epoch == 0 else first), loss.item()
+    assert pruner.store.visits.sum() == 12 * round(0.3 * N)
+    assert last < first
+
+
+def test_the_loss_is_torchs_and_so_is_its_gradient():
+    pruner = Pruner(N)
+    logits = torch.randn(8, 5, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, 4, -100, 0, 1])
+    wanted = torch.nn.functional.cross_entropy(logits, target)
+    loss = pruner.loss(logits, target, torch.arange(8))
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, logits), torch.autograd.grad(wanted, logits)
+    )
+    assert pruner.store.visits[:8].tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
+
+
+def test_a_batch_of_ignored_samples_has_loss_zero():
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = Pruner(N).loss(logits, torch.tensor([-100, -100]), torch.arange(2))
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss, logits)[0].abs().sum() == 0
+
+
+def test_options_reach_the_loss():
+    logits = torch.randn(6, 4, 5)
+    target = torch.randint(5, (6, 4))
+    options = {"weight": torch.rand(5), "label_smoothing": 0.1, "softcap": 5.0, "ignore_index": 2}
+    loss = Pruner(N).loss(logits, target, torch.arange(6), **options)
+    torch.testing.assert_close(loss, cross_entropy(logits, target, **options).loss.mean())
+
+
+def test_extra_stats_reach_the_rule():
+    pruner = Pruner(N, rule=GraNd())
+    pruner.loss(
+        torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([5, 6]), hidden=torch.randn(2, 4)
+    )
+    assert pruner.store.visits[[5, 6]].tolist() == [1, 1]
+
+
+def test_policy_weights_are_applied():
+    pruner = Pruner(4, rule=Loss(), policy=BelowMean(0.5))
+    pruner.store.update(torch.arange(4), {"loss": torch.tensor([1.0, 1.0, 5.0, 5.0])})
+    indices = torch.tensor(list(pruner.sampler))
+    assert len(indices) == 3
+    weights = pruner.weights(indices)
+    assert sorted(weights.tolist()) == [1.0, 1.0, 2.0]
+    logits, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    wanted = (torch.nn.functional.cross_entropy(logits, target, reduction="none") * weights).mean()
+    torch.testing.assert_close(pruner.loss(logits, target, indices), wanted)
+    assert torch.equal(pruner.selection.weights, weights[indices.argsort()])
+
+
+def test_any_per_sample_loss_with_its_own_memory_term():
+    pruner = Pruner(N, rule=EMP(beta=2.0))
+    pruner.update(torch.tensor([3]), loss=torch.tensor([1.0]), memory=torch.tensor([0.5]))
+    assert pruner.store.scores[3].item() == 2.0
+    stats = emp_fast.functional.info_nce(torch.randn(4, 8), torch.randn(4, 8))
+    pruner.update(torch.arange(4), stats)
+    assert pruner.store.visits[:4].tolist() == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("prune_rate", [0.0, 0.25, 0.5, 0.99, 1 / 3])
+def test_the_length_is_right_before_each_epoch(prune_rate):
+    pruner = Pruner(N, prune_rate, rule=Loss())
+    loader = make_loader(pruner)
+    for epoch in range(3):
+        assert len(pruner.sampler) == round((1 - prune_rate) * N)
+        announced = len(loader)
+        seen = run_epoch(pruner, loader, epoch)
+        assert math.ceil(len(seen) / 8) == announced
+        assert len(seen) == len(set(seen)) == round((1 - prune_rate) * N)
+
+
+def test_the_length_holds_throughout_an_epoch():
+    pruner = Pruner(N, lambda epoch: [0.5, 0.75][epoch], rule=Loss())
+    loader = make_loader(pruner)
+    for _, indices in loader:
+        assert len(loader) == 4
+        pruner.update(indices, loss=loss_of(indices))
+    assert len(loader) == 2
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_length_of_a_policy_that_fixes_its_own_number(drop_last):
+    pruner = Pruner(N, rule=Loss(), policy=BelowMean(0.5))
+    loader = make_loader(pruner, drop_last=drop_last)
+    for epoch in range(4):
+        announced = len(loader)
+        batches = 0
+        for _, indices in loader:
+            pruner.update(indices, loss=loss_of(indices, epoch))
+            batches += 1
+        assert batches == announced
+
+
+def test_full_epochs_first_and_last():
+    pruner = Pruner(N, 0.5, rule=Loss(), epochs=6, full_epochs_first=1, full_epochs_last=2)
+    loader = make_loader(pruner)
+    assert [len(run_epoch(pruner, loader, e)) for e in range(6)] == [N, 30, 30, 30, N, N]
+    assert [pruner.prune_rate(e) for e in range(6)] == [0, 0.5, 0.5, 0.5, 0, 0]
+
+
+def test_a_schedule_of_prune_rates():
+    pruner = Pruner(N, lambda epoch: 0.1 * epoch, rule=Loss())
+    loader = make_loader(pruner)
+    assert [len(run_epoch(pruner, loader, e)) for e in range(4)] == [60, 54, 48, 42]
+
+
+def test_epochs_differ_in_order_and_runs_do_not():
+    runs = []
+    for seed in (0, 0, 1):
+        pruner = Pruner(N, 0.0, rule=Loss(), seed=seed)
+        loader = make_loader(pruner)
+        runs.append([run_epoch(pruner, loader, epoch) for epoch in range(2)])
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[0][1]
+    assert runs[0][0] != runs[2][0]
+    assert sorted(runs[0][0]) == list(range(N))
+
+
+def test_scores_of_one_epoch_choose_the_next():
+    pruner = Pruner(N, 0.5, rule=Loss(), full_epochs_first=1)
+    loader = make_loader(pruner)
+    run_epoch(pruner, loader)
+    wanted = pruner.store.select(30).indices
+    assert sorted(run_epoch(pruner, loader, 1)) == wanted.tolist()
+
+
+def test_class_balance():
+    labels = torch.tensor([0] * 50 + [1] * 10)
+    pruner = Pruner(N, 0.5, labels=labels)
+    seen = labels[torch.tensor(list(pruner.sampler))]
+    assert torch.bincount(seen).tolist() == [20, 10]
+
+
+def test_every_iteration_is_the_next_epoch():
+    pruner = Pruner(N, 0.5)
+    assert pruner.epoch == 0
+    for epoch in range(3):
+        list(pruner.sampler)
+        assert pruner.epoch == epoch
+
+
+def test_set_epoch_twice_is_harmless():
+    plain, twice = Pruner(N, 0.5, rule=Loss()), Pruner(N, 0.5, rule=Loss())
+    loaders = make_loader(plain), make_loader(twice)
+    for epoch in range(3):
+        twice.sampler.set_epoch(epoch)
+        twice.sampler.set_epoch(epoch)
+        assert twice.epoch == epoch
+        assert run_epoch(plain, loaders[0], epoch) == run_epoch(twice, loaders[1], epoch)
+
+
+def test_set_epoch_repeats_an_epoch_exactly():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    loader = make_loader(pruner)
+    first = run_epoch(pruner, loader)
+    pruner.set_epoch(0)
+    assert list(pruner.sampler) == first
+    assert list(pruner.sampler) != first
+
+
+def test_selection_before_during_and_after_an_epoch():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    before = pruner.selection.indices
+    loader = make_loader(pruner)
+    seen = run_epoch(pruner, loader)
+    assert sorted(seen) == before.tolist() == pruner.selection.indices.tolist()
+
+
+@pytest.mark.parametrize("policy", [TopK(), Random(), EpsilonGreedy(0.2), BelowMean(0.5)], ids=repr)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 4])
+def test_a_resumed_run_sees_the_same_samples(policy, workers, stop_after):
+    def build():
+        pruner = Pruner(N, 0.5, rule=EMP(decay=0.5), policy=policy, seed=5)
+        return pruner, make_loader(pruner, num_workers=workers)
+
+    def train(pruner, loader, epochs, stop=None):
+        """Trains; stops after ``stop`` batches of the last epoch."""
+        seen = []
+        for epoch in epochs:
+            for batch, (_, indices) in enumerate(loader):
+                if stop is not None and epoch == epochs[-1] and batch == stop:
+                    return seen
+                loss = loss_of(indices, epoch)
+                pruner.update(indices, loss=loss, memory=loss.sqrt())
+                seen += indices.tolist()
+        return seen
+
+    whole, loader = build()
+    wanted = train(whole, loader, range(4))
+
+    first, loader = build()
+    seen = train(first, loader, range(2), stop=stop_after)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second, loader = build()
+    second.load_state_dict(torch.load(file, weights_only=True))
+    seen += train(second, loader, range(second.epoch, 4))
+    assert seen == wanted
+    ours, theirs = whole.store.state_dict(), second.store.state_dict()
+    for name, tensor in ours["tensors"].items():
+        assert torch.equal(tensor, theirs["tensors"][name]), name
+
+
+def test_a_run_saved_between_epochs_goes_on_with_the_next():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    loader = make_loader(pruner)
+    run_epoch(pruner, loader)
+    resumed = Pruner(N, 0.5, rule=Loss())
+    resumed.load_state_dict(pruner.state_dict())
+    assert resumed.epoch == 1
+    assert len(resumed.sampler) == 30
+    assert list(resumed.sampler) == list(pruner.sampler)
+
+
+def test_set_epoch_of_the_resumed_epoch_goes_on_inside_it_and_another_gives_it_up():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    iterator = iter(pruner.sampler)
+    head = torch.tensor([next(iterator) for _ in range(10)])
+    pruner.update(head, loss=loss_of(head))
+    rest = list(iterator)
+    state = pruner.state_dict()
+    for epoch, wanted in ((0, 20), (1, 30)):
+        resumed = Pruner(N, 0.5, rule=Loss())
+        resumed.load_state_dict(state)
+        resumed.set_epoch(epoch)
+        seen = list(resumed.sampler)
+        assert len(seen) == wanted
+        if epoch == 0:
+            assert seen == rest
+
+
+def test_the_iterators_own_state_resumes_a_stateful_loader():
+    pruner = Pruner(N, 0.5)
+    iterator = iter(pruner.sampler)
+    head = [next(iterator) for _ in range(7)]
+    state = iterator.state_dict()
+    rest = list(iterator)
+    pruner.set_epoch(0)
+    again = iter(pruner.sampler)
+    again.load_state_dict(state)
+    assert list(again) == rest
+    assert len(head) + len(rest) == 30
+    with pytest.raises(ValueError, match=r"state\['epoch'\] must be 0.*got 3"):
+        again.load_state_dict({"epoch": 3, "position": 0})
+    with pytest.raises(ValueError, match=r"\[0, 30\], got 31"):
+        again.load_state_dict({"epoch": 0, "position": 31})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"seed": 1}, r"state\['seed'\] must be 0, got 1"),
+        ({"policy": "Random()"}, r"state\['policy'\] must be 'TopK\(\)', got 'Random\(\)'"),
+        ({"epoch": -1}, "epoch.*got -1"),
+        ({"position": 31}, "position.*at most 30, got 31"),
+        ({"indices": torch.tensor([3, 2])}, "ascending"),
+        ({"indices": torch.tensor([2, N])}, "ascending in"),
+        ({"indices": [1, 2]}, "int64 vector"),
+        ({"weights": torch.ones(2)}, "weights.*shape"),
+        ({"store": None}, "store.*got None"),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused_and_nothing_changes(damage, message):
+    pruner = Pruner(N, 0.5, rule=Loss())
+    iterator = iter(pruner.sampler)
+    next(iterator)
+    state = pruner.state_dict() | damage
+    resumed = Pruner(N, 0.5, rule=Loss())
+    with pytest.raises(ValueError, match=message):
+        resumed.load_state_dict(state)
+    assert resumed.epoch == 0
+    assert list(resumed.sampler) == list(Pruner(N, 0.5, rule=Loss()).sampler)
+
+
+def test_stats_are_plain_numbers():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    assert all(type(value) is float for value in pruner.stats().values())
+    run_epoch(pruner, make_loader(pruner))
+    stats = pruner.stats()
+    assert all(type(value) is float for value in stats.values())
+    assert stats["kept"] == 30
+    assert stats["kept_fraction"] == 0.5
+    assert stats["visited_fraction"] == 0.5
+    assert stats["samples_seen"] == 30
+    assert stats["score_max"] == pruner.store.scores[pruner.store.visits > 0].max().item()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Pruner(0), ValueError, "num_samples must be at least 1, got 0"),
+        (lambda: Pruner(N, 1.0), ValueError, r"prune_rate must lie in \[0, 1\), got 1.0"),
+        (lambda: Pruner(N, -0.1), ValueError, r"prune_rate must lie in \[0, 1\), got -0.1"),
+        (lambda: Pruner(N, math.nan), ValueError, "prune_rate.*got nan"),
+        (lambda: Pruner(N, "half"), ValueError, "prune_rate.*got 'half'"),
+        (lambda: Pruner(N, 0.999), ValueError, "at least one of 60 samples, got 0.999"),
+        (
+            lambda: Pruner(N, lambda epoch: epoch / 3, epochs=5),
+            ValueError,
+            r"got 1.0 from prune_rate\(3\)",
+        ),
+        (lambda: Pruner(N, full_epochs_last=1), ValueError, "full_epochs_last=1 needs epochs"),
+        (
+            lambda: Pruner(N, epochs=3, full_epochs_first=2, full_epochs_last=2),
+            ValueError,
+            r"at most epochs=3, got 2 \+ 2",
+        ),
+        (lambda: Pruner(N, full_epochs_first=-1), ValueError, "full_epochs_first.*got -1"),
+        (lambda: Pruner(N, epochs=1.5), TypeError, "epochs must be an int, got 1.5"),
+        (lambda: Pruner(N, rule=EMP), TypeError, "rule must be an emp_fast.Rule"),
+        (lambda: Pruner(N, policy="top"), TypeError, "policy must be.*got 'top'"),
+        (lambda: Pruner(N, seed=0.5), TypeError, "seed must be an int, got 0.5"),
+        (lambda: Pruner(N, labels=torch.zeros(3).long()), ValueError, r"labels.*got \(3,\)"),
+        (lambda: Pruner(N, 0.2, policy=Window(0.3, 0.6)), ValueError, "at least 0.7.*got 0.2"),
+        (lambda: Pruner(N).set_epoch(-1), ValueError, "epoch must not be negative, got -1"),
+        (lambda: Pruner(N).update(torch.tensor([0])), ValueError, "either stats or loss"),
+        (
+            lambda: Pruner(N).loss(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([N])),
+            IndexError,
+            r"indices must lie in \[0, 60\), got 60",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument_and_the_value(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_compiles_as_one_graph_around_the_model():
+    pruner = Pruner(N)
+    model = torch.nn.Linear(4, 3)
+
+    @torch.compile(fullgraph=True)
+    def loss_of_batch(x, target):
+        return cross_entropy(model(x), target)
+
+    x, target, indices = torch.randn(8, 4), torch.arange(8) % 3, torch.arange(8)
+    stats = loss_of_batch(x, target)
+    pruner.update(indices, stats)
+    pruner.mean_loss(stats, indices).backward()
+    assert model.weight.grad is not None
