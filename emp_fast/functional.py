@@ -25,6 +25,7 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
+from emp_fast.backends.base import LossOptions, Recurrence, State
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
@@ -82,22 +83,37 @@ def cross_entropy(
         IndexError: a class id of a CPU tensor lies outside [0, C). On a GPU that sample's stats are
             NaN.
     """
-    require_float("logits", logits)
-    require_tensor("target", target)
-    require_rows("logits", logits, "C", packed=offsets is not None)
-    num_classes = logits.shape[-1]
-    if num_classes == 0:
-        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
-    target = checked_target(logits.shape, logits.dtype, logits.device, target)
-    class_weight = checked_weight(weight, num_classes, logits)
-    smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)
+    arguments = _rows(logits, target, weight, ignore_index, label_smoothing, softcap, offsets)
     starts = checked_offsets(offsets, logits)
-    rows = logits if logits.dim() == 2 else logits.flatten(0, 1)
-    if rows.stride(-1) != 1 and num_classes > 1:
-        rows = rows.contiguous()
-    flat_target = target if logits.dim() == 2 else target.flatten(0, 1)
-    scored = _score_rows(rows, flat_target, class_weight, ignore_index, smoothing, cap)
-    return _per_sample(scored, logits.shape[:-1], starts)
+    return _per_sample(_score_rows(*arguments), logits.shape[:-1], starts)
+
+
+def cross_entropy_step(
+    logits: Tensor,  # [S, C]
+    target: Tensor,
+    indices: Tensor,  # [S] int64, on the device of the state
+    state: State,
+    recurrence: Recurrence,
+    *,
+    row_scale: Tensor | None = None,  # [S] float32
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The mean of ``row_scale * loss`` over the rows that count, and the state of its samples moved.
+
+    What `cross_entropy`, a weighted mean and `ScoreStore.update` do, but on a backend whose
+    ``fuses_step`` is set the logits are read once and their gradient is written once.
+    """
+    *arguments, smoothing, cap = _rows(
+        logits, target, weight, ignore_index, label_smoothing, softcap, None
+    )
+    options = LossOptions(ignore_index, smoothing, cap)
+    mean: Tensor = ops.CrossEntropyStep.apply(  # type: ignore[no-untyped-call]
+        *arguments[:3], options, row_scale, indices, state, recurrence
+    )
+    return mean
 
 
 def linear_cross_entropy(
@@ -318,6 +334,32 @@ def _autocast(
 
 
 # ---- rows to samples ----------------------------------------------------------------------------
+
+
+def _rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, int, float, float]:
+    """Validates the arguments of `cross_entropy` and brings them into the form of the ops."""
+    require_float("logits", logits)
+    require_tensor("target", target)
+    require_rows("logits", logits, "C", packed=offsets is not None)
+    num_classes = logits.shape[-1]
+    if num_classes == 0:
+        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
+    target = checked_target(logits.shape, logits.dtype, logits.device, target)
+    class_weight = checked_weight(weight, num_classes, logits)
+    smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)
+    rows = logits if logits.dim() == 2 else logits.flatten(0, 1)
+    if rows.stride(-1) != 1 and num_classes > 1:
+        rows = rows.contiguous()
+    flat_target = target if logits.dim() == 2 else target.flatten(0, 1)
+    return rows, flat_target, class_weight, ignore_index, smoothing, cap
 
 
 def _score_rows(

@@ -214,6 +214,72 @@ _define(
 )
 
 
+_define(
+    "scale_(Tensor(a!) grad, Tensor factor) -> ()",
+    lambda grad, factor: resolve(grad.device, grad.dtype).scale_(grad, factor),
+    lambda grad, factor: None,
+)
+
+
+class CrossEntropyStep(torch.autograd.Function):
+    """Weighted mean loss of a batch, its gradient and the new state from one read of the logits.
+
+    The gradient is made in the forward pass, for a mean over all S rows; the backward pass scales
+    it by what it then knows. Both factors are mostly 1, and 1 costs no memory traffic (`scale_`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # [S, C]
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        row_scale: Tensor | None,  # [S]
+        indices: Tensor,  # [S]
+        state: State,
+        recurrence: Recurrence,
+    ) -> Tensor:
+        scale = 1 / max(logits.shape[0], 1)
+        loss, rows, _, count, grad = torch.ops.emp_fast.cross_entropy_step(
+            logits,
+            target,
+            weight,
+            *options,
+            row_scale,
+            scale,
+            indices,
+            *state,
+            _RECURRENCES.index(recurrence.kind),
+            recurrence.signal,
+            recurrence.direct,
+            recurrence.decay,
+            recurrence.direct_scale,
+            recurrence.memory_scale,
+            recurrence.variance_scale,
+        )
+        counted = count.sum().clamp_min(1)
+        ctx.grad, ctx.scale, ctx.options = grad, scale, options
+        ctx.save_for_backward(logits, target, weight, rows, row_scale, counted)
+        weighted = loss if row_scale is None else loss * row_scale
+        mean: Tensor = weighted.sum() / counted
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, weight, rows, row_scale, counted = ctx.saved_tensors
+        if ctx.grad is None:  # a second pass through a retained graph: the first took the memory
+            grad_loss = (grad_mean / counted).expand(logits.shape[0])
+            grad_loss = grad_loss if row_scale is None else grad_loss * row_scale
+            grad = torch.ops.emp_fast.cross_entropy_backward(
+                grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
+            )
+        else:
+            grad, ctx.grad = ctx.grad, None
+            torch.ops.emp_fast.scale_(grad, (grad_mean / (counted * ctx.scale)).float())
+        return _once(grad, grad_mean, logits), *(None,) * 7
+
+
 # ---- state --------------------------------------------------------------------------------------
 
 

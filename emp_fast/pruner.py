@@ -171,15 +171,21 @@ class Pruner:
             ValueError, TypeError, IndexError: as `functional.cross_entropy` and
             `ScoreStore.update`.
         """
-        stats = functional.cross_entropy(
-            logits,
-            target,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-            offsets=offsets,
-        )
+        options: dict[str, Any] = {
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "softcap": softcap,
+        }
+        if offsets is None and not extra:
+            row_scale = self.weights(indices) if self._weighs() else None
+            mean = self.store.loss_and_update(
+                logits, target, indices, row_scale=row_scale, **options
+            )
+            if mean is not None:
+                self._largest_batch = max(self._largest_batch, logits.shape[0])
+                return mean
+        stats = functional.cross_entropy(logits, target, offsets=offsets, **options)
         self._update(indices, stats, extra)
         return self.mean_loss(stats, indices)
 
@@ -187,7 +193,7 @@ class Pruner:
         """The mean over the samples that count of (policy weight) * loss; scores nothing."""
         counted = stats.count.clamp_max(1).sum().clamp_min(1)
         loss = stats.loss
-        if self._plan is not None and self._plan.weights is not None:
+        if self._weighs():
             loss = loss * self.weights(indices).to(loss.device)
         return loss.sum() / counted
 
@@ -281,6 +287,10 @@ class Pruner:
         before = self.store.rows_seen
         self.store.update(indices, stats, **extra)
         self._largest_batch = max(self._largest_batch, self.store.rows_seen - before)
+
+    def _weighs(self) -> bool:
+        """Whether any sample of this epoch weighs other than 1."""
+        return self._plan is not None and self._plan.weights is not None
 
     def _is_full(self, epoch: int) -> bool:
         last = self._epochs is not None and epoch >= self._epochs - self._full_last

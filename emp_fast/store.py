@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emp_fast import ops
+from emp_fast import functional, ops
 from emp_fast._warnings import EmpFastWarning
+from emp_fast.backends import resolve
 from emp_fast.backends.base import State
 from emp_fast.backends.reference import winners
 from emp_fast.functional import SampleStats
@@ -154,6 +155,46 @@ class ScoreStore:
         else:
             self._step(indices, read, count)
         self.rows_seen += samples
+
+    def loss_and_update(
+        self,
+        logits: Tensor,  # [S, C]
+        target: Tensor,
+        indices: Tensor,  # [S] integers
+        *,
+        row_scale: Tensor | None = None,  # [S] float32
+        **options: Any,
+    ) -> Tensor | None:
+        """The mean loss of a batch and the update of its samples, in one launch.
+
+        None where that is not possible, and nothing has been done then: the backend does not
+        fuse the step, the rule is tensor code, no gradient is wanted, or the logits are sequences.
+        """
+        recurrence = self._recurrence
+        if (
+            recurrence is None
+            or logits.dim() != 2
+            or not (torch.is_grad_enabled() and logits.requires_grad)
+            or torch.compiler.is_compiling()
+            or not resolve(logits.device, logits.dtype).fuses_step
+        ):
+            return None
+        indices = self._checked_indices(indices)
+        if indices.shape[0] != logits.shape[0]:
+            raise ValueError(
+                f"indices must have one index for each of {logits.shape[0]} rows of logits, "
+                f"got {indices.shape[0]}"
+            )
+        if self._follows and logits.device != self.device:
+            self._move(logits.device)
+        if logits.device != self.device:
+            return None
+        indices = indices.to(self.device, non_blocking=True)
+        mean = functional.cross_entropy_step(
+            logits, target, indices, self._state, recurrence, row_scale=row_scale, **options
+        )
+        self.rows_seen += indices.shape[0]
+        return mean
 
     def _step(self, indices: Tensor, read: dict[str, Tensor], count: Tensor | None) -> None:
         """The update of a rule that is tensor code."""

@@ -78,6 +78,8 @@ class Backend(ABC):
     """One implementation of every operation, for the devices that `why_not` accepts."""
 
     name: ClassVar[str]
+    #: Whether `cross_entropy_step` is one launch that reads the logits once; else it is not used.
+    fuses_step: ClassVar[bool] = False
 
     @abstractmethod
     def why_not(self, device: torch.device) -> str | None:
@@ -134,6 +136,14 @@ class Backend(ABC):
             recurrence,
         )
         return scores, grad
+
+    def scale_(self, grad: Tensor, factor: Tensor) -> None:
+        """Multiplies ``grad`` in place by the scalar tensor ``factor``.
+
+        A GPU backend reads the factor on the device and leaves the memory alone when it is 1, as
+        it is when the loss itself is what ``backward`` was called on.
+        """
+        grad.mul_(factor)
 
     @abstractmethod
     def update_state(
