@@ -5,6 +5,6 @@
 namespace emp_fast::cpu {
 
 void bind_scores(pybind11::module_& m);     // cross_entropy.cpp
-void bind_selection(pybind11::module_& m);  // selection.cpp: top-k, state update, random bits
+void bind_selection(pybind11::module_& m);  // bind_selection.cpp
 
 }  // namespace emp_fast::cpu

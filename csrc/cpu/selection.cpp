@@ -1,8 +1,321 @@
-// Selection and state on the CPU as Python sees them.
-#include "cpu/bindings.h"
+// The k highest of n scores in one read of them.
+//
+// A sample of the scores gives a bracket of keys that the threshold very likely lies in. One pass
+// marks every score above the bracket in a bitmap and those inside it in another, and collects the
+// keys of the latter, a few in a hundred. The threshold is found among those keys; the bitmaps,
+// settled, expand to indices in their order. What the bracket holds is counted, not assumed: when
+// the threshold is not in it, or there is no room for its keys, histograms of the scores narrow it
+// and the pass runs again. The result does not depend on the sample or the number of threads.
+//
+// Traffic: 4 n bytes read, 8 k written, n / 2 of bitmaps. Workspace: n / 4 bytes of bitmaps and n
+// of keys.
+#include "cpu/selection.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <functional>
+
+#include "core/order_key.h"
+#include "cpu/huge_pages.h"
+#include "cpu/selection_kernels.h"
 
 namespace emp_fast::cpu {
+namespace {
 
-void bind_selection(pybind11::module_&) {}
+constexpr int kBinBits = 11;
+constexpr int kBins = 1 << kBinBits;
+constexpr int64_t kSmallSegment = 1024;     // below: std::nth_element on a copy beats histograms
+constexpr int64_t kSmallestSample = 1024;   // also: fewer scores than twice this are all sampled
+constexpr int64_t kTilesPerThread = 16;     // at least: waking a thread costs several tiles' work
+constexpr int kGrain = 4;                   // tiles that a thread takes at a time
+constexpr double kBracketDeviations = 3.5;  // one bracket in 2000 misses the threshold
+
+struct Tile {
+  int64_t first_key;  // of its bracket keys, in the pool
+  int64_t first_out;
+  int32_t above;
+  int32_t bracket;
+  int32_t ties;
+};
+
+struct Workspace {
+  Workspace(void* base, int64_t n)
+      : num_tiles((n + kTile - 1) / kTile),
+        pool_size(std::max(n / 4, std::min(n, 2 * kSmallestSample))) {
+    char* at = static_cast<char*>(base);
+    above = reinterpret_cast<uint64_t*>(at);
+    at += num_tiles * kTileWords * sizeof(uint64_t);
+    bracket = reinterpret_cast<uint64_t*>(at);
+    at += num_tiles * kTileWords * sizeof(uint64_t);
+    tiles = reinterpret_cast<Tile*>(at);
+    at += num_tiles * sizeof(Tile);
+    pool = reinterpret_cast<uint32_t*>(at);
+    at += pool_size * sizeof(uint32_t);
+    size = at - static_cast<char*>(base);
+  }
+
+  int64_t num_tiles;
+  int64_t pool_size;
+  uint64_t* above;
+  uint64_t* bracket;
+  Tile* tiles;
+  uint32_t* pool;
+  int64_t size;
+};
+
+const uint32_t* tile_keys(const uint32_t* keys, int, uint32_t*) { return keys; }
+
+const uint32_t* tile_keys(const float* scores, int n, uint32_t* keys) {
+  selection_kernels().order_keys(scores, n, keys);
+  return keys;
+}
+
+int useful_threads(int64_t num_tiles, int num_threads) {
+  return static_cast<int>(
+      std::max<int64_t>(1, std::min<int64_t>(num_threads, num_tiles / kTilesPerThread)));
+}
+
+template <typename Value>
+void count_bins(const Value* values, int64_t begin, int64_t end, Bracket bracket, int shift,
+                int64_t* bins) {
+  uint32_t buffer[kTile];
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int n = static_cast<int>(std::min<int64_t>(kTile, end - at));
+    const uint32_t* keys = tile_keys(values + at, n, buffer);
+    for (int i = 0; i < n; ++i) {
+      const uint32_t offset = keys[i] - bracket.low;  // wraps below the bracket
+      if (offset <= bracket.high - bracket.low) ++bins[offset >> shift];
+    }
+  }
+}
+
+// Narrows the bracket around its `rank` highest key until it is one key or holds at most `enough`.
+// `rank`, at least 1, becomes the rank within the narrowed bracket. One read of the values for each
+// kBinBits bits of the bracket's width.
+template <typename Value>
+Bracket narrow(const Value* values, int64_t n, Bracket bracket, int64_t* rank, int64_t enough,
+               int num_threads) {
+  const int64_t num_tiles = (n + kTile - 1) / kTile;
+  const int threads = useful_threads(num_tiles, num_threads);
+  while (bracket.low < bracket.high) {
+    int shift = 0;
+    while ((bracket.high - bracket.low) >> shift >= kBins) ++shift;
+    int64_t bins[kBins] = {};
+    if (threads == 1) {
+      count_bins(values, 0, n, bracket, shift, bins);
+    } else {
+#pragma omp parallel num_threads(threads)
+      {
+        int64_t own[kBins] = {};
+#pragma omp for schedule(dynamic, kGrain) nowait
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+          count_bins(values, tile * kTile, std::min(n, (tile + 1) * kTile), bracket, shift, own);
+        }
+#pragma omp critical(emp_fast_bins)
+        for (int bin = 0; bin < kBins; ++bin) bins[bin] += own[bin];
+      }
+    }
+    int bin = kBins - 1;
+    while (bin > 0 && bins[bin] < *rank) *rank -= bins[bin--];
+    bracket.low += static_cast<uint32_t>(bin) << shift;
+    bracket.high = bracket.low + std::min(bracket.high - bracket.low, (1u << shift) - 1);
+    if (bins[bin] <= enough) break;
+  }
+  return bracket;
+}
+
+uint32_t mixed(uint32_t x) {  // the finaliser of MurmurHash3
+  x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
+  x = (x ^ (x >> 13)) * 0xC2B2AE35u;
+  return x ^ (x >> 16);
+}
+
+// A bracket of the k-th highest score from a sample, one score at a random place of each of m equal
+// parts. `pool` holds the sample.
+Bracket sampled_bracket(const float* scores, int64_t n, int64_t k, uint32_t* pool) {
+  // Sampling costs a cache miss each, a wider bracket a few cycles for each key in it.
+  const int64_t sample =
+      n < 2 * kSmallestSample
+          ? n
+          : std::max(kSmallestSample, static_cast<int64_t>(std::pow(n / 8.0, 2.0 / 3.0)));
+  const int64_t part = n / sample, longer_parts = n % sample;
+  for (int64_t i = 0; i < sample; ++i) {
+    const int64_t start = i * part + std::min(i, longer_parts);
+    const int64_t offset = static_cast<int64_t>(
+        (static_cast<unsigned __int128>(mixed(static_cast<uint32_t>(i))) * part) >> 32);
+    uint32_t bits;
+    std::memcpy(&bits, scores + start + offset, sizeof bits);
+    pool[i] = order_key(bits);
+  }
+  if (sample == n) {
+    const uint32_t key = find_threshold(pool, n, {kNanKey, kHighestKey}, k, 1).key;
+    return {key, key};
+  }
+  const double share = static_cast<double>(k) / static_cast<double>(n);
+  const double m = static_cast<double>(sample);
+  const double spread = kBracketDeviations * std::sqrt(m * share * (1 - share)) + 3;
+  const int64_t first = static_cast<int64_t>(std::floor(share * m - spread));
+  const int64_t last = static_cast<int64_t>(std::ceil(share * m + spread));
+  Bracket bracket{kNanKey, kHighestKey};
+  uint32_t* end = pool + sample;
+  if (last <= sample) {
+    std::nth_element(pool, pool + last - 1, end, std::greater<>());
+    bracket.low = pool[last - 1];
+    end = pool + last;
+  }
+  if (first >= 1) {
+    std::nth_element(pool, pool + first - 1, end, std::greater<>());
+    bracket.high = pool[first - 1];
+  }
+  return bracket;
+}
+
+struct Totals {
+  int64_t above;
+  int64_t bracket;
+  bool collected;  // the pool holds every key of the bracket
+};
+
+Totals classify(const float* scores, int64_t n, Bracket bracket, const Workspace& work,
+                int num_threads) {
+  const SelectionKernels& kernels = selection_kernels();
+  // Keys of a bracket of one are known without collecting them.
+  const bool collect = bracket.low < bracket.high;
+  std::atomic<int64_t> used{0};
+  int64_t above = 0, in_bracket = 0;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, kGrain) \
+    reduction(+ : above, in_bracket)
+  for (int64_t t = 0; t < work.num_tiles; ++t) {
+    uint32_t keys[kTile + kSlack];
+    const int size = static_cast<int>(std::min<int64_t>(kTile, n - t * kTile));
+    const TileCounts counts =
+        kernels.classify(scores + t * kTile, size, bracket.low, bracket.high,
+                         work.above + t * kTileWords, work.bracket + t * kTileWords, keys);
+    Tile& tile = work.tiles[t];
+    tile.above = counts.above;
+    tile.bracket = counts.bracket;
+    if (collect) {
+      tile.first_key = used.fetch_add(counts.bracket, std::memory_order_relaxed);
+      if (tile.first_key + counts.bracket <= work.pool_size) {
+        std::memcpy(work.pool + tile.first_key, keys, counts.bracket * sizeof(uint32_t));
+      }
+    }
+    above += counts.above;
+    in_bracket += counts.bracket;
+  }
+  return {above, in_bracket, !collect || in_bracket <= work.pool_size};
+}
+
+// Marks the first `ties` of the bracket's scores, all of which equal the threshold.
+void settle_ties(const uint64_t* bracket, int ties, int num_words, uint64_t* words) {
+  for (int w = 0; w < num_words && ties > 0; ++w) {
+    uint64_t taken = bracket[w], rest = taken;
+    for (int left = ties; rest != 0 && left > 0; --left) rest &= rest - 1;
+    taken ^= rest;
+    words[w] |= taken;
+    ties -= __builtin_popcountll(taken);
+  }
+}
+
+// Lets `key + 1` alone be the cutoff of a tile: raises the first `ties` keys at the threshold above
+// it.
+void raise_ties(uint32_t* keys, uint32_t threshold, int ties) {
+  for (; ties > 0; ++keys) {
+    const bool tied = *keys == threshold;
+    *keys += tied;
+    ties -= tied;
+  }
+}
+
+}  // namespace
+
+Threshold find_threshold(const uint32_t* keys, int64_t n, Bracket bracket, int64_t rank,
+                         int num_threads) {
+  if (rank == 0) return {bracket.high, 0};
+  if (n > kSmallSegment) bracket = narrow(keys, n, bracket, &rank, kSmallSegment, num_threads);
+  if (bracket.low == bracket.high) return {bracket.low, rank};
+  uint32_t copy[kSmallSegment + 1];
+  int size = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    copy[size] = keys[i];
+    size += keys[i] - bracket.low <= bracket.high - bracket.low;
+  }
+  std::nth_element(copy, copy + rank - 1, copy + size, std::greater<>());
+  const uint32_t key = copy[rank - 1];
+  return {key, rank - std::count_if(copy, copy + rank, [key](uint32_t x) { return x > key; })};
+}
+
+int64_t topk_workspace(int64_t n) { return Workspace(nullptr, n).size; }
+
+void topk(const float* scores, int64_t n, int64_t k, int64_t* out, void* workspace,
+          int num_threads) {
+  if (k == 0) return;
+  advise_huge_pages(out, k * sizeof(int64_t));
+  const Workspace work(workspace, n);
+  const int threads = useful_threads(work.num_tiles, num_threads);
+  if (k == n) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) out[i] = i;
+    return;
+  }
+
+  Bracket bracket = sampled_bracket(scores, n, k, work.pool);
+  Totals totals = classify(scores, n, bracket, work, threads);
+  int64_t wanted = k - totals.above;
+  if (wanted < 0 || wanted > totals.bracket || !totals.collected) {
+    int64_t rank =
+        std::max<int64_t>(wanted, 1);  // of the bracket's highest key when none is wanted
+    if (wanted < 0) {
+      bracket = {bracket.high + 1, kHighestKey};
+      rank = k;
+    } else if (wanted > totals.bracket) {
+      bracket = {kNanKey, bracket.low - 1};
+      rank = wanted - totals.bracket;
+    }
+    bracket = narrow(scores, n, bracket, &rank, work.pool_size, threads);
+    totals = classify(scores, n, bracket, work, threads);
+    wanted = k - totals.above;
+  }
+
+  const bool single = bracket.low == bracket.high;
+  const Threshold threshold =
+      single ? Threshold{bracket.low, wanted}
+             : find_threshold(work.pool, totals.bracket, bracket, wanted, threads);
+  const SelectionKernels& kernels = selection_kernels();
+#pragma omp parallel for num_threads(threads) schedule(dynamic, kGrain)
+  for (int64_t t = 0; t < work.num_tiles; ++t) {
+    Tile& tile = work.tiles[t];
+    KeyCounts counts{0, tile.bracket};
+    if (!single) counts = kernels.count(work.pool + tile.first_key, tile.bracket, threshold.key);
+    tile.above += counts.above;
+    tile.ties = counts.ties;
+  }
+  int64_t ties = threshold.ties, selected = 0;
+  for (int64_t t = 0; t < work.num_tiles; ++t) {
+    Tile& tile = work.tiles[t];
+    tile.ties = static_cast<int32_t>(std::min<int64_t>(ties, tile.ties));
+    ties -= tile.ties;
+    tile.first_out = selected;
+    selected += tile.above + tile.ties;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, kGrain)
+  for (int64_t t = 0; t < work.num_tiles; ++t) {
+    const Tile& tile = work.tiles[t];
+    const int num_words = static_cast<int>((std::min<int64_t>(kTile, n - t * kTile) + 63) / 64);
+    uint64_t* words = work.above + t * kTileWords;
+    const uint64_t* in_bracket = work.bracket + t * kTileWords;
+    if (single) {
+      settle_ties(in_bracket, tile.ties, num_words, words);
+    } else {
+      uint32_t* keys = work.pool + tile.first_key;
+      raise_ties(keys, threshold.key, tile.ties);
+      kernels.settle(in_bracket, keys, threshold.key + 1, num_words, words);
+    }
+    kernels.expand(words, num_words, t * kTile, out + tile.first_out,
+                   out + tile.first_out + tile.above + tile.ties);
+  }
+}
 
 }  // namespace emp_fast::cpu

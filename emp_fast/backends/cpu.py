@@ -6,10 +6,17 @@ The kernels are compiled for several instruction sets and the best that the proc
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from emp_fast.backends.base import Recurrence, State, check_index_range
 from emp_fast.backends.native import load_native
 from emp_fast.backends.reference import ReferenceBackend
+
+_KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h numbers them
+_MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
 
 
 class CpuBackend(ReferenceBackend):
@@ -17,9 +24,102 @@ class CpuBackend(ReferenceBackend):
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        loaded = load_native()
+        self._reason = loaded if isinstance(loaded, str) else None
+        self._native: Any = loaded
+
     def why_not(self, device: torch.device) -> str | None:
         """The reason that there is no native code for ``device``, or none at all."""
         if device.type != "cpu":
             return f"it serves the CPU alone, not {device}"
-        native = load_native()
-        return native if isinstance(native, str) else None
+        return self._reason
+
+    def update_state(
+        self,
+        indices: Tensor,
+        signal: Tensor,
+        direct: Tensor | None,
+        count: Tensor | None,
+        state: State,
+        recurrence: Recurrence,
+    ) -> None:
+        """Bit-identical to the reference; O(S)."""
+        if recurrence.kind == "variance" and state.variance is None:
+            raise ValueError("state.variance must be a tensor for the variance recurrence")
+        num_samples = state.scores.shape[0]
+        applied = self._native.update_state(
+            indices.data_ptr(),
+            signal.data_ptr(),
+            _pointer(direct),
+            _pointer(count),
+            indices.shape[0],
+            state.scores.data_ptr(),
+            state.memory.data_ptr(),
+            state.visits.data_ptr(),
+            _pointer(state.variance),
+            state.claims.data_ptr(),
+            state.counters.data_ptr(),
+            num_samples,
+            _KINDS.index(recurrence.kind),
+            recurrence.decay,
+            recurrence.direct_scale,
+            recurrence.memory_scale,
+            recurrence.variance_scale,
+        )
+        if not applied:
+            check_index_range(indices, num_samples)
+
+    def topk_indices(self, scores: Tensor, k: int) -> Tensor:
+        """One read of the scores; workspace of 1.3 bytes a score."""
+        native, n = self._native, scores.shape[0]
+        selected = torch.empty(k, dtype=torch.int64)
+        workspace = torch.empty(native.topk_workspace(n), dtype=torch.uint8)
+        native.topk(
+            scores.data_ptr(),
+            n,
+            k,
+            selected.data_ptr(),
+            workspace.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return selected
+
+    def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
+        """Three reads of the groups, two of the scores; workspace of 4.1 bytes a score."""
+        native, n, num_groups = self._native, scores.shape[0], group_k.shape[0]
+        threads = torch.get_num_threads()
+        selected = torch.empty(int(group_k.sum()), dtype=torch.int64)
+        size = native.grouped_topk_workspace(n, num_groups, threads)
+        workspace = torch.empty(size, dtype=torch.uint8)
+        native.grouped_topk(
+            scores.data_ptr(),
+            groups.data_ptr(),
+            n,
+            group_k.data_ptr(),
+            num_groups,
+            selected.data_ptr(),
+            workspace.data_ptr(),
+            threads,
+        )
+        return selected
+
+    def philox(
+        self, n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device
+    ) -> Tensor:
+        """Vectorised over the samples."""
+        words = torch.empty(n, dtype=torch.int32)
+        self._native.philox(
+            words.data_ptr(),
+            n,
+            start & _MASK64,
+            epoch & _MASK32,
+            stream & _MASK32,
+            seed & _MASK64,
+            torch.get_num_threads(),
+        )
+        return words
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

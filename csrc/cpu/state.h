@@ -1,0 +1,25 @@
+// The per-sample state update: emp_fast.backends.base.Backend.update_state.
+#pragma once
+#include <cstdint>
+
+#include "core/recurrence.h"
+
+namespace emp_fast::cpu {
+
+struct StateView {
+  float* scores;
+  float* memory;
+  int32_t* visits;
+  float* variance;  // null unless the recurrence is kVariance
+  int32_t* claims;
+  int64_t* counters;
+  int64_t num_samples;
+};
+
+// Applies the num_rows visits; `direct` and `count` may be null. Returns false, with nothing
+// applied or counted, when an index lies outside [0, num_samples).
+bool update_state(const int64_t* indices, const float* signal, const float* direct,
+                  const int32_t* count, int64_t num_rows, const StateView& state,
+                  const Recurrence& recurrence);
+
+}  // namespace emp_fast::cpu
