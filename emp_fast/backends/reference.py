@@ -24,6 +24,7 @@ from emp_fast.backends.base import (
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
+_MOST_VISITS = 2**31 - 1  # and there the count stays
 
 
 class ReferenceBackend(Backend):
@@ -157,9 +158,10 @@ class ReferenceBackend(Backend):
         chosen = winners(indices, values, count, state.scores.shape[0], state.counters)
         rows, at = chosen.rows, chosen.indices
         x, m, n = signal[rows], state.memory[at], state.visits[at]
+        visits = n.clamp_max(_MOST_VISITS - 1) + 1
         first, decay = n == 0, recurrence.decay
         if recurrence.kind == "mean":
-            memory = m + (x - m) / (n + 1)
+            memory = m + (x - m) / visits
         else:
             memory = decay * m + (1 - decay) * x
         memory = torch.where(first, x, memory)
@@ -175,7 +177,7 @@ class ReferenceBackend(Backend):
             chosen.write(state.variance, variance)
         chosen.write(state.memory, memory)
         chosen.write(state.scores, score)
-        chosen.write(state.visits, n + 1)
+        chosen.write(state.visits, visits)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
         n = scores.shape[0]
@@ -220,6 +222,8 @@ class ReferenceBackend(Backend):
 def order_keys(scores: Tensor) -> Tensor:
     """Maps floats to integers of the same order: -0.0 equals 0.0, NaN lowest.
 
+    Integer work alone, so that flushing denormals to zero does not change the order.
+
     Args:
         scores: [N] float32 or float64.
 
@@ -228,8 +232,9 @@ def order_keys(scores: Tensor) -> Tensor:
     """
     integer, bits = (torch.int32, 31) if scores.dtype == torch.float32 else (torch.int64, 63)
     lowest = -(2**bits)
-    pattern = (scores + 0.0).view(integer)
-    keys = pattern ^ ((pattern >> bits) & (2**bits - 1))
+    pattern = scores.view(integer)
+    magnitude = pattern & (2**bits - 1)
+    keys = torch.where(pattern < 0, -magnitude, magnitude)
     return torch.where(torch.isnan(scores), lowest, keys)
 
 
