@@ -1,0 +1,1 @@
+"""Benchmarks against peers: interleaved, checked, and reported with the machine that ran them."""

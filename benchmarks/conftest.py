@@ -1,0 +1,268 @@
+"""Options, the machine, and how a contest becomes rows of pytest-benchmark's JSON and table.
+
+pytest-benchmark times one thing after the other; here one of its benchmarks is a whole contest,
+whose round runs every contender. Its hooks then put a row for each contender in its place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.stats import Stats
+
+from benchmarks import machine
+from benchmarks.harness import (
+    Case,
+    Clock,
+    Contender,
+    Contest,
+    CudaClock,
+    Standing,
+    WallClock,
+    percentiles,
+)
+from benchmarks.models import WORKLOADS
+from emp_fast.testing import benchmark_shapes
+
+_COPY = pytest.StashKey[dict[str, float]]()
+_QUICK_SHAPES = ((128, 10), (33, 1000))
+_SELECTION_SIZES = {"cpu": (50_000, 1_280_000, 20_000_000), "cuda": (10**6, 10**7, 10**8, 10**9)}
+_SELECTION_SHARES = {"cpu": (0.3,), "cuda": (0.1, 0.3, 0.7)}
+#: Rows, features and classes of `linear_cross_entropy`.
+_LINEAR_SHAPES = {"cpu": ((512, 256, 32000),), "cuda": ((8192, 2048, 128256),)}
+_QUICK_LINEAR = ((16, 8, 100),)
+_UPDATE_ROWS = (128, 1024, 16384)
+
+Race = Callable[..., Contest]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("emp_fast benchmarks")
+    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.addoption("--quick", action="store_true", help="small shapes, two rounds: a smoke test")
+    group.addoption(
+        "--case-seconds", type=float, default=2.0, help="how long to time each case for"
+    )
+
+
+def _device(config: pytest.Config) -> torch.device:
+    name = config.getoption("--device")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    return torch.device(name)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The same cases on every device, at the sizes that are usual there."""
+    device, quick = _device(metafunc.config), metafunc.config.getoption("--quick")
+
+    def over(name: str, values: Sequence[Any], spelled: Callable[[Any], str] = str) -> None:
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values, ids=spelled)
+
+    halves = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
+    over("dtype", halves, lambda dtype: str(dtype).removeprefix("torch."))
+    over("shape", _QUICK_SHAPES if quick else benchmark_shapes(device), _spelled_shape)
+    over("logits_kind", ("random", "peaked"))
+    over("linear_shape", _QUICK_LINEAR if quick else _LINEAR_SHAPES[device.type], _spelled_shape)
+    over("num_scores", (1_000,) if quick else _SELECTION_SIZES[device.type])
+    over("share", _SELECTION_SHARES[device.type])
+    over("scores_kind", ("random", "peaked"))
+    over("rows", (16,) if quick else _UPDATE_ROWS)
+    over("workload", WORKLOADS[device.type], lambda workload: f"{workload.name}-{workload.batch}")
+
+
+def _spelled_shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return _device(request.config)
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--quick"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def copy_rate(request: pytest.FixtureRequest, device: torch.device, quick: bool) -> float:
+    """Bytes a second of a large copy, measured before the first case."""
+    nbytes = 2**22 if quick else 2**30 if device.type == "cuda" else 2**29
+    measured = machine.copy_bandwidth(device, nbytes)
+    request.config.stash[_COPY] = measured
+    return measured["median"]
+
+
+@pytest.fixture(scope="session")
+def clock(device: torch.device) -> Clock:
+    if device.type == "cpu":
+        return WallClock()
+    flush = torch.empty(4 * machine.cache_bytes(device), dtype=torch.int8, device=device)
+    return CudaClock(flush)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_first_use() -> Iterator[None]:
+    """A machine without one of the kernel backends says so in the report, not by a warning here."""
+    import emp_fast
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", emp_fast.EmpFastWarning)
+        yield
+
+
+@pytest.fixture
+def race(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    device: torch.device,
+    clock: Clock,
+    copy_rate: float,
+    quick: bool,
+) -> Race:
+    """Checks the contenders of a case, times them, and records what stood the check."""
+
+    def run(
+        case: Case,
+        contenders: Sequence[Contender],
+        *,
+        clock: Clock = clock,
+        memory: bool = False,
+        burst_seconds: float = 1e-3,
+        seconds: float | None = None,
+    ) -> Contest:
+        contest = Contest(case, contenders, clock, burst_seconds=burst_seconds)
+        contest.check()
+        contest.calibrate()
+        budget = seconds or request.config.getoption("--case-seconds")
+        peaks = _peaks(contest, device) if memory else {}
+        benchmark.group = f"{case.suite} {case.name}"
+        benchmark.pedantic(contest.round, rounds=2 if quick else contest.rounds(budget))
+        benchmark.extra_info.update(
+            suite=case.suite,
+            case=case.name,
+            floor_bytes=case.floor_bytes,
+            facts=case.facts,
+            contenders=[
+                _record(standing, case, copy_rate, peaks.get(standing.contender.name))
+                for standing in contest.standings
+            ],
+        )
+        return contest
+
+    return run
+
+
+def _peaks(contest: Contest, device: torch.device) -> dict[str, int | None]:
+    peaks = {}
+    for contender, _, refused in contest.standings:
+        if refused is None:
+            with contender.context(), machine.PeakMemory(device) as peak:
+                result = contender.call(*contest.case.inputs[0])
+            del result
+            peaks[contender.name] = peak.nbytes
+    return peaks
+
+
+def _record(standing: Standing, case: Case, copy_rate: float, peak: int | None) -> dict[str, Any]:
+    contender, samples, refused = standing
+    record: dict[str, Any] = {
+        "name": contender.name,
+        "note": contender.note,
+        "ours": contender.ours,
+    }
+    if refused is not None or not samples:
+        return record | {"refused": refused or "not run"}
+    record["seconds"] = [sample.seconds for sample in samples]
+    record |= percentiles(record["seconds"])
+    for name in ("host", "latency"):
+        values = [value for sample in samples if (value := getattr(sample, name)) is not None]
+        if values:
+            record[name] = percentiles(values)
+    if case.floor_bytes is not None:
+        record["copy_percent"] = 100 * case.floor_bytes / record["median"] / copy_rate
+    if peak is not None:
+        record["peak_bytes"] = peak
+    return record
+
+
+# ---- a row a contender ---------------------------------------------------------------------------
+
+
+def _rows(bench: dict[str, Any], *, flat: bool) -> Iterator[dict[str, Any]]:
+    """One entry of pytest-benchmark for each contender of the contest that ``bench`` is."""
+    info = bench["extra_info"]
+    case = {name: info[name] for name in ("suite", "case", "floor_bytes", "facts")}
+    for record in info["contenders"]:
+        if flat and "refused" in record:
+            continue
+        measured: Any = Stats()  # type: ignore[no-untyped-call]
+        for seconds in record.get("seconds", ()):
+            measured.update(seconds)
+        stats = measured.as_dict() | {"iterations": 1} if measured else {}
+        row: dict[str, Any] = {
+            key: bench[key] for key in ("group", "param", "path", "source") if key in bench
+        }
+        row |= {
+            "name": f"{bench['name']}[{record['name']}]",
+            "fullname": f"{bench['fullname']}[{record['name']}]",
+            "extra_info": case | {k: v for k, v in record.items() if k != "seconds"},
+        }
+        yield row | stats if flat else row | {"stats": stats}
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Keeps who ran as pytest-benchmark's benchmarks, and who did not with the reasons."""
+    rows = [
+        row
+        for bench in output_json["benchmarks"]
+        if "contenders" in bench["extra_info"]
+        for row in _rows(bench, flat=False)
+    ]
+    output_json["benchmarks"] = [row for row in rows if row["stats"]]
+    output_json["refused"] = [row["extra_info"] for row in rows if not row["stats"]]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_group_stats(
+    benchmarks: list[dict[str, Any]],
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """A table for each case, a line for each contender."""
+    return [
+        (bench["group"], rows)
+        for bench in benchmarks
+        if "contenders" in bench["extra_info"] and (rows := list(_rows(bench, flat=True)))
+    ]
+
+
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    """What the numbers depend on, and nothing that names a host or a user."""
+    import emp_fast
+
+    machine_info.clear()
+    machine_info.update(machine.describe(_device(config)))
+    machine_info["versions"]["emp_fast"] = emp_fast.__version__
+    machine_info["copy_bytes_per_second"] = config.stash.get(_COPY, None)
+    machine_info["quick"] = bool(config.getoption("--quick"))
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """The commit alone says what ran."""
+    for key in set(commit_info) - {"id", "time", "dirty"}:
+        del commit_info[key]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """The console table keeps to what the report shows, unless asked for more."""
+    config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "rounds"]

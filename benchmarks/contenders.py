@@ -1,0 +1,266 @@
+"""The contenders of each suite, with what to check of their results."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import emp_fast
+from benchmarks import baselines
+from benchmarks.harness import Bound, Contender, Unavailable
+from emp_fast.backends import backend_status, resolve
+from emp_fast.functional import SampleStats, cross_entropy, linear_cross_entropy, topk_indices
+
+OURS = Bound(1e-5, 1e-6)
+#: The gradient of a mean: what `outputs` gives is scaled back to the single sample.
+OUR_GRADIENT = Bound(1e-4, 2e-6)
+EXACT = Bound(0.0, 0.0)
+ONLY_LOSS = "computes the loss alone"
+
+
+def backends(
+    device: torch.device,
+) -> tuple[dict[str, Callable[[], AbstractContextManager[Any]]], dict[str, str]]:
+    """The kernel backends of ``device`` with how to enter each, and why the others cannot serve.
+
+    The automatic choice is entered by doing nothing, as users do. Where no kernel serves, the
+    reference stands in, under its own name.
+    """
+    status = [s for s in backend_status(device) if s.name != "reference"]
+    names = [s.name for s in status if s.available] or ["reference"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", emp_fast.EmpFastWarning)
+        automatic = resolve(device).name
+    entered = {name: nullcontext if name == automatic else _entering(name) for name in names}
+    if automatic == "reference":
+        entered["reference"] = _entering("reference")
+    wanted = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[device.type]
+    refused = {s.name: s.reason or "" for s in status if not s.available and s.name in wanted}
+    return entered, refused
+
+
+def _entering(name: str) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: emp_fast.use_backend(name)
+
+
+def ours(
+    call: Callable[..., Any],
+    outputs: Callable[[Any], Mapping[str, Tensor]],
+    device: torch.device,
+    bound: Bound = OURS,
+) -> list[Contender]:
+    """One contender a backend; those that cannot serve are struck out with their reason."""
+    return ours_each(lambda: call, outputs, device, bound)
+
+
+def ours_each(
+    make: Callable[[], Callable[..., Any]],
+    outputs: Callable[[Any], Mapping[str, Tensor]],
+    device: torch.device,
+    bound: Bound = OURS,
+) -> list[Contender]:
+    """The same where every backend needs a call of its own, for the state that it moves."""
+    entered, refused = backends(device)
+    contenders = [
+        Contender(f"emp_fast {name}", make(), outputs, bound, context=context, ours=True)
+        for name, context in entered.items()
+    ]
+    for name, reason in refused.items():
+        contenders.append(Contender(f"emp_fast {name}", _unavailable(reason), outputs))
+    return contenders
+
+
+def _unavailable(reason: str) -> Callable[..., Any]:
+    def call(*_: Any) -> None:
+        raise Unavailable(reason)
+
+    return call
+
+
+def forward(device: torch.device, *, compile: bool) -> list[Contender]:
+    """Loss and every score of [S, C] logits."""
+    peers = [
+        Contender("eager", baselines.five_scores, _five),
+        Contender(
+            "torch.compile", compiled(baselines.five_scores_to_compile, wanted=compile), _five
+        ),
+        Contender("F.cross_entropy", _torch_loss, _loss, note=ONLY_LOSS),
+    ]
+    if device.type == "cuda":
+        peers += [
+            Contender("Liger", _on_a_copy(baselines.liger), _loss, note=ONLY_LOSS),
+            Contender("quack", baselines.quack, _loss, note=ONLY_LOSS),
+        ]
+    return [*ours(cross_entropy, _stats, device), *peers]
+
+
+def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
+    """The same, and the gradient of the mean loss to the logits."""
+
+    def with_gradient(score: Callable[..., Any]) -> Callable[..., Any]:
+        def call(logits: Tensor, target: Tensor) -> tuple[Any, Tensor]:
+            result = score(logits, target)
+            loss = result if isinstance(result, Tensor) else result[0]
+            (grad,) = torch.autograd.grad(loss.mean(), logits)
+            return result, grad
+
+        return call
+
+    def and_gradient(
+        outputs: Callable[[Any], Mapping[str, Tensor]],
+    ) -> Callable[[Any], Mapping[str, Tensor]]:
+        return lambda pair: {**outputs(pair[0]), "gradient": pair[1] * pair[1].shape[0]}
+
+    compiled_scores = compiled(baselines.five_scores_to_compile, wanted=compile)
+    peers = [
+        Contender("eager", with_gradient(baselines.five_scores), and_gradient(_five)),
+        Contender("torch.compile", with_gradient(compiled_scores), and_gradient(_five)),
+        Contender(
+            "F.cross_entropy", with_gradient(_torch_loss), and_gradient(_loss), note=ONLY_LOSS
+        ),
+    ]
+    if device.type == "cuda":
+        peers += [
+            Contender(
+                "Liger",
+                _on_a_copy(with_gradient(baselines.liger)),
+                and_gradient(_loss),
+                note=ONLY_LOSS,
+            ),
+            Contender("quack", with_gradient(baselines.quack), and_gradient(_loss), note=ONLY_LOSS),
+        ]
+    return [
+        *ours(with_gradient(cross_entropy), and_gradient(_stats), device, OUR_GRADIENT),
+        *peers,
+    ]
+
+
+def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contender]:
+    """Loss, scores and both gradients of ``hidden @ classifier.T``."""
+
+    def with_gradients(score: Callable[..., Any]) -> Callable[..., Any]:
+        def call(hidden: Tensor, classifier: Tensor, target: Tensor) -> tuple[Any, Tensor]:
+            result = score(hidden, classifier, target)
+            loss = result if isinstance(result, Tensor) else result[0]
+            grad, _ = torch.autograd.grad(loss.mean(), (hidden, classifier))
+            return result, grad
+
+        return call
+
+    def of_logits(score: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda hidden, classifier, target: score(hidden @ classifier.T, target)
+
+    def and_gradient(
+        outputs: Callable[[Any], Mapping[str, Tensor]],
+    ) -> Callable[[Any], Mapping[str, Tensor]]:
+        return lambda pair: {**outputs(pair[0]), "gradient": pair[1] * pair[1].shape[0]}
+
+    scored = compiled(of_logits(baselines.five_scores_to_compile), wanted=compile)
+    peers = [
+        Contender(
+            "eager", with_gradients(of_logits(baselines.five_scores)), and_gradient(_five), bound
+        ),
+        Contender("torch.compile", with_gradients(scored), and_gradient(_five), bound),
+        Contender(
+            "F.cross_entropy",
+            with_gradients(of_logits(_torch_loss)),
+            and_gradient(_loss),
+            bound,
+            note=ONLY_LOSS,
+        ),
+    ]
+    if device.type == "cuda":
+        for name, peer in (
+            ("cut-cross-entropy", baselines.cut_cross_entropy),
+            ("Liger", baselines.liger_linear),
+        ):
+            call = with_gradients(peer)
+            peers.append(Contender(name, call, and_gradient(_loss), bound, note=ONLY_LOSS))
+    call = with_gradients(linear_cross_entropy)
+    return [*ours(call, and_gradient(_stats), device, bound), *peers]
+
+
+def selection(device: torch.device, values: Callable[[Tensor], Tensor]) -> list[Contender]:
+    """Indices of the k highest of N scores; ``values`` gives the scores of a choice, in order."""
+
+    def exact(indices: Tensor) -> Mapping[str, Tensor]:
+        return {"indices": indices}
+
+    def equal(indices: Any) -> Mapping[str, Tensor]:
+        return {"values": values(torch.as_tensor(indices))}
+
+    unordered = "neither index order nor a rule for ties"
+    peers = [
+        Contender("torch.topk", _topk, equal, EXACT, note=unordered),
+        Contender("torch.sort", _sort, equal, EXACT, note="in the order of the scores"),
+    ]
+    if device.type == "cpu":
+        peers.append(Contender("np.argpartition", _argpartition, equal, EXACT, note=unordered))
+    return [*ours(topk_indices, exact, device, EXACT), *peers]
+
+
+def _topk(scores: Tensor, k: int) -> Tensor:
+    return torch.topk(scores, k, sorted=False).indices
+
+
+def _sort(scores: Tensor, k: int) -> Tensor:
+    return torch.sort(scores, descending=True).indices[:k]
+
+
+def _argpartition(scores: Tensor, k: int) -> Any:
+    import numpy as np
+
+    n = scores.shape[0]
+    return np.argpartition(scores.numpy(), n - k)[n - k :]
+
+
+def _on_a_copy(call: Callable[..., Any]) -> Callable[..., Any]:
+    """For a peer that writes the gradient over the logits: the others must not find it there.
+
+    The first call, which is the checked one, sees the logits; later ones what was left of them.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def of_copy(logits: Tensor, target: Tensor) -> Any:
+        if id(logits) not in copies:
+            copy = logits.detach().clone()
+            copies[id(logits)] = copy.requires_grad_(logits.requires_grad)
+        return call(copies[id(logits)], target)
+
+    return of_copy
+
+
+def compiled(
+    function: Callable[..., Any], *, wanted: bool, reset: bool = True
+) -> Callable[..., Any]:
+    """``torch.compile`` in its default mode, specialised to the shapes of the case.
+
+    ``reset`` forgets what earlier cases compiled, before their number makes dynamo give up.
+    """
+    if not wanted:
+        return _unavailable("not compiled in a quick run")
+    if reset:
+        torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def _torch_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, target, reduction="none")
+
+
+def _stats(stats: SampleStats) -> Mapping[str, Tensor]:
+    return {name: getattr(stats, name) for name in baselines.FIVE}
+
+
+def _five(scores: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+    return dict(zip(baselines.FIVE, scores, strict=True))
+
+
+def _loss(loss: Tensor) -> Mapping[str, Tensor]:
+    return {"loss": loss}

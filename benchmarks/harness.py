@@ -1,0 +1,306 @@
+"""Interleaved timing of every contender of a case; a speed exists only behind a passed check.
+
+One round times each contender once, in a new random order, so that a slow minute of the machine
+falls on all of them alike. What is timed is a burst of calls on rotating inputs: together more than
+the caches hold, where the inputs are large enough for that.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Inputs = tuple[Any, ...]
+
+#: A round is repeated at least so often, whatever the budget is.
+MIN_ROUNDS = 7
+MAX_ROUNDS = 400
+MAX_BURST = 256
+
+
+class CheckFailed(AssertionError):
+    """A contender's result differs from the reference: its speed means nothing."""
+
+
+class Unavailable(Exception):
+    """A contender cannot run here; the message says why."""
+
+
+class Bound(NamedTuple):
+    """How far from the reference a result may be: |got - want| <= absolute + relative * |want|."""
+
+    relative: float
+    absolute: float
+
+
+PEER_BOUND = Bound(1e-3, 1e-4)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work of a case."""
+
+    name: str
+    call: Callable[..., Any]
+    #: The tensors to compare with the reference, of the result of `call`.
+    outputs: Callable[[Any], Mapping[str, Tensor]]
+    bound: Bound = PEER_BOUND
+    #: What it computes less, or other, than the others.
+    note: str = ""
+    #: Entered around every burst, outside the timing.
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    #: Ours: a failed check fails the test instead of striking the contender out.
+    ours: bool = False
+
+
+class Sample(NamedTuple):
+    """Seconds a call, of one burst."""
+
+    #: On the CPU wall time, on a GPU the time of its kernels.
+    seconds: float
+    #: On a GPU: until the call returned, and until its result was there. None on the CPU.
+    host: float | None = None
+    latency: float | None = None
+
+
+class Clock(Protocol):
+    """How one kind of device is timed."""
+
+    def burst(self, call: Callable[..., Any], inputs: Sequence[Inputs]) -> Sample:
+        """Calls once for every element of ``inputs``."""
+
+
+class WallClock:
+    """Wall time to the end of what the calls enqueue: for the CPU, and for whole steps anywhere."""
+
+    def __init__(self, synchronize: Callable[[], object] = lambda: None) -> None:
+        self._synchronize = synchronize
+
+    def burst(self, call: Callable[..., Any], inputs: Sequence[Inputs]) -> Sample:
+        """Calls once for every element of ``inputs``."""
+        self._synchronize()
+        start = time.perf_counter()
+        for arguments in inputs:
+            call(*arguments)
+        self._synchronize()
+        return Sample((time.perf_counter() - start) / len(inputs))
+
+
+class CudaClock:
+    """Kernel time from events behind a flushed L2 cache, host time and latency apart.
+
+    The flush also keeps the device busy while the host launches, so that the events hold no gap
+    that is the host's. The tests pass something in the place of `torch.cuda`.
+    """
+
+    def __init__(self, flush: Tensor, cuda: Any = torch.cuda) -> None:
+        self._flush, self._cuda = flush, cuda
+        self._flush_seconds = self._time_flush()
+
+    def _time_flush(self) -> float:
+        repeats = 10
+        self._flush.zero_()
+        self._cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            self._flush.zero_()
+        self._cuda.synchronize()
+        return max((time.perf_counter() - start) / repeats, 1e-7)
+
+    def burst(self, call: Callable[..., Any], inputs: Sequence[Inputs]) -> Sample:
+        """Calls twice for each of ``inputs``: for the host's time, then for the kernels'."""
+        hosts, latencies = [], []
+        for arguments in inputs:
+            self._cuda.synchronize()
+            start = time.perf_counter()
+            call(*arguments)
+            returned = time.perf_counter()
+            self._cuda.synchronize()
+            hosts.append(returned - start)
+            latencies.append(time.perf_counter() - start)
+        host = statistics.median(hosts)
+        flushes = 1 + math.ceil(1.5 * host / self._flush_seconds)
+        pairs = []
+        for arguments in inputs:
+            for _ in range(min(flushes, 64)):
+                self._flush.zero_()
+            begin, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call(*arguments)
+            end.record()
+            pairs.append((begin, end))
+        self._cuda.synchronize()
+        kernels = [begin.elapsed_time(end) * 1e-3 for begin, end in pairs]
+        return Sample(statistics.median(kernels), host, statistics.median(latencies))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass
+class Case:
+    """What is measured: the work, its inputs and what the right result is."""
+
+    suite: str
+    name: str
+    inputs: Sequence[Inputs]
+    expected: Callable[[Inputs], Mapping[str, Tensor]]
+    #: Bytes that the work cannot do without: every input read once, every output written once.
+    floor_bytes: int | None = None
+    #: Narrows an output to the part that `expected` gives, where the whole would not fit.
+    narrow: Callable[[Tensor], Tensor] = _whole
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Standing(NamedTuple):
+    """What became of one contender of a case."""
+
+    contender: Contender
+    samples: list[Sample]
+    refused: str | None  # why it has no samples
+
+
+class Contest:
+    """A case with its contenders: checks each, then times them round by round."""
+
+    def __init__(
+        self,
+        case: Case,
+        contenders: Sequence[Contender],
+        clock: Clock,
+        *,
+        burst_seconds: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        """Contest of ``contenders``.
+
+        Args:
+            case: the work.
+            contenders: who does it.
+            clock: how to time it.
+            burst_seconds: about how long a burst lasts, so that the timer hardly counts.
+            seed: of the order in the rounds.
+        """
+        self.case = case
+        self.standings = [Standing(contender, [], None) for contender in contenders]
+        self._clock, self._burst_seconds = clock, burst_seconds
+        self._order = random.Random(seed)
+        self._calls: dict[str, int] = {}
+        self._turn: dict[str, int] = {contender.name: 0 for contender in contenders}
+        self.round_seconds = 0.0
+
+    def check(self) -> None:
+        """Compares everybody with the reference; strikes out who differs or cannot run.
+
+        Raises:
+            CheckFailed: one of ours differs.
+        """
+        arguments = self.case.inputs[0]
+        expected = self.case.expected(arguments)
+        for place, standing in enumerate(self.standings):
+            contender = standing.contender
+            try:
+                with contender.context():
+                    self._compare(contender, contender.call(*arguments), expected)
+            except CheckFailed as error:
+                if contender.ours:
+                    raise
+                self.standings[place] = standing._replace(refused=str(error))
+            except Unavailable as error:
+                self.standings[place] = standing._replace(refused=str(error))
+            except Exception as error:
+                if contender.ours:
+                    raise
+                first_line = (str(error).strip().splitlines() or [""])[0]
+                reason = f"{type(error).__name__}: {first_line}"
+                self.standings[place] = standing._replace(refused=reason)
+
+    def _compare(self, contender: Contender, result: Any, expected: Mapping[str, Tensor]) -> None:
+        for name, tensor in contender.outputs(result).items():
+            got, want = self.case.narrow(tensor.detach()).double(), expected[name].double()
+            where = f"{contender.name} differs from the reference in {name} of "
+            where += f"{self.case.suite} {self.case.name}"
+            if got.shape != want.shape:
+                raise CheckFailed(f"{where}: shape {tuple(got.shape)}, not {tuple(want.shape)}")
+            bound = contender.bound
+            relative = max(bound.relative, _precision(tensor.dtype))
+            if not torch.allclose(got, want, rtol=relative, atol=bound.absolute, equal_nan=True):
+                worst = float((got - want).abs().nan_to_num(math.inf).max())
+                raise CheckFailed(f"{where}: by up to {worst:.3g}")
+
+    def calibrate(self) -> None:
+        """Warms every contender up and finds how many calls make a burst."""
+        for standing in self._running():
+            contender = standing.contender
+            with contender.context():
+                single = min(
+                    self._clock.burst(contender.call, self._next(contender, 1)).seconds
+                    for _ in range(3)
+                )
+                calls = min(MAX_BURST, max(1, math.ceil(self._burst_seconds / max(single, 1e-9))))
+                self._calls[contender.name] = calls
+                start = time.perf_counter()
+                self._clock.burst(contender.call, self._next(contender, calls))
+                self.round_seconds += time.perf_counter() - start
+
+    def round(self) -> None:
+        """Times every contender once, in a new order."""
+        running = self._running()
+        self._order.shuffle(running)
+        gc_was_on = gc.isenabled()
+        gc.disable()
+        try:
+            for standing in running:
+                contender = standing.contender
+                inputs = self._next(contender, self._calls[contender.name])
+                with contender.context():
+                    standing.samples.append(self._clock.burst(contender.call, inputs))
+        finally:
+            if gc_was_on:
+                gc.enable()
+
+    def rounds(self, budget: float) -> int:
+        """How many rounds fit ``budget`` seconds, within the bounds."""
+        fitting = int(budget / max(self.round_seconds, 1e-9))
+        return max(MIN_ROUNDS, min(MAX_ROUNDS, fitting))
+
+    def _running(self) -> list[Standing]:
+        return [standing for standing in self.standings if standing.refused is None]
+
+    def _next(self, contender: Contender, calls: int) -> list[Inputs]:
+        inputs = self.case.inputs
+        start = self._turn[contender.name]
+        self._turn[contender.name] = (start + calls) % len(inputs)
+        return list(itertools.islice(itertools.cycle(inputs), start, start + calls))
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median with the 20 and 80 percentiles."""
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "median", "p80"), values[0])
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p20": fifths[0], "median": statistics.median(values), "p80": fifths[3]}
+
+
+def rotations(nbytes: int, cache_bytes: int, limit: int = 16) -> int:
+    """How many inputs of ``nbytes`` to rotate over, so that together they leave the cache."""
+    return max(2, min(limit, math.ceil(2 * cache_bytes / max(nbytes, 1))))
+
+
+def _precision(dtype: torch.dtype) -> float:
+    """Half precision rounds twice on the way: the exponential's argument and the result."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return 2 * torch.finfo(dtype).eps
+    return 0.0

@@ -1,0 +1,132 @@
+"""The machine of a run: what it is, and the copy bandwidth that its kernels are held against."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import statistics
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Packages whose version a result needs beside it.
+_PACKAGES = ("torch", "numpy", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions, without anything that names the host or its user."""
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(_memory_bytes() / 2**30),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "gpu_l2_mib": properties.L2_cache_size / 2**20,
+        }
+    return facts
+
+
+def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
+    """Bytes a second of ``tensor.copy_``: ``nbytes`` read and ``nbytes`` written."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    rates = []
+    for repeat in range(13):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            target.copy_(source)
+            end.record()
+            torch.cuda.synchronize()
+            seconds = begin.elapsed_time(end) * 1e-3
+        else:
+            start = time.perf_counter()
+            target.copy_(source)
+            seconds = time.perf_counter() - start
+        if repeat >= 2:  # the first touch the pages
+            rates.append(2 * source.nbytes / seconds)
+    fifths = statistics.quantiles(rates, n=5, method="inclusive")
+    return {"median": statistics.median(rates), "p20": fifths[0], "p80": fifths[3]}
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache of ``device``."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    found = [path.read_text().strip() for path in sizes]
+    return max((int(size[:-1]) * units[size[-1]] for size in found if size), default=32 * 2**20)
+
+
+class PeakMemory:
+    """Bytes that a call held at its height beyond what was held before it, its result included.
+
+    On Linux the high-water mark of the process is reset and read; free memory is given back to the
+    system first, so that nothing hides in it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.nbytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        elif Path("/proc/self/clear_refs").exists():
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            self.nbytes = torch.cuda.max_memory_allocated() - self._before
+        elif hasattr(self, "_before"):
+            self.nbytes = _status_bytes("VmHWM") - self._before
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

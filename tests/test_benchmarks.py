@@ -1,0 +1,472 @@
+"""The benchmarks' machinery: who is timed when, what the gate lets through, what is reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
+
+from benchmarks import baselines, machine, report  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
+    MIN_ROUNDS,
+    Bound,
+    Case,
+    CheckFailed,
+    Contender,
+    Contest,
+    CudaClock,
+    Unavailable,
+    WallClock,
+    percentiles,
+    rotations,
+)
+from benchmarks.models import ResNet18  # noqa: E402
+
+
+def outputs(result: Tensor) -> dict[str, Tensor]:
+    return {"sum": result}
+
+
+def adds(name: str, error: float = 0.0, **options: Any) -> Contender:
+    return Contender(name, lambda a, b: a + b + error, outputs, **options)
+
+
+def case(inputs: int = 3) -> Case:
+    made = [(torch.full((4,), float(i)), torch.ones(4)) for i in range(inputs)]
+    return Case("adding", "four numbers", made, expected=lambda pair: {"sum": pair[0] + pair[1]})
+
+
+# ---- the harness ---------------------------------------------------------------------------------
+
+
+def test_a_round_times_each_contender_once_in_changing_order() -> None:
+    log: list[str] = []
+
+    class Recorder:
+        """A clock that says who ran, and takes no time."""
+
+        def burst(self, call: Any, inputs: Any) -> Any:
+            log.append(call(*inputs[0]))
+            return WallClock().burst(lambda *_: None, inputs)
+
+    names = ["a", "b", "c", "d"]
+    contenders = [Contender(n, lambda *_, n=n: n, lambda _: {}) for n in names]
+    contest = Contest(case(), contenders, Recorder())
+    contest.check()
+    contest.calibrate()
+    log.clear()
+    for _ in range(20):
+        contest.round()
+    orders = [tuple(log[start : start + 4]) for start in range(0, len(log), 4)]
+    assert len(orders) == 20
+    assert all(sorted(order) == names for order in orders)
+    assert len(set(orders)) > 5
+    assert [len(standing.samples) for standing in contest.standings] == [20] * 4
+
+
+def test_every_burst_goes_on_where_the_last_one_ended() -> None:
+    seen: list[float] = []
+    contender = Contender("a", lambda a, b: seen.append(float(a[0])), lambda _: {})
+    contest = Contest(case(inputs=3), [contender], WallClock(), burst_seconds=0.0)
+    contest.calibrate()
+    for _ in range(8):
+        contest.round()
+    assert seen == [float(turn % 3) for turn in range(len(seen))]
+
+
+def test_a_burst_lasts_about_as_long_as_asked() -> None:
+    calls = 0
+
+    def call(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        torch.randn(1000)
+
+    contest = Contest(case(), [Contender("a", call, lambda _: {})], WallClock(), burst_seconds=1.0)
+    contest.calibrate()
+    calls = 0
+    contest.round()
+    assert calls == 256, "the longest burst"
+
+
+def test_a_peer_that_is_wrong_gets_no_speed() -> None:
+    contest = Contest(case(), [adds("ours", ours=True), adds("peer", error=1e-2)], WallClock())
+    contest.check()
+    contest.calibrate()
+    contest.round()
+    ours, peer = contest.standings
+    assert ours.refused is None
+    assert len(ours.samples) == 1
+    assert (
+        peer.refused
+        == "peer differs from the reference in sum of adding four numbers: by up to 0.01"
+    )
+    assert peer.samples == []
+
+
+def test_a_wrong_result_of_ours_fails() -> None:
+    contest = Contest(case(), [adds("ours", error=1e-2, ours=True)], WallClock())
+    with pytest.raises(CheckFailed, match="ours differs from the reference in sum"):
+        contest.check()
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.full((4,), torch.nan), torch.ones(3)], ids=["nan", "shape"]
+)
+def test_nan_and_another_shape_are_wrong(wrong: Tensor) -> None:
+    contender = Contender("ours", lambda *_: wrong, outputs, ours=True)
+    with pytest.raises(CheckFailed):
+        Contest(case(), [contender], WallClock()).check()
+
+
+def test_who_cannot_run_is_recorded_with_the_reason() -> None:
+    def absent(*_: Tensor) -> Tensor:
+        raise Unavailable("no such package")
+
+    def broken(*_: Tensor) -> Tensor:
+        raise RuntimeError("out of memory\nand a long trace")
+
+    contenders = [Contender("absent", absent, outputs), Contender("broken", broken, outputs)]
+    contest = Contest(case(), contenders, WallClock())
+    contest.check()
+    assert [standing.refused for standing in contest.standings] == [
+        "no such package",
+        "RuntimeError: out of memory",
+    ]
+
+
+def test_half_precision_is_held_to_its_own_digits() -> None:
+    def rounded(error: float) -> Contender:
+        bound = Bound(1e-5, 0.0)
+        return Contender("half", lambda a, b: ((a + b) * (1 + error)).bfloat16(), outputs, bound)
+
+    for error, fits in ((0.0, True), (0.01, True), (0.05, False)):
+        contest = Contest(case(), [rounded(error)], WallClock())
+        contest.check()
+        assert (contest.standings[0].refused is None) == fits
+
+
+def test_what_is_checked_can_be_narrowed() -> None:
+    narrowed = case()
+    narrowed.narrow = lambda tensor: tensor[::2]
+    narrowed.expected = lambda pair: {"sum": (pair[0] + pair[1])[::2]}
+    Contest(narrowed, [adds("ours", ours=True)], WallClock()).check()
+
+
+def test_rounds_fit_the_budget() -> None:
+    contest = Contest(case(), [adds("a")], WallClock())
+    contest.round_seconds = 0.01
+    assert contest.rounds(1.0) == 100
+    assert contest.rounds(0.0) == MIN_ROUNDS
+
+
+def test_percentiles() -> None:
+    assert percentiles([5.0]) == {"p20": 5.0, "median": 5.0, "p80": 5.0}
+    assert percentiles([float(i) for i in range(101)]) == {"p20": 20.0, "median": 50.0, "p80": 80.0}
+
+
+def test_inputs_rotate_beyond_the_cache() -> None:
+    assert rotations(nbytes=10**6, cache_bytes=4 * 10**6) == 8
+    assert rotations(nbytes=10**9, cache_bytes=4 * 10**6) == 2
+    assert rotations(nbytes=1, cache_bytes=4 * 10**6) == 16
+
+
+def test_the_gpu_clock_times_kernels_alone_behind_a_flush() -> None:
+    """On a device of pretence, whose time moves with what is enqueued on it."""
+
+    class Device:
+        now, flushes = 0.0, 0
+
+        def synchronize(self) -> None: ...
+
+        def Event(self, *, enable_timing: bool) -> Any:
+            return Event()
+
+    class Event:
+        def record(self) -> None:
+            self.at = device.now
+
+        def elapsed_time(self, end: Any) -> float:
+            return float(end.at - self.at)
+
+    class Flush:
+        def zero_(self) -> None:
+            device.now += 1.0
+            device.flushes += 1
+
+    def kernel() -> None:
+        device.now += 3.0
+
+    device = Device()
+    clock = CudaClock(Flush(), cuda=device)  # type: ignore[arg-type]
+    device.flushes = 0
+    sample = clock.burst(kernel, [(), (), ()])
+    assert sample.seconds == pytest.approx(3e-3)
+    assert device.flushes >= 3
+    assert sample.host is not None
+    assert sample.latency is not None
+    assert 0 < sample.host <= sample.latency
+
+
+def test_peak_memory_is_that_of_the_call() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux")
+    mebibyte = 2**20
+    with machine.PeakMemory(torch.device("cpu")) as peak:
+        held = torch.ones(64 * mebibyte // 4)
+        del held
+        kept = torch.ones(8 * mebibyte // 4)
+    assert peak.nbytes is not None
+    assert 60 * mebibyte < peak.nbytes < 80 * mebibyte
+    assert kept.numel()
+
+
+def test_the_network_is_resnet_18() -> None:
+    network = ResNet18()
+    # The published network has 11.69 million parameters with 1000 classes and a 7 x 7 stem.
+    assert sum(p.numel() for p in network.parameters()) == 11_173_962
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("peaked", [False, True])
+def test_the_eager_baselines_score_right(peaked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 31, generator=generator).double()
+    target = torch.randint(31, (9,), generator=generator)
+    if peaked:
+        logits.scatter_(1, target[:, None], 12.0)
+    p = logits.softmax(1)
+    p_y = p.gather(1, target[:, None])[:, 0]
+    one_hot = torch.nn.functional.one_hot(target, 31)
+    others = logits.masked_fill(one_hot.bool(), -torch.inf)
+    wanted = (
+        -p_y.log(),
+        -(p * p.log()).sum(1),
+        (p - one_hot).norm(dim=1),
+        logits.gather(1, target[:, None])[:, 0] - others.amax(1),
+        p_y,
+    )
+    for five in (baselines.five_scores, baselines.five_scores_to_compile):
+        for got, want in zip(five(logits.float(), target), wanted, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    loss, entropy = baselines.loss_and_entropy(logits.float(), target)
+    torch.testing.assert_close(loss.double(), wanted[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), wanted[1], rtol=1e-4, atol=1e-5)
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def record(suite: str, name: str, contender: str, median: float, **more: Any) -> dict[str, Any]:
+    info = {
+        "suite": suite,
+        "case": name,
+        "facts": {},
+        "name": contender,
+        "ours": contender.startswith("emp_fast"),
+        "note": "",
+        "p20": median * 0.9,
+        "median": median,
+        "p80": median * 1.1,
+    }
+    return {"extra_info": info | more}
+
+
+def result_file(folder: Path, name: str = "cpu.json", **changes: Any) -> Path:
+    overheads = {"median": 1.25, "p20": 0.5, "p80": 2.0}
+    steps = {
+        "steps": 141,
+        "overhead_percent": {"pruner.loss": overheads, "eager pruning": overheads},
+    }
+    scores = {"num_scores": 10**7, "k": 10**6}
+    result = {
+        "machine_info": {
+            "device": "cpu",
+            "processor": "An Ordinary Processor",
+            "cores": 2,
+            "threads": 2,
+            "memory_gib": 24,
+            "python": "3.11.7",
+            "cpu_capability": "AVX2",
+            "versions": {"torch": "2.13.0"},
+            "copy_bytes_per_second": {"median": 2e10, "p20": 1.9e10, "p80": 2.1e10},
+        },
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
+        "datetime": "2026-11-24T00:00:00",
+        "refused": [
+            {"name": "Liger", "refused": "not importable", "suite": "forward", "case": "a"},
+            {"name": "Liger", "refused": "not importable", "suite": "forward", "case": "b"},
+        ],
+        "benchmarks": [
+            record("forward", "a", "emp_fast cpu", 1e-3, copy_percent=61.4),
+            record("forward", "a", "eager", 2e-3),
+            record("forward", "b", "emp_fast cpu", 1e-5, copy_percent=30.0),
+            record("forward", "b", "eager", 8e-5, note="computes less"),
+            record("selection", "s", "emp_fast cpu", 2.0, facts=scores, peak_bytes=18 * 10**6),
+            record("selection", "s", "torch.topk", 9.0, facts=scores),
+            record("training step", "t", "F.cross_entropy", 0.01, facts=steps),
+            record("training step", "t", "pruner.loss", 0.0101, facts=steps),
+            record("training step", "t", "eager pruning", 0.011, facts=steps),
+            record("training step", "t", "selection", 0.002, facts=steps),
+        ],
+    }
+    path = folder / name
+    path.write_text(json.dumps(result | changes))
+    return path
+
+
+def test_the_report_tells_times_ratios_and_means(tmp_path: Path) -> None:
+    assert report.main([str(result_file(tmp_path))]) == 0
+    text = (tmp_path / "cpu.md").read_text()
+    assert "# Benchmarks: An Ordinary Processor (2 cores)" in text
+    assert "20.0 GB/s" in text
+    assert "2026-11-24, commit 0123456789ab with uncommitted changes" in text
+    assert "| a | 1 ms (0.9 to 1.1) | 61 % | 2.00x |" in text
+    assert "| b | 10 us (9 to 11) | 30 % | 8.00x |" in text
+    assert "| **geometric mean** |  |  | **4.00x** |" in text
+    assert "| **lowest** |  |  | **2.00x** |" in text
+    assert "eager: computes less." in text
+    assert "| s | 2 s (1.8 to 2.2) |  | 1.00 | 4.50x |" in text
+    assert "1.2 % (0.5 to 2.0)" in text or "1.3 % (0.5 to 2.0)" in text
+    assert "- Liger (2 cases, the first forward a): not importable" in text
+
+
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert report.main([str(result_file(tmp_path)), "-o", str(tmp_path / "out")]) == 0
+    picture = (tmp_path / "out" / "cpu.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert "![Time relative to emp_fast](cpu.png)" in (tmp_path / "out" / "cpu.md").read_text()
+
+
+def test_the_readme_changes_between_its_markers_alone(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:cpu -->\nold 99x\n<!-- /bench:cpu -->\nafter\n")
+    arguments = [str(result_file(tmp_path)), "--readme", str(readme)]
+    assert report.main(arguments) == 0
+    once = readme.read_text()
+    assert once.startswith("before\n<!-- bench:cpu -->\n")
+    assert once.endswith("\n<!-- /bench:cpu -->\nafter\n")
+    assert "old" not in once
+    assert "| Loss and five scores | 4.00x (2.00x) |  |" in once
+    assert "[cpu.md](cpu.md)" in once
+    assert report.main(arguments) == 0
+    assert readme.read_text() == once
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no benchmark result"),
+        ("[]", "is no benchmark result"),
+        ('{"benchmarks": [], "machine_info": {}}', "holds no benchmarks"),
+        ('{"benchmarks": [{"extra_info": {}}], "machine_info": {}}', "is no result of these"),
+    ],
+)
+def test_a_bad_result_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    assert report.main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} {message}")
+    assert error.count("\n") == 1
+
+
+def test_a_missing_result_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(tmp_path / "none.json")]) == 2
+    assert "cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_a_readme_without_markers_is_refused_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    assert report.main([str(result_file(tmp_path)), "--readme", str(readme)]) == 2
+    assert "must hold <!-- bench:cpu -->" in capsys.readouterr().err
+    assert readme.read_text() == "nothing"
+
+
+def test_results_join_only_of_one_machine_and_commit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = result_file(tmp_path)
+    more = [record("forward", "c", "emp_fast cpu", 1e-3)]
+    second = result_file(tmp_path, "more.json", benchmarks=more, refused=[])
+    assert report.main([str(first), str(second)]) == 0
+    assert "| c | 1 ms" in (tmp_path / "cpu.md").read_text()
+    other = result_file(tmp_path, "other.json", commit_info={"id": "fedcba"})
+    assert report.main([str(first), str(other)]) == 2
+    assert "another machine or commit" in capsys.readouterr().err
+
+
+# ---- a quick run from end to end -----------------------------------------------------------------
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "--quick", "-q", "--device=cpu", *arguments]
+    # Tests may share the cores with other workers: threads that wait for each other then crawl.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    inherited["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=inherited | environment, check=False
+    )
+
+
+def test_a_quick_run_measures_and_reports_every_suite(tmp_path: Path) -> None:
+    path = tmp_path / "quick.json"
+    finished = run(["benchmarks", f"--benchmark-json={path}"])
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    raw = json.loads(path.read_text())
+    assert "node" not in raw["machine_info"], "a result names no host"
+    assert raw["machine_info"]["copy_bytes_per_second"]["median"] > 0
+    assert set(raw["commit_info"]) <= {"id", "time", "dirty"}
+
+    result = report.load([path])
+    assert [case.suite for case in result.cases].count("forward") == 4
+    assert {case.suite for case in result.cases} == set(report.SUITES)
+    for one in result.cases:
+        assert one.ours is not None, one.name
+        assert len(one.contenders) >= 2, one.name
+        for measured in one.contenders.values():
+            assert 0 < measured.p20 <= measured.median <= measured.p80
+    assert report.main([str(path)]) == 0
+    assert "a smoke test and no measurement" in (tmp_path / "quick.md").read_text()
+
+
+def test_a_wrong_score_fails_the_run_and_leaves_no_speed(tmp_path: Path) -> None:
+    (tmp_path / "wrong_loss.py").write_text(
+        "from benchmarks import contenders\n"
+        "right = contenders.cross_entropy\n"
+        "def wrong(*arguments):\n"
+        "    stats = right(*arguments)\n"
+        "    return stats._replace(loss=stats.loss * 1.001)\n"
+        "contenders.cross_entropy = wrong\n"
+    )
+    path = tmp_path / "wrong.json"
+    finished = run(
+        [
+            "benchmarks/test_score.py::test_forward",
+            f"--benchmark-json={path}",
+            "-p",
+            "wrong_loss",
+        ],
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+    )
+    assert finished.returncode == 1
+    assert "differs from the reference in loss of forward 128 x 10" in finished.stdout
+    assert not path.exists()
