@@ -11,10 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast.backends.base import Recurrence, State, check_index_range
+from emp_fast.backends.base import (
+    LossOptions,
+    Recurrence,
+    RowScores,
+    State,
+    check_index_range,
+    check_target_range,
+)
 from emp_fast.backends.native import load_native
 from emp_fast.backends.reference import ReferenceBackend
 
+#: As csrc/cpu/cross_entropy.h numbers them.
+_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h numbers them
 _MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
 
@@ -34,6 +43,62 @@ class CpuBackend(ReferenceBackend):
         if device.type != "cpu":
             return f"it serves the CPU alone, not {device}"
         return self._reason
+
+    def cross_entropy(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+    ) -> RowScores:
+        """Scores every row; see `Backend.cross_entropy`."""
+        rows, classes = logits.shape
+        loss = torch.empty(rows)
+        fields = torch.empty((7, rows))
+        correct = torch.empty(rows, dtype=torch.bool)
+        count = torch.empty(rows, dtype=torch.int32)
+        wrong = self._native.cross_entropy(
+            logits.data_ptr(),
+            _STORAGE[logits.dtype],
+            logits.stride(0),
+            rows,
+            classes,
+            target.data_ptr(),
+            target.dtype is torch.float32,
+            0 if weight is None else weight.data_ptr(),
+            *options,
+            loss.data_ptr(),
+            fields.data_ptr(),
+            correct.data_ptr(),
+            count.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if wrong >= 0:
+            check_target_range(target, classes, options.ignore_index)
+        return RowScores(loss, fields, correct, count)
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        rows: Tensor,
+        options: LossOptions,
+    ) -> Tensor:
+        """The gradient to the logits; see `Backend.cross_entropy_backward`."""
+        grad = torch.empty(logits.shape, dtype=logits.dtype)
+        self._native.cross_entropy_backward(
+            logits.data_ptr(),
+            _STORAGE[logits.dtype],
+            logits.stride(0),
+            *logits.shape,
+            target.data_ptr(),
+            target.dtype is torch.float32,
+            0 if weight is None else weight.data_ptr(),
+            *options,
+            grad_loss.data_ptr(),
+            rows.data_ptr(),
+            grad.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return grad
 
     def update_state(
         self,

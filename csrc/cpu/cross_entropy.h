@@ -1,0 +1,56 @@
+// The row scores of the CPU: what the kernels of cross_entropy.isa.cpp take, for every instruction
+// set.
+#pragma once
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace emp_fast::cpu {
+
+enum class Storage { kFloat32, kFloat16, kBFloat16 };
+
+// emp_fast.backends.base.ROW_FIELDS, in their order.
+enum Field { kEntropy, kEl2n, kMargin, kConfidence, kMax, kInvSum, kMiss, kNumFields };
+
+struct Problem {
+  const void* logits;  // [rows, classes], unit stride along the classes
+  Storage storage;
+  int64_t row_stride;  // in elements
+  int64_t rows;
+  int64_t classes;
+  const int64_t* target;     // [rows] class ids, or null
+  const float* soft_target;  // [rows, classes] probabilities, or null
+  const float* weight;       // [classes], or null
+  double weight_sum;         // the number of classes without weights
+  int64_t ignore_index;
+  float label_smoothing;
+  float softcap;  // 0: none
+};
+
+struct ScoreOutputs {
+  float* loss;     // [rows]
+  float* fields;   // [kNumFields, rows]
+  bool* correct;   // [rows]
+  int32_t* count;  // [rows]
+};
+
+struct GradientInputs {
+  const float* grad_loss;  // [rows]
+  const float* fields;     // [kNumFields, rows] of the scores
+};
+
+constexpr int64_t kNone = INT64_MAX;
+
+struct ScoreKernels {
+  // Scores the rows [begin, end). Returns the first of them whose class id is neither a class nor
+  // ignored, or kNone.
+  int64_t (*forward)(const Problem&, const ScoreOutputs&, int64_t begin, int64_t end);
+  // Writes the gradient, [rows, classes] contiguous in the format of the logits, of the rows
+  // [begin, end).
+  void (*backward)(const Problem&, const GradientInputs&, void* grad, int64_t begin, int64_t end);
+  int64_t lanes;  // rows that share a vector: ranges of a multiple of it are cheapest
+};
+
+const ScoreKernels& score_kernels(Isa isa);
+
+}  // namespace emp_fast::cpu

@@ -1,0 +1,464 @@
+// Forward: every score of a row from one read of its logits.
+//
+// Rows go in groups of kLanes, whose final maths (log, divisions, square roots) is one row a lane.
+// Few classes: the logits too are one row a lane (columns.h). Many: a row at a time in blocks that
+// stay in the L1 cache, first the maximum of a block while it is converted into a buffer, then its
+// sums.
+#include "cpu/cross_entropy.h"
+
+#include "cpu/columns.h"
+#include "cpu/logits.h"
+
+namespace emp_fast::cpu::EMP_FAST_ISA {
+namespace {
+
+// At most 16 KiB of floats, and at most 256 terms a lane: the rounding of a sum grows with its
+// terms.
+constexpr int64_t kBlock = 256 * kLanes;
+
+// The class ids of a group of rows; a row without one is computed as class 0 and not written as
+// such.
+struct GroupTarget {
+  alignas(64) int32_t id[kLanes] = {};
+  alignas(64) float weight[kLanes];
+  alignas(64) int32_t valid[kLanes] = {};
+};
+
+// What one row or group of rows has been reduced to.
+struct Accumulated {
+  SoftmaxSums<Floats> sums;
+  Floats spread;  // sum_{j != y} w_j (x_j - m), for label smoothing
+};
+
+EMP_FAST_INLINE Floats weighted(Floats weight, Floats value) {
+  const Floats zero = broadcast(0.0f);
+  return choose(weight == zero, zero, weight * value);  // no weight: -inf costs nothing
+}
+
+// ---- few classes: one row a lane ----
+
+template <class Rows>
+struct Gathered {
+  Accumulated accumulated;
+  Floats x_y;
+};
+
+template <class Rows, class Format>
+EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t first, int64_t count,
+                                                  const GroupTarget& target, Format) {
+  const Problem& problem = logits.problem;
+  const typename Rows::Element* rows[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) rows[i] = logits.row(first + std::min(i, count - 1));
+
+  alignas(64) float block[kNarrow * kLanes];
+  const Ints y = load(target.id);
+  Accumulated result{SoftmaxSums<Floats>::empty(), broadcast(0.0f)};
+  Floats x_y = broadcast(0.0f);
+  for_each_column<Format>(rows, problem.classes, [&](int64_t c, Floats raw) {
+    const Floats x = logits.capped(raw);
+    const Mask is_y = y == broadcast(static_cast<int32_t>(c));
+    const Floats other = choose(is_y, broadcast(kMinusInfinity), x);
+    x_y = choose(is_y, x, x_y);
+    result.sums.m = larger(other, result.sums.m);
+    store(block + c * kLanes, other);
+  });
+  for (int64_t c = 0; c < problem.classes; ++c) add(result.sums, load(block + c * kLanes));
+  if (problem.label_smoothing > 0) {
+    for (int64_t c = 0; c < problem.classes; ++c) {
+      const Mask is_y = y == broadcast(static_cast<int32_t>(c));
+      const Floats diff = choose(is_y, broadcast(0.0f), load(block + c * kLanes) - result.sums.m);
+      const Floats weight = broadcast(problem.weight ? problem.weight[c] : 1.0f);
+      result.spread = result.spread + weighted(weight, diff);
+    }
+  }
+  return {result, x_y};
+}
+
+// ---- many classes: one row at a time ----
+
+// The sums of one row, each still spread over the lanes, all relative to one maximum.
+template <class Rows>
+EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Rows::Element* row,
+                                           int64_t y) {
+  const Problem& problem = logits.problem;
+  alignas(64) float block[kBlock];
+  Accumulated result{SoftmaxSums<Floats>::empty(), broadcast(0.0f)};
+  SoftmaxSums<Floats>& sums = result.sums;
+  double weight_before = 0;
+  for (int64_t start = 0; start < problem.classes; start += kBlock) {
+    const int64_t size = std::min(kBlock, problem.classes - start);
+    const int64_t whole = size - size % kLanes;
+    const int64_t y_here = y - start;
+    const bool has_y = y_here >= 0 && y_here < size;
+    const Ints y_lane = broadcast(has_y ? static_cast<int32_t>(y_here) : -1);
+    const auto put = [&](int64_t i, Floats x, Floats max) {
+      const Ints lane = lane_numbers() + broadcast(static_cast<int32_t>(i));
+      const Floats other = choose(lane == y_lane, broadcast(kMinusInfinity), x);
+      store(block + i, other);
+      return larger(other, max);
+    };
+    Floats max = sums.m;
+    for (int64_t i = 0; i < whole; i += kLanes) max = put(i, logits.read(row + start + i), max);
+    if (whole < size) max = put(whole, logits.read_first(row + start + whole, size - whole), max);
+    max = reduce_lanes(max, Larger{});
+
+    if (start > 0) {
+      if (problem.label_smoothing > 0 && weight_before != 0) {
+        const Floats once =
+            choose(lane_numbers() == broadcast(0), broadcast(1.0f), broadcast(0.0f));
+        const Floats weight = once * broadcast(static_cast<float>(weight_before));
+        result.spread = result.spread + weighted(weight, sums.m - max);
+      }
+      raise(sums, max);
+    } else {
+      sums.m = max;
+    }
+    SoftmaxSums<Floats> here = SoftmaxSums<Floats>::empty();
+    here.m = max;
+    for (int64_t i = 0; i < size; i += kLanes) add(here, load(block + i));
+    sums.d = sums.d + here.d;
+    sums.s = sums.s + here.s;
+    sums.q = sums.q + here.q;
+
+    if (problem.label_smoothing > 0) {
+      const float level = max.v[0];
+      if (has_y) block[y_here] = level;  // the target adds nothing
+      const float* weight = problem.weight ? problem.weight + start : nullptr;
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        const Floats diff = load(block + i) - max;
+        result.spread = result.spread + (weight ? weighted(load(weight + i), diff) : diff);
+      }
+      for (int64_t i = whole; i < size; ++i) block[i] -= level;
+      if (whole < size) {
+        const Floats diff = read_some<Float32>(block + whole, size - whole);
+        result.spread =
+            result.spread +
+            (weight ? weighted(read_some<Float32>(weight + whole, size - whole), diff) : diff);
+      }
+      if (weight) {
+        for (int64_t i = 0; i < size; ++i) weight_before += i == y_here ? 0.0 : weight[i];
+      } else {
+        weight_before += static_cast<double>(size - has_y);
+      }
+    }
+  }
+  return result;
+}
+
+// The sums of the lanes of each row, one row a lane.
+struct GroupSums {
+  Floats m[kLanes], d[kLanes], s[kLanes], q[kLanes], spread[kLanes];
+
+  EMP_FAST_INLINE void put(int64_t i, const Accumulated& row) {
+    m[i] = row.sums.m;
+    d[i] = row.sums.d;
+    s[i] = row.sums.s;
+    q[i] = row.sums.q;
+    spread[i] = row.spread;
+  }
+  EMP_FAST_INLINE Accumulated reduce() {
+    Accumulated group;
+    group.sums.m = reduce_rows(m, Larger{});
+    group.sums.d = reduce_rows(d, Add{});
+    group.sums.s = reduce_rows(s, Add{});
+    group.sums.q = reduce_rows(q, Add{});
+    group.spread = reduce_rows(spread, Add{});
+    return group;
+  }
+};
+
+// ---- the end of a group ----
+
+EMP_FAST_INLINE void write(float* to, Floats x, int64_t count) {
+  if (count == kLanes) {
+    store(to, x);
+  } else {
+    write_some<Float32>(to, x, count);
+  }
+}
+
+EMP_FAST_INLINE void write_scores(const Problem& problem, const ScoreOutputs& out, int64_t first,
+                                  int64_t count, const int32_t* valid, const Scores<Floats>& scores,
+                                  Floats loss) {
+  const Floats zero = broadcast(0.0f);
+  const Mask ignored = load(valid) == broadcast(0);
+  const Mask spoiled = is_nan(loss) | is_nan(scores.inv_sum);
+  const auto clean = [&](Floats x) {
+    return choose(ignored, zero, choose(spoiled, broadcast(__builtin_nanf("")), x));
+  };
+  write(out.loss + first, clean(loss), count);
+  const auto field = [&](Field which, Floats x) {
+    write(out.fields + which * problem.rows + first, clean(x), count);
+  };
+  field(kEntropy, larger(scores.entropy, zero));
+  field(kEl2n, scores.el2n);
+  field(kMargin, scores.margin);
+  field(kConfidence, scores.confidence);
+  field(kMax, scores.max);
+  field(kInvSum, scores.inv_sum);
+  field(kMiss, scores.miss);
+  const float* margin = out.fields + kMargin * problem.rows + first;
+  for (int64_t i = 0; i < count; ++i) {
+    out.correct[first + i] = margin[i] >= 0;
+    out.count[first + i] = valid[i];
+  }
+}
+
+template <class Rows>
+EMP_FAST_INLINE Floats target_logits(const Rows& logits, int64_t first, int64_t count,
+                                     const GroupTarget& target) {
+  typename Rows::Element elements[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) elements[i] = logits.row(first + i)[target.id[i]];
+  return logits.read(elements);
+}
+
+// ---- class ids ----
+
+template <class Rows, class Format>
+int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t begin, int64_t end,
+                        Format format) {
+  const Problem& problem = logits.problem;
+  int64_t wrong = kNone;
+  for (int64_t first = begin; first < end; first += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, end - first);
+    GroupTarget target;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t id = problem.target[first + i];
+      const bool is_class = static_cast<uint64_t>(id) < static_cast<uint64_t>(problem.classes);
+      const bool ignored = id == problem.ignore_index;
+      if (!is_class && !ignored && wrong == kNone) wrong = first + i;
+      target.valid[i] = !ignored;
+      target.id[i] = is_class && !ignored ? static_cast<int32_t>(id) : 0;
+    }
+
+    Accumulated group;
+    Floats x_y;
+    if (problem.classes < kNarrow) {
+      const auto gathered = accumulate_columns(logits, first, count, target, format);
+      group = gathered.accumulated;
+      x_y = gathered.x_y;
+    } else {
+      GroupSums sums{};
+      for (int64_t i = 0; i < count; ++i) {
+        if (target.valid[i]) {
+          sums.put(i, accumulate_row(logits, logits.row(first + i), target.id[i]));
+        }
+      }
+      group = sums.reduce();
+      x_y = target_logits(logits, first, count, target);
+    }
+
+    const Scores<Floats> scores = finish(group.sums, x_y);
+    Floats loss = scores.nll;
+    if (problem.weight) {
+      for (int i = 0; i < kLanes; ++i) target.weight[i] = problem.weight[target.id[i]];
+      loss = loss * load(target.weight);
+    }
+    if (problem.label_smoothing > 0) {
+      alignas(64) float rest[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        if (!problem.weight) target.weight[i] = 1.0f;
+        rest[i] = static_cast<float>(problem.weight_sum - target.weight[i]);
+      }
+      const Floats uniform =
+          uniform_loss(group.sums, x_y, scores, group.spread, load(target.weight), load(rest));
+      const float share = problem.label_smoothing / static_cast<float>(problem.classes);
+      loss = fused(broadcast(share), uniform, broadcast(1.0f - problem.label_smoothing) * loss);
+    }
+    write_scores(problem, out, first, count, target.valid, scores, loss);
+  }
+  return wrong;
+}
+
+// ---- soft targets ----
+
+// The class of the largest probability, the lowest such; the first NaN is larger than any.
+int64_t largest_class(const float* t, int64_t classes) {
+  int64_t best = 0;
+  for (int64_t j = 0; j < classes; ++j) {
+    if (t[j] != t[j]) return j;
+    if (t[j] > t[best]) best = j;
+  }
+  return best;
+}
+
+// t' of label smoothing and class weights.
+EMP_FAST_INLINE Floats effective_target(const Problem& problem, Floats t, const float* weight,
+                                        int64_t count) {
+  const float share = problem.label_smoothing / static_cast<float>(problem.classes);
+  if (problem.label_smoothing > 0) {
+    t = fused(t, broadcast(1.0f - problem.label_smoothing), broadcast(share));
+  }
+  if (weight) {
+    t = t * (count == kLanes ? load(weight) : read_some<Float32>(weight, count));
+  }
+  return t;
+}
+
+template <class Rows>
+int64_t score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t begin,
+                            int64_t end) {
+  const Problem& problem = logits.problem;
+  const Floats zero = broadcast(0.0f);
+  for (int64_t first = begin; first < end; first += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, end - first);
+    GroupTarget target;
+    GroupSums sums{};
+    for (int64_t i = 0; i < count; ++i) {
+      const float* t = problem.soft_target + (first + i) * problem.classes;
+      target.id[i] = static_cast<int32_t>(largest_class(t, problem.classes));
+      target.valid[i] = 1;
+      sums.put(i, accumulate_row(logits, logits.row(first + i), target.id[i]));
+    }
+    const Accumulated group = sums.reduce();
+    Scores<Floats> scores = finish(group.sums, target_logits(logits, first, count, target));
+
+    // The cost of every class and the distance to the target need the finished softmax: a second
+    // pass.
+    Floats losses[kLanes] = {}, distances[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const typename Rows::Element* row = logits.row(first + i);
+      const float* t_row = problem.soft_target + (first + i) * problem.classes;
+      const Floats max = broadcast(scores.max.v[i]);
+      const Floats log_sum = broadcast(scores.log_sum.v[i]);
+      const Floats inv_sum = broadcast(scores.inv_sum.v[i]);
+      const float off_y = (1.0f - t_row[target.id[i]]) - scores.miss.v[i];
+      for (int64_t start = 0; start < problem.classes; start += kBlock) {
+        Floats loss = zero, distance = zero;
+        const int64_t stop = std::min(start + kBlock, problem.classes);
+        for (int64_t j = start; j < stop; j += kLanes) {
+          const int64_t size = std::min<int64_t>(kLanes, problem.classes - j);
+          const bool whole = size == kLanes;
+          const Floats x = whole ? logits.read(row + j) : logits.read_first(row + j, size);
+          const Floats t = whole ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+          const float* weight = problem.weight ? problem.weight + j : nullptr;
+          const Floats p = exp_nonpositive(floored_difference(x, max)) * inv_sum;
+          const Ints lane = lane_numbers() + broadcast(static_cast<int32_t>(j));
+          const Mask absent = broadcast(static_cast<int32_t>(problem.classes - 1)) < lane;
+          const Floats share = choose(absent, zero, effective_target(problem, t, weight, size));
+          loss = loss + weighted(share, (max - x) + log_sum);
+          const Floats off = choose(lane == broadcast(target.id[i]), broadcast(off_y), p - t);
+          distance = fused(off, off, distance);
+        }
+        losses[i] = losses[i] + loss;
+        distances[i] = distances[i] + distance;
+      }
+    }
+    scores.el2n = square_root(reduce_rows(distances, Add{}));
+    write_scores(problem, out, first, count, target.valid, scores, reduce_rows(losses, Add{}));
+  }
+  return kNone;
+}
+
+int64_t forward(const Problem& problem, const ScoreOutputs& out, int64_t begin, int64_t end) {
+  return with_logits(problem, [&](auto logits, auto format) {
+    return problem.target ? score_class_ids(logits, out, begin, end, format)
+                          : score_probabilities(logits, out, begin, end);
+  });
+}
+
+// ---- backward ----
+
+// With p_j = e^(x_j - M) / D, a = (1 - smoothing) w_y, u_j = smoothing / C w_j and T = sum_j u_j
+//
+//   dx_j = g ((a + T) p_j - u_j)       dx_y = g (T p_y - u_y - a miss)
+//
+// and for probabilities, with the effective target t' and T = sum_j t'_j
+//
+//   dx_j = g (T p_j - t'_j)            dx_y = g ((T - t'_y) - T miss)
+//
+// each times the slope of the softcap.
+template <class Rows, class Format>
+void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::Element* grad,
+                   int64_t begin, int64_t end, Format) {
+  const Problem& problem = logits.problem;
+  const int64_t classes = problem.classes;
+  const float share = problem.label_smoothing / static_cast<float>(classes);
+  for (int64_t r = begin; r < end; ++r) {
+    typename Rows::Element* to = grad + r * classes;
+    const typename Rows::Element* row = logits.row(r);
+    const float* t_row = nullptr;
+    int64_t y;
+    float g = in.grad_loss[r];
+    float total;    // T
+    float a = 0;    // 0 for probabilities
+    float u_y = 0;  // u_y or t'_y
+    if (problem.target) {
+      y = problem.target[r];
+      if (y == problem.ignore_index) {
+        std::memset(to, 0, classes * sizeof(*to));
+        continue;
+      }
+      const float weight_y = problem.weight ? problem.weight[y] : 1.0f;
+      total = static_cast<float>(share * problem.weight_sum);
+      a = (1.0f - problem.label_smoothing) * weight_y;
+      u_y = share * weight_y;
+    } else {
+      t_row = problem.soft_target + r * classes;
+      y = largest_class(t_row, classes);
+      Floats sum = broadcast(0.0f);
+      for (int64_t start = 0; start < classes; start += kBlock) {
+        Floats here = broadcast(0.0f);
+        const int64_t stop = std::min(start + kBlock, classes);
+        for (int64_t j = start; j < stop; j += kLanes) {
+          const int64_t size = std::min<int64_t>(kLanes, classes - j);
+          const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+          const float* weight = problem.weight ? problem.weight + j : nullptr;
+          const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
+          const Floats share = effective_target(problem, t, weight, size);
+          here = here + choose(present, share, broadcast(0.0f));
+        }
+        sum = sum + here;
+      }
+      total = reduce_lanes(sum, Add{}).v[0];
+      const float* weight = problem.weight ? problem.weight + y : nullptr;
+      u_y = effective_target(problem, broadcast(t_row[y]), weight, 1).v[0];
+    }
+    const auto field = [&](Field which) { return in.fields[which * problem.rows + r]; };
+    const Floats max = broadcast(field(kMax));
+    const Floats scale = broadcast(g * (a + total) * field(kInvSum));
+    const Floats even = broadcast(problem.target ? g * share : g);
+    const auto gradient = [&](Floats raw, Floats slope_of, int64_t j, int64_t size) {
+      const Floats e = exp_nonpositive(floored_difference(raw, max));
+      Floats u = even;
+      const float* weight = problem.weight ? problem.weight + j : nullptr;
+      if (t_row) {
+        const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+        u = u * effective_target(problem, t, weight, size);
+      } else if (weight) {
+        u = u * (size == kLanes ? load(weight) : read_some<Float32>(weight, size));
+      }
+      return (e * scale - u) * slope_of;
+    };
+    const auto compute = [&](Floats raw, int64_t j, int64_t size) {
+      const CappedLogits x = logits.capped_with_slope(raw);
+      return gradient(x.value, x.slope, j, size);
+    };
+    int64_t j = 0;
+    for (; j + kLanes <= classes; j += kLanes) {
+      Format::write(to + j, compute(Format::read(row + j), j, kLanes));
+    }
+    if (j < classes) {
+      const int64_t size = classes - j;
+      write_some<Format>(to + j, compute(read_some<Format>(row + j, size), j, size), size);
+    }
+    const float at_y = problem.target ? g * (total * field(kConfidence) - u_y - a * field(kMiss))
+                                      : g * ((total - u_y) - total * field(kMiss));
+    const Floats slope = logits.capped_with_slope(read_some<Format>(row + y, 1)).slope;
+    write_some<Format>(to + y, broadcast(at_y) * slope, 1);
+  }
+}
+
+void backward(const Problem& problem, const GradientInputs& in, void* grad, int64_t begin,
+              int64_t end) {
+  with_logits(problem, [&](auto logits, auto format) {
+    using Element = typename decltype(logits)::Element;
+    gradient_rows(logits, in, static_cast<Element*>(grad), begin, end, format);
+  });
+}
+
+}  // namespace
+
+extern const ScoreKernels kScoreKernels{forward, backward, kLanes};
+
+}  // namespace emp_fast::cpu::EMP_FAST_ISA

@@ -1,0 +1,74 @@
+// Rows of logits as the kernels read them: any storage format, with or without a softcap.
+#pragma once
+
+#include "core/softmax_sums.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/formats.h"
+#include "cpu/simd.h"
+
+namespace emp_fast::cpu::EMP_FAST_ISA {
+
+constexpr float kMinusInfinity = -__builtin_inff();
+
+struct CappedLogits {
+  Floats value, slope;
+};
+
+template <class Format, bool kCapped>
+struct Logits {
+  using Element = typename Format::Element;
+
+  const Problem& problem;
+
+  const Element* row(int64_t index) const {
+    return static_cast<const Element*>(problem.logits) + index * problem.row_stride;
+  }
+
+  EMP_FAST_INLINE Floats capped(Floats x) const {
+    if constexpr (kCapped) {
+      const Floats cap = broadcast(problem.softcap);
+      return cap * tanh_with_slope(x / cap).value;
+    } else {
+      return x;
+    }
+  }
+
+  // With d capped(x) / d x.
+  EMP_FAST_INLINE CappedLogits capped_with_slope(Floats x) const {
+    if constexpr (kCapped) {
+      const Floats cap = broadcast(problem.softcap);
+      const Tanh tanh = tanh_with_slope(x / cap);
+      return {cap * tanh.value, tanh.slope};
+    } else {
+      return {x, broadcast(1.0f)};
+    }
+  }
+
+  EMP_FAST_INLINE Floats read(const Element* from) const { return capped(Format::read(from)); }
+
+  // The first `count` elements, count < kLanes; the other lanes hold no logit.
+  EMP_FAST_INLINE Floats read_first(const Element* from, int64_t count) const {
+    return choose(lane_numbers() < broadcast(static_cast<int32_t>(count)),
+                  capped(read_some<Format>(from, count)), broadcast(kMinusInfinity));
+  }
+};
+
+// Calls body(Logits<Format, kCapped>, Format) for the format and softcap of `problem`.
+template <class Body>
+EMP_FAST_INLINE auto with_logits(const Problem& problem, Body body) {
+  const auto with_format = [&](auto format) {
+    using Chosen = decltype(format);
+    return problem.softcap > 0 ? body(Logits<Chosen, true>{problem}, format)
+                               : body(Logits<Chosen, false>{problem}, format);
+  };
+  switch (problem.storage) {
+    case Storage::kFloat16:
+      return with_format(Float16{});
+    case Storage::kBFloat16:
+      return with_format(BFloat16{});
+    default:
+      return with_format(Float32{});
+  }
+}
+
+}  // namespace emp_fast::cpu::EMP_FAST_ISA

@@ -1,0 +1,28 @@
+// Runs ranges of work on several threads.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+namespace emp_fast::cpu {
+
+// Below this many elements a thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 1 << 14;
+
+// Calls body(begin, end) until [0, count) is covered, each range but the last of `grain`, on up to
+// `threads` threads. A count of one range stays on the calling thread. `body` must not throw.
+template <class Body>
+void parallel_ranges(int64_t count, int64_t grain, int threads, const Body& body) {
+  const int64_t ranges = (count + grain - 1) / grain;
+  const int team = static_cast<int>(std::min<int64_t>(threads, ranges));
+  if (team <= 1) {
+    if (count > 0) body(int64_t{0}, count);
+    return;
+  }
+  // Dynamic: ignored rows cost nothing, and another process may hold a core.
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+  for (int64_t range = 0; range < ranges; ++range) {
+    body(range * grain, std::min(count, (range + 1) * grain));
+  }
+}
+
+}  // namespace emp_fast::cpu
