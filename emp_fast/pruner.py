@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from emp_fast import functional, random
+from emp_fast.collectives import world_size_of
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK
 from emp_fast.random import Stream
 from emp_fast.rules import EMP, Rule
+from emp_fast.samplers import DistributedEpochSampler, EpochIterator, EpochSampler
 from emp_fast.store import ScoreStore, Selection
 
-__all__ = ["EpochIterator", "EpochSampler", "Pruner"]
+__all__ = ["Pruner"]
 
 _FORMAT = 1
-_BLOCK = 1 << 16  # indices turned into Python ints at a time
 
 
 class _Plan:
@@ -95,6 +96,7 @@ class Pruner:
         balance: Balance = "equal",
     ) -> None:
         self.store = ScoreStore(num_samples, rule, device=device)
+        self.store._process_group = process_group
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -117,6 +119,7 @@ class Pruner:
         self._labels = None if labels is None else torch.as_tensor(labels)
         if self._labels is not None:
             self.store._checked_labels(self._labels)
+        self._digest: str | None = None  # of the labels
         # Fail now, not in epoch 57.
         for epoch in range(1 if callable(prune_rate) and epochs is None else epochs or 1):
             self._budget(epoch)
@@ -125,9 +128,8 @@ class Pruner:
         self._epoch = 0  # begun last, or to be begun first
         self._plan: _Plan | None = None  # of that epoch, once it has begun
         self._next: tuple[int, _Plan] | None = None  # made early, from this many rows seen
-        self._start = (
-            0  # store.rows_seen when the epoch began, less what a resumed one had behind it
-        )
+        self._begun_at = 0  # position in the plan where the iteration in progress began
+        self._start = 0  # samples seen by all ranks when the epoch's position was 0
         self._requested: int | None = None  # by set_epoch
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
         self._iterator: weakref.ref[EpochIterator] | None = None  # the last that was made
@@ -276,6 +278,56 @@ class Pruner:
             raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}")
         return float(rate)
 
+    # ---- several ranks --------------------------------------------------------------------------
+
+    def distributed_sampler(self, *, drop_last: bool = False) -> DistributedEpochSampler:
+        """The sampler for plain DDP and Lightning: each rank of the process group gets its share.
+
+        A `torch.utils.data.DistributedSampler`, so trainers leave it as it is.
+
+        Args:
+            drop_last: leave out the samples that do not make one for every rank, instead of
+                repeating the epoch's first ones.
+        """
+        return DistributedEpochSampler(self, drop_last)
+
+    def merge(self) -> None:
+        """Brings every rank's updates to every rank. Collective; a no-op on one rank.
+
+        The start of an epoch does this by itself. Call it on all ranks before only one of them
+        saves `state_dict` in the middle of an epoch.
+
+        Raises:
+            ValueError: the ranks disagree about N, the rule, the epoch or the pruner's arguments.
+            RuntimeError: a rank died or did not take part within the group's time-out.
+        """
+        self._merge(self.epoch)
+
+    def _merge(self, epoch: int) -> None:
+        if self._world_size() == 1:
+            return
+        self.store._merge(
+            {
+                "epoch": epoch,
+                "seed": self.seed,
+                "policy": repr(self.policy),
+                "samples of the epoch": self._budget(epoch),
+                "balance": self._balance,
+                "labels": self._labels_digest(),
+            }
+        )
+
+    def _labels_digest(self) -> str | None:
+        if self._labels is None:
+            return None
+        if self._digest is None:
+            labels = self._labels.to("cpu", torch.int64).contiguous()
+            self._digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+        return self._digest
+
+    def _world_size(self) -> int:
+        return world_size_of(self.process_group)
+
     # ---- epochs ---------------------------------------------------------------------------------
 
     def _update(
@@ -317,10 +369,12 @@ class Pruner:
     def _plan_of(self, epoch: int) -> _Plan:
         if self._plan is not None and self._plan.epoch == epoch:
             return self._plan
-        rows_seen = self.store.rows_seen
-        if self._next is None or self._next[0] != rows_seen or self._next[1].epoch != epoch:
-            self._next = rows_seen, self._make_plan(epoch, self._select(epoch))
-        return self._next[1]
+        known = self._next
+        if known is None or known[0] != self.store.rows_seen or known[1].epoch != epoch:
+            self._merge(epoch)
+            plan = self._make_plan(epoch, self._select(epoch))
+            self._next = known = self.store.rows_seen, plan
+        return known[1]
 
     def _make_plan(self, epoch: int, selection: Selection) -> _Plan:
         return _Plan(epoch, selection, self.store.num_samples, self.seed)
@@ -340,31 +394,44 @@ class Pruner:
     def _begin(self) -> tuple[_Plan, int]:
         """Starts an iteration of the sampler: the plan of its epoch and where to start in it."""
         epoch = self._coming()
-        resumes = self._resume_at is not None and epoch == self._epoch
-        position = (self._resume_at or 0) if resumes else 0
+        goes_on = epoch == self._epoch and (self._resume_at is not None or self._untouched())
+        position = self._position() if goes_on else 0
         self._plan = self._plan_of(epoch)
         self._epoch, self._next, self._exhausted = epoch, None, False
         self._requested = self._resume_at = None
-        self._start = self.store.rows_seen - position
+        self._move_to(position)
         return self._plan, position
+
+    def _move_to(self, position: int) -> None:
+        """The iteration in progress begins at that position of its plan."""
+        self._begun_at = position
+        self._start = self._samples_seen() - position
 
     def _coming(self) -> int:
         """The epoch of the next iteration."""
         if self._requested is not None:
             return self._requested
-        goes_on = self._plan is None or self._resume_at is not None
+        goes_on = self._plan is None or self._resume_at is not None or self._untouched()
         return self._epoch if goes_on else self._epoch + 1
 
+    def _untouched(self) -> bool:
+        """Whether the iteration in progress was given up before anything was trained, as
+        ``next(iter(loader))`` and loaders that make several iterators do: it was no epoch then.
+        """
+        return self._plan is not None and not self._exhausted and self._position() == self._begun_at
+
     def _position(self) -> int:
-        """How many samples of the epoch in progress have been trained on."""
+        """How many samples of the epoch in progress have been trained on, by all ranks."""
         if self._resume_at is not None:
             return self._resume_at
         if self._plan is None:
             return 0
-        return min((self.store.rows_seen - self._start) * self._world_size(), len(self._plan))
+        return min(self._samples_seen() - self._start, len(self._plan))
 
-    def _world_size(self) -> int:
-        return 1
+    def _samples_seen(self) -> int:
+        """By all ranks: as they said in the last merge, and since then as many as this rank."""
+        merged = self.store._merged.rows_seen if self._world_size() > 1 else 0
+        return merged + (self.store.rows_seen - merged) * self._world_size()
 
     def _length(self) -> int:
         """Samples of the epoch in progress, or of the next one once this is over."""
@@ -374,7 +441,8 @@ class Pruner:
             # trained on. In the main process the loader then still holds the iterator; worker
             # processes fetch ahead: a length asked for in their last batch is the next epoch's.
             alive = self._iterator is not None and self._iterator() is not None
-            dropped = self._exhausted and left < self._largest_batch and not alive
+            batch = self._largest_batch * self._world_size()
+            dropped = self._exhausted and left < batch and not alive
             if left and not dropped:
                 return len(self._plan)
         epoch = self._coming()
@@ -487,79 +555,6 @@ class Pruner:
             f"Pruner({self.store.num_samples}, prune_rate={self._prune_rate!r}, "
             f"rule={self.store.rule!r}, policy={self.policy!r}, epoch={self.epoch})"
         )
-
-
-class EpochSampler(Sampler[int]):
-    """Yields the selected samples of each epoch in the global order; every iteration is the next
-    epoch.
-
-    ``len`` is right before the epoch starts.
-    """
-
-    def __init__(self, pruner: Pruner) -> None:
-        self._pruner = pruner
-
-    def __len__(self) -> int:
-        return self._pruner._length()
-
-    def __iter__(self) -> EpochIterator:
-        iterator = EpochIterator(self._pruner)
-        self._pruner._iterator = weakref.ref(iterator)
-        return iterator
-
-    def set_epoch(self, epoch: int) -> None:
-        """See `Pruner.set_epoch`."""
-        self._pruner.set_epoch(epoch)
-
-
-class EpochIterator(Iterator[int]):
-    """One pass over an epoch's samples. Its state is a position, so a stateful loader can
-    resume it.
-    """
-
-    def __init__(self, pruner: Pruner) -> None:
-        self._pruner = pruner
-        self._plan, self._position = pruner._begin()
-        self._block: list[int] = []
-        self._block_start = self._position
-
-    def __iter__(self) -> EpochIterator:
-        return self  # batch samplers ask again for every batch; the pass goes on
-
-    def __next__(self) -> int:
-        offset = self._position - self._block_start
-        if offset >= len(self._block):
-            if self._position >= len(self._plan):
-                if self._plan is self._pruner._plan:
-                    self._pruner._exhausted = True
-                raise StopIteration
-            self._block_start, offset = self._position, 0
-            self._block = self._plan.order[self._position : self._position + _BLOCK].tolist()
-        self._position += 1
-        return self._block[offset]
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch and the position in it."""
-        return {"epoch": self._plan.epoch, "position": self._position}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues at a position of the same epoch.
-
-        Raises:
-            ValueError: the state is of another epoch, or beyond its end.
-        """
-        epoch, position = state.get("epoch"), state.get("position")
-        if epoch != self._plan.epoch:
-            raise ValueError(
-                f"state['epoch'] must be {self._plan.epoch} as in this iterator, got {epoch!r}; "
-                "restore the pruner's own state first"
-            )
-        if not isinstance(position, int) or not 0 <= position <= len(self._plan):
-            raise ValueError(
-                f"state['position'] must lie in [0, {len(self._plan)}], got {position!r}"
-            )
-        self._position, self._block, self._block_start = position, [], position
-        self._pruner._start = self._pruner.store.rows_seen - position
 
 
 def _checked_count(name: str, value: int) -> int:

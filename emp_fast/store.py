@@ -14,7 +14,9 @@ from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import resolve
 from emp_fast.backends.base import State
 from emp_fast.backends.reference import winners
+from emp_fast.collectives import Ranks, rank_of, world_size_of
 from emp_fast.functional import SampleStats
+from emp_fast.merging import merge_rows
 from emp_fast.policies import Balance, Candidates, Policy, TopK, class_quotas
 from emp_fast.rules import EMP, Rule
 
@@ -29,6 +31,16 @@ class Selection(NamedTuple):
 
     indices: Tensor  # [K] int64, ascending
     weights: Tensor | None  # [K] float32 loss weights; None: all 1
+
+
+class _Merged:
+    """What every rank knows since the last merge; the rest is this rank's own."""
+
+    def __init__(self) -> None:
+        self.rows_seen = 0
+        self.visits: Tensor | None = None  # [N] int32; None: all 0, or `unknown`
+        self.counters = [0, 0]
+        self.unknown = False  # loaded before the process group existed: whose are the visits?
 
 
 class ScoreStore:
@@ -78,8 +90,10 @@ class ScoreStore:
                     f"got shape {tuple(buffer.shape)}"
                 )
         self._warned = 0
-        #: Rows given to `update` since the store was made: how far an epoch has come.
+        #: Rows given to `update` since the store was made, as far as this rank knows of them.
         self.rows_seen = 0
+        self._merged = _Merged()
+        self._process_group: Any = None
 
     # ---- reading --------------------------------------------------------------------------------
 
@@ -270,6 +284,8 @@ class ScoreStore:
         }
         self._state = self._state._replace(**moved)
         self._buffers = {name: buffer.to(device) for name, buffer in self._buffers.items()}
+        if self._merged.visits is not None:
+            self._merged.visits = self._merged.visits.to(device)
 
     # ---- selecting ------------------------------------------------------------------------------
 
@@ -362,16 +378,99 @@ class ScoreStore:
 
     # ---- distributed ----------------------------------------------------------------------------
 
+    def merge(self, process_group: Any = None) -> None:
+        """Brings the updates of every rank to every rank: all then hold the same state bit for bit.
+
+        Collective. Ranks train on disjoint samples between merges; a sample that several of them
+        visited gets the state of the rank that visited it most, the highest such rank, and its
+        visits add up. Refused rows are counted over all ranks. Without torch.distributed, or with
+        one rank, there is nothing to do.
+
+        A merge hands, over all ranks together, at most R * N / 8 + 8 * (changed samples) bytes to
+        the collectives for a rule without buffers, and one more byte a changed sample when one was
+        visited twice.
+
+        Args:
+            process_group: the ranks that train together; None is the default group.
+
+        Raises:
+            ValueError: the ranks disagree about N or the rule; on every rank, and nothing changes.
+            RuntimeError: a rank died or did not take part within the group's time-out; or a
+                snapshot was loaded before torch.distributed was initialised, and updated since.
+        """
+        self._process_group = process_group
+        self._merge({})
+
+    def _merge(self, facts: Mapping[str, object]) -> None:
+        if world_size_of(self._process_group) == 1:
+            return
+        tensors = self._tensors()
+        layout = [(name, str(t.dtype), tuple(t.shape[1:])) for name, t in sorted(tensors.items())]
+        ranks = Ranks(
+            self._process_group,
+            self.device,
+            "ScoreStore.merge",
+            {
+                "format": _FORMAT,
+                "num_samples": self.num_samples,
+                "rule": repr(self.rule),
+                "layout": layout,
+                **self._base_facts(),
+                **facts,
+            },
+        )
+        merged, counters = self._merged, self._state.counters
+        if merged.unknown:
+            raise RuntimeError(
+                "ScoreStore.merge: the state was loaded before torch.distributed was initialised "
+                "and updated since, so what this rank alone knows cannot be told; initialise first"
+            )
+        own = torch.tensor(
+            [
+                self.rows_seen - merged.rows_seen,
+                *(now - then for now, then in zip(counters.tolist(), merged.counters, strict=True)),
+            ]
+        )
+        rows, *refused = ranks.all_reduce(own).tolist()
+        if merged.visits is None:
+            merged.visits = torch.zeros_like(self.visits)
+        rest = {k: t for k, t in tensors.items() if k not in ("visits", "counters")}
+        changed, repeated = merge_rows(ranks, rest, self.visits, merged.visits)
+        merged.counters = [then + new for then, new in zip(merged.counters, refused, strict=True)]
+        counters.copy_(torch.tensor(merged.counters))
+        self.rows_seen = merged.rows_seen = merged.rows_seen + rows
+        if repeated == changed > ranks.size:
+            warnings.warn(
+                f"all {changed} samples since the last merge were trained on by several ranks: is "
+                "the sampler sharded? Plain DDP needs pruner.distributed_sampler()",
+                EmpFastWarning,
+                stacklevel=4,
+            )
+
+    def _base_facts(self) -> dict[str, object]:
+        """What the merge builds on must be the same everywhere, and known."""
+        merged = self._merged
+        if merged.unknown and self.rows_seen == merged.rows_seen:
+            merged.visits, merged.unknown = self.visits.clone(), False
+        base = "unknown" if merged.unknown else merged.rows_seen
+        return {"samples_seen_at_last_merge": base}
+
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot of tensors and plain values; loads with ``torch.load(weights_only=True)``."""
+        """A snapshot of tensors and plain values; loads with ``torch.load(weights_only=True)``.
+
+        On several ranks a snapshot holds what this rank knows. Taken right after `merge` it is the
+        same on all of them, and any number of ranks may load it; otherwise it belongs to this rank,
+        and only the same rank of as many may load it.
+        """
         return {
             "format": _FORMAT,
             "num_samples": self.num_samples,
             "rule": repr(self.rule),
             "rows_seen": self.rows_seen,
             "tensors": {name: tensor.clone() for name, tensor in self._tensors().items()},
+            "unmerged": self._unmerged(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -392,6 +491,7 @@ class ScoreStore:
         rows_seen, saved = state.get("rows_seen"), state.get("tensors")
         if not isinstance(rows_seen, int) or rows_seen < 0:
             raise ValueError(f"state['rows_seen'] must be a count, got {rows_seen!r}")
+        unmerged = self._checked_unmerged(state.get("unmerged"))
         tensors = self._tensors()
         if not isinstance(saved, Mapping) or set(saved) != set(tensors):
             names = sorted(saved) if isinstance(saved, Mapping) else saved
@@ -416,6 +516,60 @@ class ScoreStore:
             tensor.copy_(saved[name])
         self.rows_seen = rows_seen
         self._warned = self.num_nonfinite
+        merged = self._merged = _Merged()
+        if unmerged is not None:
+            merged.rows_seen = unmerged["rows_seen_merged"]
+            merged.visits = unmerged["visits"].to(self.device, copy=True)
+            merged.counters = list(unmerged["counters"])
+        else:
+            merged.rows_seen = rows_seen
+            merged.counters = self._state.counters.tolist()
+            if world_size_of(self._process_group) > 1:
+                merged.visits = self.visits.clone()
+            else:
+                merged.unknown = True
+
+    def _unmerged(self) -> dict[str, Any] | None:
+        """What tells this rank's own updates from everybody's, in a snapshot."""
+        merged, size = self._merged, world_size_of(self._process_group)
+        if size == 1 or self.rows_seen == merged.rows_seen:
+            return None
+        visits = torch.zeros_like(self.visits) if merged.visits is None else merged.visits.clone()
+        return {
+            "rank": rank_of(self._process_group),
+            "world_size": size,
+            "rows_seen_merged": merged.rows_seen,
+            "visits": visits,
+            "counters": list(merged.counters),
+        }
+
+    def _checked_unmerged(self, unmerged: Any) -> Mapping[str, Any] | None:
+        if unmerged is None:
+            return None
+        if not isinstance(unmerged, Mapping):
+            raise ValueError(f"state['unmerged'] must be a mapping or None, got {unmerged!r}")
+        here = rank_of(self._process_group), world_size_of(self._process_group)
+        there = unmerged.get("rank"), unmerged.get("world_size")
+        if there != here:
+            raise ValueError(
+                f"state was saved between merges by rank {there[0]} of {there[1]} and holds that "
+                f"rank's updates alone; rank {here[0]} of {here[1]} cannot load it. Save one "
+                "snapshot a rank, or merge on all ranks before saving"
+            )
+        visits, counters = unmerged.get("visits"), unmerged.get("counters")
+        rows = unmerged.get("rows_seen_merged")
+        fits = (
+            isinstance(visits, Tensor)
+            and visits.shape == self.visits.shape
+            and visits.dtype == self.visits.dtype
+            and isinstance(counters, (list, tuple))
+            and len(counters) == 2
+            and all(isinstance(count, int) for count in counters)
+            and isinstance(rows, int)
+        )
+        if not fits:
+            raise ValueError(f"state['unmerged'] is damaged: {unmerged!r}")
+        return unmerged
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name."""

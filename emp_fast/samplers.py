@@ -1,0 +1,184 @@
+"""The samplers of a `Pruner`: its epochs in the global order, or one rank's share of them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch.utils.data import Dataset, DistributedSampler, Sampler
+
+from emp_fast.collectives import rank_of, world_size_of
+
+if TYPE_CHECKING:
+    from emp_fast.pruner import Pruner
+
+__all__ = ["DistributedEpochSampler", "EpochIterator", "EpochSampler"]
+
+_BLOCK = 1 << 16  # indices turned into Python ints at a time
+
+
+class EpochSampler(Sampler[int]):
+    """Yields the selected samples of each epoch in the global order; every iteration is the next
+    epoch.
+
+    ``len`` is right before the epoch starts. On several ranks this is for whoever shards it, as
+    Accelerate does; plain DDP and Lightning take `Pruner.distributed_sampler`.
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        self._pruner = pruner
+
+    def __len__(self) -> int:
+        return self._pruner._length()
+
+    def __iter__(self) -> EpochIterator:
+        return EpochIterator(self._pruner)
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `Pruner.set_epoch`."""
+        self._pruner.set_epoch(epoch)
+
+
+class DistributedEpochSampler(DistributedSampler[int]):
+    """This rank's share of each epoch: every R-th sample of the global order.
+
+    The tail is made even as in `DistributedSampler`: by repeating the epoch's first samples, or
+    with ``drop_last`` by leaving out what is less than one sample a rank. The rank is looked up
+    when it is needed, so the sampler may be made before torch.distributed is initialised.
+    """
+
+    def __init__(self, pruner: Pruner, drop_last: bool = False) -> None:
+        # Not DistributedSampler's own: it fixes the length and wants the group to exist.
+        self._pruner = pruner
+        self.dataset = cast("Dataset[int]", range(pruner.store.num_samples))
+        self.drop_last = drop_last
+        self.shuffle = True
+        self.seed = pruner.seed
+
+    @property
+    def num_replicas(self) -> int:  # type: ignore[override]
+        """R, the ranks of the pruner's process group."""
+        return world_size_of(self._pruner.process_group)
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        """This process's rank in the pruner's process group."""
+        return rank_of(self._pruner.process_group)
+
+    @property
+    def epoch(self) -> int:  # type: ignore[override]
+        """See `Pruner.epoch`."""
+        return self._pruner.epoch
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]
+        """Samples of this rank in the epoch."""
+        return _share(self._pruner._length(), self.num_replicas, self.drop_last)
+
+    @property
+    def total_size(self) -> int:  # type: ignore[override]
+        """Samples of all ranks in the epoch, repeated ones included."""
+        return self.num_samples * self.num_replicas
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> EpochIterator:
+        return EpochIterator(self._pruner, self.rank, self.num_replicas, self.drop_last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `Pruner.set_epoch`."""
+        self._pruner.set_epoch(epoch)
+
+
+class EpochIterator(Iterator[int]):
+    """One pass over an epoch's samples, or over one rank's of them.
+
+    Its state is a position in the global order, so a stateful loader can resume it, on any number
+    of ranks.
+    """
+
+    def __init__(
+        self, pruner: Pruner, rank: int = 0, world_size: int = 1, drop_last: bool = False
+    ) -> None:
+        self._pruner = pruner
+        self._rank, self._world_size, self._drop_last = rank, world_size, drop_last
+        self._plan, start = pruner._begin()
+        self._over = False  # by its loaded state; the pass that the pruner is at has not begun
+        self._seek(start)
+        pruner._iterator = weakref.ref(self)
+
+    def _seek(self, start: int) -> None:
+        """Continues at a position of the global order, with the first rank's next sample."""
+        share = _share(len(self._plan) - start, self._world_size, self._drop_last)
+        self._start, self._end = start, start + share * self._world_size
+        self._yielded = 0
+        self._block: list[int] = []
+        self._block_start = 0
+
+    def __iter__(self) -> EpochIterator:
+        return self  # batch samplers ask again for every batch; the pass goes on
+
+    def __next__(self) -> int:
+        offset = self._yielded - self._block_start
+        if offset >= len(self._block):
+            self._block_start, offset = self._yielded, 0
+            self._block = self._next_block()
+            if not self._block:
+                if self._plan is self._pruner._plan and not self._over:
+                    self._pruner._exhausted = True
+                raise StopIteration
+        self._yielded += 1
+        return self._block[offset]
+
+    def _next_block(self) -> list[int]:
+        low = self._start + self._yielded * self._world_size + self._rank
+        high = min(low + _BLOCK * self._world_size, self._end)
+        if low >= high:
+            return []
+        order = self._plan.order
+        if high <= len(order):
+            return cast("list[int]", order[low : high : self._world_size].tolist())
+        positions = torch.arange(low, high, self._world_size) % len(order)  # the tail repeats
+        return cast("list[int]", order[positions].tolist())
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, the position in its global order, and the length of that."""
+        position = self._start + self._yielded * self._world_size
+        length = len(self._plan)
+        return {
+            "epoch": self._plan.epoch,
+            "position": length if position >= self._end else min(position, length),
+            "length": length,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues at a position of the same epoch; the state of an epoch that was over, loaded
+        when the pruner is at the next, makes an iterator that is over.
+
+        Raises:
+            ValueError: the state is of another epoch, or beyond its end.
+        """
+        epoch, position, length = (state.get(name) for name in ("epoch", "position", "length"))
+        if epoch == self._plan.epoch - 1 and position == length is not None:
+            self._seek(len(self._plan))
+            self._over = True
+            return
+        if epoch != self._plan.epoch:
+            raise ValueError(
+                f"state['epoch'] must be {self._plan.epoch} as in this iterator, got {epoch!r}; "
+                "restore the pruner's own state first"
+            )
+        if not isinstance(position, int) or not 0 <= position <= len(self._plan):
+            raise ValueError(
+                f"state['position'] must lie in [0, {len(self._plan)}], got {position!r}"
+            )
+        self._seek(position)
+        self._pruner._move_to(position)
+
+
+def _share(samples: int, world_size: int, drop_last: bool) -> int:
+    """Samples of one rank of ``samples``: all ranks have as many."""
+    return samples // world_size if drop_last else -(-samples // world_size)
