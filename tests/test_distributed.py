@@ -1,0 +1,432 @@
+"""Replicated and sharded state, and the distributed sampler, on Gloo ranks of one machine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Outcome, run_ranks
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+import emp_fast
+from emp_fast import merging, rules
+from emp_fast.functional import SampleStats
+
+SIZES = (1, 2, 3, 4, 8)
+N = 1003  # not a multiple of 8, nor of any number of ranks
+
+
+def ranks_check(function: Callable[[int, int], Any]) -> Callable[..., None]:
+    """Makes a function of (rank, size) a test that passes when it does on every rank of every
+    size; all of them run in one group a size.
+    """
+    CHECKS.append(function)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test(size: int, outcomes: Callable[[int], list[dict[str, Outcome]]]) -> None:
+        told = outcomes(size)
+        assert len(told) == size
+        for rank, outcome in enumerate(told):
+            assert function.__name__ in outcome, f"rank {rank} died before"
+            error = outcome[function.__name__][1]
+            assert error is None, f"rank {rank} of {size}:\n{error}"
+
+    test.__name__ = test.__qualname__ = f"test_{function.__name__}"
+    test.__doc__ = function.__doc__
+    globals()[test.__name__] = test
+    return function
+
+
+CHECKS: list[Callable[[int, int], Any]] = []
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[int], list[dict[str, Outcome]]]:
+    known: dict[int, list[dict[str, Outcome]]] = {}
+
+    def of(size: int) -> list[dict[str, Outcome]]:
+        if size not in known:
+            known[size] = run_ranks(size, CHECKS, tmp_path_factory.mktemp(f"ranks{size}"))
+        return known[size]
+
+    return of
+
+
+# ---- helpers ------------------------------------------------------------------------------------
+
+
+class Mixed(rules.Rule):
+    """A rule with buffers of many dtypes and shapes."""
+
+    reads = ("loss",)
+
+    def __repr__(self) -> str:
+        return "Mixed()"
+
+    def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+        return {
+            "half": torch.zeros(num_samples, 3, dtype=torch.bfloat16, device=device),
+            "flag": torch.zeros(num_samples, dtype=torch.bool, device=device),
+            "wide": torch.zeros(num_samples, 2, 2, dtype=torch.float64, device=device),
+            "small": torch.zeros(num_samples, 5, dtype=torch.int16, device=device),
+            "none": torch.zeros(num_samples, 0, device=device),
+        }
+
+    def step(self, stats: Any, state: Any) -> dict[str, Tensor]:
+        loss = stats["loss"]
+        return {
+            "score": loss - state["score"].nan_to_num(posinf=1.0),
+            "memory": state["memory"] * 0.5 + loss,
+            "half": (state["half"] + loss[:, None]).bfloat16(),
+            "flag": ~state["flag"] | (loss > 1),
+            "wide": state["wide"] + loss.double()[:, None, None],
+            "small": state["small"] + 1,
+        }
+
+
+RULES = [
+    rules.EMP(0.7, decay=0.3),
+    rules.AUM(),
+    rules.UCB(0.5),
+    rules.Forgetting(),
+    rules.DynUnc(3),
+    rules.RHO(torch.arange(N) / N),
+    Mixed(),
+]
+
+
+def stats_of(indices: Tensor, step: int) -> SampleStats:
+    """Stats that depend on the sample and the step alone, whoever computes them."""
+    x = (indices * 2654435761 + step * 40503) % 1000003 / 1000003.0
+    return SampleStats(
+        loss=x.float() * 5,
+        entropy=(1 - x).float(),
+        el2n=x.float().sqrt(),
+        margin=(x - 0.5).float() * 8,
+        confidence=x.float(),
+        correct=x > 0.4,
+        count=torch.ones_like(indices, dtype=torch.int32),
+    )
+
+
+def assert_same_state(store: emp_fast.ScoreStore, other: emp_fast.ScoreStore) -> None:
+    tensors, others = store._tensors(), other._tensors()
+    assert tensors.keys() == others.keys()
+    for name in tensors:
+        ours, theirs = (
+            t.contiguous().view(-1).view(torch.uint8) for t in (tensors[name], others[name])
+        )
+        assert torch.equal(ours, theirs), name
+    assert store.rows_seen == other.rows_seen
+
+
+def assert_same_on_all_ranks(value: Any) -> None:
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    assert all(other == told[0] for other in told), told
+
+
+def state_bytes(store: emp_fast.ScoreStore) -> list[Any]:
+    return [
+        (name, tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in store._tensors().items()
+    ] + [store.rows_seen]
+
+
+@contextmanager
+def counted_bytes() -> Any:
+    """Counts what is handed to the collectives, and how often."""
+    counts = {"bytes": 0, "calls": 0}
+    names = (
+        "all_gather",
+        "all_reduce",
+        "all_to_all",
+        "all_to_all_single",
+        "broadcast",
+        "all_gather_into_tensor",
+        "all_gather_object",
+        "send",
+        "isend",
+        "batch_isend_irecv",
+    )
+    originals = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sent = args[0] if name in ("all_reduce", "broadcast", "send", "isend") else args[1]
+            tensors = sent if isinstance(sent, (list, tuple)) else [sent]
+            counts["bytes"] += sum(t.numel() * t.element_size() for t in tensors)
+            counts["calls"] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+# ---- merge --------------------------------------------------------------------------------------
+
+
+@ranks_check
+def merge_gives_every_rank_every_update(rank: int, size: int) -> None:
+    """Three epochs on disjoint shares, of different samples each; a single store that saw all of
+    them holds the same bits.
+    """
+    for block in (64, 1 << 20):
+        merging._BLOCK = block
+        for rule in RULES:
+            store, alone = emp_fast.ScoreStore(N, rule), emp_fast.ScoreStore(N, rule)
+            for epoch in range(3):
+                generator = torch.Generator().manual_seed(epoch)
+                chosen = torch.randperm(N, generator=generator)[: 600 - 250 * epoch]
+                shares = chosen.tensor_split(size)  # uneven, and the last epoch's are small
+                for batch in shares[rank].split(50):
+                    store.update(batch, stats_of(batch, epoch))
+                for batch in chosen.split(50):
+                    alone.update(batch, stats_of(batch, epoch))
+                store.merge()
+                assert_same_state(store, alone)
+    assert_same_on_all_ranks(state_bytes(store))
+
+
+@ranks_check
+def merge_when_some_ranks_trained_nothing(rank: int, size: int) -> None:
+    store, alone = emp_fast.ScoreStore(N), emp_fast.ScoreStore(N)
+    store.merge()
+    assert_same_state(store, alone)
+    batch = torch.tensor([0, N - 1, 7])
+    if rank == size - 1:
+        store.update(batch, stats_of(batch, 0))
+    alone.update(batch, stats_of(batch, 0))
+    store.merge()
+    assert_same_state(store, alone)
+    store.merge()  # nothing new
+    assert_same_state(store, alone)
+
+
+@ranks_check
+def merge_settles_samples_of_several_ranks(rank: int, size: int) -> None:
+    """The rank that visited most, the highest such, gives the state; the visits add up."""
+    store = emp_fast.ScoreStore(N, rules.EMP(0.7, decay=0.3))
+    shared = torch.arange(0, 40)
+    for step in range(2 if rank == 0 else 1):  # rank 0 has samples 0 to 19 twice
+        batch = shared if step == 0 else shared[:20]
+        store.update(batch, stats_of(batch, 10 * rank + step))
+    own = torch.arange(100 + rank, N, size)
+    store.update(own, stats_of(own, 5))
+    store.merge()
+
+    most, last = emp_fast.ScoreStore(N, store.rule), emp_fast.ScoreStore(N, store.rule)
+    for step in range(2):
+        most.update(shared[:20], stats_of(shared[:20], step))
+    last.update(shared, stats_of(shared, 10 * (size - 1)))
+    assert torch.equal(store.scores[:20], most.scores[:20])
+    assert torch.equal(store.memory[:20], most.memory[:20])
+    assert torch.equal(store.scores[20:40], last.scores[20:40])
+    assert store.visits[:20].tolist() == [size + 1] * 20
+    assert store.visits[20:40].tolist() == [size] * 20
+    assert_same_on_all_ranks(state_bytes(store))
+
+
+@ranks_check
+def merge_adds_many_visits_exactly(rank: int, size: int) -> None:
+    """More than a byte counts."""
+    store = emp_fast.ScoreStore(20, rules.Loss())
+    for step in range(300 if rank == 0 else 2):
+        batch = torch.arange(rank, 20, size)
+        store.update(batch, stats_of(batch, step))
+    store.merge()
+    expected = torch.full((20,), 2, dtype=torch.int32)
+    expected[::size] = 300
+    assert torch.equal(store.visits, expected)
+
+
+@ranks_check
+def merge_adds_refused_rows_and_every_rank_warns(rank: int, size: int) -> None:
+    store = emp_fast.ScoreStore(N)
+    for round_number in (1, 2):
+        batch = torch.arange(rank, N, size)[:3]
+        stats = stats_of(batch, 0)
+        store.update(batch, stats._replace(loss=stats.loss * torch.tensor([1, 1, torch.nan])))
+        store.merge()
+        assert store.num_nonfinite == round_number * size
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            store.select(5)
+            store.select(5)
+        assert [str(w.message).split()[0] for w in caught] == [str(size)]
+
+
+@ranks_check
+def merge_says_when_every_rank_trains_on_everything(rank: int, size: int) -> None:
+    store = emp_fast.ScoreStore(N)
+    batch = torch.arange(100)
+    store.update(batch, stats_of(batch, 0))
+    if size == 1:
+        store.merge()
+        return
+    with pytest.warns(emp_fast.EmpFastWarning, match="sampler sharded"):
+        store.merge()
+
+
+@ranks_check
+def disagreement_is_an_error_on_all_ranks(rank: int, size: int) -> None:
+    if size == 1:
+        return
+    odd = rank == size - 1
+    with pytest.raises(
+        ValueError, match=f"num_samples is {N} on rank 0.*{N + 1} on rank {size - 1}"
+    ):
+        emp_fast.ScoreStore(N + odd).merge()
+    with pytest.raises(ValueError, match=r"rule is 'EMP\(beta=1.0.*'EMP\(beta=2.0"):
+        emp_fast.ScoreStore(N, rules.EMP(1.0 + odd)).merge()
+    pruner = emp_fast.Pruner(N)
+    pruner.set_epoch(3 + odd)
+    with pytest.raises(ValueError, match="epoch is 3 on rank 0"):
+        pruner.merge()
+    for arguments in (
+        {"seed": int(odd)},
+        {"policy": emp_fast.policies.EpsilonGreedy(0.1 + 0.1 * odd)},
+        {"prune_rate": 0.5 + 0.1 * odd},
+        {"labels": torch.arange(N) % (2 + odd)},
+    ):
+        pruner = emp_fast.Pruner(N, **arguments)
+        own = torch.arange(rank, N, size)
+        pruner.store.update(own, stats_of(own, 0))
+        before = state_bytes(pruner.store)
+        with pytest.raises(ValueError, match="all ranks must agree"):
+            iter(pruner.sampler)
+        assert state_bytes(pruner.store) == before
+    store = emp_fast.ScoreStore(N)  # and the group still works
+    store.merge()
+
+
+@ranks_check
+def merge_within_a_group_of_its_own(rank: int, size: int) -> None:
+    """Two groups, of the even and of the odd ranks, merge independently."""
+    if size < 2:
+        return
+    groups = [dist.new_group(list(range(parity, size, 2))) for parity in (0, 1)]
+    mine = groups[rank % 2]
+    members = list(range(rank % 2, size, 2))
+    store, alone = emp_fast.ScoreStore(N), emp_fast.ScoreStore(N)
+    for member in members:
+        batch = torch.arange(member, N, size)
+        alone.update(batch, stats_of(batch, 0))
+        if member == rank:
+            store.update(batch, stats_of(batch, 0))
+    store.merge(mine)
+    assert_same_state(store, alone)
+    pruner = emp_fast.Pruner(N, process_group=mine)
+    sampler = pruner.distributed_sampler()
+    assert (sampler.rank, sampler.num_replicas) == (members.index(rank), len(members))
+    assert len(list(sampler)) == -(-502 // len(members))
+    other = groups[1 - rank % 2]
+    with pytest.raises(ValueError, match="process_group must contain this process"):
+        store.merge(other)
+
+
+@ranks_check
+def merge_costs_few_bytes_and_steps_cost_none(rank: int, size: int) -> None:
+    """At most 12 bytes a sample and epoch, over all ranks together, when every sample is new."""
+    n = 200_003
+    store = emp_fast.ScoreStore(n)
+    with counted_bytes() as counts:
+        for batch in torch.arange(rank, n, size).split(20_000):
+            store.update(batch, stats_of(batch, 0))
+        assert counts == {"bytes": 0, "calls": 0}
+        store.merge()
+    total = torch.tensor(counts["bytes"])
+    dist.all_reduce(total)
+    assert int(total) <= 12 * n
+    assert (int(total) > 0) == (size > 1)
+
+
+@ranks_check
+def infobatch_3_indices_above_2_to_the_24_survive(rank: int, size: int) -> None:
+    """InfoBatch sends indices and losses in one float tensor: above 2**24, and in 16 bits above
+    256 or 2048, they arrive as other samples.
+    """
+    if size != 2:  # 16 million samples a rank: once is enough
+        return
+    n = 2**24 + 1000
+    batch = torch.arange(n - 1 - rank, n - 400, -size)
+    assert rank == 1 or (batch.float().long() != batch).all()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        store = emp_fast.ScoreStore(n, rules.Loss())
+        store.update(batch, {"loss": torch.ones(len(batch), dtype=dtype)})
+        store.merge()
+        visited = store.visits.nonzero()[:, 0]
+        assert torch.equal(visited, torch.arange(n - 399, n))
+        assert (store.scores[visited] == 1).all()
+
+
+# ---- the distributed sampler --------------------------------------------------------------------
+
+
+@ranks_check
+def ranks_share_the_global_order(rank: int, size: int) -> None:
+    pruner, alone = emp_fast.Pruner(N, 0.4, seed=3), emp_fast.Pruner(N, 0.4, seed=3)
+    sampler = pruner.distributed_sampler()
+    assert isinstance(sampler, DistributedSampler)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)
+        order = alone._plan_of(epoch).order.tolist()
+        assert sampler.total_size == len(sampler) * size
+        length = len(sampler)
+        mine = list(sampler)
+        padded = order + order[: -len(order) % size]
+        assert mine == padded[rank::size]
+        assert length == len(mine)
+        batch = torch.tensor(mine)
+        pruner.store.update(batch, stats_of(batch, epoch))
+        everything = torch.tensor(padded)
+        for part in everything.split(size):  # repeats come last, as they do on the ranks
+            alone.store.update(part, stats_of(part, epoch))
+
+
+@ranks_check
+def the_tail_is_dropped_on_request(rank: int, size: int) -> None:
+    pruner, alone = emp_fast.Pruner(N, 0.4), emp_fast.Pruner(N, 0.4)
+    sampler = pruner.distributed_sampler(drop_last=True)
+    order = alone._plan_of(0).order.tolist()
+    assert list(sampler) == order[rank : len(order) // size * size : size]
+    assert len(sampler) == len(order) // size
+
+
+@ranks_check
+def loaders_of_all_ranks_cover_the_epoch(rank: int, size: int) -> None:
+    pruner = emp_fast.Pruner(N, 0.4, labels=torch.arange(N) % 7)
+    loader = DataLoader(
+        emp_fast.with_indices(range(N)), batch_size=16, sampler=pruner.distributed_sampler()
+    )
+    for epoch in range(3):
+        seen, steps, length = [], 0, len(loader)
+        for sample, index in loader:
+            assert torch.equal(sample, index)
+            pruner.update(index, stats_of(index, epoch))
+            seen += index.tolist()
+            steps += 1
+        assert steps == length == len(loader)
+        told: list[Any] = [None] * size
+        dist.all_gather_object(told, (seen, pruner.selection.indices.tolist()))
+        selected = told[0][1]
+        assert all(theirs[1] == selected for theirs in told)
+        everyone = [index for theirs in told for index in theirs[0]]
+        assert sorted(set(everyone)) == selected
+        assert len(everyone) == -(-len(selected) // size) * size
