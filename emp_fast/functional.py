@@ -101,7 +101,7 @@ def cross_entropy_step(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """The mean of ``row_scale * loss`` over the rows that count, and the state of its samples moved.
+    """The mean of ``row_scale * loss`` over the rows that count; moves its samples' state.
 
     What `cross_entropy`, a weighted mean and `ScoreStore.update` do, but on a backend whose
     ``fuses_step`` is set the logits are read once and their gradient is written once.
