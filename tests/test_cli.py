@@ -18,8 +18,6 @@ from emp_fast.cli import app, bench, doctor
 from emp_fast.cli import demo as demo_command
 from emp_fast.cli.console import InputError, write_atomically
 
-pytestmark = pytest.mark.filterwarnings("ignore::emp_fast.EmpFastWarning")
-
 N = 1009
 
 

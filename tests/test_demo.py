@@ -16,8 +16,6 @@ from emp_fast.demo.datasets import DATASETS, ImageData, load
 from emp_fast.demo.models import for_data
 from emp_fast.demo.training import METHODS, Settings, methods, train
 
-pytestmark = pytest.mark.filterwarnings("ignore::emp_fast.EmpFastWarning")
-
 # ---- datasets -----------------------------------------------------------------------------------
 
 
