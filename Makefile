@@ -7,7 +7,7 @@ TEST_FLAGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint format typecheck bench cuda-build gpu-check clean
+.PHONY: help setup demo test lint format typecheck bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,9 +43,6 @@ bench: setup  ## the CPU benchmark: a JSON file, a table and a plot in $(OUT)/be
 	mkdir -p $(OUT)/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench/cpu.json
 	$(BIN)/python -m benchmarks.report $(OUT)/bench/cpu.json -o $(OUT)/bench
-
-gpu-check:  ## on a GPU machine: build, GPU tests, sanitizer, benchmark; everything into $(OUT)/gpu
-	OUT=$(OUT)/gpu PYTHON=$(PYTHON) tools/gpu_check.sh
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info $(VENV) emp_fast/_native*.so emp_fast/_build_info.json

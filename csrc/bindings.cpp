@@ -1,7 +1,8 @@
-// The Python face of the native code: pointers, sizes and a stream in, nothing allocated, no libtorch.
-#include <pybind11/pybind11.h>
-
+// The Python face of the native code: pointers, sizes and a stream in, nothing allocated, no
+// libtorch.
 #include "cpu/bindings.h"
+
+#include <pybind11/pybind11.h>
 #ifdef EMP_FAST_WITH_CUDA
 #include "cuda/bindings.h"
 #endif
