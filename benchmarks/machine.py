@@ -65,6 +65,11 @@ def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
     return {"median": statistics.median(rates), "p20": fifths[0], "p80": fifths[3]}
 
 
+def load() -> float | None:
+    """Processes that wanted a core in the last minute: above zero, others take part in the run."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
 def cache_bytes(device: torch.device) -> int:
     """The last-level cache of ``device``."""
     if device.type == "cuda":

@@ -194,6 +194,8 @@ def _machine_table(result: Result) -> str:
             f"{copied['median'] / 1e9:.1f} GB/s ({copied['p20'] / 1e9:.1f} to "
             f"{copied['p80'] / 1e9:.1f}), read and written bytes"
         )
+    if machine.get("load_before") is not None:
+        rows["Load before the run"] = f"{machine['load_before']:.1f} processes"
     rows["Versions"] = ", ".join(
         [f"Python {machine['python']}", *(f"{k} {v}" for k, v in machine["versions"].items())]
     )
