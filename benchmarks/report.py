@@ -17,8 +17,8 @@ from typing import Any
 
 SUITES = {
     "forward": "Loss and five scores",
-    "forward + backward": "The same with the gradient of the mean loss",
-    "forward + backward + state": "The same with the update of 1.28 million samples' state",
+    "forward + backward": "Loss, five scores and the gradient",
+    "forward + backward + state": "Loss, five scores, gradient and state update",
     "linear": "Loss, scores and gradients of hidden @ classifier.T",
     "state update": "State update alone",
     "selection": "Selection of the highest scores",
@@ -297,7 +297,7 @@ def _refused_list(result: Result) -> str:
 # ---- README --------------------------------------------------------------------------------------
 
 
-def readme_block(result: Result, report: str) -> str:
+def readme_block(result: Result, report: str, picture: str | None) -> str:
     """The summary that stands between the README's markers."""
     peers = [
         name
@@ -332,6 +332,8 @@ def readme_block(result: Result, report: str) -> str:
             f"The whole overhead of pruning on a training step ({case.name}): "
             f"{overheads['pruner.loss']}; by hand in eager PyTorch {overheads['eager pruning']}."
         ]
+    if picture is not None:
+        lines.append(f"![Time of the peers relative to emp_fast]({picture})")
     lines.append(f"Every case, the machine, versions and method: [{report}]({report}).")
     return "\n\n".join(lines)
 
@@ -407,9 +409,12 @@ def plot(result: Result, path: Path) -> None:
         for name, colour in colours.items()
     ]
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=min(6, len(names)), frameon=False
+        handles=handles,
+        loc="outside upper center",
+        ncols=min(6, len(names)),
+        frameon=False,
+        title=f"{_hardware(result)}, {result.date}",
     )
-    figure.suptitle(f"{_hardware(result)}, {result.date}", fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -506,7 +511,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report)
         if given.readme is not None:
             text = given.readme.read_text()
-            block = readme_block(result, _relative(report, given.readme.parent))
+            beside = given.readme.parent
+            image = _relative(picture, beside) if drawn else None
+            block = readme_block(result, _relative(report, beside), image)
             given.readme.write_text(rewrite_readme(text, result.machine["device"], block))
             print(given.readme)
     except (BadResult, OSError) as error:
