@@ -1,0 +1,78 @@
+// The gradient to the logits from the scores of the forward pass.
+//
+// Memory: logits read once, gradient written once. No sums are needed for class ids, so any block does any
+// part of a row; soft targets first find their largest class and their total.
+#include "cuda/dispatch.cuh"
+#include "cuda/kernels.h"
+#include "cuda/row_loop.cuh"
+
+namespace emp_fast::cuda {
+namespace {
+
+template <int kLanes>
+constexpr int kThreads = kLanes < 128 ? 128 : kLanes;
+
+template <class T, int kLanes, bool kSoft>
+__global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
+    row_gradients(const __grid_constant__ RowArgs a, int vectors_per_part) {
+  constexpr int kCount = kElements<T>;
+  constexpr int kRows = kThreads<kLanes> / kLanes;
+  const int64_t tiles = (a.rows + kRows - 1) / kRows;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t mine = tile * kRows + threadIdx.x / kLanes;
+    const bool active = mine < a.rows;
+    const int64_t row = active ? mine : a.rows - 1;
+    const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    T* out = static_cast<T*>(a.grad) + row * a.classes;
+    const auto window = Window<kCount>::of(reinterpret_cast<uintptr_t>(logits), a.classes);
+    const int begin = static_cast<int>(blockIdx.y) * vectors_per_part;
+    const int end = active ? min(begin + vectors_per_part, window.vectors) : 0;
+    const float g = row_gradient(a, row);
+    const float max = __ldg(a.fields + kMax * a.rows + row);
+    const float inv_sum = __ldg(a.fields + kInvSum * a.rows + row);
+    const float miss = __ldg(a.fields + kMiss * a.rows + row);
+    if constexpr (kSoft) {
+      const float* soft = a.soft + row * a.classes;
+      const int target = largest_class<kLanes>(soft, a.classes);
+      float total = 0.0f;
+      for (int j = Group<kLanes>::lane(); j < a.classes; j += kLanes) {
+        total += smoothed(a, j, __ldg(soft + j));
+      }
+      total = Group<kLanes>::reduce(total, Add{});
+      const auto gradient = SoftGradientRow::of(a, soft, target, g, max, inv_sum, miss, total);
+      emit<T, kLanes>(a, logits, out, window, begin, end, nullptr, 0,
+                      [&](int column, float(&x)[kCount]) { gradient.apply(a, soft, column, x); });
+    } else {
+      const float confidence = __ldg(a.fields + kConfidence * a.rows + row);
+      const auto gradient =
+          GradientRow::of(a, Target::of(a, row), g, max, inv_sum, confidence, miss);
+      emit<T, kLanes>(
+          a, logits, out, window, begin, end, nullptr, 0,
+          [&](int column, float(&x)[kCount]) { gradient.template apply<true>(a, column, x); });
+    }
+  }
+}
+
+}  // namespace
+
+void gradient(Dtype dtype, const BackwardPlan& plan, const RowArgs& args, cudaStream_t stream) {
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = [&](auto kernel) {
+      const dim3 grid(static_cast<unsigned>(plan.grid), static_cast<unsigned>(plan.parts));
+      kernel<<<grid, plan.threads, 0, stream>>>(args, plan.vectors_per_part);
+    };
+    const bool soft = args.soft != nullptr;
+    switch (plan.lanes) {
+      case 4:
+        return soft ? run(row_gradients<T, 4, true>) : run(row_gradients<T, 4, false>);
+      case 32:
+        return soft ? run(row_gradients<T, 32, true>) : run(row_gradients<T, 32, false>);
+      default:
+        return soft ? run(row_gradients<T, 256, true>) : run(row_gradients<T, 256, false>);
+    }
+  });
+  check_launch("row_gradients");
+}
+
+}  // namespace emp_fast::cuda

@@ -1,0 +1,107 @@
+// Reductions over the threads that share a row: part of a warp, a warp or a whole block. Every thread
+// gets the result, in an order that the launch alone decides, so a run repeats bit for bit.
+#pragma once
+#include "core/softmax_sums.h"
+#include "cuda/vector.cuh"
+
+namespace emp_fast::cuda {
+
+constexpr unsigned kFullWarp = 0xFFFFFFFFu;
+
+struct Add {
+  template <class V>
+  __device__ __forceinline__ V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Max {
+  __device__ __forceinline__ float operator()(float a, float b) const { return max_or_nan(a, b); }
+};
+struct Min {
+  __device__ __forceinline__ int operator()(int a, int b) const { return min(a, b); }
+};
+
+// kLanes: a power of two; up to 32 it divides a warp, above it is the whole block. All threads of the
+// block must call together: the shuffles name the full warp and the block reductions hold barriers.
+template <int kLanes>
+struct Group {
+  static constexpr int kWarps = kLanes / 32;
+  static constexpr int kWidth = kLanes < 32 ? kLanes : 32;
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }
+
+  template <class V, class Op>
+  __device__ __forceinline__ static V warp_reduce(V x, Op op) {
+#pragma unroll
+    for (int offset = kWidth / 2; offset > 0; offset /= 2) {
+      x = op(x, __shfl_xor_sync(kFullWarp, x, offset));
+    }
+    return x;
+  }
+
+  // Reduces kValues values at once: two barriers for all of them.
+  template <int kValues, class V, class Op>
+  __device__ __forceinline__ static void reduce(V (&x)[kValues], Op op) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) x[i] = warp_reduce(x[i], op);
+    if constexpr (kLanes > 32) {
+      __shared__ V partial[kValues][kWarps];
+      const int warp = threadIdx.x / 32;
+      if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) partial[i][warp] = x[i];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        // Every warp does the same tree over the warps' values; lanes beyond them repeat some.
+        V value = partial[i][threadIdx.x % kWarps];
+#pragma unroll
+        for (int offset = kWarps / 2; offset > 0; offset /= 2) {
+          value = op(value, __shfl_xor_sync(kFullWarp, value, offset));
+        }
+        x[i] = value;
+      }
+      __syncthreads();  // before the next reduction writes `partial`
+    }
+  }
+
+  template <class V, class Op>
+  __device__ __forceinline__ static V reduce(V x, Op op) {
+    V values[1] = {x};
+    reduce(values, op);
+    return values[0];
+  }
+};
+
+// A row's sums with what label smoothing adds to them.
+struct RowSums {
+  SoftmaxSums<float> sums;  // over the columns that are not the target
+  float spread;             // sum w_j (x_j - sums.m) over them
+  float weight;             // sum w_j over them
+
+  __device__ __forceinline__ static RowSums empty() {
+    return {SoftmaxSums<float>::empty(), 0.0f, 0.0f};
+  }
+
+  // Expresses everything relative to max, which is not below sums.m (or is NaN).
+  __device__ __forceinline__ void raise_to(float max) {
+    if (weight != 0.0f) spread = fmaf(weight, sums.m - max, spread);
+    raise(sums, max);
+  }
+
+  // Sums over the group relative to the group's maximum.
+  template <int kLanes>
+  __device__ __forceinline__ void reduce() {
+    raise_to(Group<kLanes>::reduce(sums.m, Max{}));
+    float values[5] = {sums.d, sums.s, sums.q, spread, weight};
+    Group<kLanes>::reduce(values, Add{});
+    sums.d = values[0];
+    sums.s = values[1];
+    sums.q = values[2];
+    spread = values[3];
+    weight = values[4];
+  }
+};
+
+}  // namespace emp_fast::cuda

@@ -1,0 +1,225 @@
+// Launch arithmetic: which kernel serves a shape, with what grid, split and workspace. Plain host code,
+// tested exhaustively through `_native.cuda.plan_*` (tests/test_cuda_launch.py).
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/window.h"
+
+namespace emp_fast::cuda {
+
+constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
+constexpr int64_t kMaxGridY = 65535;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What of a device decides a launch.
+struct Device {
+  int multiprocessors;
+  int64_t shared_bytes;  // dynamic shared memory that a block can opt in to
+};
+
+// ---- rows ------------------------------------------------------------------------------------------
+
+enum class RowPath : int {
+  kThreads,    // a thread a row, the block's rows through shared memory
+  kRegisters,  // lanes a row, the row in registers
+  kLooped,     // lanes a row, any class count
+  kSplit,      // several blocks a row, partial sums merged by a second launch
+};
+
+struct RowPlan {
+  RowPath path;
+  int lanes;              // threads that share a row
+  int threads;            // a block
+  int64_t grid;           // blocks; each loops over tiles of threads / lanes rows
+  int parts;              // of a row (kSplit)
+  int vectors_per_part;   // (kSplit)
+  int cached_vectors;     // of a row kept in shared memory for the gradient (kLooped)
+  int64_t shared_bytes;   // dynamic
+  int64_t workspace_bytes;
+};
+
+struct RowShape {
+  int64_t rows;
+  int64_t classes;
+  int64_t stride;
+  int element_bytes;
+  bool base_aligned;  // the first logit lies at a multiple of 16 bytes
+  bool soft;
+  bool general;       // a softcap, or label smoothing with class weights: the looped kernel's alone
+  bool grad;
+};
+
+constexpr int kThreadRowClasses = 32;   // at most, a thread a row
+constexpr int kThreadRowBlock = 128;    // rows a block there
+constexpr int kLoopedThreads = 512;
+constexpr int kWarpLoopedVectors = 512; // rows up to this are a warp's in the looped kernel
+constexpr int64_t kStaticShared = 4096; // kept free for the reductions of the looped kernel
+constexpr int kMinPartVectors = 2048;   // 32 KiB: less a part costs more to merge than it saves
+constexpr int kMaxParts = 64;
+constexpr int kPartialFloats = 6;       // m, d, s, q, spread, weight
+
+// The register kernels that are compiled, by lanes a row; each holds lanes * kRegisterVectors vectors.
+constexpr int kRegisterLanes[] = {8, 32, 64, 256};
+constexpr int kRegisterVectors = 4;
+
+inline RowPlan plan_rows(const RowShape& s, const Device& device) {
+  const int elements = kVectorBytes / s.element_bytes;
+  const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
+  const int64_t vectors = window_vectors(s.classes, elements, aligned);
+  RowPlan plan{};
+  plan.parts = 1;
+  const auto rows_of = [&](RowPath path, int lanes, int threads) {
+    plan.path = path;
+    plan.lanes = lanes;
+    plan.threads = threads;
+    plan.grid = std::min(ceil_div(s.rows, threads / lanes), kMaxGridX);
+    return plan;
+  };
+  if (!s.soft && !s.general) {
+    // A stride of a multiple of 8 words puts too many of a warp's rows into one bank of shared memory.
+    const int64_t row_bytes = s.classes * s.element_bytes;
+    if (s.classes <= kThreadRowClasses && (s.stride == s.classes || s.rows <= 1) &&
+        row_bytes % 32 != 0) {
+      rows_of(RowPath::kThreads, 1, kThreadRowBlock);
+      plan.shared_bytes = (ceil_div(kThreadRowBlock * row_bytes, kVectorBytes) + 1) * kVectorBytes;
+      return plan;
+    }
+    for (const int lanes : kRegisterLanes) {
+      if (vectors <= lanes * kRegisterVectors) {
+        return rows_of(RowPath::kRegisters, lanes, lanes <= 32 ? 128 : lanes);
+      }
+    }
+    const int64_t wanted = ceil_div(2 * device.multiprocessors, std::max<int64_t>(s.rows, 1));
+    const int64_t parts = std::min({wanted, vectors / kMinPartVectors, int64_t{kMaxParts}});
+    if (parts > 1) {
+      plan.path = RowPath::kSplit;
+      plan.lanes = plan.threads = kLoopedThreads;
+      plan.vectors_per_part = static_cast<int>(ceil_div(vectors, parts));
+      plan.parts = static_cast<int>(ceil_div(vectors, plan.vectors_per_part));
+      plan.grid = s.rows;  // times parts in y; few by the condition above
+      plan.workspace_bytes = s.rows * plan.parts * kPartialFloats * int64_t{sizeof(float)};
+      return plan;
+    }
+  }
+  if (vectors <= kWarpLoopedVectors) return rows_of(RowPath::kLooped, 32, 128);
+  rows_of(RowPath::kLooped, kLoopedThreads, kLoopedThreads);
+  if (s.grad) {
+    const int64_t room = (device.shared_bytes - kStaticShared) / kVectorBytes;
+    plan.cached_vectors = static_cast<int>(std::clamp<int64_t>(room, 0, vectors));
+    plan.shared_bytes = int64_t{plan.cached_vectors} * kVectorBytes;
+  }
+  return plan;
+}
+
+struct BackwardPlan {
+  int lanes;    // threads that share a row, or a part of one
+  int threads;  // a block
+  int64_t grid;
+  int parts;    // grid y: parts of a row
+  int vectors_per_part;
+};
+
+inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
+  const int elements = kVectorBytes / s.element_bytes;
+  const int64_t vectors = window_vectors(s.classes, elements, false);
+  BackwardPlan plan{};
+  plan.lanes = vectors <= 16 ? 4 : vectors <= 512 ? 32 : 256;
+  plan.threads = std::max(plan.lanes, 128);
+  plan.grid = std::min(ceil_div(s.rows, plan.threads / plan.lanes), kMaxGridX);
+  // Soft targets first sum over their whole row; class ids let any block do any part.
+  int64_t parts = 1;
+  if (!s.soft && plan.lanes == 256) {
+    const int64_t wanted = ceil_div(8 * device.multiprocessors, std::max<int64_t>(s.rows, 1));
+    parts = std::clamp<int64_t>(wanted, 1, std::min(ceil_div(vectors, 1024), kMaxGridY));
+  }
+  plan.vectors_per_part = static_cast<int>(ceil_div(vectors, parts));
+  plan.parts = static_cast<int>(ceil_div(vectors, plan.vectors_per_part));
+  return plan;
+}
+
+// ---- state -----------------------------------------------------------------------------------------
+
+constexpr int64_t kScanRows = 1024;        // up to here each row counts its own occurrences
+constexpr int64_t kScanRowsByThread = 256; // the same where one thread does a row
+constexpr int64_t kCountedRows = 32767;    // up to here a count fits half of a claim
+constexpr int64_t kOneBlockRows = 4096;    // update_state in one launch
+
+// ---- selection -------------------------------------------------------------------------------------
+
+constexpr int kTile = 4096;                // scores a block marks; a bit each
+constexpr int kTileWords = kTile / 32;
+constexpr int kScanTiles = 4096;           // tiles a block of the scan adds up
+constexpr int kKeyBits = 32;
+constexpr int kDigitBits = 11;             // 2048 bins
+constexpr int kGroupDigitBits = 8;         // a histogram a group: 2 KiB each
+constexpr int64_t kMaxGroups = 65536;
+constexpr int64_t kSampledFrom = int64_t{1} << 26;  // scores: from here one read beats four
+constexpr int64_t kSample = int64_t{1} << 20;
+constexpr double kBracketSigmas = 5.0;     // of the rank in the sample: 0.5 % of all scores lie between
+
+struct SelectionPlan {
+  bool sampled;
+  int digit_bits;
+  int index_bits;          // of N - 1
+  int64_t problems;        // histograms and states: the groups, or two ends of a bracket and the rest
+  int64_t tiles;
+  int64_t scan_blocks;
+  int64_t candidates;      // capacity (sampled)
+  int64_t rank_above;      // the ranks in the sample, 1 its highest, between which the threshold lies;
+  int64_t rank_below;      //   0: above all of it, kSample + 1: below all of it
+  int64_t histograms, states, control, totals, tile_counts, bitmap, candidate_keys,
+      candidate_indices;   // byte offsets in the workspace
+  int64_t cleared_bytes;   // from the start, zero before the first kernel
+  int64_t workspace_bytes;
+};
+
+inline int bits_of(int64_t value) {
+  int bits = 0;
+  while (value >> bits) ++bits;
+  return bits;
+}
+
+constexpr int64_t kStateBytes = 32;
+constexpr int64_t kControlBytes = 32;
+
+// groups: 0 for a selection without them. sampled: a bracket from a sample, one read of the scores.
+inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, bool sampled) {
+  SelectionPlan p{};
+  p.sampled = sampled;
+  p.digit_bits = groups > 0 ? kGroupDigitBits : kDigitBits;
+  p.index_bits = bits_of(n - 1);
+  p.problems = groups > 0 ? groups : sampled ? 3 : 1;
+  p.tiles = ceil_div(n, kTile);
+  p.scan_blocks = ceil_div(p.tiles, kScanTiles);
+  int64_t bytes = 0;
+  const auto reserve = [&bytes](int64_t size) {
+    const int64_t offset = bytes;
+    bytes += ceil_div(size, 256) * 256;
+    return offset;
+  };
+  p.histograms = reserve((p.problems << p.digit_bits) * int64_t{sizeof(uint64_t)});
+  p.control = reserve(kControlBytes);
+  p.cleared_bytes = bytes;
+  p.states = reserve(p.problems * kStateBytes);
+  p.totals = reserve(p.scan_blocks * int64_t{sizeof(uint64_t)});
+  p.tile_counts = reserve(p.tiles * int64_t{sizeof(uint32_t)});
+  p.bitmap = reserve(p.tiles * kTileWords * int64_t{sizeof(uint32_t)});
+  if (sampled) {
+    const double share = static_cast<double>(k) / static_cast<double>(n);
+    const double sigma = std::sqrt(static_cast<double>(kSample) * share * (1.0 - share));
+    const double middle = share * static_cast<double>(kSample);
+    const double half_width = kBracketSigmas * sigma + 2.0;
+    p.rank_above = std::max<int64_t>(0, static_cast<int64_t>(middle - half_width));
+    p.rank_below = std::min<int64_t>(kSample + 1, static_cast<int64_t>(middle + half_width) + 1);
+    p.candidates = n / 128;
+    p.candidate_keys = reserve(p.candidates * int64_t{sizeof(uint32_t)});
+    p.candidate_indices = reserve(p.candidates * int64_t{sizeof(int64_t)});
+  }
+  p.workspace_bytes = bytes;
+  return p;
+}
+
+}  // namespace emp_fast::cuda

@@ -1,0 +1,227 @@
+// From a row's sums to its outputs: scores, gradient coefficients and the step of its sample's state.
+#pragma once
+#include "core/softmax_sums.h"
+#include "cuda/group.cuh"
+#include "cuda/row_args.h"
+#include "cuda/state_update.cuh"
+#include "cuda/vector.cuh"
+
+namespace emp_fast::cuda {
+
+// The class of a row; `column` is safe to read whatever the target holds.
+struct Target {
+  int column;
+  bool valid;  // not ignored
+  bool bad;    // neither a class nor ignored: its scores are NaN
+
+  __device__ __forceinline__ static Target of(const RowArgs& a, int64_t row) {
+    const int64_t y = __ldg(a.target + row);
+    const bool valid = y != a.ignore_index;
+    const bool inside = y >= 0 && y < a.classes;
+    return {valid && inside ? static_cast<int>(y) : 0, valid, valid && !inside};
+  }
+};
+
+// What the fields of one row are, and what its gradient needs besides.
+struct RowResult {
+  float loss;
+  float field[kFields];
+  bool valid;
+  bool correct;
+
+  // The value of index `which` as RowArgs::signal counts them; chosen without indexing registers.
+  __device__ __forceinline__ float value(int which) const {
+    float chosen = loss;
+#pragma unroll
+    for (int f = 0; f < kFields; ++f) chosen = which == f + 1 ? field[f] : chosen;
+    return chosen;
+  }
+};
+
+__device__ __forceinline__ RowResult complete(const Scores<float>& scores, float loss, float el2n,
+                                              const Target& target) {
+  const bool spoiled = target.bad || is_nan(loss) || is_nan(scores.inv_sum);
+  const float field[kFields] = {fmaxf(scores.entropy, 0.0f), el2n,       scores.margin,
+                                scores.confidence,           scores.max, scores.inv_sum,
+                                scores.miss};
+  RowResult r;
+  r.valid = target.valid;
+  r.loss = !target.valid ? 0.0f : spoiled ? NAN : loss;
+#pragma unroll
+  for (int f = 0; f < kFields; ++f) {
+    r.field[f] = !target.valid ? 0.0f : spoiled ? NAN : field[f];
+  }
+  r.correct = r.field[kMargin] >= 0.0f;
+  return r;
+}
+
+// Scores of a row of class id; x_y is the logit of the target after the softcap.
+__device__ __forceinline__ RowResult finish_row(const RowArgs& a, const RowSums& row, float x_y,
+                                                const Target& target) {
+  const Scores<float> scores = finish(row.sums, x_y);
+  const float weight = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
+  float loss = a.weight == nullptr ? scores.nll : weight * scores.nll;
+  if (a.smoothing > 0.0f) {
+    const float every = uniform_loss(row.sums, x_y, scores, row.spread, weight, row.weight);
+    loss = (1.0f - a.smoothing) * loss + a.smoothing * (every / static_cast<float>(a.classes));
+  }
+  return complete(scores, loss, scores.el2n, target);
+}
+
+__device__ __forceinline__ void write_row(const RowArgs& a, int64_t row, const RowResult& r) {
+  a.loss[row] = r.loss;
+#pragma unroll
+  for (int f = 0; f < kFields; ++f) a.fields[f * a.rows + row] = r.field[f];
+  a.correct[row] = r.correct;
+  a.count[row] = r.valid ? 1 : 0;
+}
+
+// ---- gradient --------------------------------------------------------------------------------------
+
+// d (g loss) / d x_j = g (scale p_j - spread w_j) off the target, with p_j = exp(x_j - max) inv_sum.
+struct GradientRow {
+  float g;          // gradient of the loss of this row
+  float max, inv_sum;
+  float scale;      // sum of what the row's targets weigh
+  float spread;     // of label smoothing, a class; times w_j with class weights
+  float at_target;  // the value at the target without g, from `miss`: p_y - 1 would lose its digits
+  int target;
+  bool valid;
+
+  __device__ __forceinline__ static GradientRow of(const RowArgs& a, const Target& target, float g,
+                                                   float max, float inv_sum, float confidence,
+                                                   float miss) {
+    const float share = a.smoothing / static_cast<float>(a.classes);
+    const bool smooth = a.smoothing > 0.0f;
+    const float w_y = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
+    const float sharp = (1.0f - a.smoothing) * w_y;
+    const float total = !smooth ? 0.0f : a.weight == nullptr ? a.smoothing : share * a.weight_sum[0];
+    GradientRow r;
+    r.g = g;
+    r.max = max;
+    r.inv_sum = inv_sum;
+    r.scale = sharp + total;
+    r.spread = share;
+    r.at_target = (smooth ? total * confidence - share * w_y : 0.0f) - sharp * miss;
+    r.target = target.column;
+    r.valid = target.valid;
+    return r;
+  }
+
+  // Turns the logits of one vector into their gradients; softcap's own derivative is the caller's.
+  // kWeighted: label smoothing may have class weights.
+  template <bool kWeighted, int kCount>
+  __device__ __forceinline__ void apply(const RowArgs& a, int column, float (&x)[kCount]) const {
+    const bool weighted = kWeighted && a.weight != nullptr && a.smoothing > 0.0f;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      const float p = exp_flushed(x[e] - max) * inv_sum;
+      float off = spread;
+      if (weighted) {
+        const int j = column + e;
+        off = j >= 0 && j < a.classes ? spread * __ldg(a.weight + j) : 0.0f;
+      }
+      const float value = column + e == target ? at_target : fmaf(scale, p, -off);
+      x[e] = valid ? g * value : 0.0f;
+    }
+  }
+};
+
+__device__ __forceinline__ float row_gradient(const RowArgs& a, int64_t row) {
+  return a.row_scale == nullptr ? a.scale : a.scale * __ldg(a.row_scale + row);
+}
+
+// ---- soft targets ----------------------------------------------------------------------------------
+
+// What a probability weighs in the loss, after smoothing and class weight.
+__device__ __forceinline__ float smoothed(const RowArgs& a, int j, float t) {
+  if (a.smoothing > 0.0f) {
+    t = t * (1.0f - a.smoothing) + a.smoothing / static_cast<float>(a.classes);
+  }
+  return a.weight == nullptr ? t : t * __ldg(a.weight + j);
+}
+
+// The class of the largest probability, the lowest such; all kLanes threads of the row call.
+template <int kLanes>
+__device__ __forceinline__ int largest_class(const float* soft, int classes) {
+  using G = Group<kLanes>;
+  float best = -INFINITY;
+  int at = classes - 1;
+  for (int j = G::lane(); j < classes; j += kLanes) {
+    const float t = __ldg(soft + j);
+    if (t > best) {
+      best = t;
+      at = j;
+    }
+  }
+  return G::reduce(best == G::reduce(best, Max{}) ? at : classes - 1, Min{});
+}
+
+// d (g loss) / d x_j = g (total p_j - t_j), with t the smoothed targets and total their sum.
+struct SoftGradientRow {
+  float g, max, inv_sum, total, at_target;
+  int target;
+
+  __device__ __forceinline__ static SoftGradientRow of(const RowArgs& a, const float* soft,
+                                                       int target, float g, float max,
+                                                       float inv_sum, float miss, float total) {
+    const float t_y = smoothed(a, target, __ldg(soft + target));
+    return {g, max, inv_sum, total, (total - t_y) - total * miss, target};
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void apply(const RowArgs& a, const float* soft, int column,
+                                        float (&x)[kCount]) const {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      const int j = column + e;
+      const float t = j >= 0 && j < a.classes ? smoothed(a, j, __ldg(soft + j)) : 0.0f;
+      const float p = exp_flushed(x[e] - max) * inv_sum;
+      x[e] = g * (j == target ? at_target : fmaf(total, p, -t));
+    }
+  }
+};
+
+// ---- softcap ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float capped(float x, float softcap) {
+  return softcap > 0.0f ? softcap * tanhf(x / softcap) : x;
+}
+
+__device__ __forceinline__ float cap_derivative(float x, float softcap) {
+  const float t = tanhf(x / softcap);
+  return 1.0f - t * t;
+}
+
+// ---- state -----------------------------------------------------------------------------------------
+
+// The rows of the sample of `row`, itself included, counted by the kLanes threads that share it.
+template <int kLanes>
+__device__ __forceinline__ int count_by_scan(const RowArgs& a, int64_t row) {
+  const int64_t sample = a.indices[row];
+  int occurrences = 0;
+  for (int64_t r = threadIdx.x % kLanes; r < a.rows; r += kLanes) {
+    occurrences += __ldg(a.indices + r) == sample;
+  }
+  if constexpr (kLanes > 1) occurrences = Group<kLanes>::reduce(occurrences, Add{});
+  return occurrences;
+}
+
+// Writes the outputs of a row that kLanes threads share, and takes its sample's step if asked to. Every
+// thread of the block calls it; the first warp of a block-wide row does the work.
+template <int kLanes>
+__device__ __forceinline__ void conclude(const RowArgs& a, int64_t row, bool active,
+                                         const RowResult& result) {
+  constexpr int kWorkers = kLanes < 32 ? kLanes : 32;
+  if (kLanes > 32 && threadIdx.x >= 32) return;
+  const bool writer = active && threadIdx.x % kWorkers == 0;
+  if (writer) write_row(a, row, result);
+  if (a.occurrences == Occurrences::kNoUpdate) return;
+  const int occurrences =
+      a.occurrences == Occurrences::kScan ? count_by_scan<kWorkers>(a, row) : 0;
+  if (!writer) return;
+  const float direct = a.direct < 0 ? 0.0f : result.value(a.direct);
+  arrive(a, row, occurrences, result.valid, result.value(a.signal), direct);
+}
+
+}  // namespace emp_fast::cuda

@@ -1,0 +1,122 @@
+// Scores (and gradient, and the state's step) of rows of any length, options and targets.
+//
+// Memory: logits read once, gradient written once. A warp or a block walks the row with running sums; for
+// the gradient it keeps the front of the row in shared memory, as much as fits, and reads only the rest a
+// second time, which the second-level cache mostly still holds. Soft targets take three walks: their
+// largest class, the sums, and the terms that need the finished sums.
+#include "cuda/dispatch.cuh"
+#include "cuda/kernels.h"
+#include "cuda/row_loop.cuh"
+
+namespace emp_fast::cuda {
+namespace {
+
+template <class T, int kLanes>
+__device__ __forceinline__ RowResult score_soft(const RowArgs& a, const T* logits,
+                                                const Window<kElements<T>>& window,
+                                                const float* soft, const RowSums& row, float x_y,
+                                                const Target& target, const uint4* cache, int cached,
+                                                float& total) {
+  constexpr int kCount = kElements<T>;
+  const Scores<float> scores = finish(row.sums, x_y);
+  float values[3] = {0.0f, 0.0f, 0.0f};  // loss, squared distance off the target, weight of the targets
+  for (int v = Group<kLanes>::lane(); v < window.vectors; v += kLanes) {
+    const int column = window.column(v);
+    float x[kCount];
+    unpack<T>(v < cached ? cache[v] : load_vector(logits + column), x);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      const int j = column + e;
+      if (!window.holds(j)) continue;
+      const float t = __ldg(soft + j);
+      const float weighed = smoothed(a, j, t);
+      const float below = capped(x[e], a.softcap) - scores.max;
+      if (weighed != 0.0f) values[0] = fmaf(weighed, scores.log_sum - below, values[0]);
+      const float off = j == target.column ? 0.0f : exp_flushed(below) * scores.inv_sum - t;
+      values[1] = fmaf(off, off, values[1]);
+      values[2] += weighed;
+    }
+  }
+  Group<kLanes>::reduce(values, Add{});
+  total = values[2];
+  const float off = (1.0f - __ldg(soft + target.column)) - scores.miss;
+  return complete(scores, values[0], sqrtf(fmaf(off, off, values[1])), target);
+}
+
+template <int kLanes>
+constexpr int kThreads = kLanes == 32 ? 128 : kLanes;
+
+// Soft targets need more registers than two blocks of 512 leave.
+template <class T, int kLanes, bool kSoft>
+__global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThreads<kLanes>)
+    rows_looped(const __grid_constant__ RowArgs a, int cached_vectors) {
+  extern __shared__ uint4 cache[];
+  constexpr int kCount = kElements<T>;
+  constexpr int kRows = kThreads<kLanes> / kLanes;
+  const int64_t tiles = (a.rows + kRows - 1) / kRows;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t mine = tile * kRows + threadIdx.x / kLanes;
+    const bool active = mine < a.rows;  // the others repeat the last row for the shuffles' sake
+    const int64_t row = active ? mine : a.rows - 1;
+    const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    const auto window = Window<kCount>::of(reinterpret_cast<uintptr_t>(logits), a.classes);
+    const float* soft = kSoft ? a.soft + row * a.classes : nullptr;
+    const Target target = kSoft ? Target{largest_class<kLanes>(soft, a.classes), true, false}
+                                : Target::of(a, row);
+    const float x_y = capped(to_float(logits[target.column]), a.softcap);
+
+    RowSums sums = RowSums::empty();
+    absorb<T, kLanes>(a, logits, window, 0, window.vectors, target.column, sums, cache,
+                      cached_vectors);
+    sums.reduce<kLanes>();
+    float total = 0.0f;
+    RowResult result;
+    if constexpr (kSoft) {
+      result = score_soft<T, kLanes>(a, logits, window, soft, sums, x_y, target, cache,
+                                     cached_vectors, total);
+    } else {
+      result = finish_row(a, sums, x_y, target);
+    }
+    if (a.grad != nullptr && active) {
+      T* out = static_cast<T*>(a.grad) + row * a.classes;
+      const float g = row_gradient(a, row);
+      if constexpr (kSoft) {
+        const auto gradient =
+            SoftGradientRow::of(a, soft, target.column, g, result.field[kMax],
+                                result.field[kInvSum], result.field[kMiss], total);
+        emit<T, kLanes>(a, logits, out, window, 0, window.vectors, cache, cached_vectors,
+                        [&](int column, float(&x)[kCount]) { gradient.apply(a, soft, column, x); });
+      } else {
+        const auto gradient =
+            GradientRow::of(a, target, g, result.field[kMax], result.field[kInvSum],
+                            result.field[kConfidence], result.field[kMiss]);
+        emit<T, kLanes>(
+            a, logits, out, window, 0, window.vectors, cache, cached_vectors,
+            [&](int column, float(&x)[kCount]) { gradient.template apply<true>(a, column, x); });
+      }
+    }
+    conclude<kLanes>(a, row, active, result);
+  }
+}
+
+}  // namespace
+
+void score_looped(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = [&](auto kernel) {
+      allow_shared_memory(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "rows_looped");
+      kernel<<<static_cast<unsigned>(plan.grid), plan.threads,
+               static_cast<size_t>(plan.shared_bytes), stream>>>(args, plan.cached_vectors);
+    };
+    if (plan.lanes == 32) {
+      args.soft ? run(rows_looped<T, 32, true>) : run(rows_looped<T, 32, false>);
+    } else {
+      args.soft ? run(rows_looped<T, kLoopedThreads, true>)
+                : run(rows_looped<T, kLoopedThreads, false>);
+    }
+  });
+  check_launch("rows_looped");
+}
+
+}  // namespace emp_fast::cuda

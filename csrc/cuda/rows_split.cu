@@ -1,0 +1,74 @@
+// Scores of few long rows: several blocks a row, then one warp a row merges their sums in a fixed order.
+//
+// Memory: logits read once; 24 bytes of sums a part.
+#include "cuda/dispatch.cuh"
+#include "cuda/kernels.h"
+#include "cuda/row_loop.cuh"
+
+namespace emp_fast::cuda {
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kLoopedThreads)
+    row_parts(const __grid_constant__ RowArgs a, int vectors_per_part, float* partials) {
+  const int64_t row = blockIdx.x;
+  const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+  const auto window = Window<kElements<T>>::of(reinterpret_cast<uintptr_t>(logits), a.classes);
+  const Target target = Target::of(a, row);
+  const int begin = static_cast<int>(blockIdx.y) * vectors_per_part;
+  const int end = min(begin + vectors_per_part, window.vectors);
+  RowSums sums = RowSums::empty();
+  absorb<T, kLoopedThreads>(a, logits, window, begin, end, target.column, sums, nullptr, 0);
+  sums.reduce<kLoopedThreads>();
+  if (threadIdx.x != 0) return;
+  float* out = partials + (row * gridDim.y + blockIdx.y) * kPartialFloats;
+  out[0] = sums.sums.m;
+  out[1] = sums.sums.d;
+  out[2] = sums.sums.s;
+  out[3] = sums.sums.q;
+  out[4] = sums.spread;
+  out[5] = sums.weight;
+}
+
+template <class T>
+__global__ void __launch_bounds__(128)
+    merge_parts(const __grid_constant__ RowArgs a, int parts, const float* partials) {
+  const int64_t mine = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  const bool active = mine < a.rows;
+  const int64_t row = active ? mine : a.rows - 1;
+  RowSums sums = RowSums::empty();
+  for (int p = threadIdx.x % 32; p < parts; p += 32) {
+    const float* in = partials + (row * parts + p) * kPartialFloats;
+    RowSums part{{in[0], in[1], in[2], in[3]}, in[4], in[5]};
+    const float max = max_or_nan(sums.sums.m, part.sums.m);
+    sums.raise_to(max);
+    part.raise_to(max);
+    sums.sums.d += part.sums.d;
+    sums.sums.s += part.sums.s;
+    sums.sums.q += part.sums.q;
+    sums.spread += part.spread;
+    sums.weight += part.weight;
+  }
+  sums.reduce<32>();
+  const Target target = Target::of(a, row);
+  const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+  const float x_y = capped(to_float(logits[target.column]), a.softcap);
+  conclude<32>(a, row, active, finish_row(a, sums, x_y, target));
+}
+
+}  // namespace
+
+void score_split(Dtype dtype, const RowPlan& plan, const RowArgs& args, float* partials,
+                 cudaStream_t stream) {
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const dim3 grid(static_cast<unsigned>(args.rows), static_cast<unsigned>(plan.parts));
+    row_parts<T><<<grid, plan.threads, 0, stream>>>(args, plan.vectors_per_part, partials);
+    check_launch("row_parts");
+    const auto blocks = static_cast<unsigned>(ceil_div(args.rows, 4));
+    merge_parts<T><<<blocks, 128, 0, stream>>>(args, plan.parts, partials);
+  });
+  check_launch("merge_parts");
+}
+
+}  // namespace emp_fast::cuda

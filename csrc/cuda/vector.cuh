@@ -1,0 +1,201 @@
+// 16-byte vectors of logits: load, unpack to float32, pack, store.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "core/softmax_sums.h"
+#include "cuda/window.h"
+
+namespace emp_fast::cuda {
+
+template <class T>
+constexpr int kElements = kVectorBytes / sizeof(T);
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// The bit pattern of -inf in every element of a vector.
+template <class T>
+constexpr uint32_t kMinusInfinity = 0xFF800000u;
+template <>
+constexpr uint32_t kMinusInfinity<__half> = 0xFC00FC00u;
+template <>
+constexpr uint32_t kMinusInfinity<__nv_bfloat16> = 0xFF80FF80u;
+
+template <class T>
+__device__ __forceinline__ uint4 all_minus_infinity() {
+  return {kMinusInfinity<T>, kMinusInfinity<T>, kMinusInfinity<T>, kMinusInfinity<T>};
+}
+
+__device__ __forceinline__ uint4 load_vector(const void* address) {
+  return __ldg(static_cast<const uint4*>(address));
+}
+
+__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[4], float) {
+  x[0] = __uint_as_float(raw.x);
+  x[1] = __uint_as_float(raw.y);
+  x[2] = __uint_as_float(raw.z);
+  x[3] = __uint_as_float(raw.w);
+}
+
+__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[8], __half) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i])));
+    x[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] >> 16)));
+  }
+}
+
+__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[8], __nv_bfloat16) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kElements<T>]) {
+  unpack(raw, x, T{});
+}
+
+template <class T>
+struct PairOf;
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+
+__device__ __forceinline__ uint32_t pack_pair(float a, float b, __half) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ uint32_t pack_pair(float a, float b, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <class T>
+__device__ __forceinline__ uint4 pack(const float (&x)[kElements<T>]) {
+  if constexpr (sizeof(T) == 4) {
+    return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+            __float_as_uint(x[3])};
+  } else {
+    return {pack_pair(x[0], x[1], T{}), pack_pair(x[2], x[3], T{}), pack_pair(x[4], x[5], T{}),
+            pack_pair(x[6], x[7], T{})};
+  }
+}
+
+// The raw vector at `column` with the elements outside the row, and the target's, at -inf.
+template <class T>
+__device__ __forceinline__ uint4 leave_out(uint4 raw, int column,
+                                           const Window<kElements<T>>& window, int target) {
+  uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  constexpr int per_word = 4 / sizeof(T);
+#pragma unroll
+  for (int e = 0; e < kElements<T>; ++e) {
+    const bool out = !window.holds(column + e) || column + e == target;
+    constexpr uint32_t whole = sizeof(T) == 4 ? 0xFFFFFFFFu : 0xFFFFu;
+    const uint32_t mask = whole << (e % per_word * 16);
+    uint32_t& word = words[e / per_word];
+    word = out ? (word & ~mask) | (kMinusInfinity<T> & mask) : word;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// The same vector, which the compiler cannot know: `zero` is 0 only at run time. Between two passes over
+// a row in registers it keeps the compiler from holding the unpacked floats of the first for the
+// second, which takes three times the registers and spills.
+__device__ __forceinline__ uint4 forgotten(const uint4& raw, uint32_t zero) {
+  return {raw.x ^ zero, raw.y ^ zero, raw.z ^ zero, raw.w ^ zero};
+}
+
+// Stores the elements of a gradient vector that lie in the row. `row` is the first element of the
+// gradient's row, whose alignment may differ from that of the logits'.
+template <class T>
+__device__ __forceinline__ void store_vector(T* row, int column,
+                                             const Window<kElements<T>>& window,
+                                             const float (&x)[kElements<T>]) {
+  if (window.interior(column) && reinterpret_cast<uintptr_t>(row + column) % kVectorBytes == 0) {
+    *reinterpret_cast<uint4*>(row + column) = pack<T>(x);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kElements<T>; ++e) {
+    if (window.holds(column + e)) row[column + e] = from_float<T>(x[e]);
+  }
+}
+
+// The larger, NaN if either is: one instruction.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// The largest element of kVectors vectors (at least kLowest), NaN if one is; 16-bit elements two at a time.
+template <class T, int kVectors>
+__device__ __forceinline__ float largest(const uint4 (&raw)[kVectors]) {
+  if constexpr (sizeof(T) == 4) {
+    float max = kLowest;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      max = max_or_nan(max, max_or_nan(max_or_nan(__uint_as_float(raw[i].x), __uint_as_float(raw[i].y)),
+                                       max_or_nan(__uint_as_float(raw[i].z), __uint_as_float(raw[i].w))));
+    }
+    return max;
+  } else {
+    using Pair = typename PairOf<T>::Type;
+    const auto pair = [](const uint32_t& word) { return *reinterpret_cast<const Pair*>(&word); };
+    Pair max = pair(raw[0].x);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      max = __hmax2_nan(max, __hmax2_nan(__hmax2_nan(pair(raw[i].x), pair(raw[i].y)),
+                                         __hmax2_nan(pair(raw[i].z), pair(raw[i].w))));
+    }
+    return max_or_nan(kLowest, max_or_nan(to_float(max.x), to_float(max.y)));
+  }
+}
+
+// e^x for x <= 0, 0 where it would be denormal: one multiplication and one special-function instruction.
+__device__ __forceinline__ float exp_flushed(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+}
+
+// `add` of core/softmax_sums.h in as few instructions as the hot loop can afford.
+__device__ __forceinline__ void add_logit(SoftmaxSums<float>& sums, float x) {
+  const float diff = max_or_nan(x - sums.m, kFloor);
+  const float e = exp_flushed(diff);
+  sums.d += e;
+  sums.s = fmaf(diff, e, sums.s);
+  sums.q = fmaf(e, e, sums.q);
+}
+
+}  // namespace emp_fast::cuda
