@@ -1,13 +1,16 @@
 // The gradient to the logits from the scores of the forward pass.
 //
-// Memory: logits read once, gradient written once. No sums are needed for class ids, so any block does any
-// part of a row; soft targets first find their largest class and their total.
+// Memory: logits read once, gradient written once. No sums are needed for class ids, so any block
+// does any part of a row; soft targets first find their largest class and their total.
 #include "cuda/dispatch.cuh"
 #include "cuda/kernels.h"
 #include "cuda/row_loop.cuh"
 
 namespace emp_fast::cuda {
 namespace {
+
+constexpr int kScaleThreads = 256;
+constexpr int64_t kScaleBlocks = 4096;  // a few waves of any device
 
 template <int kLanes>
 constexpr int kThreads = kLanes < 128 ? 128 : kLanes;
@@ -41,19 +44,54 @@ __global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
       total = Group<kLanes>::reduce(total, Add{});
       const auto gradient = SoftGradientRow::of(a, soft, target, g, max, inv_sum, miss, total);
       emit<T, kLanes>(a, logits, out, window, begin, end, nullptr, 0,
-                      [&](int column, float(&x)[kCount]) { gradient.apply(a, soft, column, x); });
+                      [&](int column, float (&x)[kCount]) { gradient.apply(a, soft, column, x); });
     } else {
       const float confidence = __ldg(a.fields + kConfidence * a.rows + row);
       const auto gradient =
           GradientRow::of(a, Target::of(a, row), g, max, inv_sum, confidence, miss);
       emit<T, kLanes>(
           a, logits, out, window, begin, end, nullptr, 0,
-          [&](int column, float(&x)[kCount]) { gradient.template apply<true>(a, column, x); });
+          [&](int column, float (&x)[kCount]) { gradient.template apply<true>(a, column, x); });
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_elements(T* grad, int64_t elements, const float* factor) {
+  constexpr int kCount = kElements<T>;
+  const float scale = __ldg(factor);
+  if (scale == 1.0f) return;
+  const int64_t step = int64_t{gridDim.x} * kScaleThreads * kCount;
+  // Whole vectors, then the last few elements: torch aligns what it allocates.
+  for (int64_t at = (int64_t{blockIdx.x} * kScaleThreads + threadIdx.x) * kCount; at < elements;
+       at += step) {
+    if (at + kCount <= elements) {
+      float x[kCount];
+      unpack<T>(*reinterpret_cast<const uint4*>(grad + at), x);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) x[e] *= scale;
+      *reinterpret_cast<uint4*>(grad + at) = pack<T>(x);
+    } else {
+      for (int64_t i = at; i < elements; ++i) grad[i] = from_float<T>(to_float(grad[i]) * scale);
     }
   }
 }
 
 }  // namespace
+
+void scale_gradient(Dtype dtype, void* grad, int64_t elements, const float* factor,
+                    cudaStream_t stream) {
+  if (elements == 0) return;
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t blocks = ceil_div(elements, int64_t{kScaleThreads} * kElements<T>);
+    scale_elements<T>
+        <<<static_cast<unsigned>(std::min(blocks, kScaleBlocks)), kScaleThreads, 0, stream>>>(
+            static_cast<T*>(grad), elements, factor);
+  });
+  check_launch("scale_elements");
+}
 
 void gradient(Dtype dtype, const BackwardPlan& plan, const RowArgs& args, cudaStream_t stream) {
   with_element_type(dtype, [&](auto element) {

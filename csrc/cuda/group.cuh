@@ -1,5 +1,5 @@
-// Reductions over the threads that share a row: part of a warp, a warp or a whole block. Every thread
-// gets the result, in an order that the launch alone decides, so a run repeats bit for bit.
+// Reductions over the threads that share a row: part of a warp, a warp or a whole block. Every
+// thread gets the result, in an order that the launch alone decides, so a run repeats bit for bit.
 #pragma once
 #include "core/softmax_sums.h"
 #include "cuda/vector.cuh"
@@ -21,8 +21,9 @@ struct Min {
   __device__ __forceinline__ int operator()(int a, int b) const { return min(a, b); }
 };
 
-// kLanes: a power of two; up to 32 it divides a warp, above it is the whole block. All threads of the
-// block must call together: the shuffles name the full warp and the block reductions hold barriers.
+// kLanes: a power of two; up to 32 it divides a warp, above it is the whole block. All threads of
+// the block must call together: the shuffles name the full warp and the block reductions hold
+// barriers.
 template <int kLanes>
 struct Group {
   static constexpr int kWarps = kLanes / 32;

@@ -1,5 +1,5 @@
-// The host side of every kernel: launches on the caller's stream, throws std::runtime_error with the
-// kernel's name when the launch fails. Nothing here allocates or synchronises.
+// The host side of every kernel: launches on the caller's stream, throws std::runtime_error with
+// the kernel's name when the launch fails. Nothing here allocates or synchronises.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -16,7 +16,8 @@ Device device_properties(int device);
 // Opts a kernel in to more dynamic shared memory than every device grants.
 void allow_shared_memory(const void* function, int64_t bytes, const char* kernel);
 
-// Scores of all rows and, with args.grad, their gradient and, with args.occurrences, the state's step.
+// Scores of all rows and, with args.grad, their gradient and, with args.occurrences, the state's
+// step.
 void score_in_threads(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_registers(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_looped(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
@@ -25,6 +26,9 @@ void score_split(Dtype, const RowPlan&, const RowArgs&, float* partials, cudaStr
 
 // Gradients from the fields of the forward pass; the gradient of row r is scale * row_scale[r].
 void gradient(Dtype, const BackwardPlan&, const RowArgs&, cudaStream_t);
+
+// Multiplies a gradient by *factor in place; touches no memory when that is 1.
+void scale_gradient(Dtype, void* grad, int64_t elements, const float* factor, cudaStream_t);
 
 // Leaves in claims the number of rows of each sample, for Occurrences::kCounted.
 void count_occurrences(const RowArgs&, cudaStream_t);
@@ -42,8 +46,9 @@ void update_state(const UpdateArgs&, cudaStream_t);
 void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,
             cudaStream_t);
 
-// int64 [k] ascending into `out`; 0 < k <= n. `workspace` holds plan.workspace_bytes. A sampled plan sets
-// *status: 1 when the sample misled, `out` is then incomplete and the plain plan must run; else 0.
+// int64 [k] ascending into `out`; 0 < k <= n. `workspace` holds plan.workspace_bytes. A sampled
+// plan sets *status: 1 when the sample misled, `out` is then incomplete and the plain plan must
+// run; else 0.
 void topk(const SelectionPlan&, const Device&, const float* scores, int64_t n, int64_t k,
           int64_t* out, int64_t* status, void* workspace, cudaStream_t);
 void grouped_topk(const SelectionPlan&, const Device&, const float* scores, const int64_t* groups,

@@ -1,5 +1,5 @@
-// Launch arithmetic: which kernel serves a shape, with what grid, split and workspace. Plain host code,
-// tested exhaustively through `_native.cuda.plan_*` (tests/test_cuda_launch.py).
+// Launch arithmetic: which kernel serves a shape, with what grid, split and workspace. Plain host
+// code, tested exhaustively through `_native.cuda.plan_*` (tests/test_cuda_launch.py).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -20,7 +20,8 @@ struct Device {
   int64_t shared_bytes;  // dynamic shared memory that a block can opt in to
 };
 
-// ---- rows ------------------------------------------------------------------------------------------
+// ---- rows
+// ------------------------------------------------------------------------------------------
 
 enum class RowPath : int {
   kThreads,    // a thread a row, the block's rows through shared memory
@@ -31,13 +32,13 @@ enum class RowPath : int {
 
 struct RowPlan {
   RowPath path;
-  int lanes;              // threads that share a row
-  int threads;            // a block
-  int64_t grid;           // blocks; each loops over tiles of threads / lanes rows
-  int parts;              // of a row (kSplit)
-  int vectors_per_part;   // (kSplit)
-  int cached_vectors;     // of a row kept in shared memory for the gradient (kLooped)
-  int64_t shared_bytes;   // dynamic
+  int lanes;             // threads that share a row
+  int threads;           // a block
+  int64_t grid;          // blocks; each loops over tiles of threads / lanes rows
+  int parts;             // of a row (kSplit)
+  int vectors_per_part;  // (kSplit)
+  int cached_vectors;    // of a row kept in shared memory for the gradient (kLooped)
+  int64_t shared_bytes;  // dynamic
   int64_t workspace_bytes;
 };
 
@@ -48,20 +49,21 @@ struct RowShape {
   int element_bytes;
   bool base_aligned;  // the first logit lies at a multiple of 16 bytes
   bool soft;
-  bool general;       // a softcap, or label smoothing with class weights: the looped kernel's alone
+  bool general;  // a softcap, or label smoothing with class weights: the looped kernel's alone
   bool grad;
 };
 
-constexpr int kThreadRowClasses = 32;   // at most, a thread a row
-constexpr int kThreadRowBlock = 128;    // rows a block there
+constexpr int kThreadRowClasses = 32;  // at most, a thread a row
+constexpr int kThreadRowBlock = 128;   // rows a block there
 constexpr int kLoopedThreads = 512;
-constexpr int kWarpLoopedVectors = 512; // rows up to this are a warp's in the looped kernel
-constexpr int64_t kStaticShared = 4096; // kept free for the reductions of the looped kernel
-constexpr int kMinPartVectors = 2048;   // 32 KiB: less a part costs more to merge than it saves
+constexpr int kWarpLoopedVectors = 512;  // rows up to this are a warp's in the looped kernel
+constexpr int64_t kStaticShared = 4096;  // kept free for the reductions of the looped kernel
+constexpr int kMinPartVectors = 2048;    // 32 KiB: less a part costs more to merge than it saves
 constexpr int kMaxParts = 64;
-constexpr int kPartialFloats = 6;       // m, d, s, q, spread, weight
+constexpr int kPartialFloats = 6;  // m, d, s, q, spread, weight
 
-// The register kernels that are compiled, by lanes a row; each holds lanes * kRegisterVectors vectors.
+// The register kernels that are compiled, by lanes a row; each holds lanes * kRegisterVectors
+// vectors.
 constexpr int kRegisterLanes[] = {8, 32, 64, 256};
 constexpr int kRegisterVectors = 4;
 
@@ -79,7 +81,8 @@ inline RowPlan plan_rows(const RowShape& s, const Device& device) {
     return plan;
   };
   if (!s.soft && !s.general) {
-    // A stride of a multiple of 8 words puts too many of a warp's rows into one bank of shared memory.
+    // A stride of a multiple of 8 words puts too many of a warp's rows into one bank of shared
+    // memory.
     const int64_t row_bytes = s.classes * s.element_bytes;
     if (s.classes <= kThreadRowClasses && (s.stride == s.classes || s.rows <= 1) &&
         row_bytes % 32 != 0) {
@@ -118,7 +121,7 @@ struct BackwardPlan {
   int lanes;    // threads that share a row, or a part of one
   int threads;  // a block
   int64_t grid;
-  int parts;    // grid y: parts of a row
+  int parts;  // grid y: parts of a row
   int vectors_per_part;
 };
 
@@ -140,39 +143,52 @@ inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
   return plan;
 }
 
-// ---- state -----------------------------------------------------------------------------------------
+// ---- state
+// -----------------------------------------------------------------------------------------
 
-constexpr int64_t kScanRows = 1024;        // up to here each row counts its own occurrences
-constexpr int64_t kScanRowsByThread = 256; // the same where one thread does a row
-constexpr int64_t kCountedRows = 32767;    // up to here a count fits half of a claim
-constexpr int64_t kOneBlockRows = 4096;    // update_state in one launch
+constexpr int64_t kScanRows = 1024;         // up to here each row counts its own occurrences
+constexpr int64_t kScanRowsByThread = 256;  // the same where one thread does a row
+constexpr int64_t kCountedRows = 32767;     // up to here a count fits half of a claim
+constexpr int64_t kOneBlockRows = 4096;     // update_state in one launch
 
-// ---- selection -------------------------------------------------------------------------------------
+// Where the state moves in a fused step: in the scoring kernel's epilogue, where each row counts
+// its sample's occurrences itself or finds them counted by a launch before; or in launches after
+// it.
+enum class StepPlan : int { kScan, kCounted, kApart };
 
-constexpr int kTile = 4096;                // scores a block marks; a bit each
+inline StepPlan plan_step(const RowPlan& plan, int64_t rows) {
+  if (rows <= (plan.lanes == 1 ? kScanRowsByThread : kScanRows)) return StepPlan::kScan;
+  return rows <= kCountedRows ? StepPlan::kCounted : StepPlan::kApart;
+}
+
+// ---- selection
+// -------------------------------------------------------------------------------------
+
+constexpr int kTile = 4096;  // scores a block marks; a bit each
 constexpr int kTileWords = kTile / 32;
-constexpr int kScanTiles = 4096;           // tiles a block of the scan adds up
+constexpr int kScanTiles = 4096;  // tiles a block of the scan adds up
 constexpr int kKeyBits = 32;
-constexpr int kDigitBits = 11;             // 2048 bins
-constexpr int kGroupDigitBits = 8;         // a histogram a group: 2 KiB each
+constexpr int kDigitBits = 11;      // 2048 bins
+constexpr int kGroupDigitBits = 8;  // a histogram a group: 2 KiB each
 constexpr int64_t kMaxGroups = 65536;
 constexpr int64_t kSampledFrom = int64_t{1} << 26;  // scores: from here one read beats four
 constexpr int64_t kSample = int64_t{1} << 20;
-constexpr double kBracketSigmas = 5.0;     // of the rank in the sample: 0.5 % of all scores lie between
+constexpr double kBracketSigmas =
+    5.0;  // of the rank in the sample: 0.5 % of all scores lie between
 
 struct SelectionPlan {
   bool sampled;
   int digit_bits;
-  int index_bits;          // of N - 1
-  int64_t problems;        // histograms and states: the groups, or two ends of a bracket and the rest
+  int index_bits;    // of N - 1
+  int64_t problems;  // histograms and states: the groups, or two ends of a bracket and the rest
   int64_t tiles;
   int64_t scan_blocks;
-  int64_t candidates;      // capacity (sampled)
-  int64_t rank_above;      // the ranks in the sample, 1 its highest, between which the threshold lies;
-  int64_t rank_below;      //   0: above all of it, kSample + 1: below all of it
+  int64_t candidates;  // capacity (sampled)
+  int64_t rank_above;  // the ranks in the sample, 1 its highest, between which the threshold lies;
+  int64_t rank_below;  //   0: above all of it, kSample + 1: below all of it
   int64_t histograms, states, control, totals, tile_counts, bitmap, candidate_keys,
-      candidate_indices;   // byte offsets in the workspace
-  int64_t cleared_bytes;   // from the start, zero before the first kernel
+      candidate_indices;  // byte offsets in the workspace
+  int64_t cleared_bytes;  // from the start, zero before the first kernel
   int64_t workspace_bytes;
 };
 

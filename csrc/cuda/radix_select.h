@@ -1,8 +1,9 @@
 // Exact selection by digits, highest first: the arithmetic of one pass, for host and device.
 //
-// An element is its order key and, among equal keys, its index counted down, so that the lowest index
-// wins and no two elements are equal. Selecting the k highest means finding the k-th one: each pass counts
-// the next digit of the elements that agree with what is known of it, and fixes that digit.
+// An element is its order key and, among equal keys, its index counted down, so that the lowest
+// index wins and no two elements are equal. Selecting the k highest means finding the k-th one:
+// each pass counts the next digit of the elements that agree with what is known of it, and fixes
+// that digit.
 #pragma once
 #include <cstdint>
 
@@ -11,8 +12,8 @@
 namespace emp_fast::cuda {
 
 struct Element {
-  uint32_t key;       // order_key of the score
-  uint64_t countdown; // 2^index_bits - 1 - index
+  uint32_t key;        // order_key of the score
+  uint64_t countdown;  // 2^index_bits - 1 - index
 };
 
 EMP_FAST_HD uint64_t countdown_of(int64_t index, int index_bits) {
@@ -52,11 +53,11 @@ enum class SelectStatus : int32_t { kOpen, kFound, kNothing };
 
 // What is known of the k-th element. kFound: it, or a lower bound with no element in between.
 struct SelectState {
-  uint64_t remaining;   // elements to take among those that agree with the known digits
+  uint64_t remaining;  // elements to take among those that agree with the known digits
   uint64_t countdown;
   uint32_t key;
   SelectStatus status;
-  uint64_t unused;      // pads to kStateBytes
+  uint64_t unused;  // pads to kStateBytes
 
   EMP_FAST_HD static SelectState start(uint64_t k) {
     return {k, 0, 0, k == 0 ? SelectStatus::kNothing : SelectStatus::kOpen, 0};
@@ -71,7 +72,8 @@ struct SelectState {
     return (uint64_t{element.key ^ key} >> known) == 0;
   }
 
-  // Fixes a digit: `bin` holds the k-th element, `above` elements lie in higher bins, `inside` in it.
+  // Fixes a digit: `bin` holds the k-th element, `above` elements lie in higher bins, `inside` in
+  // it.
   EMP_FAST_HD void fix(const Digit& digit, unsigned bin, uint64_t above, uint64_t inside) {
     remaining -= above;
     if (digit.in_countdown) {

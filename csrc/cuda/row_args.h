@@ -12,13 +12,13 @@ enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 enum Field : int { kEntropy, kEl2n, kMargin, kConfidence, kMax, kInvSum, kMiss, kFields };
 
 struct StateArgs {
-  float* scores;             // [N]
-  float* memory;             // [N]
-  int32_t* visits;           // [N]
-  float* variance;           // [N] or null
-  int32_t* claims;           // [N], zero between calls
+  float* scores;                 // [N]
+  float* memory;                 // [N]
+  int32_t* visits;               // [N]
+  float* variance;               // [N] or null
+  int32_t* claims;               // [N], zero between calls
   unsigned long long* counters;  // [2]: refused as non-finite, as out of range
-  int64_t samples;           // N
+  int64_t samples;               // N
   Recurrence recurrence;
 };
 
@@ -30,31 +30,31 @@ enum class Occurrences : int {
 };
 
 struct RowArgs {
-  const void* logits;        // [R, C], unit stride along C
-  int64_t stride;            // elements from row to row
-  int64_t rows;              // R
-  int classes;               // C
-  const int64_t* target;     // [R] class ids, or null
-  const float* soft;         // [R, C] probabilities, or null
-  const float* weight;       // [C] or null
-  const float* weight_sum;   // [1], with weight and smoothing
+  const void* logits;       // [R, C], unit stride along C
+  int64_t stride;           // elements from row to row
+  int64_t rows;             // R
+  int classes;              // C
+  const int64_t* target;    // [R] class ids, or null
+  const float* soft;        // [R, C] probabilities, or null
+  const float* weight;      // [C] or null
+  const float* weight_sum;  // [1], with weight and smoothing
   int64_t ignore_index;
   float smoothing;
-  float softcap;             // 0: none
+  float softcap;  // 0: none
 
-  float* loss;               // [R]
-  float* fields;             // [7, R]
-  bool* correct;             // [R]
-  int32_t* count;            // [R]
+  float* loss;     // [R]
+  float* fields;   // [7, R]
+  bool* correct;   // [R]
+  int32_t* count;  // [R]
 
-  void* grad;                // [R, C] contiguous, or null
-  const float* row_scale;    // [R] or null
-  float scale;               // d total / d loss = row_scale * scale
+  void* grad;              // [R, C] contiguous, or null
+  const float* row_scale;  // [R] or null
+  float scale;             // d total / d loss = row_scale * scale
 
   Occurrences occurrences;
-  const int64_t* indices;    // [R]
-  int signal;                // 0: loss, 1 + f: field f
-  int direct;                // the same; -1: none
+  const int64_t* indices;  // [R]
+  int signal;              // 0: loss, 1 + f: field f
+  int direct;              // the same; -1: none
   StateArgs state;
 };
 

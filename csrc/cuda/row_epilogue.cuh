@@ -1,4 +1,5 @@
-// From a row's sums to its outputs: scores, gradient coefficients and the step of its sample's state.
+// From a row's sums to its outputs: scores, gradient coefficients and the step of its sample's
+// state.
 #pragma once
 #include "core/softmax_sums.h"
 #include "cuda/group.cuh"
@@ -41,8 +42,12 @@ struct RowResult {
 __device__ __forceinline__ RowResult complete(const Scores<float>& scores, float loss, float el2n,
                                               const Target& target) {
   const bool spoiled = target.bad || is_nan(loss) || is_nan(scores.inv_sum);
-  const float field[kFields] = {fmaxf(scores.entropy, 0.0f), el2n,       scores.margin,
-                                scores.confidence,           scores.max, scores.inv_sum,
+  const float field[kFields] = {fmaxf(scores.entropy, 0.0f),
+                                el2n,
+                                scores.margin,
+                                scores.confidence,
+                                scores.max,
+                                scores.inv_sum,
                                 scores.miss};
   RowResult r;
   r.valid = target.valid;
@@ -76,11 +81,13 @@ __device__ __forceinline__ void write_row(const RowArgs& a, int64_t row, const R
   a.count[row] = r.valid ? 1 : 0;
 }
 
-// ---- gradient --------------------------------------------------------------------------------------
+// ---- gradient
+// --------------------------------------------------------------------------------------
 
-// d (g loss) / d x_j = g (scale p_j - spread w_j) off the target, with p_j = exp(x_j - max) inv_sum.
+// d (g loss) / d x_j = g (scale p_j - spread w_j) off the target, with p_j = exp(x_j - max)
+// inv_sum.
 struct GradientRow {
-  float g;          // gradient of the loss of this row
+  float g;  // gradient of the loss of this row
   float max, inv_sum;
   float scale;      // sum of what the row's targets weigh
   float spread;     // of label smoothing, a class; times w_j with class weights
@@ -95,7 +102,9 @@ struct GradientRow {
     const bool smooth = a.smoothing > 0.0f;
     const float w_y = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
     const float sharp = (1.0f - a.smoothing) * w_y;
-    const float total = !smooth ? 0.0f : a.weight == nullptr ? a.smoothing : share * a.weight_sum[0];
+    const float total = !smooth               ? 0.0f
+                        : a.weight == nullptr ? a.smoothing
+                                              : share * a.weight_sum[0];
     GradientRow r;
     r.g = g;
     r.max = max;
@@ -131,7 +140,8 @@ __device__ __forceinline__ float row_gradient(const RowArgs& a, int64_t row) {
   return a.row_scale == nullptr ? a.scale : a.scale * __ldg(a.row_scale + row);
 }
 
-// ---- soft targets ----------------------------------------------------------------------------------
+// ---- soft targets
+// ----------------------------------------------------------------------------------
 
 // What a probability weighs in the loss, after smoothing and class weight.
 __device__ __forceinline__ float smoothed(const RowArgs& a, int j, float t) {
@@ -182,7 +192,8 @@ struct SoftGradientRow {
   }
 };
 
-// ---- softcap ---------------------------------------------------------------------------------------
+// ---- softcap
+// ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float capped(float x, float softcap) {
   return softcap > 0.0f ? softcap * tanhf(x / softcap) : x;
@@ -193,7 +204,8 @@ __device__ __forceinline__ float cap_derivative(float x, float softcap) {
   return 1.0f - t * t;
 }
 
-// ---- state -----------------------------------------------------------------------------------------
+// ---- state
+// -----------------------------------------------------------------------------------------
 
 // The rows of the sample of `row`, itself included, counted by the kLanes threads that share it.
 template <int kLanes>
@@ -207,8 +219,8 @@ __device__ __forceinline__ int count_by_scan(const RowArgs& a, int64_t row) {
   return occurrences;
 }
 
-// Writes the outputs of a row that kLanes threads share, and takes its sample's step if asked to. Every
-// thread of the block calls it; the first warp of a block-wide row does the work.
+// Writes the outputs of a row that kLanes threads share, and takes its sample's step if asked to.
+// Every thread of the block calls it; the first warp of a block-wide row does the work.
 template <int kLanes>
 __device__ __forceinline__ void conclude(const RowArgs& a, int64_t row, bool active,
                                          const RowResult& result) {
@@ -217,8 +229,7 @@ __device__ __forceinline__ void conclude(const RowArgs& a, int64_t row, bool act
   const bool writer = active && threadIdx.x % kWorkers == 0;
   if (writer) write_row(a, row, result);
   if (a.occurrences == Occurrences::kNoUpdate) return;
-  const int occurrences =
-      a.occurrences == Occurrences::kScan ? count_by_scan<kWorkers>(a, row) : 0;
+  const int occurrences = a.occurrences == Occurrences::kScan ? count_by_scan<kWorkers>(a, row) : 0;
   if (!writer) return;
   const float direct = a.direct < 0 ? 0.0f : result.value(a.direct);
   arrive(a, row, occurrences, result.valid, result.value(a.signal), direct);

@@ -6,8 +6,8 @@ namespace emp_fast::cuda {
 
 constexpr int kUnrolled = 4;  // vectors a thread has in flight
 
-// Adds the vectors begin <= v < end of a row to the sums of the kLanes threads that share it. The first
-// `cached` vectors are also kept in `cache`, each for the thread that loaded it.
+// Adds the vectors begin <= v < end of a row to the sums of the kLanes threads that share it. The
+// first `cached` vectors are also kept in `cache`, each for the thread that loaded it.
 template <class T, int kLanes>
 __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
                                        const Window<kElements<T>>& window, int begin, int end,
@@ -76,7 +76,8 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
 template <class T, int kLanes, class ToGradient>
 __device__ __forceinline__ void emit(const RowArgs& a, const T* logits, T* out,
                                      const Window<kElements<T>>& window, int begin, int end,
-                                     const uint4* cache, int cached, const ToGradient& to_gradient) {
+                                     const uint4* cache, int cached,
+                                     const ToGradient& to_gradient) {
   constexpr int kCount = kElements<T>;
 #pragma unroll 2
   for (int v = begin + Group<kLanes>::lane(); v < end; v += kLanes) {

@@ -1,8 +1,10 @@
-// Scores (and gradient, and the state's step) of rows that fit in the registers of a group of threads.
+// Scores (and gradient, and the state's step) of rows that fit in the registers of a group of
+// threads.
 //
-// Memory: logits read once, gradient written once, 37 bytes of scores a row. Mapping: kLanes threads a
-// row, thread l holds the vectors l, l + kLanes, ...: neighbouring threads read neighbouring 16 bytes.
-// The maximum is reduced first, so every exponential is taken once and nothing is rescaled.
+// Memory: logits read once, gradient written once, 37 bytes of scores a row. Mapping: kLanes
+// threads a row, thread l holds the vectors l, l + kLanes, ...: neighbouring threads read
+// neighbouring 16 bytes. The maximum is reduced first, so every exponential is taken once and
+// nothing is rescaled.
 #include "cuda/dispatch.cuh"
 #include "cuda/group.cuh"
 #include "cuda/kernels.h"
@@ -14,8 +16,9 @@ namespace {
 template <int kLanes>
 constexpr int kThreads = kLanes <= 32 ? 128 : kLanes;
 
-// 1024 threads a multiprocessor: 64 registers each, and 64 KB of loads in flight at 4 vectors a thread.
-// More vectors a thread spill at 64 registers, and with more registers too few threads are in flight.
+// 1024 threads a multiprocessor: 64 registers each, and 64 KB of loads in flight at 4 vectors a
+// thread. More vectors a thread spill at 64 registers, and with more registers too few threads are
+// in flight.
 template <class T, int kLanes, int kVectors>
 __global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
     rows_in_registers(const __grid_constant__ RowArgs a) {
@@ -37,7 +40,8 @@ __global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int v = lane + i * kLanes;
-      raw[i] = v < window.vectors ? load_vector(logits + window.column(v)) : all_minus_infinity<T>();
+      raw[i] =
+          v < window.vectors ? load_vector(logits + window.column(v)) : all_minus_infinity<T>();
     }
     const Target target = Target::of(a, row);
     const float x_y = to_float(logits[target.column]);

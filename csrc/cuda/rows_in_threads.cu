@@ -1,8 +1,9 @@
 // Scores (and gradient, and the state's step) of rows of few classes, a thread a row.
 //
-// Memory: logits read once, gradient written once, 37 bytes of scores a row. Mapping: a block's rows are
-// one contiguous piece of memory; it comes in by 16-byte loads through shared memory, where each thread
-// walks its own row, and the gradient goes out the same way. No lane idles however few the classes are.
+// Memory: logits read once, gradient written once, 37 bytes of scores a row. Mapping: a block's
+// rows are one contiguous piece of memory; it comes in by 16-byte loads through shared memory,
+// where each thread walks its own row, and the gradient goes out the same way. No lane idles
+// however few the classes are.
 #include "cuda/dispatch.cuh"
 #include "cuda/kernels.h"
 #include "cuda/row_epilogue.cuh"
@@ -20,8 +21,7 @@ __global__ void __launch_bounds__(kThreadRowBlock)
     const int64_t first = tile * kThreadRowBlock;
     const int rows = static_cast<int>(min(static_cast<int64_t>(kThreadRowBlock), a.rows - first));
     const T* logits = static_cast<const T*>(a.logits) + first * a.classes;
-    const auto window =
-        Window<kCount>::of(reinterpret_cast<uintptr_t>(logits), rows * a.classes);
+    const auto window = Window<kCount>::of(reinterpret_cast<uintptr_t>(logits), rows * a.classes);
     for (int v = threadIdx.x; v < window.vectors; v += kThreadRowBlock) {
       staged[v] = load_vector(logits + window.column(v));
     }

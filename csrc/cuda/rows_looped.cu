@@ -1,9 +1,9 @@
 // Scores (and gradient, and the state's step) of rows of any length, options and targets.
 //
-// Memory: logits read once, gradient written once. A warp or a block walks the row with running sums; for
-// the gradient it keeps the front of the row in shared memory, as much as fits, and reads only the rest a
-// second time, which the second-level cache mostly still holds. Soft targets take three walks: their
-// largest class, the sums, and the terms that need the finished sums.
+// Memory: logits read once, gradient written once. A warp or a block walks the row with running
+// sums; for the gradient it keeps the front of the row in shared memory, as much as fits, and reads
+// only the rest a second time, which the second-level cache mostly still holds. Soft targets take
+// three walks: their largest class, the sums, and the terms that need the finished sums.
 #include "cuda/dispatch.cuh"
 #include "cuda/kernels.h"
 #include "cuda/row_loop.cuh"
@@ -15,11 +15,12 @@ template <class T, int kLanes>
 __device__ __forceinline__ RowResult score_soft(const RowArgs& a, const T* logits,
                                                 const Window<kElements<T>>& window,
                                                 const float* soft, const RowSums& row, float x_y,
-                                                const Target& target, const uint4* cache, int cached,
-                                                float& total) {
+                                                const Target& target, const uint4* cache,
+                                                int cached, float& total) {
   constexpr int kCount = kElements<T>;
   const Scores<float> scores = finish(row.sums, x_y);
-  float values[3] = {0.0f, 0.0f, 0.0f};  // loss, squared distance off the target, weight of the targets
+  float values[3] = {0.0f, 0.0f,
+                     0.0f};  // loss, squared distance off the target, weight of the targets
   for (int v = Group<kLanes>::lane(); v < window.vectors; v += kLanes) {
     const int column = window.column(v);
     float x[kCount];
@@ -61,8 +62,8 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
     const auto window = Window<kCount>::of(reinterpret_cast<uintptr_t>(logits), a.classes);
     const float* soft = kSoft ? a.soft + row * a.classes : nullptr;
-    const Target target = kSoft ? Target{largest_class<kLanes>(soft, a.classes), true, false}
-                                : Target::of(a, row);
+    const Target target =
+        kSoft ? Target{largest_class<kLanes>(soft, a.classes), true, false} : Target::of(a, row);
     const float x_y = capped(to_float(logits[target.column]), a.softcap);
 
     RowSums sums = RowSums::empty();
@@ -84,15 +85,16 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
         const auto gradient =
             SoftGradientRow::of(a, soft, target.column, g, result.field[kMax],
                                 result.field[kInvSum], result.field[kMiss], total);
-        emit<T, kLanes>(a, logits, out, window, 0, window.vectors, cache, cached_vectors,
-                        [&](int column, float(&x)[kCount]) { gradient.apply(a, soft, column, x); });
+        emit<T, kLanes>(
+            a, logits, out, window, 0, window.vectors, cache, cached_vectors,
+            [&](int column, float (&x)[kCount]) { gradient.apply(a, soft, column, x); });
       } else {
         const auto gradient =
             GradientRow::of(a, target, g, result.field[kMax], result.field[kInvSum],
                             result.field[kConfidence], result.field[kMiss]);
         emit<T, kLanes>(
             a, logits, out, window, 0, window.vectors, cache, cached_vectors,
-            [&](int column, float(&x)[kCount]) { gradient.template apply<true>(a, column, x); });
+            [&](int column, float (&x)[kCount]) { gradient.template apply<true>(a, column, x); });
       }
     }
     conclude<kLanes>(a, row, active, result);

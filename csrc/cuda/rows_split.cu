@@ -1,4 +1,5 @@
-// Scores of few long rows: several blocks a row, then one warp a row merges their sums in a fixed order.
+// Scores of few long rows: several blocks a row, then one warp a row merges their sums in a fixed
+// order.
 //
 // Memory: logits read once; 24 bytes of sums a part.
 #include "cuda/dispatch.cuh"

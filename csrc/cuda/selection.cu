@@ -1,11 +1,13 @@
-// Indices of the k highest scores in ascending order, exactly: radix_select.h finds the k-th element.
+// Indices of the k highest scores in ascending order, exactly: radix_select.h finds the k-th
+// element.
 //
-// Plain: three reads of the scores fix the key (and up to four more the index, only when scores tie at the
-// threshold), one more marks a bitmap, 16 N + 8 k bytes. Sampled, for many scores: the ends of a narrow
-// bracket around the threshold come from a sample; ONE read marks what lies above it in the bitmap and
-// collects what lies inside (about 0.5 %), which is then solved exactly: 4.5 N + 8 k bytes. A sample that
-// misled is detected by count and reported, never ignored: the caller runs the plain plan then.
-// The bitmap is expanded in index order by two levels of prefix sums. Groups: a state and a histogram each.
+// Plain: three reads of the scores fix the key (and up to four more the index, only when scores tie
+// at the threshold), one more marks a bitmap, 16 N + 8 k bytes. Sampled, for many scores: the ends
+// of a narrow bracket around the threshold come from a sample; ONE read marks what lies above it in
+// the bitmap and collects what lies inside (about 0.5 %), which is then solved exactly: 4.5 N + 8 k
+// bytes. A sample that misled is detected by count and reported, never ignored: the caller runs the
+// plain plan then. The bitmap is expanded in index order by two levels of prefix sums. Groups: a
+// state and a histogram each.
 #include <climits>
 
 #include "core/order_key.h"
@@ -52,7 +54,8 @@ __device__ __forceinline__ bool is_aligned(const float* scores) {
   return reinterpret_cast<uintptr_t>(scores) % 16 == 0;
 }
 
-// ---- the k-th element ------------------------------------------------------------------------------
+// ---- the k-th element
+// ------------------------------------------------------------------------------
 
 __global__ void start_states(SelectState* states, int64_t problems, const int64_t* group_k,
                              int64_t k0, int64_t k1) {
@@ -116,20 +119,18 @@ __global__ void __launch_bounds__(kThreads)
   if (state.status != SelectStatus::kOpen) return;
   clear_bins(bins);
   const int64_t count =
-      control == nullptr ? capacity
-                         : min(static_cast<int64_t>(control->candidates), capacity);
+      control == nullptr ? capacity : min(static_cast<int64_t>(control->candidates), capacity);
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += step) {
-    const Element element{keys[i],
-                          indices == nullptr ? 0 : countdown_of(indices[i], index_bits)};
+    const Element element{keys[i], indices == nullptr ? 0 : countdown_of(indices[i], index_bits)};
     if (state.agrees(element, digit)) atomicAdd(bins + digit.of(element), 1u);
   }
   flush_bins(bins, histograms + (int64_t{blockIdx.y} << kDigitBits));
 }
 
 __global__ void __launch_bounds__(kThreads)
-    count_grouped(const float* scores, const int64_t* groups, int64_t n, int index_bits, Digit digit,
-                  const SelectState* states, unsigned long long* histograms) {
+    count_grouped(const float* scores, const int64_t* groups, int64_t n, int index_bits,
+                  Digit digit, const SelectState* states, unsigned long long* histograms) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n; i += step) {
     const int64_t group = groups[i];
@@ -178,10 +179,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- the bitmap ------------------------------------------------------------------------------------
+// ---- the bitmap
+// ------------------------------------------------------------------------------------
 
-// Gathers the bits of the four scores of each thread into words in index order and adds up the tile.
-// Thread t of warp w has the scores w * 512 + chunk * 128 + t * 4 of the tile.
+// Gathers the bits of the four scores of each thread into words in index order and adds up the
+// tile. Thread t of warp w has the scores w * 512 + chunk * 128 + t * 4 of the tile.
 __device__ __forceinline__ void store_bits(unsigned nibble, int64_t first, uint32_t* bitmap) {
   const int lane = threadIdx.x % 32;
   unsigned word = nibble << (lane % 8 * 4);
@@ -288,7 +290,8 @@ __global__ void __launch_bounds__(kThreads)
       store_bits(nibble, first, bitmap);
     }
     __syncthreads();  // inside_block is 0
-    // Places for the candidates: within the warp by prefix, within the block and the grid by atomics.
+    // Places for the candidates: within the warp by prefix, within the block and the grid by
+    // atomics.
     unsigned before = inside;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -303,9 +306,9 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) {
       tile_counts[tile] = sure;
       if (sure != 0) atomicAdd(&control->sure, static_cast<unsigned long long>(sure));
-      reserved = inside_block == 0
-                     ? 0
-                     : atomicAdd(&control->candidates, static_cast<unsigned long long>(inside_block));
+      reserved = inside_block == 0 ? 0
+                                   : atomicAdd(&control->candidates,
+                                               static_cast<unsigned long long>(inside_block));
     }
     __syncthreads();
     int64_t at = static_cast<int64_t>(reserved + place);
@@ -363,7 +366,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- expansion -------------------------------------------------------------------------------------
+// ---- expansion
+// -------------------------------------------------------------------------------------
 
 constexpr int kScanThreads = 1024;
 
@@ -436,8 +440,7 @@ __global__ void __launch_bounds__(kTileWords)
       selected[at++] = static_cast<uint16_t>(threadIdx.x * 32 + __ffs(word) - 1);
     }
     __syncthreads();
-    const int64_t base =
-        static_cast<int64_t>(totals[tile / kScanTiles] + tile_offsets[tile]);
+    const int64_t base = static_cast<int64_t>(totals[tile / kScanTiles] + tile_offsets[tile]);
     for (unsigned i = threadIdx.x; i < total; i += kTileWords) {
       if (base + i < k) out[base + i] = tile * kTile + selected[i];
     }
@@ -445,7 +448,8 @@ __global__ void __launch_bounds__(kTileWords)
   }
 }
 
-// ---- the host's side -------------------------------------------------------------------------------
+// ---- the host's side
+// -------------------------------------------------------------------------------
 
 struct Workspace {
   unsigned long long* histograms;
@@ -561,8 +565,8 @@ void sampled_topk(const SelectionPlan& plan, const Device& device, const float* 
 
 }  // namespace
 
-void topk(const SelectionPlan& plan, const Device& device, const float* scores, int64_t n, int64_t k,
-          int64_t* out, int64_t* status, void* workspace, cudaStream_t stream) {
+void topk(const SelectionPlan& plan, const Device& device, const float* scores, int64_t n,
+          int64_t k, int64_t* out, int64_t* status, void* workspace, cudaStream_t stream) {
   const Workspace w(plan, workspace);
   clear(plan, workspace, stream);
   if (plan.sampled) {
@@ -581,8 +585,8 @@ void grouped_topk(const SelectionPlan& plan, const Device& device, const float* 
   const unsigned grid = grid_of(n, kThreads * 4, int64_t{8} * device.multiprocessors);
   Digit digit;
   for (int pass = 0; nth_digit(pass, kGroupDigitBits, plan.index_bits, digit); ++pass) {
-    count_grouped<<<grid, kThreads, 0, stream>>>(scores, groups, n, plan.index_bits, digit, w.states,
-                                                 w.histograms);
+    count_grouped<<<grid, kThreads, 0, stream>>>(scores, groups, n, plan.index_bits, digit,
+                                                 w.states, w.histograms);
     check_launch("count_grouped");
     fix(w, 0, plan.problems, kGroupDigitBits, digit, stream);
   }

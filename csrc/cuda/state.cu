@@ -1,8 +1,10 @@
-// The step of the per-sample state from given values, random bits, and what the fused step needs before it.
+// The step of the per-sample state from given values, random bits, and what the fused step needs
+// before it.
 //
-// Memory: 12 to 24 bytes read and 12 to 16 written a row, at the samples' places. Among the rows of one
-// sample that may be applied the last wins: every such row raises the sample's claim to its number plus
-// one, then the row that finds its own number there takes the step and clears the claim.
+// Memory: 12 to 24 bytes read and 12 to 16 written a row, at the samples' places. Among the rows of
+// one sample that may be applied the last wins: every such row raises the sample's claim to its
+// number plus one, then the row that finds its own number there takes the step and clears the
+// claim.
 #include "core/philox.h"
 #include "cuda/kernels.h"
 #include "cuda/state_update.cuh"
@@ -69,8 +71,8 @@ __global__ void __launch_bounds__(kStateThreads)
                    uint64_t start) {
   const int64_t step = int64_t{gridDim.x} * kStateThreads;
   for (int64_t i = int64_t{blockIdx.x} * kStateThreads + threadIdx.x; i < n; i += step) {
-    out[i] = static_cast<int32_t>(
-        sample_bits(start + static_cast<uint64_t>(i), epoch, stream, seed));
+    out[i] =
+        static_cast<int32_t>(sample_bits(start + static_cast<uint64_t>(i), epoch, stream, seed));
   }
 }
 

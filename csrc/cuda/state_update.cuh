@@ -1,16 +1,18 @@
 // The step of one sample's state, and how the rows of a fused launch agree on who takes it.
 //
-// Of the rows of one sample the last that is counted, finite and in range wins. Whether a later row is
-// finite is known when its own threads have finished, so the rows of a repeated sample meet in its claim:
-// each one writes its scores, then arrives; the one that arrives last sees the scores of all, takes the
-// step of the winner and clears the claim. Nobody waits, and the outcome does not depend on the order.
+// Of the rows of one sample the last that is counted, finite and in range wins. Whether a later row
+// is finite is known when its own threads have finished, so the rows of a repeated sample meet in
+// its claim: each one writes its scores, then arrives; the one that arrives last sees the scores of
+// all, takes the step of the winner and clears the claim. Nobody waits, and the outcome does not
+// depend on the order.
 #pragma once
 #include "core/recurrence.h"
 #include "cuda/row_args.h"
 
 namespace emp_fast::cuda {
 
-constexpr int kArrival = 1 << 16;  // arrivals count in the high half of a claim, rows in the low one
+constexpr int kArrival =
+    1 << 16;  // arrivals count in the high half of a claim, rows in the low one
 
 __device__ __forceinline__ bool is_finite(float x) { return is_finite_bits(__float_as_uint(x)); }
 
@@ -26,8 +28,8 @@ __device__ __forceinline__ void move_state(const StateArgs& s, int64_t sample, f
 }
 
 // Whether a row may move the state; counts it where it is refused.
-__device__ __forceinline__ bool admit(const StateArgs& s, int64_t sample, bool counted, float signal,
-                                      float direct) {
+__device__ __forceinline__ bool admit(const StateArgs& s, int64_t sample, bool counted,
+                                      float signal, float direct) {
   if (!counted) return false;
   if (sample < 0 || sample >= s.samples) {
     atomicAdd(s.counters + 1, 1ull);
@@ -45,8 +47,8 @@ __device__ __forceinline__ float value_of_row(const RowArgs& a, int which, int64
   return __ldcg(which == 0 ? a.loss + row : a.fields + int64_t{which - 1} * a.rows + row);
 }
 
-// Called by the one thread that has written the outputs of `row`. `occurrences` counts the rows of this
-// sample, itself included; with Occurrences::kCounted it is read from the claim instead.
+// Called by the one thread that has written the outputs of `row`. `occurrences` counts the rows of
+// this sample, itself included; with Occurrences::kCounted it is read from the claim instead.
 __device__ __forceinline__ void arrive(const RowArgs& a, int64_t row, int occurrences, bool counted,
                                        float signal, float direct) {
   const StateArgs& s = a.state;

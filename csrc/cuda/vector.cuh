@@ -128,9 +128,9 @@ __device__ __forceinline__ uint4 leave_out(uint4 raw, int column,
   return {words[0], words[1], words[2], words[3]};
 }
 
-// The same vector, which the compiler cannot know: `zero` is 0 only at run time. Between two passes over
-// a row in registers it keeps the compiler from holding the unpacked floats of the first for the
-// second, which takes three times the registers and spills.
+// The same vector, which the compiler cannot know: `zero` is 0 only at run time. Between two passes
+// over a row in registers it keeps the compiler from holding the unpacked floats of the first for
+// the second, which takes three times the registers and spills.
 __device__ __forceinline__ uint4 forgotten(const uint4& raw, uint32_t zero) {
   return {raw.x ^ zero, raw.y ^ zero, raw.z ^ zero, raw.w ^ zero};
 }
@@ -138,8 +138,7 @@ __device__ __forceinline__ uint4 forgotten(const uint4& raw, uint32_t zero) {
 // Stores the elements of a gradient vector that lie in the row. `row` is the first element of the
 // gradient's row, whose alignment may differ from that of the logits'.
 template <class T>
-__device__ __forceinline__ void store_vector(T* row, int column,
-                                             const Window<kElements<T>>& window,
+__device__ __forceinline__ void store_vector(T* row, int column, const Window<kElements<T>>& window,
                                              const float (&x)[kElements<T>]) {
   if (window.interior(column) && reinterpret_cast<uintptr_t>(row + column) % kVectorBytes == 0) {
     *reinterpret_cast<uint4*>(row + column) = pack<T>(x);
@@ -158,15 +157,17 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return result;
 }
 
-// The largest element of kVectors vectors (at least kLowest), NaN if one is; 16-bit elements two at a time.
+// The largest element of kVectors vectors (at least kLowest), NaN if one is; 16-bit elements two at
+// a time.
 template <class T, int kVectors>
 __device__ __forceinline__ float largest(const uint4 (&raw)[kVectors]) {
   if constexpr (sizeof(T) == 4) {
     float max = kLowest;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      max = max_or_nan(max, max_or_nan(max_or_nan(__uint_as_float(raw[i].x), __uint_as_float(raw[i].y)),
-                                       max_or_nan(__uint_as_float(raw[i].z), __uint_as_float(raw[i].w))));
+      max = max_or_nan(
+          max, max_or_nan(max_or_nan(__uint_as_float(raw[i].x), __uint_as_float(raw[i].y)),
+                          max_or_nan(__uint_as_float(raw[i].z), __uint_as_float(raw[i].w))));
     }
     return max;
   } else {
@@ -182,7 +183,8 @@ __device__ __forceinline__ float largest(const uint4 (&raw)[kVectors]) {
   }
 }
 
-// e^x for x <= 0, 0 where it would be denormal: one multiplication and one special-function instruction.
+// e^x for x <= 0, 0 where it would be denormal: one multiplication and one special-function
+// instruction.
 __device__ __forceinline__ float exp_flushed(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));

@@ -1,8 +1,9 @@
 // A row of logits seen through aligned 16-byte vectors, whatever its own alignment.
 //
-// The row is widened to whole vectors: the first begins at or before column 0, the last ends at or after
-// the last column. The columns outside are read and discarded. An aligned 16-byte access that holds one
-// byte of an allocation never leaves its page, and the allocators of CUDA hand out multiples of 256.
+// The row is widened to whole vectors: the first begins at or before column 0, the last ends at or
+// after the last column. The columns outside are read and discarded. An aligned 16-byte access that
+// holds one byte of an allocation never leaves its page, and the allocators of CUDA hand out
+// multiples of 256.
 #pragma once
 #include <cstdint>
 

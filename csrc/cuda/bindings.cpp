@@ -1,0 +1,364 @@
+// The CUDA submodule of the Python module: integers that are device pointers, sizes and a stream
+// in.
+#include "cuda/bindings.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "core/order_key.h"
+#include "cuda/kernels.h"
+#include "cuda/radix_select.h"
+
+namespace emp_fast::cuda {
+namespace {
+
+namespace py = pybind11;
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t stream_of(Address stream) { return pointer<CUstream_st>(stream); }
+
+int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+StateArgs state_args(Address scores, Address memory, Address visits, Address variance,
+                     Address claims, Address counters, int64_t samples,
+                     const Recurrence& recurrence) {
+  return {pointer<float>(scores),
+          pointer<float>(memory),
+          pointer<int32_t>(visits),
+          pointer<float>(variance),
+          pointer<int32_t>(claims),
+          pointer<unsigned long long>(counters),
+          samples,
+          recurrence};
+}
+
+// What every scoring call starts from.
+RowArgs row_args(Address logits, int64_t stride, int64_t rows, int64_t classes, Address target,
+                 Address soft, Address weight, Address weight_sum, int64_t ignore_index,
+                 double smoothing, double softcap) {
+  RowArgs a{};
+  a.logits = pointer<const void>(logits);
+  a.stride = stride;
+  a.rows = rows;
+  a.classes = static_cast<int>(classes);
+  a.target = pointer<const int64_t>(target);
+  a.soft = pointer<const float>(soft);
+  a.weight = pointer<const float>(weight);
+  a.weight_sum = pointer<const float>(weight_sum);
+  a.ignore_index = ignore_index;
+  a.smoothing = static_cast<float>(smoothing);
+  a.softcap = static_cast<float>(softcap);
+  a.occurrences = Occurrences::kNoUpdate;
+  a.direct = -1;
+  return a;
+}
+
+RowShape shape_of(const RowArgs& a, Dtype dtype, bool grad) {
+  const bool general = a.softcap > 0.0f || (a.smoothing > 0.0f && a.weight != nullptr);
+  const auto address = reinterpret_cast<uintptr_t>(a.logits);
+  return {a.rows,
+          a.classes,
+          a.stride,
+          element_bytes(dtype),
+          address % kVectorBytes == 0,
+          a.soft != nullptr,
+          general,
+          grad};
+}
+
+void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address workspace,
+                cudaStream_t stream) {
+  switch (plan.path) {
+    case RowPath::kThreads:
+      return score_in_threads(dtype, plan, a, stream);
+    case RowPath::kRegisters:
+      return score_in_registers(dtype, plan, a, stream);
+    case RowPath::kLooped:
+      return score_looped(dtype, plan, a, stream);
+    case RowPath::kSplit:
+      return score_split(dtype, plan, a, pointer<float>(workspace), stream);
+  }
+}
+
+// Bytes of workspace that `score` and `step` need for a shape; 0 for most.
+int64_t score_workspace(int device, int dtype, int64_t rows, int64_t classes, int64_t stride) {
+  const auto type = static_cast<Dtype>(dtype);
+  const Device properties = device_properties(device);
+  int64_t most = 0;
+  for (const bool aligned : {false, true}) {
+    const RowShape shape{rows, classes, stride, element_bytes(type), aligned, false, false, false};
+    most = std::max(most, plan_rows(shape, properties).workspace_bytes);
+  }
+  return most;
+}
+
+void score(int device, int dtype, Address logits, int64_t stride, int64_t rows, int64_t classes,
+           Address target, Address soft, Address weight, Address weight_sum, int64_t ignore_index,
+           double smoothing, double softcap, Address loss, Address fields, Address correct,
+           Address count, Address workspace, Address stream) {
+  if (rows == 0) return;
+  const auto type = static_cast<Dtype>(dtype);
+  RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
+                       ignore_index, smoothing, softcap);
+  a.loss = pointer<float>(loss);
+  a.fields = pointer<float>(fields);
+  a.correct = pointer<bool>(correct);
+  a.count = pointer<int32_t>(count);
+  const RowPlan plan = plan_rows(shape_of(a, type, false), device_properties(device));
+  run_scores(type, plan, a, workspace, stream_of(stream));
+}
+
+void backward(int device, int dtype, Address logits, int64_t stride, int64_t rows, int64_t classes,
+              Address target, Address soft, Address weight, Address weight_sum,
+              int64_t ignore_index, double smoothing, double softcap, Address fields,
+              Address grad_loss, Address grad, Address stream) {
+  if (rows == 0) return;
+  const auto type = static_cast<Dtype>(dtype);
+  RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
+                       ignore_index, smoothing, softcap);
+  a.fields = pointer<float>(fields);
+  a.row_scale = pointer<const float>(grad_loss);
+  a.scale = 1.0f;
+  a.grad = pointer<void>(grad);
+  const BackwardPlan plan = plan_backward(shape_of(a, type, true), device_properties(device));
+  gradient(type, plan, a, stream_of(stream));
+}
+
+void step(int device, int dtype, Address logits, int64_t stride, int64_t rows, int64_t classes,
+          Address target, Address soft, Address weight, Address weight_sum, int64_t ignore_index,
+          double smoothing, double softcap, Address loss, Address fields, Address correct,
+          Address count, Address workspace, Address grad, Address row_scale, double scale,
+          Address indices, int signal, int direct, Address scores, Address memory, Address visits,
+          Address variance, Address claims, Address counters, int64_t samples, int kind,
+          double decay, double direct_scale, double memory_scale, double variance_scale,
+          Address stream_handle) {
+  if (rows == 0) return;
+  const auto type = static_cast<Dtype>(dtype);
+  const cudaStream_t stream = stream_of(stream_handle);
+  RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
+                       ignore_index, smoothing, softcap);
+  a.loss = pointer<float>(loss);
+  a.fields = pointer<float>(fields);
+  a.correct = pointer<bool>(correct);
+  a.count = pointer<int32_t>(count);
+  a.grad = pointer<void>(grad);
+  a.row_scale = pointer<const float>(row_scale);
+  a.scale = static_cast<float>(scale);
+  a.indices = pointer<const int64_t>(indices);
+  a.signal = signal;
+  a.direct = direct;
+  a.state = state_args(scores, memory, visits, variance, claims, counters, samples,
+                       make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
+
+  const Device properties = device_properties(device);
+  const RowShape shape = shape_of(a, type, true);
+  const RowPlan plan = plan_rows(shape, properties);
+  const StepPlan update = plan_step(plan, rows);
+  if (update == StepPlan::kScan) a.occurrences = Occurrences::kScan;
+  if (update == StepPlan::kCounted) {
+    a.occurrences = Occurrences::kCounted;
+    count_occurrences(a, stream);
+  }
+  run_scores(type, plan, a, workspace, stream);
+  if (plan.path == RowPath::kSplit) {
+    gradient(type, plan_backward(shape, properties), a, stream);
+  }
+  if (update == StepPlan::kApart) {
+    const auto values = [&a](int which) {
+      return which == 0 ? a.loss : a.fields + (which - 1) * a.rows;
+    };
+    update_state({a.indices, values(signal), direct < 0 ? nullptr : values(direct), a.count, a.rows,
+                  a.state},
+                 stream);
+  }
+}
+
+void update(Address indices, Address signal, Address direct, Address count, int64_t rows,
+            Address scores, Address memory, Address visits, Address variance, Address claims,
+            Address counters, int64_t samples, int kind, double decay, double direct_scale,
+            double memory_scale, double variance_scale, Address stream) {
+  if (rows == 0) return;
+  update_state(
+      {pointer<const int64_t>(indices), pointer<const float>(signal), pointer<const float>(direct),
+       pointer<const int32_t>(count), rows,
+       state_args(scores, memory, visits, variance, claims, counters, samples,
+                  make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale))},
+      stream_of(stream));
+}
+
+int64_t topk_workspace(int64_t n, int64_t k, int64_t groups, bool sampled) {
+  return plan_selection(n, k, groups, sampled).workspace_bytes;
+}
+
+// ---- for the tests of the launch arithmetic
+// --------------------------------------------------------
+
+py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, bool aligned,
+                      bool soft, bool general, bool grad, int multiprocessors, int64_t shared) {
+  const RowPlan p = plan_rows({rows, classes, stride, bytes, aligned, soft, general, grad},
+                              {multiprocessors, shared});
+  constexpr const char* names[] = {"threads", "registers", "looped", "split"};
+  constexpr const char* updates[] = {"scan", "counted", "apart"};
+  py::dict d;
+  d["path"] = names[static_cast<int>(p.path)];
+  d["lanes"] = p.lanes;
+  d["threads"] = p.threads;
+  d["grid"] = p.grid;
+  d["parts"] = p.parts;
+  d["vectors_per_part"] = p.vectors_per_part;
+  d["cached_vectors"] = p.cached_vectors;
+  d["shared_bytes"] = p.shared_bytes;
+  d["workspace_bytes"] = p.workspace_bytes;
+  d["update"] = updates[static_cast<int>(plan_step(p, rows))];
+  return d;
+}
+
+py::dict plan_backward_of(int64_t rows, int64_t classes, int64_t stride, int bytes, bool soft,
+                          int multiprocessors) {
+  const BackwardPlan p =
+      plan_backward({rows, classes, stride, bytes, false, soft, false, true}, {multiprocessors, 0});
+  py::dict d;
+  d["lanes"] = p.lanes;
+  d["threads"] = p.threads;
+  d["grid"] = p.grid;
+  d["parts"] = p.parts;
+  d["vectors_per_part"] = p.vectors_per_part;
+  return d;
+}
+
+py::dict plan_selection_of(int64_t n, int64_t k, int64_t groups, bool sampled) {
+  const SelectionPlan p = plan_selection(n, k, groups, sampled);
+  py::dict d;
+  d["index_bits"] = p.index_bits;
+  d["problems"] = p.problems;
+  d["tiles"] = p.tiles;
+  d["scan_blocks"] = p.scan_blocks;
+  d["candidates"] = p.candidates;
+  d["rank_above"] = p.rank_above;
+  d["rank_below"] = p.rank_below;
+  d["cleared_bytes"] = p.cleared_bytes;
+  d["workspace_bytes"] = p.workspace_bytes;
+  py::list regions;
+  const auto region = [&regions](int64_t offset, int64_t size) {
+    regions.append(py::make_tuple(offset, size));
+  };
+  region(p.histograms, (p.problems << p.digit_bits) * 8);
+  region(p.control, kControlBytes);
+  region(p.states, p.problems * kStateBytes);
+  region(p.totals, p.scan_blocks * 8);
+  region(p.tile_counts, p.tiles * 4);
+  region(p.bitmap, p.tiles * kTileWords * 4);
+  if (sampled) {
+    region(p.candidate_keys, p.candidates * 4);
+    region(p.candidate_indices, p.candidates * 8);
+  }
+  d["regions"] = regions;
+  return d;
+}
+
+// The columns that each vector of a row's window holds, as the kernels see them.
+py::list window_columns(Address address, int classes, int elements) {
+  const auto columns = [](auto window, int count) {
+    py::list vectors;
+    for (int v = 0; v < window.vectors; ++v) {
+      py::list held;
+      for (int e = 0; e < count; ++e) {
+        if (window.holds(window.column(v) + e)) held.append(window.column(v) + e);
+      }
+      vectors.append(py::make_tuple(window.column(v), window.interior(window.column(v)), held));
+    }
+    return vectors;
+  };
+  return elements == 4 ? columns(Window<4>::of(address, classes), 4)
+                       : columns(Window<8>::of(address, classes), 8);
+}
+
+// The kernels' selection, pass by pass, in a plain loop: the same digits, states and comparisons.
+py::list select_by_digits(const py::buffer& scores, int64_t k, int digit_bits) {
+  const py::buffer_info info = scores.request();
+  const auto* bits = static_cast<const uint32_t*>(info.ptr);
+  const int64_t n = info.size;
+  const int index_bits = bits_of(n - 1);
+  const auto element = [&](int64_t i) {
+    return Element{order_key(bits[i]), countdown_of(i, index_bits)};
+  };
+  SelectState state = SelectState::start(static_cast<uint64_t>(k));
+  std::vector<uint64_t> histogram(size_t{1} << digit_bits);
+  Digit digit;
+  for (int pass = 0; nth_digit(pass, digit_bits, index_bits, digit); ++pass) {
+    if (state.status != SelectStatus::kOpen) break;
+    std::fill(histogram.begin(), histogram.end(), 0);
+    for (int64_t i = 0; i < n; ++i) {
+      if (state.agrees(element(i), digit)) ++histogram[digit.of(element(i))];
+    }
+    uint64_t above = 0;
+    for (unsigned bin = (1u << digit_bits) - 1;; --bin) {
+      if (above + histogram[bin] >= state.remaining) {
+        state.fix(digit, bin, above, histogram[bin]);
+        break;
+      }
+      above += histogram[bin];
+      if (bin == 0) throw std::runtime_error("no bin holds the k-th element");
+    }
+  }
+  py::list selected;
+  for (int64_t i = 0; i < n; ++i) {
+    if (state.takes(element(i))) selected.append(i);
+  }
+  return selected;
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  py::module_ cuda = m.def_submodule("cuda", "CUDA kernels; see emp_fast.backends.cuda.");
+  cuda.def("score_workspace", &score_workspace);
+  cuda.def("score", &score);
+  cuda.def("backward", &backward);
+  cuda.def("step", &step);
+  cuda.def("update_state", &update);
+  cuda.def("scale", [](int dtype, Address grad, int64_t elements, Address factor, Address stream) {
+    scale_gradient(static_cast<Dtype>(dtype), pointer<void>(grad), elements,
+                   pointer<const float>(factor), stream_of(stream));
+  });
+  cuda.def("philox", [](Address out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream_id,
+                        uint64_t start, Address stream) {
+    if (n > 0) philox(pointer<int32_t>(out), n, seed, epoch, stream_id, start, stream_of(stream));
+  });
+  cuda.def("topk_workspace", &topk_workspace);
+  cuda.def("topk", [](int device, Address scores, int64_t n, int64_t k, bool sampled, Address out,
+                      Address status, Address workspace, Address stream) {
+    topk(plan_selection(n, k, 0, sampled), device_properties(device), pointer<const float>(scores),
+         n, k, pointer<int64_t>(out), pointer<int64_t>(status), pointer<void>(workspace),
+         stream_of(stream));
+  });
+  cuda.def("grouped_topk",
+           [](int device, Address scores, Address groups, Address group_k, int64_t num_groups,
+              int64_t n, int64_t k, Address out, Address workspace, Address stream) {
+             grouped_topk(plan_selection(n, k, num_groups, false), device_properties(device),
+                          pointer<const float>(scores), pointer<const int64_t>(groups),
+                          pointer<const int64_t>(group_k), n, k, pointer<int64_t>(out),
+                          pointer<void>(workspace), stream_of(stream));
+           });
+
+  cuda.def("plan_rows", &plan_rows_of);
+  cuda.def("plan_backward", &plan_backward_of);
+  cuda.def("plan_selection", &plan_selection_of);
+  cuda.def("window_columns", &window_columns);
+  cuda.def("select_by_digits", &select_by_digits);
+  cuda.attr("MAX_CLASSES") = kMaxClasses;
+  cuda.attr("MAX_GROUPS") = kMaxGroups;
+  cuda.attr("SAMPLED_FROM") = kSampledFrom;
+  cuda.attr("SAMPLE") = kSample;
+  cuda.attr("REGISTER_VECTORS") = kRegisterVectors;
+  cuda.attr("SPLIT_BYTES") = 2 * kMinPartVectors * kVectorBytes;
+}
+
+}  // namespace emp_fast::cuda

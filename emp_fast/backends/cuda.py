@@ -1,0 +1,354 @@
+"""The native CUDA C++ backend: one launch scores a batch, makes its gradient and moves its state.
+
+It hands pointers, sizes and the current stream to ``emp_fast._native.cuda``; torch allocates outputs
+and workspace. Scoring and updating never synchronise and capture into CUDA graphs. docs/kernels.md
+describes the kernels.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from emp_fast.backends.base import (
+    ROW_FIELDS,
+    Backend,
+    LossOptions,
+    Recurrence,
+    RowScores,
+    State,
+)
+from emp_fast.backends.native import load_native
+from emp_fast.backends.reference import ReferenceBackend
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/cuda/row_args.h
+_KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h
+_VALUES = ("loss", *ROW_FIELDS)  # as RowArgs::signal counts them
+_OLDEST = (8, 0)
+_MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
+
+
+class CudaBackend(Backend):
+    """Serves NVIDIA GPUs of compute capability 8.0 and up."""
+
+    name = "cuda"
+    fuses_step = True
+    #: What ``emp-fast doctor`` adds. Every kernel compiles for its architectures, its arithmetic is
+    #: tested on the host, and the self-check guards its first use.
+    notes: ClassVar[str | None] = "these kernels have not yet run on a GPU"
+
+    def __init__(self) -> None:
+        native = load_native()
+        self._native: Any = None
+        self._reason: str | None = None
+        if isinstance(native, str):
+            self._reason = native
+        elif not hasattr(native, "cuda"):
+            self._reason = (
+                "emp_fast._native was built without CUDA: no nvcc was found, or EMP_FAST_CUDA=0"
+            )
+        else:
+            self._native = native.cuda
+
+    def why_not(self, device: torch.device) -> str | None:
+        """The reason that ``device`` is no GPU that this build has code for."""
+        if self._reason is not None:
+            return self._reason
+        if device.type != "cuda":
+            return f"it serves CUDA devices alone, not {device}"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if torch.version.hip is not None:
+            return "it serves NVIDIA GPUs alone, and this torch is built for AMD's"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            return "compute capability {}.{} is below {}.{}".format(*capability, *_OLDEST)
+        return None
+
+    def cross_entropy(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+    ) -> RowScores:
+        """One launch; two for few rows of very many classes."""
+        outputs = _empty_scores(logits)
+        with _on(logits.device):
+            # Named, so that no tensor behind a pointer goes away before the launch.
+            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+            self._native.score(
+                *_inputs(logits, target, weight, weight_sum, options),
+                *_pointers(*outputs),
+                _pointer(workspace),
+                _stream(logits.device),
+            )
+        return outputs
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        rows: Tensor,
+        options: LossOptions,
+    ) -> Tensor:
+        """One launch."""
+        grad = _empty_gradient(logits)
+        with _on(logits.device):
+            weight_sum = _weight_sum(weight, options)
+            self._native.backward(
+                *_inputs(logits, target, weight, weight_sum, options),
+                rows.data_ptr(),
+                grad_loss.data_ptr(),
+                grad.data_ptr(),
+                _stream(logits.device),
+            )
+        return grad
+
+    def cross_entropy_step(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        row_scale: Tensor | None,
+        scale: float,
+        indices: Tensor,
+        state: State,
+        recurrence: Recurrence,
+    ) -> tuple[RowScores, Tensor]:
+        """One launch up to 1024 rows (256 of at most 32 classes), up to four beyond."""
+        _require_variance(state, recurrence)
+        outputs, grad = _empty_scores(logits), _empty_gradient(logits)
+        direct = -1 if recurrence.direct is None else _VALUES.index(recurrence.direct)
+        with _on(logits.device):
+            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+            self._native.step(
+                *_inputs(logits, target, weight, weight_sum, options),
+                *_pointers(*outputs),
+                _pointer(workspace),
+                grad.data_ptr(),
+                _pointer(row_scale),
+                scale,
+                indices.data_ptr(),
+                _VALUES.index(recurrence.signal),
+                direct,
+                *_state_arguments(state, recurrence),
+                _stream(logits.device),
+            )
+        return outputs, grad
+
+    def scale_(self, grad: Tensor, factor: Tensor) -> None:
+        """One launch, which touches no memory when the factor is 1."""
+        if not grad.is_contiguous() or grad.data_ptr() % 16 or factor.dtype != torch.float32:
+            super().scale_(grad, factor)
+            return
+        with _on(grad.device):
+            self._native.scale(
+                _DTYPES[grad.dtype],
+                grad.data_ptr(),
+                grad.numel(),
+                factor.data_ptr(),
+                _stream(grad.device),
+            )
+
+    def update_state(
+        self,
+        indices: Tensor,
+        signal: Tensor,
+        direct: Tensor | None,
+        count: Tensor | None,
+        state: State,
+        recurrence: Recurrence,
+    ) -> None:
+        """One launch up to 4096 rows, two beyond."""
+        _require_variance(state, recurrence)
+        rows = indices.shape[0]
+        if rows >= 2**31 - 1:
+            raise ValueError(f"indices must have fewer than {2**31 - 1} entries, got {rows}")
+        with _on(indices.device):
+            self._native.update_state(
+                indices.data_ptr(),
+                signal.data_ptr(),
+                _pointer(direct),
+                _pointer(count),
+                rows,
+                *_state_arguments(state, recurrence),
+                _stream(indices.device),
+            )
+
+    def topk_indices(self, scores: Tensor, k: int) -> Tensor:
+        """Four reads of the scores; one where they are many, checked on the host at the end."""
+        n, device = scores.shape[0], scores.device
+        if k == n:
+            return torch.arange(n, device=device)
+        selected = torch.empty(k, dtype=torch.int64, device=device)
+        if k == 0:
+            return selected
+        with _on(device):
+            # The check reads a number back, which a capture cannot.
+            sampled = n >= self._native.SAMPLED_FROM
+            if sampled and not torch.cuda.is_current_stream_capturing():
+                if not int(self._select(scores, k, selected, sampled=True)):
+                    return selected
+            self._select(scores, k, selected, sampled=False)
+        return selected
+
+    def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
+        """A histogram a group; from 65537 groups on by sorting."""
+        num_groups = group_k.shape[0]
+        if num_groups > self._native.MAX_GROUPS:
+            return ReferenceBackend().grouped_topk_indices(scores, groups, group_k)
+        n, k, device = scores.shape[0], int(group_k.sum()), scores.device
+        selected = torch.empty(k, dtype=torch.int64, device=device)
+        if k == 0:
+            return selected
+        with _on(device):
+            quotas = group_k.to(device)
+            size = self._native.topk_workspace(n, k, num_groups, False)
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            self._native.grouped_topk(
+                device.index,
+                *_pointers(scores, groups, quotas),
+                num_groups,
+                n,
+                k,
+                *_pointers(selected, workspace),
+                _stream(device),
+            )
+        return selected
+
+    def philox(
+        self, n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device
+    ) -> Tensor:
+        """One launch."""
+        words = torch.empty(n, dtype=torch.int32, device=device)
+        with _on(words.device):
+            self._native.philox(
+                words.data_ptr(),
+                n,
+                seed & _MASK64,
+                epoch & _MASK32,
+                stream & _MASK32,
+                start & _MASK64,
+                _stream(words.device),
+            )
+        return words
+
+    def _select(self, scores: Tensor, k: int, selected: Tensor, *, sampled: bool) -> Tensor:
+        """Launches one plan; returns its status, [1] int64, 1 when a sampled plan failed."""
+        n, device = scores.shape[0], scores.device
+        size = self._native.topk_workspace(n, k, 0, sampled)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        status = torch.empty(1, dtype=torch.int64, device=device)
+        self._native.topk(
+            device.index,
+            scores.data_ptr(),
+            n,
+            k,
+            sampled,
+            *_pointers(selected, status, workspace),
+            _stream(device),
+        )
+        return status
+
+    def _workspace(self, logits: Tensor) -> Tensor | None:
+        rows, classes = logits.shape
+        if classes >= self._native.MAX_CLASSES:
+            raise ValueError(
+                f"logits must have fewer than {self._native.MAX_CLASSES} classes, got {classes}"
+            )
+        if classes * logits.element_size() < self._native.SPLIT_BYTES:
+            return None
+        size = self._native.score_workspace(
+            logits.device.index, _DTYPES[logits.dtype], rows, classes, logits.stride(0)
+        )
+        return torch.empty(size, dtype=torch.uint8, device=logits.device) if size else None
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one; free when it is."""
+    if device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _pointers(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _empty_scores(logits: Tensor) -> RowScores:
+    rows, device = logits.shape[0], logits.device
+    return RowScores(
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty((len(ROW_FIELDS), rows), dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.bool, device=device),
+        torch.empty(rows, dtype=torch.int32, device=device),
+    )
+
+
+def _empty_gradient(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _weight_sum(weight: Tensor | None, options: LossOptions) -> Tensor | None:
+    """The sum over the classes, which the gradient of a smoothed, weighted loss needs."""
+    return weight.sum() if weight is not None and options.label_smoothing > 0 else None
+
+
+def _inputs(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weight_sum: Tensor | None,
+    options: LossOptions,
+) -> tuple[int | float, ...]:
+    """The arguments that every scoring call of the native module begins with."""
+    rows, classes = logits.shape
+    soft = target.is_floating_point()
+    return (
+        logits.device.index,
+        _DTYPES[logits.dtype],
+        logits.data_ptr(),
+        logits.stride(0),
+        rows,
+        classes,
+        0 if soft else target.data_ptr(),
+        target.data_ptr() if soft else 0,
+        _pointer(weight),
+        _pointer(weight_sum),
+        options.ignore_index,
+        options.label_smoothing,
+        options.softcap,
+    )
+
+
+def _state_arguments(state: State, recurrence: Recurrence) -> tuple[int | float, ...]:
+    return (
+        state.scores.data_ptr(),
+        state.memory.data_ptr(),
+        state.visits.data_ptr(),
+        _pointer(state.variance),
+        state.claims.data_ptr(),
+        state.counters.data_ptr(),
+        state.scores.shape[0],
+        _KINDS.index(recurrence.kind),
+        recurrence.decay,
+        recurrence.direct_scale,
+        recurrence.memory_scale,
+        recurrence.variance_scale,
+    )
+
+
+def _require_variance(state: State, recurrence: Recurrence) -> None:
+    if recurrence.kind == "variance" and state.variance is None:
+        raise ValueError("state.variance must be a tensor for the variance recurrence")

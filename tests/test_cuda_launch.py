@@ -1,0 +1,242 @@
+"""The launch arithmetic and the per-element logic of the CUDA kernels, on the host, without a GPU.
+
+What is tested is what the kernels run: `_native.cuda` exposes the same inline functions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from emp_fast.backends.base import Backend
+from emp_fast.backends.cuda import CudaBackend
+from emp_fast.backends.native import load_native
+
+native = load_native()
+if isinstance(native, str) or not hasattr(native, "cuda"):
+    if os.environ.get("EMP_FAST_CUDA") == "1":
+        pytest.fail("EMP_FAST_CUDA=1, but the native module has no CUDA kernels", pytrace=False)
+    pytest.skip("the native module was built without CUDA", allow_module_level=True)
+cuda: Any = native.cuda
+
+H200 = (132, 227 * 1024)
+SMALL = (1, 48 * 1024)
+MAX_GRID_X, MAX_GRID_Y = 2**31 - 1, 65535
+#: The register and thread kernels' reach, and where vectors and warps end.
+CLASSES = [1, 2, 3, 7, 8, 9, 10, 16, 31, 32, 33, 100, 127, 128, 129, 249, 255, 256, 257, 1000]
+CLASSES += [1017, 1018, 1024, 1025, 2048, 4096, 4097, 8185, 8186, 8192, 32000, 50257, 65536]
+CLASSES += [128256, 151936, 262144, 10**6, 10**8]
+ROWS = [1, 2, 3, 31, 128, 131, 256, 257, 512, 1024, 1025, 4096, 32767, 32768, 65536, 10**9]
+
+
+def most_vectors(classes: int, element_bytes: int, aligned: bool) -> int:
+    elements = 16 // element_bytes
+    shifts = [0] if aligned else range(elements)
+    return max(math.ceil((shift + classes) / elements) for shift in shifts)
+
+
+@pytest.mark.parametrize("device", [H200, SMALL])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_row_plans_cover_every_row_and_column(
+    device: tuple[int, int], element_bytes: int, aligned: bool
+) -> None:
+    elements = 16 // element_bytes
+    options = itertools.product(ROWS, CLASSES, (0, 3), (False, True), (False, True), (False, True))
+    for rows, classes, padding, soft, general, grad in options:
+        stride = classes + padding
+        plan = cuda.plan_rows(
+            rows, classes, stride, element_bytes, aligned, soft, general, grad, *device
+        )
+        shape = (rows, classes, stride, soft, general, grad, plan)
+        every_row_aligned = aligned and (rows == 1 or stride % elements == 0)
+        vectors = most_vectors(classes, element_bytes, every_row_aligned)
+        assert plan["threads"] % 32 == 0, shape
+        assert plan["threads"] <= 1024, shape
+        assert plan["threads"] % plan["lanes"] == 0, shape
+        assert plan["lanes"] & (plan["lanes"] - 1) == 0, shape
+        assert 1 <= plan["grid"] <= MAX_GRID_X, shape
+        # Static reductions need a little of the shared memory as well.
+        assert plan["shared_bytes"] <= max(48 * 1024, device[1] - 1024), shape
+        tiles = math.ceil(rows / (plan["threads"] // plan["lanes"]))
+        if plan["path"] == "split":
+            assert plan["grid"] == rows, shape
+            assert 1 < plan["parts"] <= MAX_GRID_Y, shape
+            assert plan["parts"] * plan["vectors_per_part"] >= vectors, shape
+            assert (plan["parts"] - 1) * plan["vectors_per_part"] < vectors, shape
+            assert plan["workspace_bytes"] == rows * plan["parts"] * 24, shape
+            # The Python side asks for workspace only from here on.
+            assert classes * element_bytes >= cuda.SPLIT_BYTES, shape
+        else:
+            # A tile a block, or a loop over tiles where the grid ends.
+            assert plan["grid"] == min(tiles, MAX_GRID_X), shape
+            assert plan["parts"] == 1, shape
+            assert plan["workspace_bytes"] == 0, shape
+        if plan["path"] == "threads":
+            assert plan["lanes"] == 1, shape
+            assert classes <= 32, shape
+            assert rows == 1 or stride == classes, shape
+            block = plan["threads"] * classes
+            assert plan["shared_bytes"] >= 16 * most_vectors(block, element_bytes, False), shape
+            assert plan["shared_bytes"] <= 48 * 1024, shape
+        if plan["path"] == "registers":
+            assert plan["lanes"] * cuda.REGISTER_VECTORS >= vectors, shape
+        if plan["path"] in ("threads", "registers", "split"):
+            assert not soft, shape
+            assert not general, shape
+        if plan["path"] == "looped":
+            assert plan["cached_vectors"] * 16 == plan["shared_bytes"], shape
+            assert plan["cached_vectors"] <= vectors, shape
+            assert grad or plan["cached_vectors"] == 0, shape
+
+
+def test_workspace_asked_for_covers_any_alignment() -> None:
+    # `score_workspace` asks the driver for the device, so its rule is repeated here.
+    for rows, classes, element_bytes in itertools.product(ROWS[:8], CLASSES, (2, 4)):
+        sizes = {
+            cuda.plan_rows(
+                rows, classes, classes, element_bytes, aligned, False, False, grad, *H200
+            )["workspace_bytes"]
+            for aligned in (False, True)
+            for grad in (False, True)
+        }
+        if classes * element_bytes < cuda.SPLIT_BYTES:
+            assert sizes == {0}
+
+
+def test_state_moves_where_counts_fit() -> None:
+    for rows, classes in itertools.product(ROWS, CLASSES):
+        plan = cuda.plan_rows(rows, classes, classes, 2, True, False, False, True, *H200)
+        assert (plan["update"] == "apart") == (rows > 32767)  # half of an int32 claim, signed
+        if plan["update"] == "scan":
+            assert rows <= (256 if plan["lanes"] == 1 else 1024)
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_backward_plans_cover_every_row_and_column(element_bytes: int) -> None:
+    for rows, classes, soft in itertools.product(ROWS, CLASSES, (False, True)):
+        plan = cuda.plan_backward(rows, classes, classes, element_bytes, soft, H200[0])
+        vectors = most_vectors(classes, element_bytes, False)
+        tiles = math.ceil(rows / (plan["threads"] // plan["lanes"]))
+        assert plan["grid"] == min(tiles, MAX_GRID_X)
+        assert 1 <= plan["parts"] <= MAX_GRID_Y
+        assert plan["parts"] * plan["vectors_per_part"] >= vectors
+        assert (plan["parts"] - 1) * plan["vectors_per_part"] < vectors
+        assert plan["parts"] == 1 or not soft
+
+
+@pytest.mark.parametrize("elements", [4, 8])
+def test_a_window_holds_every_column_once(elements: int) -> None:
+    element_bytes = 16 // elements
+    for classes in range(1, 70):
+        for shift in range(elements):
+            address = 0x7F0000000000 + shift * element_bytes
+            vectors = cuda.window_columns(address, classes, elements)
+            held = [column for _, _, columns in vectors for column in columns]
+            assert held == list(range(classes))
+            for column, interior, columns in vectors:
+                assert (address + column * element_bytes) % 16 == 0
+                assert columns, "a vector without a column would be a needless read"
+                assert interior == (len(columns) == elements)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "groups", "sampled"),
+    [
+        (n, k, groups, sampled)
+        for n in (1, 2, 4095, 4096, 4097, 10**6, 2**26, 10**9, 2**31 + 5, 2**36)
+        for k in sorted({1, max(n // 3, 1), max(n - 1, 1)})
+        for groups, sampled in ((0, False), (7, False), (65536, False), (0, True))
+        if not sampled or n >= cuda.SAMPLED_FROM
+    ],
+)
+def test_selection_plan(n: int, k: int, groups: int, sampled: bool) -> None:
+    plan = cuda.plan_selection(n, k, groups, sampled)
+    assert n - 1 < 2 ** plan["index_bits"] <= max(2 * (n - 1), 1)
+    assert (plan["tiles"] - 1) * 4096 < n <= plan["tiles"] * 4096
+    assert (plan["scan_blocks"] - 1) * 4096 < plan["tiles"] <= plan["scan_blocks"] * 4096
+    end = 0
+    for offset, size in plan["regions"]:
+        assert offset % 256 == 0
+        assert offset >= end
+        end = offset + size
+    assert end <= plan["workspace_bytes"]
+    histogram, control, states = plan["regions"][:3]
+    assert histogram[0] == 0
+    assert control[0] + control[1] <= plan["cleared_bytes"] <= states[0]
+    if sampled:
+        assert plan["workspace_bytes"] < n / 4
+        bitmap = plan["regions"][5]
+        assert bitmap[1] >= cuda.SAMPLE * 4  # where the sample lies at first
+        assert 0 <= plan["rank_above"] < plan["rank_below"] <= cuda.SAMPLE + 1
+        # The bracket holds the rank that k has in the sample, and is narrow enough for the buffer.
+        assert plan["rank_above"] <= k / n * cuda.SAMPLE <= plan["rank_below"]
+        width = (plan["rank_below"] - plan["rank_above"]) / cuda.SAMPLE * n
+        assert width < 0.9 * plan["candidates"]
+
+
+def highest(scores: np.ndarray, k: int) -> list[int]:
+    """The contract by a stable sort: NaN lowest, zeros equal, the lowest index of a tie."""
+    values = np.where(np.isnan(scores), -np.inf, scores).astype(np.float64) + 0.0
+    nan_last = np.isnan(scores)
+    order = np.lexsort((np.arange(len(scores)), -values, nan_last))
+    return sorted(order[:k].tolist())
+
+
+def score_sets() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(3)
+    normal = generator.normal(size=1000).astype(np.float32)
+    specials = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45, -1e-45, 3.4e38], np.float32)
+    return {
+        "normal": normal,
+        "few_values": generator.integers(0, 3, 513).astype(np.float32),
+        "all_equal": np.full(257, 0.5, np.float32),
+        "specials": generator.choice(specials, 300),
+        "all_nan": np.full(33, np.nan, np.float32),
+        "one": np.array([1.5], np.float32),
+        "close": (1 + np.arange(700) % 5 * np.float32(1.2e-7)).astype(np.float32),
+        "sorted": np.sort(normal),
+    }
+
+
+@pytest.mark.parametrize("digit_bits", [8, 11])
+@pytest.mark.parametrize("name", score_sets())
+def test_digits_select_what_a_stable_sort_does(name: str, digit_bits: int) -> None:
+    scores = score_sets()[name]
+    n = len(scores)
+    for k in sorted({0, 1, 2, n // 3, n // 2, n - 1, n} & set(range(n + 1))):
+        assert cuda.select_by_digits(scores, k, digit_bits) == highest(scores, k)
+
+
+def test_the_backend_says_why_it_cannot_serve_the_cpu() -> None:
+    backend: Backend = CudaBackend()
+    assert "not cpu" in str(backend.why_not(torch.device("cpu")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_backend_says_that_there_is_no_device() -> None:
+    assert "no CUDA device" in str(CudaBackend().why_not(torch.device("cuda", 0)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_failed_launch_raises_with_the_name_of_the_kernel() -> None:
+    # In a process of its own: without a driver the first call fails, and nothing is dereferenced.
+    code = (
+        "import torch\n"
+        "from emp_fast.backends.native import load_native\n"
+        "try:\n"
+        "    load_native().cuda.philox(256, 1, 0, 0, 0, 0, 0)\n"
+        "except RuntimeError as error:\n"
+        "    assert 'sample_bits_of' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('no error')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
