@@ -188,11 +188,10 @@ class CudaBackend(Backend):
             return selected
         with _on(device):
             # The check reads a number back, which a capture cannot.
-            sampled = n >= self._native.SAMPLED_FROM
-            if sampled and not torch.cuda.is_current_stream_capturing():
-                if not int(self._select(scores, k, selected, sampled=True)):
-                    return selected
-            self._select(scores, k, selected, sampled=False)
+            many = n >= self._native.SAMPLED_FROM
+            sampled = many and not torch.cuda.is_current_stream_capturing()
+            if not sampled or int(self._select(scores, k, selected, sampled=True)):
+                self._select(scores, k, selected, sampled=False)
         return selected
 
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
