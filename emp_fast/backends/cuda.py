@@ -1,8 +1,8 @@
 """The native CUDA C++ backend: one launch scores a batch, makes its gradient and moves its state.
 
-It hands pointers, sizes and the current stream to ``emp_fast._native.cuda``; torch allocates outputs
-and workspace. Scoring and updating never synchronise and capture into CUDA graphs. docs/kernels.md
-describes the kernels.
+It hands pointers, sizes and the current stream to ``emp_fast._native.cuda``; torch allocates
+outputs and workspace. Scoring and updating never synchronise and capture into CUDA graphs.
+docs/kernels.md describes the kernels.
 """
 
 from __future__ import annotations
