@@ -1,0 +1,388 @@
+"""The Triton backend: CUDA devices of compute capability 8.0 and up, without a toolchain.
+
+Under ``TRITON_INTERPRET=1``, set before Triton is imported, it serves CPU tensors instead: the same kernels
+run through Triton's interpreter, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emp_fast.backends._triton_launch import INTERPRETED, device_of, launch, multiprocessors
+from emp_fast.backends._triton_selection import grouped_topk_indices, topk_indices
+from emp_fast.backends.base import (
+    ROW_FIELDS,
+    Backend,
+    LossOptions,
+    Recurrence,
+    RowScores,
+    State,
+    check_index_range,
+    check_target_range,
+)
+from emp_fast.kernels import cross_entropy as ce
+from emp_fast.kernels import philox as philox_kernels
+from emp_fast.kernels import plan
+from emp_fast.kernels import update_state as state_kernels
+
+_OLDEST = (8, 0)
+_FIELD_ROWS = {"loss": ce.LOSS_ROW.value, **{name: i for i, name in enumerate(ROW_FIELDS)}}
+
+
+class TritonBackend(Backend):
+    """Launches the kernels of `emp_fast.kernels`."""
+
+    name = "triton"
+
+    def why_not(self, device: torch.device) -> str | None:
+        if device.type == "cpu":
+            if INTERPRETED:
+                return None
+            return "it serves CPU tensors only through its interpreter: set TRITON_INTERPRET=1"
+        if device.type != "cuda":
+            return f"it serves CUDA devices, got {device.type}"
+        if INTERPRETED:
+            return "TRITON_INTERPRET is set, which serves CPU tensors"
+        if not torch.cuda.is_available():
+            return "no CUDA device is available"
+        if torch.version.hip is not None:
+            return "its kernels are written for NVIDIA devices"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            found = ".".join(map(str, capability))
+            return f"it needs compute capability 8.0 or higher, the device has {found}"
+        return None
+
+    def cross_entropy(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+    ) -> RowScores:
+        _check_target(logits, target, options)
+        num_rows, num_classes = logits.shape
+        scores = _empty_scores(logits)
+        if num_rows == 0:
+            return scores
+        with device_of(logits):
+            if num_classes <= plan.TILE_CLASSES:
+                _score_tile(logits, target, weight, options, scores)
+                return scores
+            loop = _plan_loop(logits, may_split=not target.is_floating_point())
+            if loop.parts == 1:
+                _score_loop(loop, logits, target, weight, options, scores)
+                return scores
+            shape = (loop.parts, ce.PART_FIELDS.value, num_rows)
+            parts = torch.empty(shape, dtype=torch.float32, device=logits.device)
+            _score_loop(loop, logits, target, weight, options, None, stats=True, parts=parts)
+            _merge_parts(loop, logits, target, weight, options, scores, parts)
+        return scores
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        rows: Tensor,
+        options: LossOptions,
+    ) -> Tensor:
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        if logits.shape[0] == 0:
+            return grad
+        # Only the rows are read: the other fields of a forward pass stay away.
+        known = RowScores(None, rows, None, None)  # type: ignore[arg-type]
+        gradient = {"grad": grad, "row_scale": grad_loss, "scale": 1.0, "stats": False}
+        with device_of(logits):
+            if logits.shape[1] <= plan.TILE_CLASSES:
+                _score_tile(logits, target, weight, options, known, **gradient)
+            else:
+                loop = _plan_loop(logits, may_split=not target.is_floating_point())
+                _score_loop(loop, logits, target, weight, options, known, **gradient)
+        return grad
+
+    def cross_entropy_step(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        row_scale: Tensor | None,
+        scale: float,
+        indices: Tensor,
+        state: State,
+        recurrence: Recurrence,
+    ) -> tuple[RowScores, Tensor]:
+        num_rows, num_classes = logits.shape
+        tile = num_classes <= plan.TILE_CLASSES_GRAD
+        loop = None if tile else _plan_loop(logits, may_split=not target.is_floating_point())
+        if num_rows == 0 or (loop is not None and loop.parts > 1):
+            return super().cross_entropy_step(
+                logits, target, weight, options, row_scale, scale, indices, state, recurrence
+            )
+        _check_target(logits, target, options)
+        _check_indices(indices, state)
+        scores = _empty_scores(logits)
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        update = num_rows <= plan.STEP_UPDATE_ROWS and state.scores.shape[0] > 0
+        gradient = {"grad": grad, "row_scale": row_scale, "scale": scale}
+        if update:
+            gradient["update"] = (indices, state, recurrence)
+        with device_of(logits):
+            if loop is None:
+                _score_tile(logits, target, weight, options, scores, **gradient)
+            else:
+                _score_loop(loop, logits, target, weight, options, scores, **gradient)
+        if not update:
+            fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
+            direct = None if recurrence.direct is None else fields[recurrence.direct]
+            signal = fields[recurrence.signal]
+            self.update_state(indices, signal, direct, scores.count, state, recurrence)
+        return scores, grad
+
+    def update_state(
+        self,
+        indices: Tensor,
+        signal: Tensor,
+        direct: Tensor | None,
+        count: Tensor | None,
+        state: State,
+        recurrence: Recurrence,
+    ) -> None:
+        _check_indices(indices, state)
+        num_rows = indices.shape[0]
+        if num_rows == 0:
+            return
+        pointers = (indices, signal, direct, count, *_state_pointers(state, recurrence))
+        numbers = (num_rows, state.scores.shape[0], *_rule(recurrence))
+        one = num_rows <= plan.ONE_PROGRAM_ROWS
+        grid = (1 if one else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
+        phases = (state_kernels.BOTH,) if one else (state_kernels.CLAIM, state_kernels.APPLY)
+        with device_of(indices):
+            for phase in phases:
+                constants = (phase.value, plan.UPDATE_BLOCK)
+                launch(state_kernels.update_state, grid, pointers, numbers, constants, 4)
+
+    def topk_indices(self, scores: Tensor, k: int) -> Tensor:
+        with device_of(scores):
+            return topk_indices(scores, k)
+
+    def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
+        with device_of(scores):
+            return grouped_topk_indices(scores, groups, group_k)
+
+    def philox(
+        self, n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device
+    ) -> Tensor:
+        bits = torch.empty(n, dtype=torch.int32, device=device)
+        if n > 0:
+            words = (seed, seed >> 32, epoch, stream)
+            numbers = (n, start, *(word & 0xFFFFFFFF for word in words))
+            grid = (plan.ceil_div(n, plan.PHILOX_BLOCK), 1, 1)
+            with device_of(bits):
+                constants = (plan.PHILOX_BLOCK,)
+                launch(philox_kernels.philox, grid, (bits,), numbers, constants, 4)
+        return bits
+
+
+# ---- scoring ---------------------------------------------------------------------------------------
+
+
+def _score_tile(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    scores: RowScores,
+    *,
+    stats: bool = True,
+    grad: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    scale: float = 1.0,
+    update: tuple[Tensor, State, Recurrence] | None = None,
+) -> None:
+    num_rows, num_classes = logits.shape
+    tile = plan.plan_tile(
+        num_rows,
+        num_classes,
+        logits.stride(0),
+        logits.data_ptr(),
+        logits.element_size(),
+        multiprocessors(logits.device),
+    )
+    weight_sum = _weight_sum(weight, target, options, grad)
+    indices, state, rule, num_samples = _update_arguments(update)
+    pointers = (logits, target, weight, weight_sum, *scores, grad, row_scale, indices, *state)
+    numbers = (
+        num_rows,
+        num_classes // tile.align,
+        logits.stride(0) // tile.align,
+        options.ignore_index,
+        options.label_smoothing,
+        options.softcap,
+        scale,
+        num_samples,
+        *rule,
+    )
+    constants = (
+        tile.align,
+        tile.align * logits.element_size(),
+        *_flags(target, options),
+        stats,
+        grad is not None,
+        update is not None,
+        tile.rows,
+        tile.block,
+        plan.STEP_UPDATE_LANES,
+    )
+    launch(ce.score_tile, (tile.grid, 1, 1), pointers, numbers, constants, tile.warps)
+
+
+def _score_loop(
+    loop: plan.LoopPlan,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    scores: RowScores | None,
+    *,
+    stats: bool = True,
+    parts: Tensor | None = None,
+    grad: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    scale: float = 1.0,
+    update: tuple[Tensor, State, Recurrence] | None = None,
+) -> None:
+    num_rows, num_classes = logits.shape
+    weight_sum = _weight_sum(weight, target, options, grad)
+    indices, state, rule, num_samples = _update_arguments(update)
+    outputs = (None,) * 4 if scores is None else scores
+    pointers = (logits, target, weight, weight_sum, *outputs, grad, row_scale, indices, *state, parts)
+    numbers = (
+        num_rows,
+        num_classes // loop.align,
+        logits.stride(0) // loop.align,
+        loop.shift,
+        loop.part_tiles,
+        options.ignore_index,
+        options.label_smoothing,
+        options.softcap,
+        scale,
+        num_samples,
+        *rule,
+    )
+    constants = (
+        loop.align,
+        loop.shifted,
+        loop.shifted_alike,
+        *_flags(target, options),
+        stats,
+        parts is not None,
+        grad is not None,
+        update is not None,
+        loop.unroll,
+        loop.lanes,
+        loop.vector,
+    )
+    grid = (num_rows, loop.parts, 1)
+    launch(ce.score_loop, grid, pointers, numbers, constants, loop.warps)
+
+
+def _merge_parts(
+    loop: plan.LoopPlan,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    scores: RowScores,
+    parts: Tensor,
+) -> None:
+    num_rows, num_classes = logits.shape
+    pointers = (logits, target, weight, *scores, parts)
+    numbers = (
+        num_rows,
+        num_classes,
+        logits.stride(0),
+        loop.parts,
+        options.ignore_index,
+        options.label_smoothing,
+        options.softcap,
+    )
+    constants = (*_flags(target, options)[1:], plan.merge_lanes(loop.parts))
+    launch(ce.merge_parts, (num_rows, 1, 1), pointers, numbers, constants, 1)
+
+
+def _plan_loop(logits: Tensor, may_split: bool) -> plan.LoopPlan:
+    return plan.plan_loop(
+        *logits.shape,
+        logits.stride(0),
+        logits.data_ptr(),
+        logits.element_size(),
+        multiprocessors(logits.device),
+        may_split,
+    )
+
+
+def _empty_scores(logits: Tensor) -> RowScores:
+    num_rows, device = logits.shape[0], logits.device
+    return RowScores(
+        torch.empty(num_rows, dtype=torch.float32, device=device),
+        torch.empty((len(ROW_FIELDS), num_rows), dtype=torch.float32, device=device),
+        torch.empty(num_rows, dtype=torch.bool, device=device),
+        torch.empty(num_rows, dtype=torch.int32, device=device),
+    )
+
+
+def _flags(target: Tensor, options: LossOptions) -> tuple[bool, bool, bool]:
+    """SOFT, SMOOTH, SOFTCAP."""
+    return target.is_floating_point(), options.label_smoothing > 0, options.softcap > 0
+
+
+def _weight_sum(
+    weight: Tensor | None, target: Tensor, options: LossOptions, grad: Tensor | None
+) -> Tensor | None:
+    if weight is None or grad is None or options.label_smoothing == 0 or target.is_floating_point():
+        return None
+    return weight.sum()
+
+
+def _check_target(logits: Tensor, target: Tensor, options: LossOptions) -> None:
+    if target.device.type == "cpu" and not target.is_floating_point():
+        check_target_range(target, logits.shape[1], options.ignore_index)
+
+
+# ---- state -----------------------------------------------------------------------------------------
+
+
+def _check_indices(indices: Tensor, state: State) -> None:
+    if indices.device.type == "cpu":
+        check_index_range(indices, state.scores.shape[0])
+
+
+def _state_pointers(state: State, recurrence: Recurrence) -> tuple[Tensor | None, ...]:
+    if recurrence.kind != "variance":
+        return state._replace(variance=None)
+    if state.variance is None:
+        raise ValueError("state.variance must be a tensor for the variance recurrence")
+    return state
+
+
+def _rule(recurrence: Recurrence) -> tuple[int | float, ...]:
+    return (
+        int(recurrence.kind == "mean"),
+        recurrence.decay,
+        0.0 if recurrence.direct is None else recurrence.direct_scale,
+        recurrence.memory_scale,
+        recurrence.variance_scale,
+    )
+
+
+def _update_arguments(
+    update: tuple[Tensor, State, Recurrence] | None,
+) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[int | float, ...], int]:
+    """Returns the indices, the state, signal_row to variance_scale, and N, for a scoring kernel."""
+    if update is None:
+        return None, (None,) * len(State._fields), (0, 0, 0, 0.0, 0.0, 0.0, 0.0), 0
+    indices, state, recurrence = update
+    direct = recurrence.direct
+    direct_row = ce.NO_ROW.value if direct is None else _FIELD_ROWS[direct]
+    rule = (_FIELD_ROWS[recurrence.signal], direct_row, *_rule(recurrence))
+    return indices, _state_pointers(state, recurrence), rule, state.scores.shape[0]

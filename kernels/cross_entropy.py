@@ -1,0 +1,818 @@
+"""Cross-entropy, every score of each row, the gradient and the state update, from one reading.
+
+Contract: `Backend.cross_entropy`, `cross_entropy_backward` and `cross_entropy_step`. Three kernels:
+
+    score_tile    a program holds whole rows in registers as a tile [ROWS, BLOCK] with BLOCK >= C.
+                  Reads the logits once, writes the gradient once if asked.
+    score_loop    a program walks over one row in tiles [UNROLL, LANES, VECTOR] of 16-byte loads; each
+                  lane keeps its own running statistics, so that the loop needs no shuffle and no
+                  barrier, and the lanes meet once at the end. The gradient takes a second pass over the
+                  row, backwards, whose reads mostly hit the cache that the first pass filled.
+                  With PARTIAL it stops at the statistics of one part of a row.
+    merge_parts   joins the parts of split rows and writes their scores.
+
+Traffic: R * C * itemsize read, as much again written for the gradient, 4 bytes a class for soft targets,
+about 40 bytes a row. Soft targets in score_loop are read once more, for the class of their maximum, and
+with the logits once more for el2n.
+
+Row offsets are int64. C is a runtime value; it and the strides come in units of `ALIGN` elements, the
+largest power of two that divides them (and the address), so the compiler knows how wide it may load.
+With SHIFTED, rows start off the 16-byte grid: score_loop then starts each row at the boundary before it
+and masks the head.
+
+With UPDATE the launch also moves the per-sample state. Programs take tickets; the one that draws the last
+sees the scores of all rows and runs both phases of update_state over them.
+"""
+
+import triton
+import triton.language as tl
+
+from ._jit import kernel
+from .softmax_stats import (
+    EMPTY_PEAK,
+    EXP_IS_ZERO,
+    exp,
+    fold_target,
+    rebase,
+    softcap_slope,
+    tanh,
+    weighted_difference,
+)
+from .update_state import apply_rows, claim_rows
+
+#: Values of direct_row and signal_row beside the rows of RowScores.rows.
+LOSS_ROW = tl.constexpr(-1)
+NO_ROW = tl.constexpr(-2)
+
+#: Statistics in the workspace of split rows: peak, d, s, q, mass, tilt.
+PART_FIELDS = tl.constexpr(6)
+
+
+@triton.jit
+def _capped(raw, softcap, SOFTCAP: tl.constexpr):
+    return softcap * tanh(raw / softcap) if SOFTCAP else raw
+
+
+@triton.jit
+def _class_ids(target_ptr, row, row_ok, ignore_index, num_classes):
+    """Returns the class id of each row, safe to index with; whether it counts; whether it is bad."""
+    y = tl.load(target_ptr + row, mask=row_ok, other=0)
+    valid = row_ok & (y != ignore_index)
+    bad = valid & ((y < 0) | (y >= num_classes))
+    return tl.where(valid & (bad == 0), y, 0).to(tl.int32), valid, bad
+
+
+@triton.jit
+def _class_weights(
+    t, w, smoothing, num_classes, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr
+):
+    """c_j of softmax_stats: the smoothed and weighted target, or the smoothing alone for class ids."""
+    share = smoothing / num_classes.to(tl.float32)
+    if SOFT:
+        c = t * (1.0 - smoothing) + share if SMOOTH else t
+        if WEIGHTED:
+            c = c * w
+    else:
+        c = share * w
+    return c
+
+
+@triton.jit
+def _loss(
+    nll,
+    log_total,
+    mass,
+    tilt,
+    w_y,
+    c_y,
+    smoothing,
+    WEIGHTED: tl.constexpr,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """The loss from the target's own term and that of all other classes."""
+    if SOFT:
+        loss = weighted_difference(c_y, nll) + (mass * log_total - tilt)
+    else:
+        loss = w_y * nll if WEIGHTED else nll
+        if SMOOTH:
+            rest = weighted_difference(c_y, nll) + (mass * log_total - tilt)
+            loss = (1.0 - smoothing) * loss + rest
+    return loss
+
+
+@triton.jit
+def _settle(value, valid, spoiled):
+    """NaN in every score of a spoiled row, 0 in every score of an ignored one."""
+    return tl.where(valid, tl.where(spoiled, float("nan"), value), 0.0)
+
+
+@triton.jit
+def _store_scores(
+    loss_ptr,
+    rows_ptr,
+    correct_ptr,
+    count_ptr,
+    row,
+    row_ok,
+    num_rows,
+    valid,
+    spoiled,
+    loss,
+    entropy,
+    el2n,
+    margin,
+    confidence,
+    largest,
+    inv_sum,
+    miss,
+):
+    margin = _settle(margin, valid, spoiled)
+    tl.store(loss_ptr + row, _settle(loss, valid, spoiled), mask=row_ok)
+    tl.store(rows_ptr + row, _settle(entropy, valid, spoiled), mask=row_ok)
+    tl.store(rows_ptr + num_rows + row, _settle(el2n, valid, spoiled), mask=row_ok)
+    tl.store(rows_ptr + 2 * num_rows + row, margin, mask=row_ok)
+    tl.store(rows_ptr + 3 * num_rows + row, _settle(confidence, valid, spoiled), mask=row_ok)
+    tl.store(rows_ptr + 4 * num_rows + row, _settle(largest, valid, spoiled), mask=row_ok)
+    tl.store(rows_ptr + 5 * num_rows + row, _settle(inv_sum, valid, spoiled), mask=row_ok)
+    tl.store(rows_ptr + 6 * num_rows + row, _settle(miss, valid, spoiled), mask=row_ok)
+    tl.store(correct_ptr + row, margin >= 0, mask=row_ok)
+    tl.store(count_ptr + row, valid.to(tl.int32), mask=row_ok)
+
+
+@triton.jit
+def _gradient(
+    raw,
+    x,
+    is_target,
+    c,
+    largest,
+    inv_sum,
+    miss,
+    sharp,
+    total,
+    scale,
+    softcap,
+    SOFT: tl.constexpr,
+    MASS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The gradient to the raw logits: total p - c + sharp (p - [j == y]), with p_y - 1 = -miss.
+
+    A soft target is all sharp: total (p - [j == y]) - (c - total [j == y]).
+    """
+    p = exp(x - largest) * inv_sum
+    if SOFT:
+        value = total * tl.where(is_target, -miss, p) - tl.where(is_target, c - total, c)
+    else:
+        value = sharp * tl.where(is_target, -miss, p)
+        if MASS:
+            value = (total * p - c) + value
+    value = value * scale
+    if SOFTCAP:
+        value = value * softcap_slope(raw, softcap)
+    return value
+
+
+@triton.jit
+def _row_values(loss_ptr, rows_ptr, which, row, row_ok, num_rows):
+    """Scores that another program may have written, straight from L2."""
+    from_loss = tl.load(
+        loss_ptr + row, mask=row_ok & (which == LOSS_ROW), other=0.0, cache_modifier=".cg"
+    )
+    at = rows_ptr + tl.maximum(which, 0).to(tl.int64) * num_rows + row
+    from_rows = tl.load(at, mask=row_ok & (which >= 0), other=0.0, cache_modifier=".cg")
+    return from_loss + from_rows
+
+
+@triton.jit
+def _update_if_last(
+    loss_ptr,
+    rows_ptr,
+    count_ptr,
+    indices_ptr,
+    scores_ptr,
+    memory_ptr,
+    visits_ptr,
+    variance_ptr,
+    claims_ptr,
+    counters_ptr,
+    num_rows,
+    num_samples,
+    signal_row,
+    direct_row,
+    mean,
+    decay,
+    direct_scale,
+    memory_scale,
+    variance_scale,
+    LANES: tl.constexpr,
+):
+    # claims[0] counts the tickets: it is zero between launches and not yet a claim.
+    tl.debug_barrier()  # the whole program's scores are written before its ticket says so
+    ticket = tl.atomic_add(claims_ptr, 1, sem="acq_rel", scope="gpu")
+    if ticket == tl.num_programs(0) - 1:
+        tl.store(claims_ptr, 0)
+        tl.debug_barrier()
+        lane = tl.arange(0, LANES)
+        for start in range(0, num_rows, LANES):
+            row = start + lane.to(tl.int64)
+            row_ok = row < num_rows
+            index = tl.load(indices_ptr + row, mask=row_ok, other=-1)
+            count = tl.load(count_ptr + row, mask=row_ok, other=0, cache_modifier=".cg")
+            signal = _row_values(loss_ptr, rows_ptr, signal_row, row, row_ok, num_rows)
+            direct = _row_values(loss_ptr, rows_ptr, direct_row, row, row_ok, num_rows)
+            claim_rows(
+                row, index, signal, direct, count > 0, claims_ptr, counters_ptr, num_samples
+            )
+        tl.debug_barrier()
+        for start in range(0, num_rows, LANES):
+            row = start + lane.to(tl.int64)
+            row_ok = row < num_rows
+            index = tl.load(indices_ptr + row, mask=row_ok, other=-1)
+            count = tl.load(count_ptr + row, mask=row_ok, other=0, cache_modifier=".cg")
+            signal = _row_values(loss_ptr, rows_ptr, signal_row, row, row_ok, num_rows)
+            direct = _row_values(loss_ptr, rows_ptr, direct_row, row, row_ok, num_rows)
+            apply_rows(
+                row,
+                index,
+                signal,
+                direct,
+                count > 0,
+                scores_ptr,
+                memory_ptr,
+                visits_ptr,
+                variance_ptr,
+                claims_ptr,
+                num_samples,
+                mean,
+                decay,
+                direct_scale,
+                memory_scale,
+                variance_scale,
+            )
+
+
+@kernel
+def score_tile(
+    logits_ptr,  # [R, C]
+    target_ptr,  # [R] int64, or [R, C] float32 with SOFT
+    weight_ptr,  # [C] float32 or None
+    weight_sum_ptr,  # [] float32: the sum of weight, for the gradient of smoothed class ids
+    loss_ptr,  # [R] float32
+    rows_ptr,  # [7, R] float32: written with STATS, else read
+    correct_ptr,  # [R] bool
+    count_ptr,  # [R] int32
+    grad_ptr,  # [R, C] contiguous
+    row_scale_ptr,  # [R] float32 or None: the gradient to each loss, times scale
+    indices_ptr,  # [R] int64, and the state as in update_state
+    scores_ptr,
+    memory_ptr,
+    visits_ptr,
+    variance_ptr,
+    claims_ptr,
+    counters_ptr,
+    num_rows: tl.int64,
+    class_units: tl.int32,
+    row_units: tl.int64,
+    ignore_index: tl.int64,
+    smoothing: tl.float32,
+    softcap: tl.float32,
+    scale: tl.float32,
+    num_samples: tl.int64,
+    signal_row: tl.int32,
+    direct_row: tl.int32,
+    mean: tl.int32,
+    decay: tl.float32,
+    direct_scale: tl.float32,
+    memory_scale: tl.float32,
+    variance_scale: tl.float32,
+    ALIGN: tl.constexpr,
+    ALIGN_BYTES: tl.constexpr,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    GRAD: tl.constexpr,
+    UPDATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Rows that fit a tile. Grid: ceil(R / ROWS)."""
+    WEIGHTED: tl.constexpr = weight_ptr is not None
+    MASS: tl.constexpr = SOFT or SMOOTH
+    num_classes = class_units * ALIGN
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_ok = row < num_rows
+    col = tl.arange(0, BLOCK)[None, :]
+    tile_ok = row_ok[:, None] & (col < num_classes)
+    row_start = row * (row_units * ALIGN)
+    address = logits_ptr + row_start[:, None] + col
+    raw = tl.load(tl.multiple_of(address, [1, ALIGN_BYTES]), mask=tile_ok, other=float("-inf"))
+    raw = raw.to(tl.float32)
+    x = _capped(raw, softcap, SOFTCAP)
+    if SOFTCAP:
+        x = tl.where(col < num_classes, x, float("-inf"))
+
+    t = tl.zeros_like(x)
+    if SOFT:
+        t = tl.load(
+            target_ptr + row[:, None] * num_classes + col, mask=tile_ok, other=float("-inf")
+        )
+        # A row of NaN may name a lane of the padding.
+        y = tl.minimum(tl.argmax(t, axis=1, tie_break_left=True), num_classes - 1)
+        valid = row_ok
+        bad = row_ok & (row_ok == 0)
+    else:
+        y, valid, bad = _class_ids(target_ptr, row, row_ok, ignore_index, num_classes)
+    is_target = col == y[:, None]
+    w = tl.full([1, BLOCK], 1.0, tl.float32)
+    w_y = tl.full([ROWS], 1.0, tl.float32)
+    if WEIGHTED:
+        w = tl.load(weight_ptr + col, mask=col < num_classes, other=0.0)
+        w_y = tl.load(weight_ptr + y)
+    c = t
+    if MASS:
+        c = _class_weights(t, w, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
+        c = tl.where(tile_ok, c, 0.0)
+
+    if STATS:
+        x_y = tl.load(logits_ptr + row_start + y, mask=row_ok, other=0.0).to(tl.float32)
+        x_y = _capped(x_y, softcap, SOFTCAP)
+        others = tl.where(is_target, float("-inf"), x)
+        peak = tl.maximum(tl.max(others, axis=1), EMPTY_PEAK)
+        diff = others - peak[:, None]
+        e = exp(diff)
+        d = tl.sum(e, axis=1)
+        s = tl.sum(tl.maximum(diff, EXP_IS_ZERO) * e, axis=1)
+        q = tl.sum(e * e, axis=1)
+        mass = tl.zeros_like(d)
+        tilt = tl.zeros_like(d)
+        c_y = tl.zeros_like(d)
+        if MASS:
+            others_c = tl.where(is_target, 0.0, c)
+            c_y = tl.sum(tl.where(is_target, c, 0.0), axis=1)
+            mass = tl.sum(others_c, axis=1)
+            tilt = tl.sum(weighted_difference(others_c, diff), axis=1)
+        nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss = (
+            fold_target(x_y, peak, d, s, q, mass, tilt)
+        )
+        loss = _loss(nll, log_total, mass, tilt, w_y, c_y, smoothing, WEIGHTED, SOFT, SMOOTH)
+        if SOFT:
+            t_y = tl.max(t, axis=1)
+            off = exp(x - largest[:, None]) * inv_sum[:, None] - t
+            off = tl.where(is_target, (1.0 - t_y - miss)[:, None], off)
+            el2n = tl.sqrt(tl.sum(tl.where(tile_ok, off * off, 0.0), axis=1))
+        spoiled = bad | (loss != loss) | (inv_sum != inv_sum)
+        _store_scores(
+            loss_ptr,
+            rows_ptr,
+            correct_ptr,
+            count_ptr,
+            row,
+            row_ok,
+            num_rows,
+            valid,
+            spoiled,
+            loss,
+            entropy,
+            el2n,
+            margin,
+            confidence,
+            largest,
+            inv_sum,
+            miss,
+        )
+        inv_sum = tl.where(spoiled, float("nan"), inv_sum)
+        miss = tl.where(spoiled, float("nan"), miss)
+    else:
+        largest = tl.load(rows_ptr + 4 * num_rows + row, mask=row_ok, other=0.0)
+        inv_sum = tl.load(rows_ptr + 5 * num_rows + row, mask=row_ok, other=0.0)
+        miss = tl.load(rows_ptr + 6 * num_rows + row, mask=row_ok, other=0.0)
+
+    if GRAD:
+        g = tl.full([ROWS], 1.0, tl.float32) * scale
+        if row_scale_ptr is not None:
+            g = g * tl.load(row_scale_ptr + row, mask=row_ok, other=0.0)
+        total = tl.zeros_like(g)
+        if SOFT:
+            total = tl.sum(c, axis=1)
+        elif SMOOTH:
+            total = total + smoothing
+            if WEIGHTED:
+                total = total * (tl.load(weight_sum_ptr) / num_classes.to(tl.float32))
+        sharp = w_y * (1.0 - smoothing)
+        value = _gradient(
+            raw,
+            x,
+            is_target,
+            c,
+            largest[:, None],
+            inv_sum[:, None],
+            miss[:, None],
+            sharp[:, None],
+            total[:, None],
+            g[:, None],
+            softcap,
+            SOFT,
+            MASS,
+            SOFTCAP,
+        )
+        value = tl.where(valid[:, None], value, 0.0)
+        out = grad_ptr + (row * num_classes)[:, None] + col
+        tl.store(
+            tl.multiple_of(out, [1, ALIGN_BYTES]),
+            value.to(grad_ptr.dtype.element_ty),
+            mask=tile_ok,
+        )
+    if UPDATE:
+        _update_if_last(
+            loss_ptr,
+            rows_ptr,
+            count_ptr,
+            indices_ptr,
+            scores_ptr,
+            memory_ptr,
+            visits_ptr,
+            variance_ptr,
+            claims_ptr,
+            counters_ptr,
+            num_rows,
+            num_samples,
+            signal_row,
+            direct_row,
+            mean,
+            decay,
+            direct_scale,
+            memory_scale,
+            variance_scale,
+            LANES,
+        )
+
+
+@triton.jit
+def _tile(origin, i, lanes, head, end, fill, SPAN: tl.constexpr):
+    """One tile of a row as float32: unmasked 16-byte loads where it lies inside the row."""
+    if (i >= head) & (i + SPAN <= end):
+        values = tl.load(origin + i + lanes)
+    else:
+        at = i + lanes
+        values = tl.load(origin + at, mask=(at >= head) & (at < end), other=fill)
+    return values.to(tl.float32)
+
+
+@kernel
+def score_loop(
+    logits_ptr,  # as score_tile
+    target_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    loss_ptr,
+    rows_ptr,
+    correct_ptr,
+    count_ptr,
+    grad_ptr,
+    row_scale_ptr,
+    indices_ptr,
+    scores_ptr,
+    memory_ptr,
+    visits_ptr,
+    variance_ptr,
+    claims_ptr,
+    counters_ptr,
+    parts_ptr,  # [parts, 6, R] float32, with PARTIAL
+    num_rows: tl.int64,
+    class_units: tl.int32,
+    row_units: tl.int64,
+    shift: tl.int32,  # elements from the 16-byte boundary before logits_ptr to it
+    part_tiles: tl.int32,
+    ignore_index: tl.int64,
+    smoothing: tl.float32,
+    softcap: tl.float32,
+    scale: tl.float32,
+    num_samples: tl.int64,
+    signal_row: tl.int32,
+    direct_row: tl.int32,
+    mean: tl.int32,
+    decay: tl.float32,
+    direct_scale: tl.float32,
+    memory_scale: tl.float32,
+    variance_scale: tl.float32,
+    ALIGN: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    SHIFTED_ALIKE: tl.constexpr,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    GRAD: tl.constexpr,
+    UPDATE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One row, or one part of it, a program. Grid: (R, parts); LANES is the number of threads.
+
+    SHIFTED_ALIKE: the rows of the gradient lie off the 16-byte grid as those of the logits do.
+    """
+    WEIGHTED: tl.constexpr = weight_ptr is not None
+    MASS: tl.constexpr = SOFT or SMOOTH
+    SPAN: tl.constexpr = UNROLL * LANES * VECTOR
+    num_classes = class_units * ALIGN
+    row = tl.program_id(0).to(tl.int64)
+    row_start = row * (row_units * ALIGN)
+    head = 0
+    address = logits_ptr + row_start
+    if SHIFTED:
+        head = ((row_start + shift) % VECTOR).to(tl.int32)
+        address = address - head
+    origin = tl.multiple_of(address, 16)
+    end = head + num_classes
+    begin = tl.program_id(1) * part_tiles * SPAN
+    stop = tl.minimum(begin + part_tiles * SPAN, end)
+    lanes = (
+        tl.arange(0, UNROLL)[:, None, None] * (LANES * VECTOR)
+        + tl.arange(0, LANES)[None, :, None] * VECTOR
+        + tl.arange(0, VECTOR)[None, None, :]
+    )
+    ones = tl.full([1, 1, 1], 1.0, tl.float32)
+
+    total = smoothing
+    t_y = smoothing
+    target_row = target_ptr
+    if SOFT:
+        target_row = target_ptr + (row * num_classes - head)
+        valid = row >= 0
+        bad = row < 0
+        best = tl.full([LANES], float("-inf"), tl.float32)
+        best_at = tl.full([LANES], 0, tl.int32) + head
+        sums = tl.zeros([LANES], tl.float32)
+        for i in range(begin, stop, SPAN):
+            at = i + lanes
+            t = _tile(target_row, i, lanes, head, end, float("-inf"), SPAN)
+            high = tl.max(tl.max(t, axis=2), axis=0)
+            first = tl.where(t == high[None, :, None], at, 0x7FFFFFFF)
+            first = tl.min(tl.min(first, axis=2), axis=0)
+            best_at = tl.where(high > best, first, best_at)
+            best = tl.maximum(best, high)
+            w = ones
+            if WEIGHTED:
+                w = _tile(weight_ptr - head, i, lanes, head, end, 0.0, SPAN)
+            c = _class_weights(t, w, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
+            c = tl.where((at >= head) & (at < end), c, 0.0)
+            sums += tl.sum(tl.sum(c, axis=2), axis=0)
+        total = tl.sum(sums, axis=0)
+        t_y = tl.max(best, axis=0)
+        y = tl.min(tl.where(best == t_y, best_at, 0x7FFFFFFF), axis=0) - head
+    else:
+        y, valid, bad = _class_ids(target_ptr, row, row < num_rows, ignore_index, num_classes)
+        if SMOOTH and WEIGHTED and GRAD:
+            total = total * (tl.load(weight_sum_ptr) / num_classes.to(tl.float32))
+    y_at = y + head
+    w_y = 1.0
+    if WEIGHTED:
+        w_y = tl.load(weight_ptr + y)
+
+    if STATS:
+        peak = tl.full([LANES], EMPTY_PEAK, tl.float32)
+        d = tl.zeros([LANES], tl.float32)
+        s = tl.zeros([LANES], tl.float32)
+        q = tl.zeros([LANES], tl.float32)
+        mass = tl.zeros([LANES], tl.float32)
+        tilt = tl.zeros([LANES], tl.float32)
+        for i in range(begin, stop, SPAN):
+            at = i + lanes
+            x = _capped(
+                _tile(origin, i, lanes, head, end, float("-inf"), SPAN), softcap, SOFTCAP
+            )
+            if SOFTCAP:
+                x = tl.where((at >= head) & (at < end), x, float("-inf"))
+            if (y_at >= i) & (y_at < i + SPAN):
+                x = tl.where(at == y_at, float("-inf"), x)
+            higher = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
+            d, s, q, tilt = rebase(peak, d, s, q, mass, tilt, higher)
+            peak = higher
+            diff = x - peak[None, :, None]
+            e = exp(diff)
+            d += tl.sum(tl.sum(e, axis=2), axis=0)
+            s += tl.sum(tl.sum(tl.maximum(diff, EXP_IS_ZERO) * e, axis=2), axis=0)
+            q += tl.sum(tl.sum(e * e, axis=2), axis=0)
+            if MASS:
+                w = ones
+                if WEIGHTED:
+                    w = _tile(weight_ptr - head, i, lanes, head, end, 0.0, SPAN)
+                t = x
+                if SOFT:
+                    t = _tile(target_row, i, lanes, head, end, 0.0, SPAN)
+                c = _class_weights(t, w, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
+                counts = (at >= head) & (at < end) & (at != y_at)
+                c = tl.where(counts, c, 0.0)
+                mass += tl.sum(tl.sum(c, axis=2), axis=0)
+                tilt += tl.sum(tl.sum(weighted_difference(c, diff), axis=2), axis=0)
+        highest = tl.max(peak, axis=0)
+        d, s, q, tilt = rebase(peak, d, s, q, mass, tilt, highest)
+        d = tl.sum(d, axis=0)
+        s = tl.sum(s, axis=0)
+        q = tl.sum(q, axis=0)
+        mass = tl.sum(mass, axis=0)
+        tilt = tl.sum(tilt, axis=0)
+
+        if PARTIAL:
+            part = parts_ptr + tl.program_id(1).to(tl.int64) * PART_FIELDS * num_rows + row
+            tl.store(part, highest)
+            tl.store(part + num_rows, d)
+            tl.store(part + 2 * num_rows, s)
+            tl.store(part + 3 * num_rows, q)
+            tl.store(part + 4 * num_rows, mass)
+            tl.store(part + 5 * num_rows, tilt)
+        else:
+            x_y = tl.load(logits_ptr + row_start + y).to(tl.float32)
+            x_y = _capped(x_y, softcap, SOFTCAP)
+            c_y = _class_weights(t_y, w_y, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
+            nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss = (
+                fold_target(x_y, highest, d, s, q, mass, tilt)
+            )
+            loss = _loss(nll, log_total, mass, tilt, w_y, c_y, smoothing, WEIGHTED, SOFT, SMOOTH)
+    else:
+        largest = tl.load(rows_ptr + 4 * num_rows + row)
+        inv_sum = tl.load(rows_ptr + 5 * num_rows + row)
+        miss = tl.load(rows_ptr + 6 * num_rows + row)
+
+    if GRAD or (STATS and SOFT):
+        g = scale
+        if GRAD and row_scale_ptr is not None:
+            g = g * tl.load(row_scale_ptr + row)
+        grad_row = grad_ptr
+        if GRAD:
+            grad_row = grad_ptr + (row * num_classes - head)
+            if SHIFTED_ALIKE or not SHIFTED:
+                grad_row = tl.multiple_of(grad_row, 16)
+        sharp = w_y * (1.0 - smoothing)
+        spread = tl.zeros([LANES], tl.float32)
+        tiles = tl.cdiv(stop - begin, SPAN)
+        for step in range(0, tiles):
+            i = begin + (tiles - 1 - step) * SPAN
+            at = i + lanes
+            inside = (at >= head) & (at < end)
+            raw = _tile(origin, i, lanes, head, end, float("-inf"), SPAN)
+            x = _capped(raw, softcap, SOFTCAP)
+            is_target = at == y_at
+            c = x
+            if MASS:
+                w = ones
+                if WEIGHTED:
+                    w = _tile(weight_ptr - head, i, lanes, head, end, 0.0, SPAN)
+                t = x
+                if SOFT:
+                    t = _tile(target_row, i, lanes, head, end, 0.0, SPAN)
+                    if STATS:
+                        off = exp(x - largest) * inv_sum - t
+                        off = tl.where(is_target, 1.0 - t_y - miss, off)
+                        off = tl.where(inside, off * off, 0.0)
+                        spread += tl.sum(tl.sum(off, axis=2), axis=0)
+                c = _class_weights(t, w, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
+            if GRAD:
+                value = _gradient(
+                    raw,
+                    x,
+                    is_target,
+                    c,
+                    largest,
+                    inv_sum,
+                    miss,
+                    sharp,
+                    total,
+                    g,
+                    softcap,
+                    SOFT,
+                    MASS,
+                    SOFTCAP,
+                )
+                value = tl.where(valid, value, 0.0)
+                if STATS:
+                    value = tl.where(valid & (bad | (loss != loss)), float("nan"), value)
+                value = value.to(grad_ptr.dtype.element_ty)
+                if (i >= head) & (i + SPAN <= end):
+                    tl.store(grad_row + i + lanes, value)
+                else:
+                    tl.store(grad_row + at, value, mask=inside)
+        if SOFT and STATS:
+            el2n = tl.sqrt(tl.sum(spread, axis=0))
+
+    if STATS and not PARTIAL:
+        _store_scores(
+            loss_ptr,
+            rows_ptr,
+            correct_ptr,
+            count_ptr,
+            row,
+            row < num_rows,
+            num_rows,
+            valid,
+            bad | (loss != loss) | (inv_sum != inv_sum),
+            loss,
+            entropy,
+            el2n,
+            margin,
+            confidence,
+            largest,
+            inv_sum,
+            miss,
+        )
+    if UPDATE:
+        _update_if_last(
+            loss_ptr,
+            rows_ptr,
+            count_ptr,
+            indices_ptr,
+            scores_ptr,
+            memory_ptr,
+            visits_ptr,
+            variance_ptr,
+            claims_ptr,
+            counters_ptr,
+            num_rows,
+            num_samples,
+            signal_row,
+            direct_row,
+            mean,
+            decay,
+            direct_scale,
+            memory_scale,
+            variance_scale,
+            LANES,
+        )
+
+
+@kernel
+def merge_parts(
+    logits_ptr,
+    target_ptr,  # [R] int64
+    weight_ptr,
+    loss_ptr,
+    rows_ptr,
+    correct_ptr,
+    count_ptr,
+    parts_ptr,  # [parts, 6, R]
+    num_rows: tl.int64,
+    num_classes: tl.int32,
+    row_stride: tl.int64,
+    parts: tl.int32,
+    ignore_index: tl.int64,
+    smoothing: tl.float32,
+    softcap: tl.float32,
+    SMOOTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Joins the parts of one row of class ids. Grid: R; PARTS is a power of two >= parts."""
+    WEIGHTED: tl.constexpr = weight_ptr is not None
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    here = part < parts
+    at = parts_ptr + part.to(tl.int64) * PART_FIELDS * num_rows + row
+    peak = tl.load(at, mask=here, other=EMPTY_PEAK)
+    d = tl.load(at + num_rows, mask=here, other=0.0)
+    s = tl.load(at + 2 * num_rows, mask=here, other=0.0)
+    q = tl.load(at + 3 * num_rows, mask=here, other=0.0)
+    mass = tl.load(at + 4 * num_rows, mask=here, other=0.0)
+    tilt = tl.load(at + 5 * num_rows, mask=here, other=0.0)
+    highest = tl.max(peak, axis=0)
+    d, s, q, tilt = rebase(peak, d, s, q, mass, tilt, highest)
+    d = tl.sum(d, axis=0)
+    s = tl.sum(s, axis=0)
+    q = tl.sum(q, axis=0)
+    mass = tl.sum(mass, axis=0)
+    tilt = tl.sum(tilt, axis=0)
+
+    y, valid, bad = _class_ids(target_ptr, row, row < num_rows, ignore_index, num_classes)
+    w_y = 1.0
+    if WEIGHTED:
+        w_y = tl.load(weight_ptr + y)
+    x_y = _capped(tl.load(logits_ptr + row * row_stride + y).to(tl.float32), softcap, SOFTCAP)
+    c_y = _class_weights(0.0, w_y, smoothing, num_classes, WEIGHTED, False, SMOOTH)
+    nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss = (
+        fold_target(x_y, highest, d, s, q, mass, tilt)
+    )
+    loss = _loss(nll, log_total, mass, tilt, w_y, c_y, smoothing, WEIGHTED, False, SMOOTH)
+    _store_scores(
+        loss_ptr,
+        rows_ptr,
+        correct_ptr,
+        count_ptr,
+        row,
+        row < num_rows,
+        num_rows,
+        valid,
+        bad | (loss != loss) | (inv_sum != inv_sum),
+        loss,
+        entropy,
+        el2n,
+        margin,
+        confidence,
+        largest,
+        inv_sum,
+        miss,
+    )

@@ -1,0 +1,170 @@
+"""Launch arithmetic of the Triton kernels: plain integers, no Triton and no GPU.
+
+Heuristics, not autotuning: a training step of a small batch cannot pay for the search, and every shape of
+a ragged last batch would start it again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+VECTOR_BYTES = 16
+
+#: Largest class counts whose rows stay in registers as one tile: for scores, and with the gradient too,
+#: where staying on chip saves the second read.
+TILE_CLASSES = 4096
+TILE_CLASSES_GRAD = 16384
+#: Elements of a tile of several rows: 16 a thread of 4 warps.
+TILE_ELEMENTS = 2048
+#: Elements below which a tile of several rows is not cut to occupy more multiprocessors.
+MIN_TILE_ELEMENTS = 512
+
+LOOP_UNROLL = 4
+#: Class counts from which a row is walked by 8 warps instead of 4.
+WIDE_CLASSES = 16384
+
+MAX_PARTS = 512
+
+#: Rows whose state the last program of a scoring launch moves by itself, this many at a time. More rows
+#: would make the others wait for it longer than for another launch; wider steps would cost the
+#: scoring part its registers.
+STEP_UPDATE_ROWS = 1024
+STEP_UPDATE_LANES = 256
+#: Rows that one program of update_state takes through both phases.
+ONE_PROGRAM_ROWS = 4096
+UPDATE_BLOCK = 1024
+PHILOX_BLOCK = 1024
+
+#: Words of a bitmap that one program of a selection kernel handles, and the scores they stand for.
+MARK_WORDS = 256
+MARK_SCORES = 32 * MARK_WORDS
+HISTOGRAM_BLOCK = 2048
+#: Number of scores from which a sample saves reading them several times, and the size of the sample.
+SAMPLE_FROM = 2**20
+SAMPLES = 2**18
+#: At most one score in this many is collected as a candidate; the sample aims at one in 128.
+CANDIDATE_SHARE = 32
+
+MAX_CLASSES = 2**31 - 2**17
+
+
+class TilePlan(NamedTuple):
+    """Launch of `score_tile`."""
+
+    rows: int  # a program
+    block: int  # lanes of a row, a power of two >= C
+    align: int  # elements
+    warps: int
+    grid: int
+
+
+class LoopPlan(NamedTuple):
+    """Launch of `score_loop`, for whole rows when parts == 1."""
+
+    align: int
+    shift: int  # elements from the 16-byte boundary before the first logit to it
+    shifted: bool  # some row starts off the 16-byte grid
+    shifted_alike: bool  # and those of a contiguous gradient do so in the same way
+    unroll: int
+    vector: int
+    warps: int
+    parts: int
+    part_tiles: int  # of `span` elements in a part
+
+    @property
+    def lanes(self) -> int:
+        """Threads of a program."""
+        return 32 * self.warps
+
+    @property
+    def span(self) -> int:
+        """Elements of a tile."""
+        return self.unroll * self.lanes * self.vector
+
+
+def alignment(num_classes: int, row_stride: int, address: int, itemsize: int) -> int:
+    """The widest load in elements, up to 16 bytes, that fits every row's start and end."""
+    align = VECTOR_BYTES // itemsize
+    while (num_classes | row_stride | (address // itemsize)) % align:
+        align //= 2
+    return align
+
+
+def plan_tile(
+    num_rows: int,
+    num_classes: int,
+    row_stride: int,
+    address: int,
+    itemsize: int,
+    multiprocessors: int,
+) -> TilePlan:
+    """A tile of whole rows; as many rows as leave every multiprocessor some tiles."""
+    block = max(16, next_power_of_two(num_classes))
+    rows = max(1, TILE_ELEMENTS // block)
+    while rows * block > MIN_TILE_ELEMENTS and num_rows < 2 * multiprocessors * rows and rows > 1:
+        rows //= 2
+    warps = max(4, min(16, block // 512))
+    return TilePlan(
+        rows=rows,
+        block=block,
+        align=alignment(num_classes, row_stride, address, itemsize),
+        warps=warps,
+        grid=ceil_div(num_rows, rows),
+    )
+
+
+def plan_loop(
+    num_rows: int,
+    num_classes: int,
+    row_stride: int,
+    address: int,
+    itemsize: int,
+    multiprocessors: int,
+    may_split: bool,
+) -> LoopPlan:
+    """A walk over each row; few rows are split so that all multiprocessors have work.
+
+    Args:
+        may_split: whether the caller can merge parts of a row.
+    """
+    if num_classes > MAX_CLASSES:
+        raise ValueError(f"logits must have at most {MAX_CLASSES} classes, got {num_classes}")
+    vector = VECTOR_BYTES // itemsize
+    shift = address % VECTOR_BYTES // itemsize
+    align = alignment(num_classes, row_stride, address, itemsize)
+    plan = LoopPlan(
+        align=align,
+        shift=shift,
+        shifted=align < vector,
+        shifted_alike=shift == 0 and row_stride % vector == num_classes % vector,
+        unroll=LOOP_UNROLL,
+        vector=vector,
+        warps=8 if num_classes >= WIDE_CLASSES else 4,
+        parts=1,
+        part_tiles=0,
+    )
+    length = num_classes + vector - 1  # the longest row with its masked head
+    parts = 1
+    if may_split and num_rows < multiprocessors:
+        parts = min(
+            ceil_div(2 * multiprocessors, max(1, num_rows)),
+            ceil_div(length, plan.span),
+            MAX_PARTS,
+        )
+    part_tiles = ceil_div(ceil_div(length, parts), plan.span)
+    return plan._replace(parts=ceil_div(length, part_tiles * plan.span), part_tiles=part_tiles)
+
+
+def merge_lanes(parts: int) -> int:
+    """Lanes of `merge_parts`: one of two sizes, so that few binaries serve all shapes."""
+    return 32 if parts <= 32 else MAX_PARTS
+
+
+def next_power_of_two(n: int) -> int:
+    """The least power of two >= n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)

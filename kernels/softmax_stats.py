@@ -1,0 +1,103 @@
+"""The maths of one softmax row, written once for every Triton kernel. Derivations: docs/numerics.md.
+
+The statistics of a *part* of a row, over its classes j other than the target, are float32 values
+
+    peak    max_j x_j, or the finite `EMPTY_PEAK` when there is no finite logit
+    d       sum_j e^(x_j - peak)
+    s       sum_j (x_j - peak) e^(x_j - peak)
+    q       sum_j e^(2 (x_j - peak))
+    mass    sum_j c_j
+    tilt    sum_j c_j (x_j - peak)
+
+where c_j is the weight of class j in the loss beyond the plain term of the target: label smoothing or a
+soft target. A part without a finite logit has d == 0 and moves no other part. Logits of exactly -inf
+add nothing; a NaN reaches d and from there every score of its row, and no other row.
+
+Every function works on tensors of any shape, elementwise.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+EMPTY_PEAK = tl.constexpr(-3.4028234663852886e38)
+#: e^x is exactly 0 in float32 below this, so a clamped difference changes no product with e^x.
+EXP_IS_ZERO = tl.constexpr(-200.0)
+
+
+@triton.jit
+def exp(x):
+    """e^x in one multiplication and one instruction; results below 1.2e-38 become 0."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, with all digits of a tiny x: 2 atanh(x / (2 + x))."""
+    z = x / (2.0 + x)
+    z2 = z * z
+    series = 1.0 + z2 * (1.0 / 3.0 + z2 * (1.0 / 5.0 + z2 * (1.0 / 7.0 + z2 * (1.0 / 9.0))))
+    return tl.where(x < 0.25, 2.0 * z * series, tl.log(1.0 + x))
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x); the polynomial for small x is that of Cephes, tanhf (S. L. Moshier)."""
+    z = x * x
+    poly = -5.70498872745e-3 * z + 2.06390887954e-2
+    poly = poly * z - 5.37397155531e-2
+    poly = poly * z + 1.33314422036e-1
+    poly = poly * z - 3.33332819422e-1
+    e = exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    large = tl.where(x < 0, -large, large)
+    return tl.where(tl.abs(x) < 0.625, x + x * z * poly, large)
+
+
+@triton.jit
+def softcap_slope(x, softcap):
+    """The derivative of softcap * tanh(x / softcap): 1 - tanh^2 = 4 e / (1 + e)^2, e = e^(-2|u|)."""
+    e = exp(-2.0 * tl.abs(x / softcap))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def rebase(peak, d, s, q, mass, tilt, new_peak):
+    """Moves a part's sums to a peak that is no lower. Returns d, s, q, tilt."""
+    delta = tl.where(d == 0, 0.0, tl.maximum(peak - new_peak, EMPTY_PEAK))
+    factor = exp(delta)
+    s = (s + tl.maximum(delta, EXP_IS_ZERO) * d) * factor
+    return d * factor, s, q * (factor * factor), tilt + delta * mass
+
+
+@triton.jit
+def weighted_difference(c, diff):
+    """c * diff, where a class of no weight costs nothing even at diff = -inf."""
+    return tl.where(c == 0, 0.0, c * diff)
+
+
+@triton.jit
+def fold_target(x_y, peak, d, s, q, mass, tilt):
+    """Folds the target's logit into the sums of all other classes.
+
+    Returns:
+        (nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss), where el2n is
+        that of a one-hot target, log_total = log sum_j e^(x_j - largest), and mass * log_total - tilt
+        is the share of the classes other than the target in the smoothed or soft loss.
+    """
+    alone = d == 0
+    margin = tl.where(alone, x_y + float("inf"), x_y - peak)
+    largest = tl.where(alone, x_y, tl.maximum(peak, x_y))
+    d, s, q, tilt = rebase(peak, d, s, q, mass, tilt, largest)
+    t_y = x_y - largest
+    e_y = exp(t_y)
+    total = d + e_y
+    log_total = tl.where(e_y == 1.0, log1p(d), tl.log(total))
+    inv_sum = 1.0 / total
+    s = s + tl.where(e_y == 0, 0.0, t_y * e_y)
+    # The clamp drops a NaN; `spoil` puts it back.
+    entropy = tl.maximum(log_total - s * inv_sum, 0.0)
+    miss = d * inv_sum
+    el2n = tl.sqrt(miss * miss + q * inv_sum * inv_sum)
+    nll = log_total - t_y
+    return nll, log_total, tilt, entropy, el2n, margin, e_y * inv_sum, largest, inv_sum, miss

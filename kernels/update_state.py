@@ -1,0 +1,172 @@
+"""Moves the per-sample state of the samples in one batch: of repeated indices the last valid row wins.
+
+Contract: `Backend.update_state`. A row is valid when it counts, its index lies in [0, N) and its values
+are finite; only valid rows claim a sample. Two phases:
+
+    claim   atomic max of row + 1 into claims[index], so claims holds the last valid row of each sample
+    apply   the row that finds itself there moves the state and puts the claim back to 0
+
+No row reads a sample's state but its winner, and a loser that reads the claim after the winner cleared
+it still sees another row than itself; so the result does not depend on the order of the programs.
+
+Traffic: 20 bytes a row for index, values and count, twice; 28 bytes of state a sample, random access.
+Tiles: `BLOCK` rows a program and step. Up to `plan.ONE_PROGRAM_ROWS` rows one program does both phases
+in one launch, a barrier apart; beyond, each phase is a launch of its own.
+"""
+
+import triton
+import triton.language as tl
+
+from ._jit import kernel
+
+BOTH = tl.constexpr(0)
+CLAIM = tl.constexpr(1)
+APPLY = tl.constexpr(2)
+
+
+@triton.jit
+def valid_rows(index, signal, direct, counted, num_samples):
+    """Returns valid, refused as non-finite, refused as out of range."""
+    in_range = (index >= 0) & (index < num_samples)
+    finite = (tl.abs(signal) < float("inf")) & (tl.abs(direct) < float("inf"))
+    return (
+        counted & in_range & finite,
+        counted & in_range & (finite == 0),
+        counted & (in_range == 0),
+    )
+
+
+@triton.jit
+def claim_rows(row, index, signal, direct, counted, claims_ptr, counters_ptr, num_samples):
+    """The claim phase of one block of rows."""
+    valid, non_finite, outside = valid_rows(index, signal, direct, counted, num_samples)
+    tl.atomic_max(claims_ptr + index, (row + 1).to(tl.int32), mask=valid, sem="relaxed")
+    refused = tl.sum(non_finite.to(tl.int64), axis=0)
+    tl.atomic_add(counters_ptr, refused, mask=refused > 0, sem="relaxed")
+    refused = tl.sum(outside.to(tl.int64), axis=0)
+    tl.atomic_add(counters_ptr + 1, refused, mask=refused > 0, sem="relaxed")
+
+
+@triton.jit
+def apply_rows(
+    row,
+    index,
+    signal,
+    direct,
+    counted,
+    scores_ptr,
+    memory_ptr,
+    visits_ptr,
+    variance_ptr,
+    claims_ptr,
+    num_samples,
+    mean,
+    decay,
+    direct_scale,
+    memory_scale,
+    variance_scale,
+):
+    """The apply phase of one block of rows. The formulas are those of `Recurrence`."""
+    valid, _, _ = valid_rows(index, signal, direct, counted, num_samples)
+    # From L2, where the atomics wrote: a line in L1 may be older.
+    claim = tl.load(claims_ptr + index, mask=valid, other=0, cache_modifier=".cg")
+    won = valid & (claim == (row + 1).to(tl.int32))
+    memory = tl.load(memory_ptr + index, mask=won, other=0.0)
+    visits = tl.load(visits_ptr + index, mask=won, other=0)
+    change = signal - memory
+    average = memory + change / (visits + 1).to(tl.float32)
+    smoothed = decay * memory + (1.0 - decay) * signal
+    moved = tl.where(mean != 0, average, smoothed)
+    moved = tl.where(visits == 0, signal, moved)
+    score = direct_scale * direct + memory_scale * moved
+    if variance_ptr is not None:
+        variance = tl.load(variance_ptr + index, mask=won, other=0.0)
+        variance = decay * variance + (1.0 - decay) * change * change
+        variance = tl.where(visits == 0, 0.0, variance)
+        score += variance_scale * variance
+        tl.store(variance_ptr + index, variance, mask=won)
+    tl.store(memory_ptr + index, moved, mask=won)
+    tl.store(scores_ptr + index, score, mask=won)
+    tl.store(visits_ptr + index, visits + 1, mask=won)
+    tl.store(claims_ptr + index, tl.zeros_like(claim), mask=won)
+
+
+@triton.jit
+def load_rows(row, row_ok, indices_ptr, signal_ptr, direct_ptr, count_ptr):
+    """Returns index, signal, direct, counted; without a direct term it is 0."""
+    index = tl.load(indices_ptr + row, mask=row_ok, other=-1)
+    signal = tl.load(signal_ptr + row, mask=row_ok, other=0.0)
+    if direct_ptr is not None:
+        direct = tl.load(direct_ptr + row, mask=row_ok, other=0.0)
+    else:
+        direct = tl.zeros_like(signal)
+    if count_ptr is not None:
+        counted = tl.load(count_ptr + row, mask=row_ok, other=0) > 0
+    else:
+        counted = row_ok
+    return index, signal, direct, counted
+
+
+@kernel
+def update_state(
+    indices_ptr,  # [S] int64
+    signal_ptr,  # [S] float32
+    direct_ptr,  # [S] float32 or None
+    count_ptr,  # [S] int32 or None
+    scores_ptr,  # [N] float32
+    memory_ptr,  # [N] float32
+    visits_ptr,  # [N] int32
+    variance_ptr,  # [N] float32 or None
+    claims_ptr,  # [N] int32, zero before and after
+    counters_ptr,  # [2] int64
+    num_rows: tl.int64,
+    num_samples: tl.int64,
+    mean: tl.int32,  # 1: the running mean; 0: the exponential average
+    decay: tl.float32,
+    direct_scale: tl.float32,
+    memory_scale: tl.float32,
+    variance_scale: tl.float32,
+    PHASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One launch of `BOTH` by one program, or one of `CLAIM` and then one of `APPLY` by any number."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    if PHASE != APPLY:
+        for start in range(first, num_rows, step):
+            row = start + lane
+            row_ok = row < num_rows
+            index, signal, direct, counted = load_rows(
+                row, row_ok, indices_ptr, signal_ptr, direct_ptr, count_ptr
+            )
+            claim_rows(
+                row, index, signal, direct, counted, claims_ptr, counters_ptr, num_samples
+            )
+    if PHASE == BOTH:
+        tl.debug_barrier()
+    if PHASE != CLAIM:
+        for start in range(first, num_rows, step):
+            row = start + lane
+            row_ok = row < num_rows
+            index, signal, direct, counted = load_rows(
+                row, row_ok, indices_ptr, signal_ptr, direct_ptr, count_ptr
+            )
+            apply_rows(
+                row,
+                index,
+                signal,
+                direct,
+                counted,
+                scores_ptr,
+                memory_ptr,
+                visits_ptr,
+                variance_ptr,
+                claims_ptr,
+                num_samples,
+                mean,
+                decay,
+                direct_scale,
+                memory_scale,
+                variance_scale,
+            )
