@@ -10,15 +10,13 @@ import triton
 def kernel(function: Callable[..., Any]) -> Any:
     """Marks an entry point whose binary depends on the argument types and constants alone.
 
-    Triton would otherwise compile again when an integer is 1 or a multiple of 16 or a pointer is aligned,
-    and its launcher would have to look at every argument for that. The kernels say themselves what is
-    aligned, from constants that `emp_fast.kernels.plan` derives.
+    Triton would otherwise compile again when an integer is 1 or a multiple of 16 or a pointer is
+    aligned, and its launcher would have to look at every argument for that. The kernels say
+    themselves what is aligned, from constants that `emp_fast.kernels.plan` derives.
     """
     runtime = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
         if "constexpr" not in str(parameter.annotation)
     ]
-    return triton.jit(
-        function, do_not_specialize=runtime, do_not_specialize_on_alignment=runtime
-    )
+    return triton.jit(function, do_not_specialize=runtime, do_not_specialize_on_alignment=runtime)

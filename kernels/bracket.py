@@ -1,4 +1,6 @@
-"""Finding a threshold among unsigned 32-bit keys by brackets and histograms: plain integers, no Triton."""
+"""Finding a threshold among unsigned 32-bit keys by brackets and histograms: plain integers, no
+Triton.
+"""
 
 from __future__ import annotations
 
@@ -42,18 +44,22 @@ def narrow(bracket: Bracket, counts: Sequence[int], k: int) -> Bracket:
             low = bracket.low + (index << shift)
             return Bracket(low, min(bracket.high, low + (1 << shift) - 1), above)
         above += counts[index]
-    raise ValueError(f"the bracket {bracket} holds {sum(counts)} keys, too few for the k={k} highest")
+    raise ValueError(
+        f"the bracket {bracket} holds {sum(counts)} keys, too few for the k={k} highest"
+    )
 
 
 def sample_ranks(n: int, k: int, samples: int) -> tuple[int, int]:
-    """Ranks in a sorted sample, highest first, that bracket the k-th highest of n in all likelihood.
+    """Ranks in a sorted sample, highest first, that bracket the k-th highest of n in all
+    likelihood.
 
-    The rank of the k-th in a random sample is binomial; four standard deviations to either side and one
-    rank for rounding miss it about once in 16 thousand times, and a miss costs only another read.
+    The rank of the k-th in a random sample is binomial; four standard deviations to either side and
+    one rank for rounding miss it about once in 16 thousand times, and a miss costs only another
+    read.
 
     Returns:
-        The ranks of the upper and of the lower end, counted from 0. -1 and ``samples`` stand for the
-        highest and the lowest key there is.
+        The ranks of the upper and of the lower end, counted from 0. -1 and ``samples`` stand for
+        the highest and the lowest key there is.
     """
     share = k / n
     rank = share * samples

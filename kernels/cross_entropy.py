@@ -4,24 +4,25 @@ Contract: `Backend.cross_entropy`, `cross_entropy_backward` and `cross_entropy_s
 
     score_tile    a program holds whole rows in registers as a tile [ROWS, BLOCK] with BLOCK >= C.
                   Reads the logits once, writes the gradient once if asked.
-    score_loop    a program walks over one row in tiles [UNROLL, LANES, VECTOR] of 16-byte loads; each
+    score_loop    a program walks over one row in tiles [UNROLL, LANES, VECTOR] of 16-byte loads;
+    each
                   lane keeps its own running statistics, so that the loop needs no shuffle and no
-                  barrier, and the lanes meet once at the end. The gradient takes a second pass over the
-                  row, backwards, whose reads mostly hit the cache that the first pass filled.
+                  barrier, and the lanes meet once at the end. The gradient takes a second pass over
+                  the row, backwards, whose reads mostly hit the cache that the first pass filled.
                   With PARTIAL it stops at the statistics of one part of a row.
     merge_parts   joins the parts of split rows and writes their scores.
 
-Traffic: R * C * itemsize read, as much again written for the gradient, 4 bytes a class for soft targets,
-about 40 bytes a row. Soft targets in score_loop are read once more, for the class of their maximum, and
-with the logits once more for el2n.
+Traffic: R * C * itemsize read, as much again written for the gradient, 4 bytes a class for soft
+targets, about 40 bytes a row. Soft targets in score_loop are read once more, for the class of their
+maximum, and with the logits once more for el2n.
 
-Row offsets are int64. C is a runtime value; it and the strides come in units of `ALIGN` elements, the
-largest power of two that divides them (and the address), so the compiler knows how wide it may load.
-With SHIFTED, rows start off the 16-byte grid: score_loop then starts each row at the boundary before it
-and masks the head.
+Row offsets are int64. C is a runtime value; it and the strides come in units of `ALIGN` elements,
+the largest power of two that divides them (and the address), so the compiler knows how wide it may
+load. With SHIFTED, rows start off the 16-byte grid: score_loop then starts each row at the boundary
+before it and masks the head.
 
-With UPDATE the launch also moves the per-sample state. Programs take tickets; the one that draws the last
-sees the scores of all rows and runs both phases of update_state over them.
+With UPDATE the launch also moves the per-sample state. Programs take tickets; the one that draws
+the last sees the scores of all rows and runs both phases of update_state over them.
 """
 
 import triton
@@ -55,7 +56,9 @@ def _capped(raw, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _class_ids(target_ptr, row, row_ok, ignore_index, num_classes):
-    """Returns the class id of each row, safe to index with; whether it counts; whether it is bad."""
+    """Returns the class id of each row, safe to index with; whether it counts; whether it is
+    bad.
+    """
     y = tl.load(target_ptr + row, mask=row_ok, other=0)
     valid = row_ok & (y != ignore_index)
     bad = valid & ((y < 0) | (y >= num_classes))
@@ -66,7 +69,9 @@ def _class_ids(target_ptr, row, row_ok, ignore_index, num_classes):
 def _class_weights(
     t, w, smoothing, num_classes, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr
 ):
-    """c_j of softmax_stats: the smoothed and weighted target, or the smoothing alone for class ids."""
+    """c_j of softmax_stats: the smoothed and weighted target, or the smoothing alone for class
+    ids.
+    """
     share = smoothing / num_classes.to(tl.float32)
     if SOFT:
         c = t * (1.0 - smoothing) + share if SMOOTH else t
@@ -222,9 +227,7 @@ def _update_if_last(
             count = tl.load(count_ptr + row, mask=row_ok, other=0, cache_modifier=".cg")
             signal = _row_values(loss_ptr, rows_ptr, signal_row, row, row_ok, num_rows)
             direct = _row_values(loss_ptr, rows_ptr, direct_row, row, row_ok, num_rows)
-            claim_rows(
-                row, index, signal, direct, count > 0, claims_ptr, counters_ptr, num_samples
-            )
+            claim_rows(row, index, signal, direct, count > 0, claims_ptr, counters_ptr, num_samples)
         tl.debug_barrier()
         for start in range(0, num_rows, LANES):
             row = start + lane.to(tl.int64)
@@ -584,9 +587,7 @@ def score_loop(
         tilt = tl.zeros([LANES], tl.float32)
         for i in range(begin, stop, SPAN):
             at = i + lanes
-            x = _capped(
-                _tile(origin, i, lanes, head, end, float("-inf"), SPAN), softcap, SOFTCAP
-            )
+            x = _capped(_tile(origin, i, lanes, head, end, float("-inf"), SPAN), softcap, SOFTCAP)
             if SOFTCAP:
                 x = tl.where((at >= head) & (at < end), x, float("-inf"))
             if (y_at >= i) & (y_at < i + SPAN):
@@ -652,7 +653,7 @@ def score_loop(
         sharp = w_y * (1.0 - smoothing)
         spread = tl.zeros([LANES], tl.float32)
         tiles = tl.cdiv(stop - begin, SPAN)
-        for step in range(0, tiles):
+        for step in range(tiles):
             i = begin + (tiles - 1 - step) * SPAN
             at = i + lanes
             inside = (at >= head) & (at < end)
@@ -793,8 +794,8 @@ def merge_parts(
         w_y = tl.load(weight_ptr + y)
     x_y = _capped(tl.load(logits_ptr + row * row_stride + y).to(tl.float32), softcap, SOFTCAP)
     c_y = _class_weights(0.0, w_y, smoothing, num_classes, WEIGHTED, False, SMOOTH)
-    nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss = (
-        fold_target(x_y, highest, d, s, q, mass, tilt)
+    nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss = fold_target(
+        x_y, highest, d, s, q, mass, tilt
     )
     loss = _loss(nll, log_total, mass, tilt, w_y, c_y, smoothing, WEIGHTED, False, SMOOTH)
     _store_scores(

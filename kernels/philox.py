@@ -1,9 +1,8 @@
 """Counter-based random bits of consecutive samples: word 0 of Philox4x32-10.
 
-Contract: `Backend.philox`, bit for bit. J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011. Traffic: 4 bytes written a sample. Tiles: `BLOCK` samples a program.
+Contract: `Backend.philox`, bit for bit. J. Salmon et al., "Parallel random numbers: as easy as 1,
+2, 3", SC 2011. Traffic: 4 bytes written a sample. Tiles: `BLOCK` samples a program.
 """
-
 
 import triton.language as tl
 

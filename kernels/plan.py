@@ -1,7 +1,7 @@
 """Launch arithmetic of the Triton kernels: plain integers, no Triton and no GPU.
 
-Heuristics, not autotuning: a training step of a small batch cannot pay for the search, and every shape of
-a ragged last batch would start it again.
+Heuristics, not autotuning: a training step of a small batch cannot pay for the search, and every
+shape of a ragged last batch would start it again.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 VECTOR_BYTES = 16
 
-#: Largest class counts whose rows stay in registers as one tile: for scores, and with the gradient too,
-#: where staying on chip saves the second read.
+#: Largest class counts whose rows stay in registers as one tile: for scores, and with the
+#: gradient too, where staying on chip saves the second read.
 TILE_CLASSES = 4096
 TILE_CLASSES_GRAD = 16384
 #: Elements of a tile of several rows: 16 a thread of 4 warps.
@@ -25,8 +25,8 @@ WIDE_CLASSES = 16384
 
 MAX_PARTS = 512
 
-#: Rows whose state the last program of a scoring launch moves by itself, this many at a time. More rows
-#: would make the others wait for it longer than for another launch; wider steps would cost the
+#: Rows whose state the last program of a scoring launch moves by itself, this many at a time. More
+#: rows would make the others wait for it longer than for another launch; wider steps would cost the
 #: scoring part its registers.
 STEP_UPDATE_ROWS = 1024
 STEP_UPDATE_LANES = 256
@@ -39,7 +39,8 @@ PHILOX_BLOCK = 1024
 MARK_WORDS = 256
 MARK_SCORES = 32 * MARK_WORDS
 HISTOGRAM_BLOCK = 2048
-#: Number of scores from which a sample saves reading them several times, and the size of the sample.
+#: Number of scores from which a sample saves reading them several times, and the size of
+#: the sample.
 SAMPLE_FROM = 2**20
 SAMPLES = 2**18
 #: At most one score in this many is collected as a candidate; the sample aims at one in 128.
@@ -124,8 +125,7 @@ def plan_loop(
 ) -> LoopPlan:
     """A walk over each row; few rows are split so that all multiprocessors have work.
 
-    Args:
-        may_split: whether the caller can merge parts of a row.
+    ``may_split`` says whether the caller can merge parts of a row.
     """
     if num_classes > MAX_CLASSES:
         raise ValueError(f"logits must have at most {MAX_CLASSES} classes, got {num_classes}")
@@ -166,5 +166,5 @@ def next_power_of_two(n: int) -> int:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up."""
+    """A / b rounded up."""
     return -(-a // b)

@@ -1,23 +1,26 @@
 """Selection of the k highest scores in index order, by threshold and bitmap.
 
-Contract: `Backend.topk_indices` and `grouped_topk_indices`. Scores are compared by an unsigned 32-bit key
-of the same order, NaN lowest and -0.0 equal to 0.0. Given a bracket [low, high] of keys around the k-th
-highest (from a sample, or from histograms):
+Contract: `Backend.topk_indices` and `grouped_topk_indices`. Scores are compared by an unsigned
+32-bit key of the same order, NaN lowest and -0.0 equal to 0.0. Given a bracket [low, high] of keys
+around the k-th highest (from a sample, or from histograms):
 
-    mark_scores         ONE read of the scores writes two bitmaps, above the bracket and inside it, and
+    mark_scores         ONE read of the scores writes two bitmaps, above the bracket and inside it,
+    and
                         counts both in every block of `BLOCK` scores
     collect_marked      the scores inside, in index order; reads only the sectors that hold one
     histogram           256 bins of the keys inside a bracket; repeated, it ends at the exact key
     resolve_marked      splits the bitmap inside by the exact key: above it, and equal to it
     expand_marked       writes the indices of the bits above and of the first ties, in index order
 
-Nothing depends on the order in which programs run, so the result is the same on every device and run.
+Nothing depends on the order in which programs run, so the result is the same on every device and
+run.
 
-With groups, the key is followed by the inverted index, which makes it unique; `group_histogram` counts
-one byte of that composite key for every group at once, `mark_groups` compares with each group's own
-threshold.
+With groups, the key is followed by the inverted index, which makes it unique; `group_histogram`
+counts one byte of that composite key for every group at once, `mark_groups` compares with each
+group's own threshold.
 
-Traffic: 4 N bytes for mark_scores, N / 8 written and read again for each bitmap, 8 k for the indices.
+Traffic: 4 N bytes for mark_scores, N / 8 written and read again for each bitmap, 8 k for the
+    indices.
 Tiles: `WORDS` x 32 scores a program, one bitmap word a row.
 """
 
@@ -84,7 +87,8 @@ def mark_scores(
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)[None, :]
     index = block * (WORDS * 32) + word[:, None] * 32 + bit
-    # Scores that a caller sliced may lie off the 16-byte grid: 4 bytes a lane, coalesced all the same.
+    # Scores that a caller sliced may lie off the 16-byte grid: 4 bytes a lane, coalesced all the
+    # same.
     score = tl.load(scores_ptr + index, mask=index < n, other=0.0)
     key = order_key(score)
     above = (key > high.to(tl.uint32)) & (index < n)

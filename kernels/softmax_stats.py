@@ -1,4 +1,5 @@
-"""The maths of one softmax row, written once for every Triton kernel. Derivations: docs/numerics.md.
+"""The maths of one softmax row, written once for every Triton kernel. Derivations:
+docs/numerics.md.
 
 The statistics of a *part* of a row, over its classes j other than the target, are float32 values
 
@@ -9,9 +10,9 @@ The statistics of a *part* of a row, over its classes j other than the target, a
     mass    sum_j c_j
     tilt    sum_j c_j (x_j - peak)
 
-where c_j is the weight of class j in the loss beyond the plain term of the target: label smoothing or a
-soft target. A part without a finite logit has d == 0 and moves no other part. Logits of exactly -inf
-add nothing; a NaN reaches d and from there every score of its row, and no other row.
+where c_j is the weight of class j in the loss beyond the plain term of the target: label smoothing
+or a soft target. A part without a finite logit has d == 0 and moves no other part. Logits of
+exactly -inf add nothing; a NaN reaches d and from there every score of its row, and no other row.
 
 Every function works on tensors of any shape, elementwise.
 """
@@ -42,7 +43,7 @@ def log1p(x):
 
 @triton.jit
 def tanh(x):
-    """tanh(x); the polynomial for small x is that of Cephes, tanhf (S. L. Moshier)."""
+    """The hyperbolic tangent; for small x the polynomial of Cephes, tanhf (S. L. Moshier)."""
     z = x * x
     poly = -5.70498872745e-3 * z + 2.06390887954e-2
     poly = poly * z - 5.37397155531e-2
@@ -56,7 +57,9 @@ def tanh(x):
 
 @triton.jit
 def softcap_slope(x, softcap):
-    """The derivative of softcap * tanh(x / softcap): 1 - tanh^2 = 4 e / (1 + e)^2, e = e^(-2|u|)."""
+    """The derivative of softcap * tanh(x / softcap): 1 - tanh^2 = 4 e / (1 + e)^2, e =
+    e^(-2|u|).
+    """
     e = exp(-2.0 * tl.abs(x / softcap))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
@@ -72,7 +75,7 @@ def rebase(peak, d, s, q, mass, tilt, new_peak):
 
 @triton.jit
 def weighted_difference(c, diff):
-    """c * diff, where a class of no weight costs nothing even at diff = -inf."""
+    """C * diff, where a class of no weight costs nothing even at diff = -inf."""
     return tl.where(c == 0, 0.0, c * diff)
 
 
@@ -81,9 +84,10 @@ def fold_target(x_y, peak, d, s, q, mass, tilt):
     """Folds the target's logit into the sums of all other classes.
 
     Returns:
-        (nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss), where el2n is
-        that of a one-hot target, log_total = log sum_j e^(x_j - largest), and mass * log_total - tilt
-        is the share of the classes other than the target in the smoothed or soft loss.
+        (nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss), where
+        el2n is that of a one-hot target, log_total = log sum_j e^(x_j - largest), and mass *
+        log_total - tilt is the share of the classes other than the target in the smoothed or soft
+        loss.
     """
     alone = d == 0
     margin = tl.where(alone, x_y + float("inf"), x_y - peak)

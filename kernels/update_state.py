@@ -1,17 +1,20 @@
-"""Moves the per-sample state of the samples in one batch: of repeated indices the last valid row wins.
+"""Moves the per-sample state of the samples in one batch: of repeated indices the last valid row
+wins.
 
-Contract: `Backend.update_state`. A row is valid when it counts, its index lies in [0, N) and its values
-are finite; only valid rows claim a sample. Two phases:
+Contract: `Backend.update_state`. A row is valid when it counts, its index lies in [0, N) and its
+values are finite; only valid rows claim a sample. Two phases:
 
-    claim   atomic max of row + 1 into claims[index], so claims holds the last valid row of each sample
-    apply   the row that finds itself there moves the state and puts the claim back to 0
+    claim   atomic max of row + 1 into claims[index], so claims holds the last valid row of each
+    sample apply   the row that finds itself there moves the state and puts the claim back to 0
 
-No row reads a sample's state but its winner, and a loser that reads the claim after the winner cleared
-it still sees another row than itself; so the result does not depend on the order of the programs.
+No row reads a sample's state but its winner, and a loser that reads the claim after the winner
+cleared it still sees another row than itself; so the result does not depend on the order of the
+programs.
 
-Traffic: 20 bytes a row for index, values and count, twice; 28 bytes of state a sample, random access.
-Tiles: `BLOCK` rows a program and step. Up to `plan.ONE_PROGRAM_ROWS` rows one program does both phases
-in one launch, a barrier apart; beyond, each phase is a launch of its own.
+Traffic: 20 bytes a row for index, values and count, twice; 28 bytes of state a sample, random
+    access.
+Tiles: `BLOCK` rows a program and step. Up to `plan.ONE_PROGRAM_ROWS` rows one program does both
+phases in one launch, a barrier apart; beyond, each phase is a launch of its own.
 """
 
 import triton
@@ -129,7 +132,9 @@ def update_state(
     PHASE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One launch of `BOTH` by one program, or one of `CLAIM` and then one of `APPLY` by any number."""
+    """One launch of `BOTH` by one program, or one of `CLAIM` and then one of `APPLY` by any
+    number.
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -140,9 +145,7 @@ def update_state(
             index, signal, direct, counted = load_rows(
                 row, row_ok, indices_ptr, signal_ptr, direct_ptr, count_ptr
             )
-            claim_rows(
-                row, index, signal, direct, counted, claims_ptr, counters_ptr, num_samples
-            )
+            claim_rows(row, index, signal, direct, counted, claims_ptr, counters_ptr, num_samples)
     if PHASE == BOTH:
         tl.debug_barrier()
     if PHASE != CLAIM:

@@ -17,6 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 #: Launched binaries by kernel, device, argument types and constants: all that a binary depends on.
 _binaries: dict[Any, Any] = {}
 
+
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
@@ -27,8 +28,9 @@ def launch(
 ) -> None:
     """Launches on the current stream of the current device; compiles on the first use of a variant.
 
-    Triton's own launcher binds and inspects every argument at every call. The binaries here depend on
-    argument types and constants alone (`emp_fast.kernels._jit`), so one dictionary look-up replaces that.
+    Triton's own launcher binds and inspects every argument at every call. The binaries here depend
+    on argument types and constants alone (`emp_fast.kernels._jit`), so one dictionary look-up
+    replaces that.
     """
     if INTERPRETED:
         kernel[grid](*pointers, *numbers, *constants)

@@ -71,7 +71,8 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
             4,
         )
         reached = bins.flip(1).cumsum(1)  # [G, 256], from the highest byte down
-        # The first byte that reaches a group's share; the top one, which none has, for a share of 0.
+        # The first byte that reaches a group's share; the top one, which none has, for a share of
+        # 0.
         steps = (reached < remaining[:, None]).sum(1, keepdim=True)
         before = torch.where(steps > 0, reached.gather(1, (steps - 1).clamp_min(0)), 0)
         remaining = remaining - before[:, 0]
@@ -92,7 +93,9 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
 
 
 def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
-    """A narrow bracket of the k-th highest score in all likelihood, from one sample in each stratum."""
+    """A narrow bracket of the k-th highest score in all likelihood, from one sample in each
+    stratum.
+    """
     n, samples = scores.shape[0], plan.SAMPLES
     upper, lower = bracket.sample_ranks(n, k, samples)
     stratum = n // samples

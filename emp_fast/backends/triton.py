@@ -1,10 +1,12 @@
 """The Triton backend: CUDA devices of compute capability 8.0 and up, without a toolchain.
 
-Under ``TRITON_INTERPRET=1``, set before Triton is imported, it serves CPU tensors instead: the same kernels
-run through Triton's interpreter, slowly, for tests.
+Under ``TRITON_INTERPRET=1``, set before Triton is imported, it serves CPU tensors instead: the same
+kernels run through Triton's interpreter, slowly, for tests.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +92,12 @@ class TritonBackend(Backend):
             return grad
         # Only the rows are read: the other fields of a forward pass stay away.
         known = RowScores(None, rows, None, None)  # type: ignore[arg-type]
-        gradient = {"grad": grad, "row_scale": grad_loss, "scale": 1.0, "stats": False}
+        gradient: dict[str, Any] = {
+            "grad": grad,
+            "row_scale": grad_loss,
+            "scale": 1.0,
+            "stats": False,
+        }
         with device_of(logits):
             if logits.shape[1] <= plan.TILE_CLASSES:
                 _score_tile(logits, target, weight, options, known, **gradient)
@@ -123,7 +130,7 @@ class TritonBackend(Backend):
         scores = _empty_scores(logits)
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         update = num_rows <= plan.STEP_UPDATE_ROWS and state.scores.shape[0] > 0
-        gradient = {"grad": grad, "row_scale": row_scale, "scale": scale}
+        gradient: dict[str, Any] = {"grad": grad, "row_scale": row_scale, "scale": scale}
         if update:
             gradient["update"] = (indices, state, recurrence)
         with device_of(logits):
@@ -183,7 +190,8 @@ class TritonBackend(Backend):
         return bits
 
 
-# ---- scoring ---------------------------------------------------------------------------------------
+# ---- scoring
+# ---------------------------------------------------------------------------------------
 
 
 def _score_tile(
@@ -255,7 +263,18 @@ def _score_loop(
     weight_sum = _weight_sum(weight, target, options, grad)
     indices, state, rule, num_samples = _update_arguments(update)
     outputs = (None,) * 4 if scores is None else scores
-    pointers = (logits, target, weight, weight_sum, *outputs, grad, row_scale, indices, *state, parts)
+    pointers = (
+        logits,
+        target,
+        weight,
+        weight_sum,
+        *outputs,
+        grad,
+        row_scale,
+        indices,
+        *state,
+        parts,
+    )
     numbers = (
         num_rows,
         num_classes // loop.align,
@@ -311,8 +330,10 @@ def _merge_parts(
 
 
 def _plan_loop(logits: Tensor, may_split: bool) -> plan.LoopPlan:
+    num_rows, num_classes = logits.shape
     return plan.plan_loop(
-        *logits.shape,
+        num_rows,
+        num_classes,
         logits.stride(0),
         logits.data_ptr(),
         logits.element_size(),
@@ -349,7 +370,8 @@ def _check_target(logits: Tensor, target: Tensor, options: LossOptions) -> None:
         check_target_range(target, logits.shape[1], options.ignore_index)
 
 
-# ---- state -----------------------------------------------------------------------------------------
+# ---- state
+# -----------------------------------------------------------------------------------------
 
 
 def _check_indices(indices: Tensor, state: State) -> None:
