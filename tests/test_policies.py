@@ -197,7 +197,9 @@ def test_below_mean_keeps_the_never_visited():
 
 
 def test_stratified_gives_every_bin_the_same():
-    scores = torch.cat([torch.rand(900) * 0.999, 1 + torch.rand(90) * 0.999, 2 + torch.rand(10)])
+    scores = torch.cat(
+        [torch.linspace(0, 0.9, 900), torch.linspace(1.1, 1.9, 90), torch.linspace(2.1, 3, 10)]
+    )  # from 0 to 3: the bins end at 1 and 2
     store = visited_store(scores)
     chosen = scores[store.select(60, Stratified(bins=3)).indices]
     counts = torch.bincount(torch.bucketize(chosen, torch.tensor([1.0, 2.0])), minlength=3)
