@@ -171,6 +171,11 @@ class Policy(ABC):
     def check_fraction(self, fraction: float) -> None:
         """Raises ValueError when the policy can never keep ``fraction`` of the samples."""
 
+    def __repr__(self) -> str:
+        """Names the policy and its settings: checkpoints and ranks compare policies by it."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
 
 @dataclass(frozen=True)
 class TopK(Policy):

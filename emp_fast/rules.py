@@ -72,6 +72,11 @@ class Rule:
         """
         raise NotImplementedError(f"{type(self).__name__} must override step() or recurrence()")
 
+    def __repr__(self) -> str:
+        """Names the rule and its settings: checkpoints and ranks compare rules by it."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
 
 @dataclass(frozen=True)
 class EMP(Rule):

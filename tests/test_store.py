@@ -470,3 +470,12 @@ def test_selections_default_to_the_highest_scores():
     assert selection.indices.dtype == torch.int64
     assert selection.weights is None
     assert torch.equal(selection.indices, store.select(2, TopK()).indices)
+
+
+def test_a_users_own_rule_is_named_by_its_settings_and_not_by_its_address():
+    class Mine(Rule):
+        def __init__(self, power):
+            self.power = power
+
+    assert repr(Mine(2)) == repr(Mine(2)) == "Mine(power=2)"
+    assert repr(EMP()) == "EMP(beta=1.0, decay=0.0)"
