@@ -4,8 +4,9 @@ The C++ module is optional at install time: without a compiler the package insta
 and ``emp-fast doctor`` repeats the reason recorded here. Environment:
 
     EMP_FAST_REQUIRE_NATIVE=1   a failed native build fails the install (releases, CI)
-    EMP_FAST_CUDA=0|1           leave CUDA out | fail when it cannot be built; default: when nvcc
-    works EMP_FAST_CUDA_ARCHS=...     CMake architecture list in place of every one that nvcc knows
+    EMP_FAST_CUDA=0|1           leave CUDA out | fail when it cannot be built; default: build it
+                                when nvcc works
+    EMP_FAST_CUDA_ARCHS=...     CMake architecture list in place of every one that nvcc knows
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from emp_fast.random import Stream
 from emp_fast.rules import EMP, Rule
 from emp_fast.samplers import DistributedEpochSampler, EpochIterator, EpochSampler
 from emp_fast.store import ScoreStore, Selection
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 __all__ = ["Pruner"]
 
@@ -50,8 +54,9 @@ class Pruner:
     """Dynamic data pruning for a training loop::
 
         pruner = emp_fast.Pruner(len(train_set), prune_rate=0.7)
-        loader = DataLoader(emp_fast.with_indices(train_set), batch_size=128,
-        sampler=pruner.sampler) for epoch in range(epochs):
+        train_set = emp_fast.with_indices(train_set)
+        loader = DataLoader(train_set, batch_size=128, sampler=pruner.sampler)
+        for epoch in range(epochs):
             for (x, y), idx in loader:
                 loss = pruner.loss(model(x), y, idx)
                 loss.backward(); ...
@@ -480,6 +485,36 @@ class Pruner:
             }
         return summary
 
+    def plot(self, *, title: str | None = None) -> Figure:
+        """A picture of the state: score distribution with what is kept, visits a sample, class
+        balance (with labels), and entropy against loss (for a rule made of the two, as `EMP`).
+
+        Where the epoch in progress has moved the scores since its selection, the kept samples no
+        longer end at one threshold, and none is drawn. Reads from the device.
+
+        Args:
+            title: above everything; None names rule, policy and epoch.
+
+        Returns:
+            A matplotlib Figure; ``pruner.plot().savefig("pruning.png")`` writes it.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from emp_fast.plots import selection_figure
+
+        store = self.store
+        loss, entropy = _loss_and_entropy(store)
+        return selection_figure(
+            store.scores.cpu().numpy(),
+            store.visits.cpu().numpy(),
+            self.selection.indices.cpu().numpy(),
+            labels=None if self._labels is None else self._labels.cpu().numpy(),
+            loss=loss,
+            entropy=entropy,
+            title=title or f"{store.rule}, {self.policy}, epoch {self.epoch}",
+        )
+
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -555,6 +590,23 @@ class Pruner:
             f"Pruner({self.store.num_samples}, prune_rate={self._prune_rate!r}, "
             f"rule={self.store.rule!r}, policy={self.policy!r}, epoch={self.epoch})"
         )
+
+
+def _loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
+    """[N] last losses and accumulated entropies, NaN where never visited, of a score that is a
+    weighted sum of the two; None for other rules.
+    """
+    recurrence = store.rule.recurrence()
+    if (
+        recurrence is None
+        or (recurrence.kind, recurrence.signal, recurrence.direct) != ("ema", "entropy", "loss")
+        or recurrence.direct_scale == 0
+    ):
+        return None, None
+    visited = store.visits > 0
+    entropy = torch.where(visited, store.memory, torch.nan)
+    loss = (store.scores - recurrence.memory_scale * entropy) / recurrence.direct_scale
+    return loss.cpu().numpy(), entropy.cpu().numpy()
 
 
 def _checked_count(name: str, value: int) -> int:

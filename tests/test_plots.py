@@ -9,7 +9,11 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import torch
+
+from emp_fast import Pruner
 from emp_fast.plots import Curve, comparison_figure, selection_figure
+from emp_fast.rules import Loss
 
 N = 401  # no multiple of anything
 
@@ -135,3 +139,43 @@ def test_comparison_figure_draws_curves_bands_and_ranked_visits(state):
 def test_comparison_figure_needs_a_curve():
     with pytest.raises(ValueError, match="curves must hold at least one method"):
         comparison_figure([])
+
+
+def test_a_pruner_draws_its_state():
+    labels = torch.arange(N) % 3
+    pruner = Pruner(N, 0.7, labels=labels)
+    for index in pruner.sampler:  # the first epoch
+        pruner.update(
+            torch.tensor([index]),
+            loss=torch.tensor([0.5 + index]),
+            memory=torch.tensor([index / N]),
+        )
+    next(iter(pruner.sampler))  # the second begins: it selects
+    kept = pruner.selection.indices
+    figure = pruner.plot()
+    assert titles(figure) == [
+        "Score distribution",
+        "Visits a sample",
+        "Class balance",
+        "Entropy against loss",
+    ]
+    scores, visits, classes, plane = figure.axes
+    visited = int((pruner.store.visits > 0).sum())
+    assert stairs(scores)[0].sum() == visited == round(0.3 * N)
+    assert stairs(visits)[0].tolist() == [N - visited, visited]
+    share = [100 * float((labels[kept] == c).sum() / (labels == c).sum()) for c in range(3)]
+    assert [bar.get_height() for bar in classes.patches] == pytest.approx(share)
+    dots = np.concatenate([np.asarray(part.get_offsets()) for part in plane.collections])
+    assert len(dots) == visited
+    # The axis is logarithmic, and the lowest losses stand at its edge.
+    losses, entropies = np.sort(dots[:, 0])[5:], np.sort(dots[:, 1])[5:]
+    assert entropies == pytest.approx((losses - 0.5) / N, abs=1e-4)
+    assert figure.get_suptitle() == "EMP(beta=1.0, decay=0.0), TopK(), epoch 1"
+
+
+def test_a_pruner_draws_no_plane_for_a_rule_that_is_not_loss_and_entropy():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    pruner.update(torch.arange(N), loss=torch.rand(N))
+    figure = pruner.plot(title="mine")
+    assert titles(figure) == ["Score distribution", "Visits a sample"]
+    assert figure.get_suptitle() == "mine"

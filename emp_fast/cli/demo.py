@@ -198,7 +198,7 @@ def _print(comparison: Comparison) -> None:
         "test accuracy, %",
         "samples seen",
         "train, s",
-        "loss + scores, ms/step",
+        "loss, gradient, scores: ms/step",
         "selection, ms/epoch",
         "overhead, %",
     ):
@@ -220,8 +220,9 @@ def _print(comparison: Comparison) -> None:
     seeds = len(summaries[0].accuracies)
     console.print(
         f"Accuracy: mean ± standard deviation over {seeds} seeds; the highest mean is bold. "
-        "Overhead: what scoring (median of a step, less the plain loss of 'full data') and "
-        "selection add, as a share of the training time."
+        "Overhead: what scoring (median of a step, less the plain loss and gradient of 'full "
+        "data') and selection add, as a share of the training time; below 0 where loss, gradient "
+        "and scores together take less time than the plain loss and gradient."
         if seeds > 1
         else "One seed alone: no deviation, so no conclusion about which method is better.",
         soft_wrap=True,

@@ -51,7 +51,7 @@ class Summary(NamedTuple):
     accuracies: list[float]
     samples_seen: int  # of each run
     train_seconds: float  # mean of a run
-    loss_milliseconds: float  # median of a step: the loss, with a pruner scores and state too
+    loss_milliseconds: float  # median of a step: loss and gradient, with a pruner the scores too
     selection_milliseconds: float  # mean of an epoch
     overhead_percent: float | None  # of the training time; None for the plain loop or without one
 
