@@ -37,11 +37,15 @@ __all__ = [
 ]
 
 Balance = Literal["equal", "proportional"]
-_EXPONENTS = 512  # frexp exponents of float32, shifted to be non-negative, lie well within
+_SIGNIFICAND = 24  # bits of a float32's
 
 
 class Candidates:
     """What a policy chooses from: N samples in G groups (classes), and the tools to choose exactly.
+
+    Its tensors may hold the samples of one rank alone (`emp_fast.sharded_selection`). Whatever a
+    policy decides across samples it asks for here, in the same order on every rank, and never sums
+    or ranks those tensors itself: then it selects the same samples however they are spread.
 
     Args:
         scores: [N] float32, no NaN.
@@ -50,6 +54,7 @@ class Candidates:
         num_groups: G.
         seed: keys the random numbers, with
         epoch: the epoch.
+        start: index of the first of these samples.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Candidates:
         *,
         seed: int = 0,
         epoch: int = 0,
+        start: int = 0,
     ) -> None:
         self.scores = scores
         self.visited = visited
@@ -68,6 +74,7 @@ class Candidates:
         self.num_groups = num_groups
         self._seed = seed
         self._epoch = epoch
+        self._start = start
 
     def __len__(self) -> int:
         return self.scores.shape[0]
@@ -82,13 +89,64 @@ class Candidates:
         """Visited samples of each group."""
         return self.count(self.visited)
 
-    def count(self, mask: Tensor | None) -> list[int]:
-        """How many samples of each group are in ``mask`` (all, for None)."""
-        if self.groups is None:
-            return [len(self) if mask is None else int(mask.sum())]
-        members = self.groups if mask is None else self.groups[mask]
-        counts: list[int] = torch.bincount(members, minlength=self.num_groups).tolist()
+    def count(
+        self, mask: Tensor | None, groups: Tensor | None = None, num_groups: int | None = None
+    ) -> list[int]:
+        """How many samples of each group are in ``mask`` (all, for None).
+
+        Args:
+            mask: [N] bool.
+            groups: [N] int64, in place of the candidates' own.
+            num_groups: of ``groups``.
+        """
+        groups = self.groups if groups is None else groups
+        if groups is None:
+            own = torch.tensor([len(self)]) if mask is None else mask.sum().view(1)
+        else:
+            members = groups if mask is None else groups[mask]
+            own = torch.bincount(members, minlength=num_groups or self.num_groups)
+        counts: list[int] = self._over_ranks(own, "sum").tolist()
         return counts
+
+    def bounds(self, mask: Tensor) -> tuple[float, float] | None:
+        """The lowest and the highest score in ``mask``; None where it is empty."""
+        scores = self.scores[mask]
+        outside = scores.new_tensor([-torch.inf, -torch.inf])
+        own = torch.stack([-scores.min(), scores.max()]) if scores.numel() else outside
+        minus_low, high = self._over_ranks(own, "max").tolist()
+        return None if -minus_low > high else (-minus_low, high)
+
+    def sums(self, mask: Tensor) -> list[Fraction]:
+        """The exact sum of the scores in ``mask``, all of them finite, of each group.
+
+        They are added up as integers by exponent, so no order of summation, no device and no number
+        of ranks changes a bit.
+        """
+        scores = self.scores[mask]
+        significand, exponent = torch.frexp(scores)
+        exponent = exponent.long()
+        digits = (significand.double() * 2**_SIGNIFICAND).long()  # exact
+        outside = torch.full((2,), -(2**62), device=scores.device)
+        extremes = torch.stack([-exponent.min(), exponent.max()]) if scores.numel() else outside
+        minus_low, high = self._over_ranks(extremes, "max").tolist()
+        low, span = -minus_low, high + minus_low + 1
+        if span < 1:
+            return [Fraction(0)] * self.num_groups
+        bucket = exponent - low
+        if self.groups is not None:
+            bucket += self.groups[mask] * span
+        own = torch.zeros(self.num_groups * span, dtype=torch.int64, device=scores.device)
+        own.scatter_add_(0, bucket, digits)
+        rows = self._over_ranks(own, "sum").view(-1, span).tolist()
+        units = [Fraction(2) ** (low + e - _SIGNIFICAND) for e in range(span)]
+        return [
+            sum((part * unit for part, unit in zip(row, units, strict=True) if part), Fraction(0))
+            for row in rows
+        ]
+
+    def _over_ranks(self, own: Tensor, op: Literal["sum", "max"]) -> Tensor:
+        """The sum or the maximum of every rank's tensor. Here one rank has all samples."""
+        return own
 
     def random_keys(self, stream: Stream) -> Tensor:
         """[N] float32 keys in uniformly random order."""
@@ -97,6 +155,7 @@ class Candidates:
             seed=self._seed,
             epoch=self._epoch,
             stream=stream,
+            start=self._start,
             device=self.scores.device,
         )
 
@@ -107,6 +166,7 @@ class Candidates:
             seed=self._seed,
             epoch=self._epoch,
             stream=Stream.GUMBEL,
+            start=self._start,
             device=self.scores.device,
         )
 
@@ -117,7 +177,14 @@ class Candidates:
         quotas: list[int],
         groups: Tensor | None = None,
     ) -> Tensor:
-        """Mask [N] of the ``quotas[g]`` highest keys of the eligible samples of each group."""
+        """Mask [N] of the ``quotas[g]`` highest keys of the eligible samples of each group.
+
+        Args:
+            keys: [N] float32, no NaN. Ties go to the lowest index.
+            eligible: [N] bool, None for all.
+            quotas: [G], each at most the eligible samples of its group.
+            groups: [N] int64, in place of the candidates' own.
+        """
         mask = torch.zeros(len(self), dtype=torch.bool, device=self.scores.device)
         k = sum(quotas)
         if k == 0:
@@ -334,22 +401,22 @@ class Stratified(Policy):
         ]
         hardest = candidates.top(candidates.scores, candidates.visited, dropped)
         eligible = candidates.visited & ~hardest
-        bins = self._bins(candidates.scores, eligible)
+        bins = self._bins(candidates, eligible)
         strata = bins if candidates.groups is None else candidates.groups * self.bins + bins
-        num_strata = candidates.num_groups * self.bins
-        sizes = torch.bincount(strata[eligible], minlength=num_strata).tolist()
+        sizes = candidates.count(eligible, strata, candidates.num_groups * self.bins)
         shares: list[int] = []
         for group, quota in enumerate(quotas):
             shares += fair_shares(sizes[group * self.bins : (group + 1) * self.bins], quota)
         keys = candidates.random_keys(Stream.STRATIFIED)
         return candidates.top(keys, eligible, shares, strata)
 
-    def _bins(self, scores: Tensor, eligible: Tensor) -> Tensor:
+    def _bins(self, candidates: Candidates, eligible: Tensor) -> Tensor:
         """[N] int64 bins of equal width between the extremes of the finite eligible scores."""
-        finite = scores[eligible & torch.isfinite(scores)]
-        if finite.numel() == 0:
+        scores = candidates.scores
+        bounds = candidates.bounds(eligible & torch.isfinite(scores))
+        if bounds is None:
             return torch.zeros_like(scores, dtype=torch.int64)
-        low, high = (float(bound) for bound in torch.aminmax(finite))
+        low, high = bounds
         edges = [low + (high - low) * edge / self.bins for edge in range(1, self.bins)]
         boundaries = torch.tensor(edges, dtype=torch.float32, device=scores.device)
         return torch.bucketize(scores, boundaries, right=True)
@@ -441,29 +508,13 @@ def fair_shares(sizes: list[int], k: int) -> list[int]:
 def _means(candidates: Candidates) -> list[float]:
     """The smallest float32 at or above the exact mean of the visited scores of every group.
 
-    Scores are summed as integers by exponent, so no order of summation and no device changes a bit:
-    ``score >= mean`` decides alike everywhere. A group without a finite score gets -inf.
+    ``score >= mean`` then decides alike everywhere. A group without a finite score gets -inf.
     """
     finite = candidates.visited & torch.isfinite(candidates.scores)
-    scores = candidates.scores[finite]
-    mantissa, exponent = torch.frexp(scores)
-    digits = (mantissa.double() * 2**24).long()  # exact: a float32 has 24 bits
-    bucket = exponent.long() + _EXPONENTS // 2
-    if candidates.groups is not None:
-        bucket += candidates.groups[finite] * _EXPONENTS
-    sums = torch.zeros(candidates.num_groups * _EXPONENTS, dtype=torch.int64, device=scores.device)
-    sums.scatter_add_(0, bucket, digits)
-    means = []
-    for row, count in zip(
-        sums.view(-1, _EXPONENTS).tolist(), candidates.count(finite), strict=True
-    ):
-        total = sum(
-            (Fraction(part) * Fraction(2) ** (e - _EXPONENTS // 2 - 24))
-            for e, part in enumerate(row)
-            if part
-        )
-        means.append(-math.inf if count == 0 else _round_up(Fraction(total) / count))
-    return means
+    return [
+        -math.inf if count == 0 else _round_up(total / count)
+        for total, count in zip(candidates.sums(finite), candidates.count(finite), strict=True)
+    ]
 
 
 def _round_up(value: Fraction) -> float:
