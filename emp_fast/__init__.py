@@ -12,17 +12,20 @@ from emp_fast import functional, policies, rules
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import BackendError, use_backend
 from emp_fast.data import collate_with_indices, with_indices
+from emp_fast.files import FileProblem
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy
 from emp_fast.pruner import Pruner
 from emp_fast.rules import Rule
-from emp_fast.store import ScoreStore, Selection
+from emp_fast.selection import Selection
+from emp_fast.store import ScoreStore
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
     "EmpFastWarning",
+    "FileProblem",
     "Policy",
     "Pruner",
     "Rule",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +19,12 @@ from emp_fast.functional import SampleStats
 from emp_fast.merging import merge_rows
 from emp_fast.policies import Balance, Candidates, Policy, TopK, class_quotas
 from emp_fast.rules import EMP, Rule
+from emp_fast.selection import Selection
 
 __all__ = ["ScoreStore", "Selection"]
 
 _FORMAT = 1
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-class Selection(NamedTuple):
-    """What one epoch trains on."""
-
-    indices: Tensor  # [K] int64, ascending
-    weights: Tensor | None  # [K] float32 loss weights; None: all 1
 
 
 class _Merged:

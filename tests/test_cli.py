@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import emp_fast
 from emp_fast.cli import app, bench, doctor
 from emp_fast.cli import demo as demo_command
-from emp_fast.cli.console import InputError, write_atomically
+from emp_fast.files import write_atomically
 
 N = 1009
 
@@ -245,6 +245,7 @@ def test_select_draws_reproducibly(file, policy, options):
     assert outputs[0] == outputs[1] != outputs[2]
 
 
+@pytest.mark.filterwarnings("default::emp_fast.EmpFastWarning")
 def test_select_below_mean_keeps_weights_in_parquet(file, scores):
     parquet = pytest.importorskip("pyarrow.parquet")
     output = file.parent / "kept.parquet"
@@ -288,7 +289,21 @@ def test_select_takes_infinities_and_counts_nan(tmp_path):
         (("--k", 3, "--policy", "below-mean"), "--k means nothing to --policy below-mean"),
         (("--policy", "below-mean", "--keep", 7), "keep must lie in (0, 1], got 7"),
         (("--k", 900, "--policy", "window", "--low", 0.5), "k must fit the window"),
-        (("--k", 3, "--balance", "fair"), "--balance must be one of equal, proportional"),
+        (("--k", 3, "--balance", "equal"), "--balance means nothing without --labels, got equal"),
+        (("--k", 3, "--label-column", "y"), "--label-column means nothing without --labels, got y"),
+        (
+            ("--k", 3, "--labels", "a.npy", "--balance", "fair"),
+            "--balance must be one of equal, proportional, got 'fair'",
+        ),
+        (("--k", -1), "--k must lie in [1, 1009], the number of scores, got -1"),
+        (("--k", 3, "--bins", 4), "--bins means nothing to --policy topk, got 4"),
+        (("--k", 3, "--policy", "stratified", "--bins", 0), "bins must be an int of at least 1"),
+        (("--k", 3, "--policy", "stratified", "--cutoff", 1), "cutoff must lie in [0, 1), got 1"),
+        (
+            ("--k", 3, "--policy", "gumbel", "--temperature", "inf"),
+            "temperature must be a positive",
+        ),
+        (("--k", 3, "--policy", "window", "--low", 0.7, "--high", 0.2), "low must be below high"),
         (("--k", 3, "--seed", 2**63), "--seed must fit 64 bits"),
         (("--k", 3, "--column", "a"), "a column can be named for .parquet alone, got 'a'"),
         (("--k", 3, "--labels", "nowhere.npy"), "cannot read nowhere.npy: No such file"),
@@ -310,6 +325,8 @@ def test_select_refuses_bad_options(file, options, message):
         (np.array([True, False]), "must hold numbers, got dtype bool"),
         (np.array([1j, 2]), "must hold numbers, got dtype complex128"),
         (np.array([2**60, 2**60 + 1]), "integers beyond 2**53"),
+        (np.zeros(3, dtype=[("score", "f4")]), "must hold numbers, got dtype [('score', '<f4')]"),
+        (np.array(["2026-01-01"], dtype="M8[D]"), "must hold numbers, got dtype datetime64[D]"),
     ],
 )
 def test_select_refuses_bad_scores(tmp_path, array, message):
@@ -362,9 +379,117 @@ def test_select_never_loses_a_file(file, scores):
 
 
 def test_select_refuses_an_output_that_cannot_be_written(file):
-    assert "OUTPUT must end in" in refused("select", file, file.parent / "kept.csv", "--k", 3)
+    assert "the output must end in .npy, .parquet, .txt" in refused(
+        "select", file, file.parent / "kept.csv", "--k", 3
+    )
     nowhere = file.parent / "nowhere" / "kept.npy"
     assert f"cannot write {nowhere}: No such file" in refused("select", file, nowhere, "--k", 3)
+    inside = file / "kept.npy"  # a folder that is a file
+    assert f"cannot write {inside}: No such file" in refused("select", file, inside, "--k", 3)
+    folder = file.parent / "folder.npy"
+    folder.mkdir()
+    options = ("--k", 3, "--overwrite")
+    assert f"cannot write {folder}: Is a directory" in refused("select", file, folder, *options)
+    assert list(folder.iterdir()) == []
+
+
+def test_select_refuses_an_output_of_a_folder_that_takes_no_files(file, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    output = file.parent / "kept.npy"
+    assert f"cannot write {output}: Permission denied" in refused("select", file, output, "--k", 3)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([[1.0, 2.0], [3.0]], "must hold numbers, got dtype object"),
+        ([True, False], "must hold numbers, got dtype bool"),
+        ([None, None], "holds 2 nulls"),
+        ([], "is empty"),
+        ([1.0, float("nan")], "holds 1 NaN among 2 scores, the first at 1"),
+    ],
+)
+def test_select_refuses_bad_parquet_columns(tmp_path, column, message):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"score": pa.array(column, type=None if column else pa.float32())})
+    parquet.write_table(table, tmp_path / "scores.parquet")
+    output = tmp_path / "kept.npy"
+    assert message in refused("select", tmp_path / "scores.parquet", output, "--k", 1)
+    assert not output.exists()
+
+
+def test_select_refuses_a_folder_of_parquet_files_and_one_without_columns(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    output = tmp_path / "kept.npy"
+    (tmp_path / "folder.parquet").mkdir()
+    message = refused("select", tmp_path / "folder.parquet", output, "--k", 1)
+    assert "folder.parquet" in message
+    parquet.write_table(pa.table({}), tmp_path / "none.parquet")
+    message = refused("select", tmp_path / "none.parquet", output, "--k", 1)
+    assert "has no column 'score'; it has no columns" in message
+
+
+def test_select_without_pyarrow_says_what_to_install(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    wanted = "need pyarrow, which is not installed: pip install 'emp_fast[parquet]'"
+    assert wanted in refused("select", file, file.parent / "kept.parquet", "--k", 3)
+    assert wanted in refused("select", file.with_suffix(".parquet"), file, "--k", 3, "--overwrite")
+
+
+def test_select_drops_the_hardest_share_of_a_stratified_selection(tmp_path):
+    path, output = tmp_path / "scores.npy", tmp_path / "kept.npy"
+    np.save(path, np.arange(100, dtype=np.float32))
+    options = ("--policy", "stratified", "--bins", 5, "--cutoff", 0.1)
+    run("select", path, output, "--k", 90, *options)
+    assert np.load(output).tolist() == list(range(90))
+
+
+# ---- select of a Hugging Face data set ----------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a data set of 6 rows, and their scores."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"text": list("abcdef")}).save_to_disk(tmp_path / "whole")
+    np.save(tmp_path / "scores.npy", np.array([3, 9, 1, 8, 2, 7], dtype=np.float32))
+    return tmp_path
+
+
+def test_select_saves_the_kept_part_of_a_data_set(saved):
+    datasets = pytest.importorskip("datasets")
+    options = ("--k", 3, "--dataset", saved / "whole")
+    result = run("select", saved / "scores.npy", saved / "part", *options)
+    assert result.stderr == f"kept 3 of 6 samples: {saved / 'part'}\n"
+    assert datasets.load_from_disk(saved / "part")["text"][:] == ["b", "d", "f"]
+    message = refused("select", saved / "scores.npy", saved / "part", *options)
+    assert "part exists already; --overwrite replaces it" in message
+    options = ("--policy", "below-mean", "--keep", 0.5, "--dataset", saved / "whole", "--overwrite")
+    run("select", saved / "scores.npy", saved / "part", *options)
+    part = datasets.load_from_disk(saved / "part")
+    assert sorted(part["weight"][:]) == [1.0, 1.0, 1.0, 2.0]
+    assert sorted(path.name for path in saved.iterdir()) == ["part", "scores.npy", "whole"]
+
+
+def test_select_refuses_data_sets_that_do_not_fit(saved, monkeypatch):
+    def message(scores, folder):
+        told = refused("select", scores, saved / "part", "--k", 1, "--dataset", folder)
+        assert not (saved / "part").exists()
+        return told
+
+    scores = saved / "scores.npy"
+    assert "nowhere is not a data set that was saved to disk" in message(scores, saved / "nowhere")
+    assert "not a data set that was saved to disk" in message(scores, scores)
+    np.save(saved / "more.npy", np.zeros(7, dtype=np.float32))
+    wanted = "must have a sample for each of 7 scores, got 6"
+    assert wanted in message(saved / "more.npy", saved / "whole")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'emp_fast[datasets]'" in message(scores, saved / "whole")
 
 
 def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path):
@@ -375,7 +500,7 @@ def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match=f"cannot write {path}: No space left on device"):
+    with pytest.raises(emp_fast.FileProblem, match=f"cannot write {path}: No space left on device"):
         write_atomically(path, fail, overwrite=True)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]

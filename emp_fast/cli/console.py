@@ -1,21 +1,20 @@
-"""What every command shares: consoles, the error line, files that appear whole or not at all."""
+"""What every command shares: consoles and the error line."""
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import IO, Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-__all__ = ["InputError", "OneLineErrors", "chosen_device", "stderr", "stdout", "write_atomically"]
+from emp_fast.files import FileProblem
+
+__all__ = ["InputError", "OneLineErrors", "chosen_device", "stderr", "stdout"]
 
 #: Tables keep their columns in a log file, where there is no terminal to ask for its width.
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -86,37 +85,6 @@ def stderr() -> Console:
     return _console(stderr=True)
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwrite: bool) -> None:
-    """Writes a file so that at any moment ``path`` is what it was before, or whole.
-
-    Args:
-        path: the file.
-        write: is called with a temporary binary file of the same folder.
-        overwrite: replace an existing file.
-
-    Raises:
-        InputError: it exists already, or it cannot be written.
-    """
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; --overwrite replaces it")
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
 def _console(*, stderr: bool) -> Console:
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
@@ -136,7 +104,7 @@ def _end(error: Exception) -> NoReturn:
         sys.exit(_INTERRUPTED)
     if isinstance(error, _UsageProblem):
         message = error.format_message()
-    elif isinstance(error, InputError):
+    elif isinstance(error, (InputError, FileProblem)):
         message = str(error)
     else:
         raise error

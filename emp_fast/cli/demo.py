@@ -14,10 +14,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from emp_fast.cli.console import InputError, chosen_device, stderr, stdout, write_atomically
+from emp_fast.cli.console import InputError, chosen_device, stderr, stdout
 from emp_fast.demo.comparison import Comparison, Summary, compare, defaults
 from emp_fast.demo.datasets import DATASETS, ImageData, load
 from emp_fast.demo.training import METHODS, Settings
+from emp_fast.files import write_atomically
 
 __all__ = ["demo"]
 

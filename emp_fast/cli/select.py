@@ -1,38 +1,37 @@
-"""``emp-fast select``: a file of scores in, a file of the kept indices out."""
+"""``emp-fast select``: a file of scores in, the kept indices or the kept part of a data set out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
 from torch import Tensor
 
 from emp_fast import policies
-from emp_fast.cli.console import InputError, write_atomically
+from emp_fast.cli.console import InputError
+from emp_fast.files import check_writable, read_vector
 from emp_fast.policies import Balance, Candidates, Policy, class_quotas
+from emp_fast.selection import WRITABLE, Selection, load_dataset
 
 __all__ = ["select"]
 
-_READABLE = (".npy", ".parquet")
-_WRITABLE = (".npy", ".parquet", ".txt")
 _FLOAT64_POLICIES = ("topk", "random", "epsilon-greedy")  # the others work in float32
 _EXACT_INTEGERS = 2**53
 
+_Number = float | int | None
+
 #: What --policy offers, and from which option each takes its number.
-_POLICIES: dict[str, Callable[[dict[str, float | None]], Policy]] = {
+_POLICIES: dict[str, Callable[[dict[str, _Number]], Policy]] = {
     "topk": lambda given: policies.TopK(),
     "random": lambda given: policies.Random(),
     "epsilon-greedy": lambda given: policies.EpsilonGreedy(**_named(given, "eps")),
     "gumbel": lambda given: policies.GumbelTopK(**_named(given, "temperature")),
     "below-mean": lambda given: policies.BelowMean(**_named(given, "keep")),
-    "stratified": lambda given: policies.Stratified(),
+    "stratified": lambda given: policies.Stratified(**_named(given, "bins", "cutoff")),
     "window": lambda given: policies.Window(**_named(given, "low", "high")),
 }
 
@@ -44,7 +43,8 @@ def select(
     output: Annotated[
         Path,
         typer.Argument(
-            metavar="OUTPUT", help="Kept indices, ascending: .npy (int64), .parquet or .txt."
+            metavar="OUTPUT",
+            help="Kept indices, ascending: .npy (int64), .parquet, .txt; a folder with --dataset.",
         ),
     ],
     keep: Annotated[
@@ -67,11 +67,13 @@ def select(
         typer.Option("--label-column", metavar="NAME", help="The same, of the .parquet of labels."),
     ] = None,
     balance: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--balance", metavar="HOW", help="Quotas of the classes: equal, proportional."
+            "--balance",
+            metavar="HOW",
+            help="Quotas of the classes: equal (the default), proportional.",
         ),
-    ] = "equal",
+    ] = None,
     policy: Annotated[
         str, typer.Option("--policy", metavar="NAME", help=f"One of {', '.join(_POLICIES)}.")
     ] = "topk",
@@ -81,8 +83,23 @@ def select(
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="Of the noise, for gumbel.")
     ] = None,
+    bins: Annotated[
+        int | None, typer.Option("--bins", help="Of equal width, for stratified.")
+    ] = None,
+    cutoff: Annotated[
+        float | None,
+        typer.Option("--cutoff", help="Share of the highest scores dropped first, for stratified."),
+    ] = None,
     low: Annotated[float | None, typer.Option("--low", help="Quantile, for window.")] = None,
     high: Annotated[float | None, typer.Option("--high", help="Quantile, for window.")] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            "--dataset",
+            metavar="FOLDER",
+            help="A Hugging Face data set saved to disk: its kept samples are saved to OUTPUT.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the policies that draw at random.")] = 0,
     allow_nan: Annotated[
         bool, typer.Option("--allow-nan", help="Rank NaN scores lowest, in place of refusing them.")
@@ -94,23 +111,31 @@ def select(
     """Select the samples to keep from a file of scores, exactly and reproducibly.
 
     Ties go to the lowest index. With below-mean, --keep is the share kept of the samples below the
-    mean, and a .parquet output gets the column "weight".
+    mean, and a .parquet or data set output gets the column "weight".
     """
-    if output.suffix not in _WRITABLE:
-        raise InputError(f"OUTPUT must end in {', '.join(_WRITABLE)}, got {output}")
+    if labels is None and (balance, label_column) != (None, None):
+        option = "--balance" if balance is not None else "--label-column"
+        raise InputError(f"{option} means nothing without --labels, got {balance or label_column}")
+    balance = balance or "equal"
     if balance not in get_args(Balance):
         raise InputError(
             f"--balance must be one of {', '.join(get_args(Balance))}, got {balance!r}"
         )
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"--seed must fit 64 bits, got {seed}")
-    if output.suffix == ".parquet":
-        _parquet()
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists already; --overwrite replaces it")
-    chosen = _policy(
-        policy, {"eps": eps, "temperature": temperature, "low": low, "high": high}, keep, k
-    )
+    if dataset is None:
+        check_writable(output, WRITABLE, overwrite=True)
+    numbers = {
+        "eps": eps,
+        "temperature": temperature,
+        "bins": bins,
+        "cutoff": cutoff,
+        "low": low,
+        "high": high,
+    }
+    chosen = _policy(policy, numbers, keep, k)
     values = _scores(scores, column, policy, allow_nan)
     budget = _budget(len(values), keep, k) if chosen.takes_budget else None
     groups, num_groups = (None, 1) if labels is None else _labels(labels, label_column, len(values))
@@ -123,26 +148,37 @@ def select(
     except ValueError as error:  # a window narrower than the budget
         raise InputError(str(error)) from error
     indices = mask.nonzero()[:, 0]
-    weights = None if weights is None else weights[indices]
-    write_atomically(output, _writer(output.suffix, indices, weights), overwrite=overwrite)
+    kept = Selection(indices, None if weights is None else weights[indices])
+    if dataset is None:
+        kept.save(output, overwrite=overwrite)
+    else:
+        _export(kept, dataset, len(values), output, overwrite)
     _say(f"kept {len(indices):,} of {len(values):,} samples: {output}")
-    if weights is not None and output.suffix != ".parquet":
-        _say(
-            f"the kept samples of {policy} have weights, which {output.suffix} cannot hold; "
-            ".parquet can"
-        )
+
+
+def _export(
+    kept: Selection, dataset: Path, num_samples: int, output: Path, overwrite: bool
+) -> None:
+    try:
+        whole = load_dataset(dataset)
+        if len(whole) != num_samples:
+            raise InputError(
+                f"{dataset} must have a sample for each of {num_samples:,} scores, "
+                f"got {len(whole):,}"
+            )
+        kept.export(whole, output, overwrite=overwrite)
+    except (ImportError, TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
 
 
 # ---- arguments ----------------------------------------------------------------------------------
 
 
-def _policy(
-    name: str, numbers: dict[str, float | None], keep: float | None, k: int | None
-) -> Policy:
+def _policy(name: str, numbers: dict[str, _Number], keep: float | None, k: int | None) -> Policy:
     if name not in _POLICIES:
         raise InputError(f"--policy must be one of {', '.join(_POLICIES)}, got {name!r}")
     given = {**numbers, "keep": keep if name == "below-mean" else None}
-    taken: dict[str, float | None] = dict(given)
+    taken: dict[str, _Number] = dict(given)
     try:
         policy = _POLICIES[name](taken)
     except ValueError as error:
@@ -157,7 +193,7 @@ def _policy(
     return policy
 
 
-def _named(given: dict[str, float | None], *names: str) -> dict[str, Any]:
+def _named(given: dict[str, _Number], *names: str) -> dict[str, Any]:
     """Takes the options of these names out of ``given``; a policy has defaults for the others."""
     return {name: value for name in names if (value := given.pop(name)) is not None}
 
@@ -184,7 +220,7 @@ def _budget(num_samples: int, keep: float | None, k: int | None) -> int:
 
 def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> Tensor:
     """[N] scores without NaN: float32, or float64 where only that holds them and the policy can."""
-    array = _read(path, column, "score")
+    array = read_vector(path, column, "score")
     if array.dtype.kind not in "fiu":
         raise InputError(f"{path} must hold numbers, got dtype {array.dtype}")
     wide = array.astype(np.float64)
@@ -212,7 +248,7 @@ def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> Ten
 
 def _labels(path: Path, column: str | None, num_samples: int) -> tuple[Tensor, int]:
     """[N] int64 group ids from 0 and their number."""
-    array = _read(path, column, "label")
+    array = read_vector(path, column, "label")
     if array.dtype.kind not in "iu":
         raise InputError(f"{path} must hold integer class ids, got dtype {array.dtype}")
     if len(array) != num_samples:
@@ -221,70 +257,6 @@ def _labels(path: Path, column: str | None, num_samples: int) -> tuple[Tensor, i
         )
     classes, groups = np.unique(array, return_inverse=True)
     return torch.from_numpy(groups.astype(np.int64)), len(classes)
-
-
-def _read(path: Path, column: str | None, usual_column: str) -> NDArray[Any]:
-    """A vector of at least one value."""
-    if path.suffix not in _READABLE:
-        raise InputError(f"scores and labels must be {' or '.join(_READABLE)} files, got {path}")
-    if column is not None and path.suffix != ".parquet":
-        raise InputError(f"a column can be named for .parquet alone, got {column!r} for {path}")
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        else:
-            array = _read_parquet(path, column, usual_column)
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise InputError(f"{path} is not a sound {path.suffix} file: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path} is not a .npy file but an archive of several arrays")
-    if array.ndim != 1:
-        raise InputError(f"{path} must hold a vector [N], got shape {list(array.shape)}")
-    if len(array) == 0:
-        raise InputError(f"{path} is empty")
-    return array
-
-
-def _read_parquet(path: Path, column: str | None, usual_column: str) -> NDArray[Any]:
-    parquet = _parquet()
-    names: list[str] = parquet.read_schema(path).names
-    if column is None:
-        column = names[0] if len(names) == 1 else usual_column
-    if column not in names:
-        raise InputError(f"{path} has no column {column!r}; it has {', '.join(map(repr, names))}")
-    chunks = parquet.read_table(path, columns=[column]).column(column)
-    if chunks.null_count:
-        raise InputError(f"column {column!r} of {path} holds {chunks.null_count:,} nulls")
-    array: NDArray[Any] = chunks.to_numpy()
-    return array
-
-
-def _parquet() -> ModuleType:
-    try:
-        return import_module("pyarrow.parquet")
-    except ModuleNotFoundError as error:
-        raise InputError(
-            ".parquet files need pyarrow, which is not installed: pip install 'emp_fast[parquet]'"
-        ) from error
-
-
-# ---- writing ------------------------------------------------------------------------------------
-
-
-def _writer(suffix: str, indices: Tensor, weights: Tensor | None) -> Callable[[IO[bytes]], object]:
-    if suffix == ".npy":
-        return lambda file: np.save(file, indices.numpy())
-    if suffix == ".txt":
-        return lambda file: file.write("".join(f"{index}\n" for index in indices.tolist()).encode())
-    parquet, table = _parquet(), import_module("pyarrow").table
-    columns = {"index": indices.numpy()}
-    if weights is not None:
-        columns["weight"] = weights.numpy()
-    return lambda file: parquet.write_table(table(columns), file)
 
 
 def _say(remark: str) -> None:

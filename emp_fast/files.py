@@ -1,0 +1,188 @@
+"""Files of one value a sample: scores and labels to read, scores and kept indices to write.
+
+``.npy`` holds one vector, ``.parquet`` columns of one length, ``.txt`` (written alone) a number a
+line. A file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "FileProblem",
+    "check_writable",
+    "column_names",
+    "read_columns",
+    "read_vector",
+    "write_atomically",
+    "write_columns",
+]
+
+_READABLE = (".npy", ".parquet")
+
+
+class FileProblem(ValueError):
+    """A file cannot be read or written as asked; the message is one line that names it."""
+
+
+def read_vector(path: Path, column: str | None, usual_column: str) -> NDArray[Any]:
+    """The vector of at least one value that a file holds.
+
+    Args:
+        path: a .npy or .parquet file.
+        column: of a .parquet file; None for its only one, or else ``usual_column``.
+        usual_column: the column that is meant where several are.
+
+    Raises:
+        FileProblem: the file cannot be read, is damaged, or holds anything but such a vector.
+    """
+    if path.suffix not in _READABLE:
+        raise FileProblem(f"scores and labels must be {' or '.join(_READABLE)} files, got {path}")
+    if column is not None and path.suffix != ".parquet":
+        raise FileProblem(f"a column can be named for .parquet alone, got {column!r} for {path}")
+    if path.suffix == ".npy":
+        array = _load(path)
+    else:
+        names = column_names(path)
+        if column is None:
+            column = names[0] if len(names) == 1 else usual_column
+        array = read_columns(path, [column])[column]
+    if array.ndim != 1:
+        raise FileProblem(f"{path} must hold a vector [N], got shape {list(array.shape)}")
+    if len(array) == 0:
+        raise FileProblem(f"{path} is empty")
+    return array
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The named columns of a .parquet file.
+
+    Raises:
+        FileProblem: the file cannot be read, is damaged, or lacks a column; or one has nulls.
+    """
+    names = column_names(path)
+    for column in columns:
+        if column not in names:
+            told = ", ".join(map(repr, names)) or "no columns"
+            raise FileProblem(f"{path} has no column {column!r}; it has {told}")
+    table = _reading(path, lambda: _parquet().read_table(path, columns=list(columns)))
+    read: dict[str, NDArray[Any]] = {}
+    for column in columns:
+        chunks = table.column(column)
+        if chunks.null_count:
+            raise FileProblem(f"column {column!r} of {path} holds {chunks.null_count:,} nulls")
+        read[column] = chunks.to_numpy()
+    return read
+
+
+def column_names(path: Path) -> list[str]:
+    """Of a .parquet file.
+
+    Raises:
+        FileProblem: the file cannot be read, or is damaged.
+    """
+    names: list[str] = _reading(path, lambda: _parquet().read_schema(path).names)
+    return names
+
+
+def check_writable(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> None:
+    """Finds out before the work is done whether its results can be written.
+
+    Raises:
+        FileProblem: the suffix is none of ``suffixes``, what it needs is not installed, there is no
+            such folder, or the file exists already.
+    """
+    if path.suffix not in suffixes:
+        raise FileProblem(f"the output must end in {', '.join(suffixes)}, got {path}")
+    if path.suffix == ".parquet":
+        _parquet()
+    if path.is_dir():
+        raise FileProblem(f"cannot write {path}: Is a directory")
+    if not path.parent.is_dir():
+        raise FileProblem(f"cannot write {path}: No such file or directory")
+    if path.exists() and not overwrite:
+        raise FileProblem(f"{path} exists already; overwrite replaces it")
+
+
+def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], *, overwrite: bool) -> None:
+    """Writes all columns into a .parquet file, or the first into a .npy or .txt file.
+
+    Raises:
+        FileProblem: the file exists already, or it cannot be written.
+    """
+    first = next(iter(columns.values()))
+    if path.suffix == ".npy":
+        write_atomically(path, lambda file: np.save(file, first), overwrite=overwrite)
+    elif path.suffix == ".txt":
+        text = "".join(f"{value}\n" for value in first.tolist())
+        write_atomically(path, lambda file: file.write(text.encode()), overwrite=overwrite)
+    else:
+        parquet, table = _parquet(), import_module("pyarrow").table(dict(columns))
+        write_atomically(path, lambda file: parquet.write_table(table, file), overwrite=overwrite)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwrite: bool) -> None:
+    """Writes a file so that at any moment ``path`` is what it was before, or whole.
+
+    Args:
+        path: the file.
+        write: is called with a temporary binary file of the same folder.
+        overwrite: replace an existing file.
+
+    Raises:
+        FileProblem: it exists already, or it cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise FileProblem(f"{path} exists already; overwrite replaces it")
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _load(path: Path) -> NDArray[Any]:
+    array = _reading(path, lambda: np.load(path, allow_pickle=False))
+    if not isinstance(array, np.ndarray):
+        raise FileProblem(f"{path} is not a .npy file but an archive of several arrays")
+    return array
+
+
+def _reading(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except FileProblem:
+        raise
+    except OSError as error:
+        raise FileProblem(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise FileProblem(f"{path} is not a sound {path.suffix} file: {error}") from error
+
+
+def _parquet() -> ModuleType:
+    try:
+        return import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise FileProblem(
+            ".parquet files need pyarrow, which is not installed: pip install 'emp_fast[parquet]'"
+        ) from error

@@ -1,0 +1,184 @@
+"""What a policy chose, and its way to disk: indices in a file, or the kept part of a data set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emp_fast._warnings import EmpFastWarning
+from emp_fast.files import (
+    FileProblem,
+    check_writable,
+    column_names,
+    read_columns,
+    read_vector,
+    write_columns,
+)
+
+__all__ = ["WRITABLE", "Selection"]
+
+#: Suffixes of the files that `Selection.save` writes.
+WRITABLE = (".npy", ".parquet", ".txt")
+
+
+class Selection(NamedTuple):
+    """What one epoch, or a statically pruned run, trains on."""
+
+    indices: Tensor  # [K] int64, ascending
+    weights: Tensor | None  # [K] float32 loss weights; None: all 1
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the indices; into a .parquet file the weights too, as the column "weight".
+
+        Args:
+            path: ends in .npy (int64), .parquet (column "index") or .txt (one a line).
+            overwrite: replace an existing file.
+
+        Raises:
+            emp_fast.FileProblem: the file exists already, or cannot be written.
+
+        Warns:
+            EmpFastWarning: there are weights and the format cannot hold them.
+        """
+        path = Path(path)
+        check_writable(path, WRITABLE, overwrite=overwrite)
+        columns = {"index": self.indices.cpu().numpy()}
+        if self.weights is not None:
+            columns["weight"] = self.weights.cpu().numpy()
+            if path.suffix != ".parquet":
+                warnings.warn(
+                    f"the kept samples have weights, which {path.suffix} cannot hold; .parquet can",
+                    EmpFastWarning,
+                    stacklevel=2,
+                )
+        write_columns(path, columns, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Selection:
+        """Reads what `save`, or ``emp-fast select``, wrote into a .npy or .parquet file.
+
+        Raises:
+            emp_fast.FileProblem: the file cannot be read, or holds anything but ascending indices.
+        """
+        path = Path(path)
+        indices, weights = read_vector(path, None, "index"), None
+        if indices.dtype != np.int64 or indices[0] < 0 or (np.diff(indices) <= 0).any():
+            raise FileProblem(f"{path} must hold ascending int64 indices, got {indices!r}")
+        if path.suffix == ".parquet" and "weight" in column_names(path):
+            weights = read_columns(path, ["weight"])["weight"]
+            if weights.dtype != np.float32 or not np.isfinite(weights).all():
+                raise FileProblem(f"{path} must hold finite float32 weights, got {weights!r}")
+        return cls(
+            torch.from_numpy(indices.copy()),
+            None if weights is None else torch.from_numpy(weights.copy()),
+        )
+
+    def export(
+        self,
+        dataset: Any,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> Any:
+        """The kept part of a Hugging Face data set, as ``dataset.select`` makes it.
+
+        Where the policy weighs its samples, the part has their weights as the column "weight".
+
+        Args:
+            dataset: a `datasets.Dataset`, or the folder of one that was saved to disk.
+            path: a folder to save the part to, with `datasets.Dataset.save_to_disk`; it appears
+                whole or not at all.
+            overwrite: replace an existing folder.
+
+        Returns:
+            The `datasets.Dataset` of K samples.
+
+        Raises:
+            ImportError: the library datasets is not installed.
+            TypeError: ``dataset`` is something else.
+            ValueError: it has fewer samples than were selected from, or has a column "weight"
+                already; as emp_fast.FileProblem: a folder cannot be read or written.
+        """
+        target = None if path is None else _checked_folder(Path(path), overwrite)
+        whole = load_dataset(dataset)
+        if len(self.indices) and int(self.indices[-1]) >= len(whole):
+            raise ValueError(
+                f"dataset must have the samples that were selected from, at least "
+                f"{int(self.indices[-1]) + 1}, got {len(whole)}"
+            )
+        if self.weights is not None and "weight" in whole.column_names:
+            raise ValueError(
+                "dataset must not have a column 'weight' where the policy weighs its samples, "
+                f"got {whole.column_names}"
+            )
+        kept = whole.select(self.indices.cpu().numpy())
+        if self.weights is not None:
+            kept = kept.add_column("weight", self.weights.cpu().numpy())
+        if target is not None:
+            _save_to_disk(kept, target)
+        return kept
+
+
+def load_dataset(dataset: Any) -> Any:
+    """A `datasets.Dataset`, read from disk where a folder is given.
+
+    Raises:
+        ImportError, TypeError, FileProblem: as `Selection.export`.
+    """
+    try:
+        library = import_module("datasets")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "Hugging Face data sets need the library datasets, which is not installed: "
+            "pip install 'emp_fast[datasets]'"
+        ) from error
+    if isinstance(dataset, (str, os.PathLike)):
+        try:
+            dataset = library.load_from_disk(os.fspath(dataset))
+        except Exception as error:  # a damaged folder can raise nearly anything
+            raise FileProblem(
+                f"{os.fspath(dataset)} is not a data set that was saved to disk: {error}"
+            ) from error
+    if not isinstance(dataset, library.Dataset):
+        raise TypeError(
+            f"dataset must be a datasets.Dataset, one split, got {type(dataset).__name__}"
+        )
+    return dataset
+
+
+def _checked_folder(path: Path, overwrite: bool) -> Path:
+    if path.exists() and not overwrite:
+        raise FileProblem(f"{path} exists already; overwrite replaces it")
+    if path.exists() and not path.is_dir():
+        raise FileProblem(f"cannot write {path}: it is a file, and a data set is a folder")
+    if not path.parent.is_dir():
+        raise FileProblem(f"cannot write {path}: No such file or directory")
+    return path
+
+
+def _save_to_disk(dataset: Any, path: Path) -> None:
+    """Saves beside ``path`` and then renames: a folder of that name is always whole."""
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        dataset.save_to_disk(aside / "new")
+        if path.exists():
+            path.rename(aside / "old")
+        (aside / "new").rename(path)
+    except OSError as error:
+        raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if (aside / "old").exists() and not path.exists():
+            (aside / "old").rename(path)
+        shutil.rmtree(aside)
