@@ -3,7 +3,7 @@
 // Memory: logits read once, gradient written once. No sums are needed for class ids, so any block
 // does any part of a row; soft targets first find their largest class and their total.
 #include "cuda/dispatch.cuh"
-#include "cuda/kernels.h"
+#include "cuda/launcher.cuh"
 #include "cuda/row_loop.cuh"
 
 namespace emp_fast::cuda {
@@ -86,11 +86,10 @@ void scale_gradient(Dtype dtype, void* grad, int64_t elements, const float* fact
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t blocks = ceil_div(elements, int64_t{kScaleThreads} * kElements<T>);
-    scale_elements<T>
-        <<<static_cast<unsigned>(std::min(blocks, kScaleBlocks)), kScaleThreads, 0, stream>>>(
-            static_cast<T*>(grad), elements, factor);
+    launch("scale_elements", scale_elements<T>,
+           static_cast<unsigned>(std::min(blocks, kScaleBlocks)), kScaleThreads, 0, stream,
+           static_cast<T*>(grad), elements, factor);
   });
-  check_launch("scale_elements");
 }
 
 void gradient(Dtype dtype, const BackwardPlan& plan, const RowArgs& args, cudaStream_t stream) {
@@ -98,7 +97,7 @@ void gradient(Dtype dtype, const BackwardPlan& plan, const RowArgs& args, cudaSt
     using T = decltype(element);
     const auto run = [&](auto kernel) {
       const dim3 grid(static_cast<unsigned>(plan.grid), static_cast<unsigned>(plan.parts));
-      kernel<<<grid, plan.threads, 0, stream>>>(args, plan.vectors_per_part);
+      launch("row_gradients", kernel, grid, plan.threads, 0, stream, args, plan.vectors_per_part);
     };
     const bool soft = args.soft != nullptr;
     switch (plan.lanes) {
@@ -110,7 +109,6 @@ void gradient(Dtype dtype, const BackwardPlan& plan, const RowArgs& args, cudaSt
         return soft ? run(row_gradients<T, 256, true>) : run(row_gradients<T, 256, false>);
     }
   });
-  check_launch("row_gradients");
 }
 
 }  // namespace emp_fast::cuda

@@ -7,7 +7,7 @@
 // nothing is rescaled.
 #include "cuda/dispatch.cuh"
 #include "cuda/group.cuh"
-#include "cuda/kernels.h"
+#include "cuda/launcher.cuh"
 #include "cuda/row_epilogue.cuh"
 
 namespace emp_fast::cuda {
@@ -112,7 +112,8 @@ void score_in_registers(Dtype dtype, const RowPlan& plan, const RowArgs& args,
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     const auto run = [&](auto kernel) {
-      kernel<<<static_cast<unsigned>(plan.grid), plan.threads, 0, stream>>>(args);
+      launch("rows_in_registers", kernel, static_cast<unsigned>(plan.grid), plan.threads, 0, stream,
+             args);
     };
     switch (plan.lanes) {
       case 8:
@@ -125,7 +126,6 @@ void score_in_registers(Dtype dtype, const RowPlan& plan, const RowArgs& args,
         return run(rows_in_registers<T, 256, kRegisterVectors>);
     }
   });
-  check_launch("rows_in_registers");
 }
 
 }  // namespace emp_fast::cuda

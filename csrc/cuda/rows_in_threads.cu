@@ -5,7 +5,7 @@
 // where each thread walks its own row, and the gradient goes out the same way. No lane idles
 // however few the classes are.
 #include "cuda/dispatch.cuh"
-#include "cuda/kernels.h"
+#include "cuda/launcher.cuh"
 #include "cuda/row_epilogue.cuh"
 
 namespace emp_fast::cuda {
@@ -14,7 +14,7 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kThreadRowBlock)
     rows_in_threads(const __grid_constant__ RowArgs a) {
-  extern __shared__ uint4 staged[];
+  uint4* staged = dynamic_shared<uint4>();
   constexpr int kCount = kElements<T>;
   const int64_t tiles = (a.rows + kThreadRowBlock - 1) / kThreadRowBlock;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -83,10 +83,9 @@ __global__ void __launch_bounds__(kThreadRowBlock)
 void score_in_threads(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
-    rows_in_threads<T><<<static_cast<unsigned>(plan.grid), plan.threads,
-                         static_cast<size_t>(plan.shared_bytes), stream>>>(args);
+    launch("rows_in_threads", rows_in_threads<T>, static_cast<unsigned>(plan.grid), plan.threads,
+           plan.shared_bytes, stream, args);
   });
-  check_launch("rows_in_threads");
 }
 
 }  // namespace emp_fast::cuda

@@ -5,7 +5,7 @@
 // only the rest a second time, which the second-level cache mostly still holds. Soft targets take
 // three walks: their largest class, the sums, and the terms that need the finished sums.
 #include "cuda/dispatch.cuh"
-#include "cuda/kernels.h"
+#include "cuda/launcher.cuh"
 #include "cuda/row_loop.cuh"
 
 namespace emp_fast::cuda {
@@ -51,7 +51,7 @@ constexpr int kThreads = kLanes == 32 ? 128 : kLanes;
 template <class T, int kLanes, bool kSoft>
 __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThreads<kLanes>)
     rows_looped(const __grid_constant__ RowArgs a, int cached_vectors) {
-  extern __shared__ uint4 cache[];
+  uint4* cache = dynamic_shared<uint4>();
   constexpr int kCount = kElements<T>;
   constexpr int kRows = kThreads<kLanes> / kLanes;
   const int64_t tiles = (a.rows + kRows - 1) / kRows;
@@ -107,9 +107,8 @@ void score_looped(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStr
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     const auto run = [&](auto kernel) {
-      allow_shared_memory(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "rows_looped");
-      kernel<<<static_cast<unsigned>(plan.grid), plan.threads,
-               static_cast<size_t>(plan.shared_bytes), stream>>>(args, plan.cached_vectors);
+      launch("rows_looped", kernel, static_cast<unsigned>(plan.grid), plan.threads,
+             plan.shared_bytes, stream, args, plan.cached_vectors);
     };
     if (plan.lanes == 32) {
       args.soft ? run(rows_looped<T, 32, true>) : run(rows_looped<T, 32, false>);
@@ -118,7 +117,6 @@ void score_looped(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStr
                 : run(rows_looped<T, kLoopedThreads, false>);
     }
   });
-  check_launch("rows_looped");
 }
 
 }  // namespace emp_fast::cuda

@@ -3,7 +3,7 @@
 //
 // Memory: logits read once; 24 bytes of sums a part.
 #include "cuda/dispatch.cuh"
-#include "cuda/kernels.h"
+#include "cuda/launcher.cuh"
 #include "cuda/row_loop.cuh"
 
 namespace emp_fast::cuda {
@@ -64,12 +64,11 @@ void score_split(Dtype dtype, const RowPlan& plan, const RowArgs& args, float* p
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     const dim3 grid(static_cast<unsigned>(args.rows), static_cast<unsigned>(plan.parts));
-    row_parts<T><<<grid, plan.threads, 0, stream>>>(args, plan.vectors_per_part, partials);
-    check_launch("row_parts");
+    launch("row_parts", row_parts<T>, grid, plan.threads, 0, stream, args, plan.vectors_per_part,
+           partials);
     const auto blocks = static_cast<unsigned>(ceil_div(args.rows, 4));
-    merge_parts<T><<<blocks, 128, 0, stream>>>(args, plan.parts, partials);
+    launch("merge_parts", merge_parts<T>, blocks, 128, 0, stream, args, plan.parts, partials);
   });
-  check_launch("merge_parts");
 }
 
 }  // namespace emp_fast::cuda

@@ -11,7 +11,7 @@
 #include <climits>
 
 #include "core/order_key.h"
-#include "cuda/kernels.h"
+#include "cuda/launcher.cuh"
 #include "cuda/radix_select.h"
 
 namespace emp_fast::cuda {
@@ -485,28 +485,23 @@ void clear(const SelectionPlan& plan, void* workspace, cudaStream_t stream) {
 
 void start(SelectState* states, int64_t problems, const int64_t* group_k, int64_t k0, int64_t k1,
            cudaStream_t stream) {
-  start_states<<<grid_of(problems, kThreads, kMaxGridX), kThreads, 0, stream>>>(states, problems,
-                                                                                group_k, k0, k1);
-  check_launch("start_states");
+  launch("start_states", start_states, grid_of(problems, kThreads, kMaxGridX), kThreads, 0, stream,
+         states, problems, group_k, k0, k1);
 }
 
 void fix(const Workspace& w, int64_t first, int64_t problems, int digit_bits, const Digit& digit,
          cudaStream_t stream) {
-  fix_digit<<<static_cast<unsigned>(problems), kThreads, 0, stream>>>(
-      w.histograms + (first << digit_bits), digit_bits, digit, w.states + first);
-  check_launch("fix_digit");
+  launch("fix_digit", fix_digit, static_cast<unsigned>(problems), kThreads, 0, stream,
+         w.histograms + (first << digit_bits), digit_bits, digit, w.states + first);
 }
 
 void write_indices(const SelectionPlan& plan, const Workspace& w, int64_t k, int64_t* out,
                    cudaStream_t stream) {
-  scan_tiles<<<static_cast<unsigned>(plan.scan_blocks), kScanThreads, 0, stream>>>(
-      w.tile_counts, plan.tiles, w.totals);
-  check_launch("scan_tiles");
-  scan_totals<<<1, kScanThreads, 0, stream>>>(w.totals, plan.scan_blocks);
-  check_launch("scan_totals");
-  expand<<<grid_of(plan.tiles, 1, kMaxGridX), kTileWords, 0, stream>>>(
-      w.bitmap, plan.tiles, w.tile_counts, w.totals, k, out);
-  check_launch("expand");
+  launch("scan_tiles", scan_tiles, static_cast<unsigned>(plan.scan_blocks), kScanThreads, 0, stream,
+         w.tile_counts, plan.tiles, w.totals);
+  launch("scan_totals", scan_totals, 1, kScanThreads, 0, stream, w.totals, plan.scan_blocks);
+  launch("expand", expand, grid_of(plan.tiles, 1, kMaxGridX), kTileWords, 0, stream, w.bitmap,
+         plan.tiles, w.tile_counts, w.totals, k, out);
 }
 
 void plain_topk(const SelectionPlan& plan, const Device& device, const float* scores, int64_t n,
@@ -515,14 +510,13 @@ void plain_topk(const SelectionPlan& plan, const Device& device, const float* sc
   const unsigned grid = grid_of(n, kThreads * kPerThread, int64_t{8} * device.multiprocessors);
   Digit digit;
   for (int pass = 0; nth_digit(pass, kDigitBits, plan.index_bits, digit); ++pass) {
-    count_scores<<<grid, kThreads, 0, stream>>>(scores, n, plan.index_bits, digit, w.states,
-                                                w.histograms);
-    check_launch("count_scores");
+    launch("count_scores", count_scores, grid, kThreads, 0, stream, scores, n, plan.index_bits,
+           digit, w.states, w.histograms);
     fix(w, 0, 1, kDigitBits, digit, stream);
   }
-  mark_selected<false><<<grid_of(plan.tiles, 1, kMaxGridX), kThreads, 0, stream>>>(
-      scores, nullptr, n, plan.tiles, plan.index_bits, w.states, w.bitmap, w.tile_counts);
-  check_launch("mark_selected");
+  launch("mark_selected", mark_selected<false>, grid_of(plan.tiles, 1, kMaxGridX), kThreads, 0,
+         stream, scores, nullptr, n, plan.tiles, plan.index_bits, w.states, w.bitmap,
+         w.tile_counts);
   write_indices(plan, w, k, out, stream);
 }
 
@@ -531,35 +525,31 @@ void sampled_topk(const SelectionPlan& plan, const Device& device, const float* 
                   cudaStream_t stream) {
   // The sample lies where the bitmap will: it is done with before the first bit is written.
   uint32_t* sample = w.bitmap;
-  sample_keys<<<grid_of(kSample, kThreads, kMaxGridX), kThreads, 0, stream>>>(scores, n, sample);
-  check_launch("sample_keys");
+  launch("sample_keys", sample_keys, grid_of(kSample, kThreads, kMaxGridX), kThreads, 0, stream,
+         scores, n, sample);
   start(w.states, 2, nullptr, plan.rank_above, std::min(plan.rank_below, kSample), stream);
   const auto blocks = static_cast<unsigned>(2 * device.multiprocessors);
   Digit digit;
   for (int pass = 0; nth_digit(pass, kDigitBits, 0, digit); ++pass) {
-    count_keys<<<dim3(blocks, 2), kThreads, 0, stream>>>(sample, nullptr, nullptr, kSample, 0,
-                                                         digit, w.states, w.histograms);
-    check_launch("count_keys");
+    launch("count_keys", count_keys, dim3(blocks, 2), kThreads, 0, stream, sample, nullptr, nullptr,
+           kSample, 0, digit, w.states, w.histograms);
     fix(w, 0, 2, kDigitBits, digit, stream);
   }
-  mark_bracket<<<grid_of(plan.tiles, 1, kMaxGridX), kThreads, 0, stream>>>(
-      scores, n, plan.tiles, w.states, plan.rank_below > kSample, w.bitmap, w.tile_counts,
-      w.control, w.candidate_keys, w.candidate_indices, plan.candidates);
-  check_launch("mark_bracket");
+  launch("mark_bracket", mark_bracket, grid_of(plan.tiles, 1, kMaxGridX), kThreads, 0, stream,
+         scores, n, plan.tiles, w.states, plan.rank_below > kSample, w.bitmap, w.tile_counts,
+         w.control, w.candidate_keys, w.candidate_indices, plan.candidates);
   SelectState* rest = w.states + 2;
-  start_candidates<<<1, 1, 0, stream>>>(w.control, k, plan.candidates, rest, status);
-  check_launch("start_candidates");
+  launch("start_candidates", start_candidates, 1, 1, 0, stream, w.control, k, plan.candidates, rest,
+         status);
   for (int pass = 0; nth_digit(pass, kDigitBits, plan.index_bits, digit); ++pass) {
-    count_keys<<<dim3(blocks, 1), kThreads, 0, stream>>>(
-        w.candidate_keys, w.candidate_indices, w.control, plan.candidates, plan.index_bits, digit,
-        rest, w.histograms + (2 << kDigitBits));
-    check_launch("count_keys");
+    launch("count_keys", count_keys, dim3(blocks, 1), kThreads, 0, stream, w.candidate_keys,
+           w.candidate_indices, w.control, plan.candidates, plan.index_bits, digit, rest,
+           w.histograms + (2 << kDigitBits));
     fix(w, 2, 1, kDigitBits, digit, stream);
   }
-  mark_candidates<<<blocks, kThreads, 0, stream>>>(w.candidate_keys, w.candidate_indices, w.control,
-                                                   plan.candidates, plan.index_bits, rest, w.bitmap,
-                                                   w.tile_counts);
-  check_launch("mark_candidates");
+  launch("mark_candidates", mark_candidates, blocks, kThreads, 0, stream, w.candidate_keys,
+         w.candidate_indices, w.control, plan.candidates, plan.index_bits, rest, w.bitmap,
+         w.tile_counts);
   write_indices(plan, w, k, out, stream);
 }
 
@@ -585,14 +575,12 @@ void grouped_topk(const SelectionPlan& plan, const Device& device, const float* 
   const unsigned grid = grid_of(n, kThreads * 4, int64_t{8} * device.multiprocessors);
   Digit digit;
   for (int pass = 0; nth_digit(pass, kGroupDigitBits, plan.index_bits, digit); ++pass) {
-    count_grouped<<<grid, kThreads, 0, stream>>>(scores, groups, n, plan.index_bits, digit,
-                                                 w.states, w.histograms);
-    check_launch("count_grouped");
+    launch("count_grouped", count_grouped, grid, kThreads, 0, stream, scores, groups, n,
+           plan.index_bits, digit, w.states, w.histograms);
     fix(w, 0, plan.problems, kGroupDigitBits, digit, stream);
   }
-  mark_selected<true><<<grid_of(plan.tiles, 1, kMaxGridX), kThreads, 0, stream>>>(
-      scores, groups, n, plan.tiles, plan.index_bits, w.states, w.bitmap, w.tile_counts);
-  check_launch("mark_selected");
+  launch("mark_selected", mark_selected<true>, grid_of(plan.tiles, 1, kMaxGridX), kThreads, 0,
+         stream, scores, groups, n, plan.tiles, plan.index_bits, w.states, w.bitmap, w.tile_counts);
   write_indices(plan, w, k, out, stream);
 }
 

@@ -6,7 +6,7 @@
 // number plus one, then the row that finds its own number there takes the step and clears the
 // claim.
 #include "core/philox.h"
-#include "cuda/kernels.h"
+#include "cuda/launcher.cuh"
 #include "cuda/state_update.cuh"
 
 namespace emp_fast::cuda {
@@ -84,25 +84,21 @@ unsigned blocks_of(int64_t items) {
 
 void update_state(const UpdateArgs& args, cudaStream_t stream) {
   if (args.rows <= kOneBlockRows) {
-    update_in_one_block<<<1, kOneBlockThreads, 0, stream>>>(args);
-    return check_launch("update_in_one_block");
+    return launch("update_in_one_block", update_in_one_block, 1, kOneBlockThreads, 0, stream, args);
   }
-  claim_rows<<<blocks_of(args.rows), kStateThreads, 0, stream>>>(args);
-  check_launch("claim_rows");
-  step_rows<<<blocks_of(args.rows), kStateThreads, 0, stream>>>(args);
-  check_launch("step_rows");
+  launch("claim_rows", claim_rows, blocks_of(args.rows), kStateThreads, 0, stream, args);
+  launch("step_rows", step_rows, blocks_of(args.rows), kStateThreads, 0, stream, args);
 }
 
 void count_occurrences(const RowArgs& args, cudaStream_t stream) {
-  count_rows<<<blocks_of(args.rows), kStateThreads, 0, stream>>>(
-      args.indices, args.rows, args.state.claims, args.state.samples);
-  check_launch("count_rows");
+  launch("count_rows", count_rows, blocks_of(args.rows), kStateThreads, 0, stream, args.indices,
+         args.rows, args.state.claims, args.state.samples);
 }
 
 void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream_id,
             uint64_t start, cudaStream_t stream) {
-  sample_bits_of<<<blocks_of(n), kStateThreads, 0, stream>>>(out, n, seed, epoch, stream_id, start);
-  check_launch("sample_bits_of");
+  launch("sample_bits_of", sample_bits_of, blocks_of(n), kStateThreads, 0, stream, out, n, seed,
+         epoch, stream_id, start);
 }
 
 }  // namespace emp_fast::cuda

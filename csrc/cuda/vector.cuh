@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/softmax_sums.h"
+#include "cuda/ptx.cuh"
 #include "cuda/window.h"
 
 namespace emp_fast::cuda {
@@ -150,13 +151,6 @@ __device__ __forceinline__ void store_vector(T* row, int column, const Window<kE
   }
 }
 
-// The larger, NaN if either is: one instruction.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
 // The largest element of kVectors vectors (at least kLowest), NaN if one is; 16-bit elements two at
 // a time.
 template <class T, int kVectors>
@@ -186,9 +180,7 @@ __device__ __forceinline__ float largest(const uint4 (&raw)[kVectors]) {
 // e^x for x <= 0, 0 where it would be denormal: one multiplication and one special-function
 // instruction.
 __device__ __forceinline__ float exp_flushed(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
-  return result;
+  return exp2_flushed(x * 1.4426950408889634f);
 }
 
 // `add` of core/softmax_sums.h in as few instructions as the hot loop can afford.
