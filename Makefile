@@ -4,10 +4,11 @@ VENV ?= .venv
 OUT ?= runs
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+GPU_STEPS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint format typecheck bench clean
+.PHONY: help setup demo test lint format bench gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +44,9 @@ bench: setup  ## the CPU benchmark: a JSON file, a table and a plot in $(OUT)/be
 	mkdir -p $(OUT)/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench/cpu.json
 	$(BIN)/python -m benchmarks.report $(OUT)/bench/cpu.json -o $(OUT)/bench
+
+gpu-check:  ## on a machine with a GPU: build, GPU tests, sanitizer, GPU benchmark into $(OUT)/gpu; installs nothing
+	PYTHON=$(PYTHON) tests/gpu/check.sh $(OUT)/gpu $(GPU_STEPS)
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info $(VENV) emp_fast/_native*.so emp_fast/_build_info.json

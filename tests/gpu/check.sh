@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: builds for this machine's card, runs the GPU suite,
+# compute-sanitizer and the GPU benchmark, and leaves logs, results and a report in one folder.
+#
+#   tests/gpu/check.sh FOLDER [build] [test] [sanitize] [bench]      without steps: all of them
+#
+# It installs nothing. It needs python3 (PYTHON) with torch, triton, pybind11, cmake, ninja,
+# setuptools, pytest and pytest-benchmark, and nvcc; compute-sanitizer and the benchmark's peers are
+# used where they are. TEST_FLAGS, SANITIZE_FLAGS and BENCH_FLAGS, quoted as for a shell, are handed to
+# pytest. A failing step does not keep the next from running; the exit status says whether all passed.
+# EMP_FAST_GPU_DRY_RUN=1 tries this script itself on a machine without a GPU.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+
+folder=${1:?usage: tests/gpu/check.sh FOLDER [build] [test] [sanitize] [bench]}
+shift
+steps=("${@:-}")
+[ -n "${steps[0]}" ] || steps=(build test sanitize bench)
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$folder"
+summary=$folder/summary.txt
+
+if [ "${EMP_FAST_GPU_DRY_RUN:-0}" = 1 ]; then
+  build_environment=(EMP_FAST_REQUIRE_NATIVE=1)
+  bench_flags=(--device cpu --quick)
+else
+  export EMP_FAST_REQUIRE_GPU=1
+  architecture=$("$python" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "") + "-real")')
+  build_environment=(EMP_FAST_REQUIRE_NATIVE=1 EMP_FAST_CUDA=1 "EMP_FAST_CUDA_ARCHS=$architecture")
+  bench_flags=(--device cuda)
+fi
+
+build() { env "${build_environment[@]}" "$python" setup.py build_ext --inplace; }
+
+test() {
+  local flags
+  eval "flags=(${TEST_FLAGS:-})"
+  "$python" -m pytest tests/gpu -q --junitxml="$folder/test.xml" "${flags[@]}"
+}
+
+sanitize() {
+  if ! command -v compute-sanitizer; then
+    echo "compute-sanitizer is not on the PATH: nothing was checked"
+    return 1
+  fi
+  # Every tensor its own allocation, else a read beyond one lands in its neighbour unseen.
+  local tool flags
+  eval "flags=(${SANITIZE_FLAGS:-})"
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --kernel-name-exclude kernel_substring=at:: \
+      "$python" -m pytest tests/gpu -q -x -m sanitize -k 'cuda and not _as_' "${flags[@]}" ||
+      return
+  done
+}
+
+bench() {
+  local flags
+  eval "flags=(${BENCH_FLAGS:-})"
+  "$python" -m pytest benchmarks -q "${bench_flags[@]}" --benchmark-json="$folder/gpu.json" \
+    "${flags[@]}" || return
+  "$python" -m benchmarks.report "$folder/gpu.json" -o "$folder"
+}
+
+"$python" -c '
+import json, torch
+from benchmarks import machine
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+print(json.dumps(machine.describe(device), indent=1))' >"$summary" || exit
+failed=0
+for step in "${steps[@]}"; do
+  case $step in build | test | sanitize | bench) ;; *)
+    echo "no such step: $step" >&2
+    exit 2
+    ;;
+  esac
+  began=$SECONDS
+  if "$step" >"$folder/$step.log" 2>&1; then outcome=passed; else outcome=FAILED failed=1; fi
+  echo "$step $outcome in $((SECONDS - began)) s: $(grep . "$folder/$step.log" | tail -n 1)" | tee -a "$summary"
+done
+exit "$failed"

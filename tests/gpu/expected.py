@@ -1,0 +1,42 @@
+"""What the GPU's results are held against: the reference in float64, on the same device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import emp_fast
+from emp_fast.functional import cross_entropy
+
+
+def reference_rows(logits: Tensor, target: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Statistics and gradient of a few rows in float64, and the gradient as torch has it.
+
+    Returns:
+        The fields of SampleStats by name, the gradient of the summed loss, torch's gradient.
+    """
+    exact = logits.detach().double().requires_grad_()
+    with emp_fast.use_backend("reference"):
+        stats = cross_entropy(exact, target)
+    (grad,) = torch.autograd.grad(stats.loss.sum(), exact)
+    leaf = logits.detach().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(leaf.float(), target, reduction="sum")
+    (torchs,) = torch.autograd.grad(loss, leaf)
+    return {name: value.detach() for name, value in stats._asdict().items()}, grad, torchs
+
+
+def assert_gradient(got: Tensor, torchs: Tensor, wanted: Tensor) -> None:
+    """``got`` errs at most twice as much as torch; both against ``wanted`` in float64.
+
+    Beyond that is allowed what no float32 arithmetic avoids: two ulps in the exponential and the
+    reciprocal of the sum, and half of one in rounding the result.
+    """
+    kept = ~wanted.isnan()
+    error = (got.double() - wanted)[kept].abs()
+    if not error.numel():
+        return
+    torch_error = (torchs.double() - wanted)[kept].abs().nan_to_num(0.0)
+    carried = torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps
+    rounding = 2 * carried + torch.finfo(got.dtype).eps / 2
+    floor = rounding * float(wanted[kept].abs().max())
+    assert float(error.max()) <= 2 * float(torch_error.max()) + floor

@@ -1,0 +1,154 @@
+"""Scores and gradients on the GPU: every shared case against the float64 oracle, then large SIZES.
+
+Large inputs are held against the reference in float64, on the rows where kernels go wrong: the
+first and last ones, and those around element 2^31.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from expected import assert_gradient, reference_rows
+from sizes import SIZES
+from test_functional import assert_stats, incoming, torch_loss
+from torch import Tensor
+
+from emp_fast import SampleStats
+from emp_fast.functional import cross_entropy, info_nce, linear_cross_entropy
+from emp_fast.testing import ATOL, CASES, RTOL, Case, make, oracle
+
+HALVES = (torch.float16, torch.bfloat16)
+EVERY_CASE = [
+    *CASES,
+    # What the list has in float32 alone, in 16 bits too.
+    *(
+        dataclasses.replace(case, name=f"{case.name}_as_{str(dtype)[6:]}", dtype=dtype)
+        for case in CASES
+        if case.dtype == torch.float32
+        for dtype in HALVES
+    ),
+]
+
+
+def on_cpu(stats: SampleStats) -> SampleStats:
+    return SampleStats(*(field.detach().cpu() for field in stats))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
+def test_values_and_gradients_agree_with_the_oracle(
+    case: Case, backend: str, device: torch.device, poison: None
+) -> None:
+    logits, target, options = make(case, device)
+    leaf = logits.detach().requires_grad_()
+    stats = cross_entropy(leaf, target, **options)
+    grad_loss = incoming(stats.loss.shape[0]).to(device)
+    (grad,) = torch.autograd.grad(stats.loss, leaf, grad_loss.to(stats.loss.dtype))
+    wanted, wanted_grad = oracle(logits, target, grad_loss=grad_loss, **options)
+    assert_stats(on_cpu(stats), wanted)
+
+    loss = torch_loss(leaf, target, options)
+    (torchs,) = torch.autograd.grad(loss, leaf, grad_loss.to(loss.dtype))
+    assert grad.dtype == logits.dtype
+    expected = torch.from_numpy(wanted_grad)
+    assert torch.equal(grad.isnan().cpu(), expected.isnan())
+    assert_gradient(grad.cpu(), torchs.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 133])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("classes", SIZES.classes)
+def test_many_classes(
+    classes: int, offset: int, rows: int, dtype: torch.dtype, backend, device, poison
+) -> None:
+    classes -= offset  # odd too, so that rows start off the 16-byte grid
+    generator = torch.Generator(device).manual_seed(classes)
+    storage = torch.randn(rows * classes + offset, generator=generator, device=device).mul_(3)
+    logits = storage.to(dtype)[offset:].view(rows, classes)
+    target = torch.randint(classes, (rows,), generator=generator, device=device)
+    target[0] = classes - 1
+    assert_rows(logits, target, torch.arange(rows, device=device))
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows(classes: int, dtype: torch.dtype, backend, device, room) -> None:
+    rows = SIZES.many_rows * 10 // classes
+    logits, target = drawn(rows, classes, dtype, device)
+    assert_rows(logits, target, some_rows(rows, classes, device))
+
+
+@pytest.mark.parametrize("classes", [1000, 128256])
+def test_more_elements_than_an_int32_counts(classes: int, backend, device, room) -> None:
+    classes = min(classes, SIZES.elements // 8)
+    rows = SIZES.elements // classes + 2
+    logits, target = drawn(rows, classes, torch.bfloat16, device)
+    assert_rows(logits, target, some_rows(rows, classes, device))
+
+
+def drawn(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(classes)
+    logits = torch.empty(rows, classes, dtype=dtype, device=device)
+    for part in logits.split(max(1, 2**28 // classes)):
+        part.copy_(torch.randn(part.shape, generator=generator, device=device).mul_(3))
+    return logits, torch.randint(classes, (rows,), generator=generator, device=device)
+
+
+def some_rows(rows: int, classes: int, device: torch.device) -> Tensor:
+    """The ends, those around element 2^31, and an even spread."""
+    middle = 2**31 // classes
+    chosen = {0, 1, rows - 2, rows - 1, *range(0, rows, max(1, rows // 61))}
+    chosen |= {row for row in range(middle - 1, middle + 2) if row < rows}
+    return torch.tensor(sorted(chosen), device=device)
+
+
+def assert_rows(logits: Tensor, target: Tensor, rows: Tensor) -> None:
+    """Values and gradients at ``rows``, in float64 by the reference."""
+    leaf = logits.detach().requires_grad_()
+    stats = cross_entropy(leaf, target)
+    (grad,) = torch.autograd.grad(stats.loss.sum(), leaf)
+    wanted, wanted_grad, torchs = reference_rows(logits[rows], target[rows])
+    for name, value in stats._asdict().items():
+        torch.testing.assert_close(
+            value.detach()[rows].to(wanted[name].dtype), wanted[name], rtol=RTOL, atol=ATOL
+        )
+    assert_gradient(grad[rows], torchs, wanted_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_cross_entropy(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 64, generator=generator).to(device, dtype).requires_grad_()
+    classifier = torch.randn(1003, 64, generator=generator).to(device, dtype).requires_grad_()
+    bias = torch.randn(1003, generator=generator).to(device, dtype).requires_grad_()
+    target = torch.randint(1003, (300,), generator=generator).to(device)
+    leaves = (hidden, classifier, bias)
+    got = linear_cross_entropy(hidden, classifier, target, bias=bias)
+    grads = torch.autograd.grad(got.loss.sum(), leaves)
+    with torch.no_grad():
+        exact = [leaf.double().requires_grad_() for leaf in leaves]
+    wanted = cross_entropy(exact[0] @ exact[1].T + exact[2], target)
+    exact_grads = torch.autograd.grad(wanted.loss.sum(), exact)
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    for one, other in zip(got[:5], wanted[:5], strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+    for one, other in zip(grads, exact_grads, strict=True):
+        error = (one.double() - other).norm() / other.norm()
+        assert float(error) < tolerance
+
+
+def test_info_nce(backend: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (
+        torch.randn(257, 32, generator=generator).to(device).requires_grad_() for _ in range(2)
+    )
+    got = info_nce(query, key)
+    grads = torch.autograd.grad(got.loss.sum(), (query, key))
+    exact = [leaf.detach().double().requires_grad_() for leaf in (query, key)]
+    wanted = info_nce(*exact)
+    exact_grads = torch.autograd.grad(wanted.loss.sum(), exact)
+    for one, other in zip((*got[:5], *grads), (*wanted[:5], *exact_grads), strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=1e-5)
