@@ -142,7 +142,9 @@ template <class T>
 __device__ __forceinline__ void store_vector(T* row, int column, const Window<kElements<T>>& window,
                                              const float (&x)[kElements<T>]) {
   if (window.interior(column) && reinterpret_cast<uintptr_t>(row + column) % kVectorBytes == 0) {
-    *reinterpret_cast<uint4*>(row + column) = pack<T>(x);
+    // Evict first: logits still to be read again are what the cache is for. An assignment would
+    // also become four stores of 4 bytes in some kernels.
+    __stcs(reinterpret_cast<uint4*>(row + column), pack<T>(x));
     return;
   }
 #pragma unroll
