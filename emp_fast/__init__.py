@@ -14,10 +14,12 @@ from emp_fast.backends import BackendError, use_backend
 from emp_fast.data import collate_with_indices, with_indices
 from emp_fast.files import FileProblem
 from emp_fast.functional import SampleStats
+from emp_fast.in_batch import select_in_batch
 from emp_fast.policies import Policy
 from emp_fast.pruner import Pruner
 from emp_fast.rules import Rule
 from emp_fast.selection import Selection
+from emp_fast.static import score_dataset
 from emp_fast.store import ScoreStore
 
 __version__ = "0.1.0"
@@ -36,6 +38,8 @@ __all__ = [
     "functional",
     "policies",
     "rules",
+    "score_dataset",
+    "select_in_batch",
     "use_backend",
     "with_indices",
 ]

@@ -21,7 +21,7 @@ from emp_fast.policies import Balance, Candidates, Policy, TopK, class_quotas
 from emp_fast.rules import EMP, Rule
 from emp_fast.selection import Selection
 
-__all__ = ["ScoreStore", "Selection"]
+__all__ = ["ScoreStore", "Selection", "single_visit_scores"]
 
 _FORMAT = 1
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -576,3 +576,18 @@ class ScoreStore:
 
     def __repr__(self) -> str:
         return f"ScoreStore({self.num_samples}, {self.rule!r}, device={self.device})"
+
+
+def single_visit_scores(rule: Rule, stats: SampleStats, **extra: Tensor) -> Tensor:
+    """[S] float32, what the first visit of each of S samples scores; NaN where none can be made:
+    a stat that the rule reads is not finite, or the sample has no valid position.
+
+    Raises:
+        ValueError: the rule reads something else, or is for another number of samples.
+    """
+    samples = stats.loss.shape[0]
+    if samples == 0:
+        return stats.loss.detach().float()
+    store = ScoreStore(samples, rule, device=stats.loss.device)
+    store.update(torch.arange(samples, device=store.device), stats, **extra)
+    return store.scores.masked_fill(store.visits == 0, torch.nan)

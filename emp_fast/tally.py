@@ -1,0 +1,143 @@
+"""The stats of a data set while it is being scored: sums over the passes, and what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emp_fast.collectives import Ranks
+from emp_fast.files import FileProblem, write_atomically
+from emp_fast.functional import SampleStats
+
+__all__ = ["Tally"]
+
+_FORMAT = 1
+_SUMMED = ("loss", "entropy", "el2n", "margin", "confidence")
+
+
+class Tally:
+    """Sums of N samples' stats, over as many passes as each of them has been through.
+
+    Args:
+        num_samples: N.
+        device: where the sums live.
+    """
+
+    def __init__(self, num_samples: int, device: torch.device) -> None:
+        #: Passes that a sample has been through; on the host, so that looking costs no waiting.
+        self.done = torch.zeros(num_samples, dtype=torch.int32)
+        self._tensors = {
+            "sums": torch.zeros(len(_SUMMED), num_samples, device=device),
+            "wrong": torch.zeros(num_samples, dtype=torch.int32, device=device),
+            "count": torch.zeros(num_samples, dtype=torch.int32, device=device),
+            "visits": torch.zeros(num_samples, dtype=torch.int32, device=device),
+        }
+
+    def add(self, indices: Tensor, stats: SampleStats, passes_before: int) -> int:
+        """Adds those samples of a batch that this pass has not met yet; returns how many.
+
+        Args:
+            indices: [S] integers, on the host.
+            stats: of S samples.
+            passes_before: samples that have been through more are skipped.
+
+        Raises:
+            IndexError: an index lies outside [0, N); nothing of the batch has been added then.
+            ValueError: indices and stats differ in length.
+        """
+        n = len(self.done)
+        indices = indices.to("cpu", torch.int64)
+        if indices.dim() != 1 or stats.loss.shape != indices.shape:
+            raise ValueError(
+                f"a batch must have one index for each of its stats {tuple(stats.loss.shape)}, "
+                f"got shape {tuple(indices.shape)}"
+            )
+        bad = (indices < 0) | (indices >= n)
+        if bool(bad.any()):
+            raise IndexError(f"indices must lie in [0, {n}), got {int(indices[bad][0])}")
+        fresh = (self.done[indices] <= passes_before).nonzero()[:, 0].numpy()
+        # Of a sample that is there twice the last row counts, as in ScoreStore.update.
+        samples, place = np.unique(indices.numpy()[fresh][::-1], return_index=True)
+        rows = fresh[::-1][place]
+        self.done[samples] += 1
+        tensors = self._tensors
+        device = tensors["sums"].device
+        at = torch.from_numpy(samples).to(device, non_blocking=True)
+        row = torch.from_numpy(rows).to(device, non_blocking=True)
+        columns = torch.stack([getattr(stats, name).float() for name in _SUMMED]).to(device)
+        tensors["sums"][:, at] += columns[:, row]
+        count = stats.count.to(device)[row].to(torch.int32)
+        tensors["wrong"][at] += (~stats.correct.to(device)[row]).to(torch.int32)
+        tensors["count"][at] += count
+        tensors["visits"][at] += (count > 0).to(torch.int32)
+        return len(samples)
+
+    def means(self) -> SampleStats:
+        """The mean over the passes in which a sample had valid positions, the sum of its valid
+        positions, and whether it was correct in all of them.
+        """
+        visits = self._tensors["visits"].clamp_min(1)
+        fields = dict(zip(_SUMMED, self._tensors["sums"] / visits, strict=True))
+        return SampleStats(
+            **fields, correct=self._tensors["wrong"] == 0, count=self._tensors["count"].clone()
+        )
+
+    def merge(self, ranks: Ranks) -> None:
+        """Brings every rank's samples to every rank. Of a sample that several ranks have, the one
+        with the most passes counts, the lowest such rank.
+        """
+        if ranks.size == 1:
+            return
+        most = ranks.all_reduce(self.done, "max")
+        claim = torch.where(self.done == most, ranks.rank, ranks.size)
+        mine = ranks.all_reduce(claim, "min") == ranks.rank
+        self.done = most
+        for tensor in self._tensors.values():
+            tensor.copy_(ranks.all_reduce(torch.where(mine.to(tensor.device), tensor, 0)))
+
+    # ---- on disk --------------------------------------------------------------------------------
+
+    def save(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Writes what is done into a file that is whole at any moment.
+
+        Raises:
+            FileProblem: it cannot be written.
+        """
+        state = {
+            "format": _FORMAT,
+            "facts": dict(facts),
+            "done": self.done,
+            "tensors": {name: tensor.cpu() for name, tensor in self._tensors.items()},
+        }
+        write_atomically(path, lambda file: torch.save(state, file), overwrite=True)
+
+    def load(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Takes over samples that a file has been through more passes with.
+
+        Raises:
+            FileProblem: it is damaged, or of a run of other facts.
+        """
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            theirs, done, tensors = state["facts"], state["done"], state["tensors"]
+            sound = state["format"] == _FORMAT and isinstance(theirs, dict)
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise FileProblem(
+                f"{path} is not a sound partial result; delete it to start anew: {error}"
+            ) from error
+        differing = sorted(name for name in facts if not sound or theirs.get(name) != facts[name])
+        if differing:
+            raise FileProblem(
+                f"{path} is the partial result of a run of another {' and '.join(differing)}; "
+                "delete it to start anew"
+            )
+        ahead = done > self.done
+        self.done = torch.where(ahead, done, self.done)
+        for name, tensor in self._tensors.items():
+            theirs_here = tensors[name].to(tensor.device)
+            tensor.copy_(torch.where(ahead.to(tensor.device), theirs_here, tensor))

@@ -1,0 +1,613 @@
+"""`score_dataset`: whatever the loader and the model, resumed, on one rank and on several."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import UserDict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+from typer.testing import CliRunner
+
+import emp_fast
+from emp_fast import EmpFastWarning, FileProblem, Pruner, SampleStats, ScoreStore, with_indices
+from emp_fast.cli import app
+from emp_fast.functional import cross_entropy
+from emp_fast.rules import AUM, EMP, RHO, GraNd, Loss
+from emp_fast.static import score_dataset
+from emp_fast.store import single_visit_scores
+
+N, FEATURES, CLASSES = 53, 6, 4
+
+
+def make_data(n: int = N) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, FEATURES, generator=generator)
+    return TensorDataset(x, torch.randint(CLASSES, (n,), generator=generator))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, CLASSES)
+    )
+
+
+def make_loader(n: int = N, **options) -> DataLoader:
+    return DataLoader(with_indices(make_data(n)), **{"batch_size": 8, **options})
+
+
+def wanted_stats(model: nn.Module, data: TensorDataset) -> SampleStats:
+    """All samples in one batch."""
+    modes = [module.training for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        stats = cross_entropy(model(data.tensors[0]), data.tensors[1])
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+    return stats
+
+
+def assert_close(got: SampleStats, wanted: SampleStats) -> None:
+    for name, value in wanted._asdict().items():
+        torch.testing.assert_close(getattr(got, name), value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def quiet(model, loader, **options) -> SampleStats:
+    return score_dataset(model, loader, **{"progress": False, **options})
+
+
+# ---- what is scored -----------------------------------------------------------------------------
+
+
+def test_every_sample_is_scored_as_in_one_batch():
+    model, data = make_model(), make_data()
+    assert_close(quiet(model, make_loader()), wanted_stats(model, data))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shuffle": True},
+        {"drop_last": True},
+        {"num_workers": 2},
+        {"sampler": DistributedSampler(range(N), num_replicas=2, rank=1)},
+        {"sampler": Subset(range(N), [3, 1])},
+    ],
+    ids=["shuffled", "drop_last", "workers", "sharded", "partial"],
+)
+def test_the_loaders_own_sampler_changes_nothing(options):
+    model = make_model()
+    plain = quiet(model, make_loader())
+    other = quiet(model, make_loader(**options))
+    assert all(torch.equal(*pair) for pair in zip(plain, other, strict=True))
+
+
+def test_a_pruners_loader_can_be_given_and_stays_where_it_is():
+    pruner = Pruner(N, 0.5)
+    loader = make_loader(sampler=pruner.sampler)
+    before = pruner.state_dict()["epoch"], pruner.epoch, len(loader)
+    assert_close(quiet(make_model(), loader), wanted_stats(make_model(), make_data()))
+    assert (pruner.state_dict()["epoch"], pruner.epoch, len(loader)) == before
+    assert pruner.store.rows_seen == 0
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda logits: logits,
+        lambda logits: SimpleNamespace(logits=logits, loss=None),
+        lambda logits: {"logits": logits, "loss": logits.mean()},
+        lambda logits: UserDict(logits=logits),
+        lambda logits: (logits, "hidden"),
+        lambda logits: [logits],
+    ],
+    ids=["tensor", "attribute", "dict", "mapping", "tuple", "list"],
+)
+def test_logits_in_whatever_the_model_returns(wrap):
+    inner = make_model().eval()
+    got = quiet(lambda x: wrap(inner(x)), make_loader())
+    assert_close(got, wanted_stats(inner, make_data()))
+
+
+@pytest.mark.parametrize("target", ["labels", "label", "targets", "target"])
+def test_mappings_go_to_the_model_by_name(target):
+    data = make_data()
+
+    class Mappings(Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, i):
+            return {"scale": 2.0, target: data[i][1], "x": data[i][0]}
+
+    inner = make_model().eval()
+    loader = DataLoader(with_indices(Mappings()), batch_size=8)
+    got = quiet(lambda *, x, scale: inner(x * scale.float()[:, None] / 2), loader)
+    assert_close(got, wanted_stats(inner, data))
+
+
+def test_several_inputs_go_to_the_model_in_order():
+    x, y = make_data().tensors
+    loader = DataLoader(with_indices(TensorDataset(x, 2 * x, y)), batch_size=8)
+    inner = make_model().eval()
+    assert_close(quiet(lambda a, b: inner(b - a), loader), wanted_stats(inner, make_data()))
+
+
+def test_options_of_the_loss():
+    model, (x, y) = make_model().eval(), make_data().tensors
+    options = {"weight": torch.rand(CLASSES), "label_smoothing": 0.1, "softcap": 3.0}
+    with torch.no_grad():
+        assert_close(quiet(model, make_loader(), **options), cross_entropy(model(x), y, **options))
+
+
+def test_causal_language_models_are_scored_against_the_next_token():
+    tokens = torch.randint(7, (5, 6), generator=torch.Generator().manual_seed(2))
+    labels = tokens.clone()
+    labels[:, :2] = -100  # the prompt
+    table = torch.randn(7, 7, generator=torch.Generator().manual_seed(3))
+    data = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+    loader = DataLoader(with_indices(data), batch_size=2)
+    got = quiet(lambda input_ids: table[input_ids], loader, shift_labels=True)
+    for i in range(5):
+        pairs = [(t, t + 1) for t in range(5) if t + 1 >= 2]
+        losses = [-torch.log_softmax(table[tokens[i, a]], 0)[tokens[i, b]].item() for a, b in pairs]
+        assert got.loss[i].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert got.count[i] == len(losses)
+    with pytest.raises(ValueError, match=r"shift_labels needs labels \[S, T\]"):
+        quiet(make_model(), make_loader(), shift_labels=True)
+
+
+def test_any_other_batch_through_score_batch():
+    model, data = make_model().eval(), make_data()
+
+    def score(given, batch):
+        assert given is model
+        (x, y), indices = batch
+        return indices, cross_entropy(given(x), y)
+
+    assert_close(quiet(model, make_loader(), score_batch=score), wanted_stats(model, data))
+
+
+def test_any_iterable_of_batches_with_repeats():
+    model, (x, y) = make_model(), make_data().tensors
+    order = [*range(20, N), *range(30), 7, 7]
+    batches = [((x[part], y[part]), torch.tensor(part)) for part in (order[:31], order[31:])]
+    for loader in (batches, iter(batches)):
+        assert_close(quiet(model, loader, num_samples=N), wanted_stats(model, make_data()))
+
+
+def test_a_batch_sampler_of_the_users_is_followed():
+    sampler = BatchSampler(SequentialSampler(range(N)), batch_size=9, drop_last=False)
+    loader = DataLoader(with_indices(make_data()), batch_sampler=sampler)
+    assert_close(quiet(make_model(), loader), wanted_stats(make_model(), make_data()))
+
+
+def test_the_stats_are_means_over_the_passes():
+    class Noisy(Dataset):
+        """Sample i shows another target each time that it is fetched."""
+
+        def __init__(self):
+            self.fetched = [0] * 3
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            self.fetched[i] += 1
+            return torch.zeros(1), [0, 1, -100][(self.fetched[i] - 1) % 3]
+
+    data = Noisy()
+    logits = torch.tensor([[2.0, 0.0]])
+    loader = DataLoader(with_indices(data), batch_size=2)
+    got = quiet(lambda x: logits.expand(len(x), 2), loader, passes=3)
+    assert data.fetched == [3, 3, 3]
+    losses = [math.log1p(math.exp(-2)), 2 + math.log1p(math.exp(-2))]
+    assert got.loss.tolist() == pytest.approx([sum(losses) / 2] * 3)  # the ignored visit is out
+    assert got.margin.tolist() == [0.0] * 3
+    assert got.count.tolist() == [2] * 3
+    assert got.correct.tolist() == [False] * 3
+
+
+# ---- what is left as it was ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_gradients_and_random_states_are_as_before(fails):
+    model = make_model().train()
+    model[1].eval()  # a frozen layer
+    running = model[1].running_mean.clone()
+    seen = {}
+
+    def hook(module, inputs, output):
+        seen["training"] = module.training
+        seen["grad"] = torch.is_grad_enabled()
+        if fails:
+            raise RuntimeError("out of memory")
+
+    model[3].register_forward_hook(hook)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
+        quiet(model, make_loader(shuffle=True))
+    assert seen == {"training": False, "grad": False}
+    assert [module.training for module in model.modules()] == [True, True, False, True, True]
+    assert torch.is_grad_enabled()
+    assert torch.equal(model[1].running_mean, running)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autocast_is_the_callers():
+    dtypes = set()
+    model = nn.Linear(FEATURES, CLASSES)
+    model.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    quiet(model, make_loader())
+    assert dtypes == {torch.float32}
+    dtypes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        stats = quiet(model, make_loader())
+    assert dtypes == {torch.bfloat16}
+    assert stats.loss.dtype == torch.float32
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def test_the_parquet_file_is_what_select_reads(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    output = tmp_path / "scores.parquet"
+    stats = quiet(make_model(), make_loader(), output=output, rule=EMP(beta=0.5))
+    table = parquet.read_table(output)
+    assert table.column_names == ["score", *SampleStats._fields]
+    for name in SampleStats._fields:
+        assert table[name].to_numpy().tolist() == getattr(stats, name).tolist()
+    score = stats.loss + 0.5 * stats.entropy
+    assert table["score"].to_numpy().tolist() == score.tolist()
+    result = CliRunner().invoke(app, ["select", str(output), f"{tmp_path}/kept.npy", "--k", "11"])
+    assert result.exit_code == 0, result.output
+    kept = np.load(tmp_path / "kept.npy")
+    assert kept.tolist() == score.topk(11).indices.sort().values.tolist()
+    # The same without the files.
+    store = ScoreStore(N, EMP(beta=0.5))
+    store.update(torch.arange(N), stats)
+    assert kept.tolist() == store.select(11).indices.tolist()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.npy", "scores.parquet"]
+
+
+def test_the_npy_file_is_the_score_alone(tmp_path):
+    stats = quiet(make_model(), make_loader(), output=str(tmp_path / "scores.npy"), rule=AUM())
+    scores = np.load(tmp_path / "scores.npy")
+    assert scores.dtype == np.float32
+    assert scores.tolist() == (-stats.margin).tolist()
+
+
+def test_chosen_stats_alone(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    output = tmp_path / "scores.parquet"
+    quiet(make_model(), make_loader(), output=output, stats=("el2n", "correct"))
+    assert parquet.read_table(output).column_names == ["score", "el2n", "correct"]
+
+
+def test_samples_without_a_score_are_nan_and_told(tmp_path):
+    x, y = make_data().tensors
+    x, y = x.clone(), y.clone()
+    x[5], y[9] = torch.nan, -100
+    loader = DataLoader(with_indices(TensorDataset(x, y)), batch_size=8)
+    with pytest.warns(EmpFastWarning, match="2 of 53 samples have no score, the first of them 5"):
+        stats = quiet(make_model(), loader, output=tmp_path / "scores.npy")
+    scores = np.load(tmp_path / "scores.npy")
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [5, 9]
+    assert stats.count.tolist() == [0 if i == 9 else 1 for i in range(N)]
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path):
+    def model(x):
+        raise AssertionError("was called")
+
+    (tmp_path / "scores.npy").write_bytes(b"precious")
+    with pytest.raises(FileProblem, match=r"scores\.npy exists already"):
+        quiet(model, make_loader(), output=tmp_path / "scores.npy")
+    with pytest.raises(FileProblem, match=r"must end in \.npy, \.parquet, got .*scores\.txt"):
+        quiet(model, make_loader(), output=tmp_path / "scores.txt")
+    with pytest.raises(FileProblem, match="No such file"):
+        quiet(model, make_loader(), output=tmp_path / "nowhere" / "scores.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.npy"]
+    quiet(make_model(), make_loader(), output=tmp_path / "scores.npy", overwrite=True)
+    assert np.load(tmp_path / "scores.npy").shape == (N,)
+
+
+# ---- interruption -------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Counting(nn.Module):
+    """Counts the samples that it is called for; fails at one call."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        super().__init__()
+        self.inner = make_model().eval()
+        self.calls, self.samples, self.fails_at = 0, 0, fails_at
+
+    def forward(self, x):
+        if self.calls == self.fails_at:
+            raise Interrupted
+        self.calls += 1
+        self.samples += len(x)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("fails_at", [0, 3, 6, 7, 9])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, fails_at):
+    whole = quiet(Counting(), make_loader(), passes=2)
+    output = tmp_path / "scores.npy"
+    options = {"output": output, "passes": 2}
+    with pytest.raises(Interrupted):
+        quiet(Counting(fails_at), make_loader(), **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.npy.partial"]
+    rest = Counting()
+    resumed = quiet(rest, make_loader(), **options)
+    assert rest.calls == 2 * math.ceil(N / 8) - fails_at
+    assert all(torch.equal(*pair) for pair in zip(whole, resumed, strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.npy"]
+
+
+def test_a_run_goes_on_with_another_batch_size_and_any_iterable(tmp_path):
+    options = {"output": tmp_path / "scores.npy", "num_samples": N}
+    with pytest.raises(Interrupted):
+        quiet(Counting(3), make_loader(), **options)
+    with pytest.raises(Interrupted):
+        quiet(Counting(1), make_loader(batch_size=5), **options)
+    rest = Counting()
+    stats = quiet(rest, list(make_loader(batch_size=10)), **options)
+    assert_close(stats, wanted_stats(rest.inner, make_data()))
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """SIGKILL leaves no time to save: what the last partial result has is there."""
+    code = f"""
+        import os, signal, sys
+        sys.path[:0] = {[str(Path(__file__).parent)]!r}
+        from test_static import Counting, make_loader, quiet
+
+        class Dying(Counting):
+            def forward(self, x):
+                if self.calls == 4:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().forward(x)
+
+        quiet(Dying(), make_loader(), output={str(tmp_path / "scores.npy")!r}, save_every=0)
+    """
+    root = str(Path(emp_fast.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    died = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, check=False, timeout=300
+    )
+    assert died.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.npy.partial"]
+    rest = Counting()
+    stats = quiet(rest, make_loader(), output=tmp_path / "scores.npy")
+    assert rest.calls == math.ceil(N / 8) - 4
+    assert_close(stats, wanted_stats(rest.inner, make_data()))
+
+
+def test_a_partial_result_of_another_run_is_refused(tmp_path):
+    output = tmp_path / "scores.npy"
+    partial = tmp_path / "scores.npy.partial"
+    with pytest.raises(Interrupted):
+        quiet(Counting(3), make_loader(), output=output)
+    kept = partial.read_bytes()
+    trained = Counting()
+    with torch.no_grad():
+        next(trained.parameters())[0, 0] += 1e-6
+    with pytest.raises(FileProblem, match="of a run of another model; delete it"):
+        quiet(trained, make_loader(), output=output)
+    with pytest.raises(FileProblem, match="of a run of another num_samples; delete it"):
+        quiet(Counting(), make_loader(20), output=output)
+    with pytest.raises(FileProblem, match="of a run of another passes and scoring; delete it"):
+        quiet(Counting(), make_loader(), output=output, passes=2, softcap=2.0)
+    assert partial.read_bytes() == kept
+    for content in (kept[:-40], b"foreign", b""):
+        partial.write_bytes(content)
+        with pytest.raises(FileProblem, match="not a sound partial result; delete it"):
+            quiet(Counting(), make_loader(), output=output)
+        assert partial.read_bytes() == content
+    torch.save({"model": {}}, partial)
+    with pytest.raises(FileProblem, match="not a sound partial result; delete it"):
+        quiet(Counting(), make_loader(), output=output)
+
+
+def test_an_output_that_fails_at_the_end_keeps_the_partial_result(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("emp_fast.files.np.save", full)
+    output = tmp_path / "scores.npy"
+    with pytest.raises(FileProblem, match="No space left"):
+        quiet(Counting(), make_loader(), output=output)
+    monkeypatch.undo()
+    rest = Counting()
+    quiet(rest, make_loader(), output=output)
+    assert rest.calls == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.npy"]
+
+
+# ---- ranks --------------------------------------------------------------------------------------
+
+
+def scores_are_those_of_one_process(rank: int, size: int, folder: str):
+    parts = Path(folder)
+    shares = Counting()
+    stats = quiet(shares, make_loader(), output=parts / "scores.npy")
+    assert shares.calls == math.ceil(math.ceil(N / 8) / size)  # the same on every rank
+    return [value.tolist() for value in stats]
+
+
+def ranks_go_on_from_each_others_parts(rank: int, size: int, folder: str):
+    """Where batches are fewer than ranks, some repeat one: all call the model as often."""
+    parts = Path(folder)
+    with contextlib.suppress(Interrupted):
+        quiet(Counting(1), make_loader(), partial=parts / "partial", process_group=None)
+    torch.distributed.barrier()
+    names = sorted(path.name for path in parts.glob("partial*"))
+    assert names == [f"partial.{r}-of-{size}" for r in range(size)]
+    rest = Counting()
+    stats = quiet(rest, make_loader(), partial=parts / "partial")
+    assert rest.calls == math.ceil((math.ceil(N / 8) - size) / size)
+    torch.distributed.barrier()
+    assert not list(parts.glob("partial*"))
+    return [value.tolist() for value in stats]
+
+
+def a_run_of_ranks_dies(rank: int, size: int, folder: str):
+    with contextlib.suppress(Interrupted):
+        quiet(Counting(2), make_loader(), output=Path(folder) / "left.npy")
+
+
+def a_loader_that_leaves_samples_out_is_refused_everywhere(rank: int, size: int, folder: str):
+    batches = list(make_loader())[rank:-size:size]
+    with pytest.raises(ValueError, match="must deliver each of 53 samples, but"):
+        quiet(make_model(), batches, num_samples=N)
+
+
+def an_output_refused_on_one_rank_is_refused_on_all(rank: int, size: int, folder: str):
+    expected = FileProblem if rank == 0 else RuntimeError
+    with pytest.raises(expected, match="exists already" if rank == 0 else "failed on rank 0"):
+        quiet(make_model(), make_loader(), output=Path(folder) / "scores.npy")
+
+
+def ranks_that_disagree_are_told(rank: int, size: int, folder: str):
+    with pytest.raises(ValueError, match=r"passes is 1 on rank 0, 2 on rank 1"):
+        quiet(make_model(), make_loader(), passes=1 + rank)
+
+
+RANK_CHECKS = [
+    scores_are_those_of_one_process,
+    ranks_go_on_from_each_others_parts,
+    a_run_of_ranks_dies,
+    a_loader_that_leaves_samples_out_is_refused_everywhere,
+    an_output_refused_on_one_rank_is_refused_on_all,
+    ranks_that_disagree_are_told,
+]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks(tmp_path, size):
+    (tmp_path / "parts").mkdir()
+    told = run_ranks(size, RANK_CHECKS, tmp_path, str(tmp_path / "parts"))
+    with emp_fast.use_backend("reference"):
+        whole = [value.tolist() for value in quiet(Counting(), make_loader())]
+    for rank, outcomes in enumerate(told):
+        for check in RANK_CHECKS:
+            assert check.__name__ in outcomes, f"rank {rank} died before {check.__name__}"
+            result, error = outcomes[check.__name__]
+            assert error is None, f"rank {rank} of {size}, {check.__name__}:\n{error}"
+            assert result is None or result == whole
+    assert np.load(tmp_path / "parts" / "scores.npy").shape == (N,)
+    rest = Counting()
+    with emp_fast.use_backend("reference"):
+        alone = quiet(rest, make_loader(), output=tmp_path / "parts" / "left.npy")
+    assert rest.calls == math.ceil(N / 8) - 2 * size
+    assert [value.tolist() for value in alone] == whole
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
+        "left.npy",
+        "scores.npy",
+    ]
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"passes": 0}, ValueError, "passes must be an int of at least 1, got 0"),
+        ({"passes": True}, ValueError, "passes must be an int of at least 1, got True"),
+        ({"save_every": -1}, ValueError, "save_every must be a number of seconds, got -1"),
+        ({"num_samples": 7}, ValueError, "num_samples must be 53, the loader's, got 7"),
+        ({"stats": ("loss", "grand")}, ValueError, r"stats must be of loss, entropy.*'grand'"),
+        ({"stats": ("loss", "loss")}, ValueError, "each once"),
+        ({"rule": "emp"}, TypeError, "rule must be an emp_fast.Rule, got 'emp'"),
+        ({"rule": GraNd()}, ValueError, r"rule must read.*GraNd\(decay=0.0\) reads hidden"),
+        ({"rule": RHO(torch.zeros(3))}, ValueError, "each of 53 samples, got 3"),
+        ({"softcap": -1.0}, ValueError, "softcap must be a positive finite number, got -1.0"),
+        (
+            {"score_batch": print, "softcap": 1.0, "shift_labels": True},
+            ValueError,
+            "softcap, shift_labels would have no effect",
+        ),
+        ({"wieght": 1}, TypeError, "wieght"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        quiet(make_model(), make_loader(), **options)
+
+
+def test_bad_loaders():
+    model = make_model()
+    data = make_data()
+    x, y = data.tensors
+    with pytest.raises(ValueError, match="num_samples must be given for a loader"):
+        quiet(model, DataLoader(data, batch_size=8))
+    with pytest.raises(TypeError, match=r"as of emp_fast.with_indices\(dataset\); got Tensor"):
+        quiet(model, DataLoader(data, batch_size=8), num_samples=N)
+    with pytest.raises(TypeError, match=r"got Tensor.*score_batch can score any other"):
+        quiet(model, DataLoader(with_indices(x), batch_size=8))
+    with pytest.raises(TypeError, match=r"got list of Tensor, Tensor$"):
+        quiet(model, DataLoader(TensorDataset(x, y.float()), batch_size=8), num_samples=N)
+    two = [{"x": x[i], "labels": y[i], "target": y[i]} for i in range(N)]
+    with pytest.raises(TypeError, match="got dict of 'x', 'labels', 'target'"):
+        quiet(model, DataLoader(with_indices(two), batch_size=8))
+    with pytest.raises(IndexError, match=r"indices must lie in \[0, 53\), got 53"):
+        quiet(model, [((x[:1], y[:1]), torch.tensor([N]))], num_samples=N)
+    with pytest.raises(ValueError, match="one index for each of its stats"):
+        quiet(model, [((x[:2], y[:2]), torch.tensor([0]))], num_samples=N)
+    with pytest.raises(
+        ValueError, match=r"53 samples, but 51 were missing, the first.* 1$"
+    ):
+        quiet(model, [((x[:2], y[:2]), torch.tensor([0, 3]))], num_samples=N)
+
+
+def test_a_model_without_logits():
+    with pytest.raises(TypeError, match=r"model must return logits.*got dict of 'loss'"):
+        quiet(lambda x: {"loss": x.sum()}, make_loader())
+
+
+def test_the_progress_bar_goes_to_stderr(capsys):
+    score_dataset(make_model(), make_loader())
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "scoring, pass 1" in printed.err
+    assert "7/7" in printed.err
+    quiet(make_model(), make_loader())
+    assert capsys.readouterr().err == ""
+
+
+def test_rules_that_look_at_one_sample_score_it_alone():
+    """The score of a sample depends on its own stats, whoever else is in the data set."""
+    stats = wanted_stats(make_model(), make_data())
+    parts = [SampleStats(*(value[i : i + 1] for value in stats)) for i in range(N)]
+    alone = torch.cat([single_visit_scores(Loss(), part) for part in parts])
+    assert torch.equal(alone, single_visit_scores(Loss(), stats))
