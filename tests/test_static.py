@@ -584,9 +584,7 @@ def test_bad_loaders():
         quiet(model, [((x[:1], y[:1]), torch.tensor([N]))], num_samples=N)
     with pytest.raises(ValueError, match="one index for each of its stats"):
         quiet(model, [((x[:2], y[:2]), torch.tensor([0]))], num_samples=N)
-    with pytest.raises(
-        ValueError, match=r"53 samples, but 51 were missing, the first.* 1$"
-    ):
+    with pytest.raises(ValueError, match=r"53 samples, but 51 were missing, the first.* 1$"):
         quiet(model, [((x[:2], y[:2]), torch.tensor([0, 3]))], num_samples=N)
 
 
