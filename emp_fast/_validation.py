@@ -13,9 +13,11 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless ``value`` is a tensor."""
+    """Raises TypeError unless ``value`` is a tensor, and a dense one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: {value!r}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
 
 
 def require_float(name: str, value: object) -> None:
@@ -34,9 +36,15 @@ def require_rows(name: str, tensor: Tensor, axis: str, packed: bool) -> None:
 
 def checked_number(name: str, value: float) -> float:
     """A positive finite number."""
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    _require_number(name, value)
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return float(value)
+
+
+def _require_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r}")
 
 
 def checked_target(
@@ -89,7 +97,10 @@ def checked_options(
     """The label smoothing and the softcap, 0 for none."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must lie in [-2**63, 2**63), got {ignore_index}")
+    _require_number("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
     cap = 0.0 if softcap is None else checked_number("softcap", softcap)
     return float(label_smoothing), cap
@@ -112,9 +123,9 @@ def checked_offsets(offsets: Tensor | None, packed: Tensor) -> Tensor | None:
 
 
 def checked_groups(
-    scores: Tensor, k: int, groups: Tensor, group_k: Tensor | Sequence[int] | None
+    scores: Tensor, groups: Tensor, group_k: Tensor | Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    """Groups as int64 beside the scores, quotas as int64 on the CPU."""
+    """Groups as int64 beside the scores, quotas as int64 on the CPU; their values are unchecked."""
     require_tensor("groups", groups)
     if groups.dtype not in _INTEGERS:
         raise TypeError(f"groups must be integer class ids, got {groups.dtype}")
@@ -122,32 +133,15 @@ def checked_groups(
         raise ValueError(f"groups must have shape {tuple(scores.shape)}, got {tuple(groups.shape)}")
     if group_k is None:
         raise ValueError("groups needs group_k, how many to take of each group; got group_k=None")
-    quotas = torch.as_tensor(group_k).detach().cpu()
+    if isinstance(group_k, Tensor):
+        require_tensor("group_k", group_k)
+    try:
+        quotas = torch.as_tensor(group_k).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"group_k must be integers of shape [G], got {group_k!r}") from error
     if quotas.dim() != 1 or (quotas.numel() and quotas.dtype not in _INTEGERS):
         raise ValueError(f"group_k must be integers of shape [G], got {group_k!r}")
-    quotas = quotas.to(torch.int64)
-    if int(quotas.sum()) != k:
-        raise ValueError(
-            f"group_k must sum to k={k}, got {quotas.tolist()}, which sums to {int(quotas.sum())}"
-        )
-    groups = groups.to(scores.device, torch.int64).contiguous()
-    num_groups = quotas.shape[0]
-    if groups.numel():
-        low, high = (int(bound) for bound in torch.aminmax(groups))
-        if low < 0 or high >= num_groups:
-            raise ValueError(
-                f"groups must lie in [0, {num_groups}), the length of group_k, "
-                f"got {low if low < 0 else high}"
-            )
-    sizes = torch.bincount(groups, minlength=num_groups).cpu()
-    wrong = ((quotas < 0) | (quotas > sizes)).nonzero()
-    if wrong.numel():
-        group = int(wrong[0])
-        raise ValueError(
-            f"group_k[{group}] must lie in [0, {int(sizes[group])}], the size of group {group}, "
-            f"got {int(quotas[group])}"
-        )
-    return groups, quotas
+    return groups.to(scores.device, torch.int64).contiguous(), quotas.to(torch.int64).contiguous()
 
 
 def carried_type(dtype: torch.dtype) -> torch.dtype:

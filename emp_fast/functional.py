@@ -25,7 +25,7 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
-from emp_fast.backends.base import LossOptions, Recurrence, State
+from emp_fast.backends.base import LossOptions, Recurrence, State, check_target_range
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
@@ -152,26 +152,25 @@ def linear_cross_entropy(
         IndexError: as `cross_entropy`.
     """
     require_float("hidden", hidden)
-    for name, tensor in (("classifier", classifier), ("target", target)):
-        require_tensor(name, tensor)
+    require_float("classifier", classifier)
+    require_tensor("target", target)
     if bias is not None:
-        require_tensor("bias", bias)
+        require_float("bias", bias)
     require_rows("hidden", hidden, "E", packed=offsets is not None)
     if classifier.dim() != 2 or classifier.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"classifier must have shape [C, {hidden.shape[-1]}] to go with hidden, "
             f"got {tuple(classifier.shape)}"
         )
-    hidden, classifier, bias = _autocast(hidden, classifier, bias)
     for name, parameter in (("classifier", classifier), ("bias", bias)):
-        if parameter is None:
-            continue
-        if parameter.dtype != hidden.dtype:
-            raise TypeError(f"{name} must be {hidden.dtype} like hidden, got {parameter.dtype}")
-        if parameter.device != hidden.device:
+        if parameter is not None and parameter.device != hidden.device:
             raise ValueError(
                 f"{name} must be on {hidden.device} like hidden, got {parameter.device}"
             )
+    hidden, classifier, bias = _autocast(hidden, classifier, bias)
+    for name, parameter in (("classifier", classifier), ("bias", bias)):
+        if parameter is not None and parameter.dtype != hidden.dtype:
+            raise TypeError(f"{name} must be {hidden.dtype} like hidden, got {parameter.dtype}")
     num_classes = classifier.shape[0]
     if num_classes == 0:
         raise ValueError(f"classifier must have at least one class, got {tuple(classifier.shape)}")
@@ -184,6 +183,10 @@ def linear_cross_entropy(
     starts = checked_offsets(offsets, hidden)
     flat_hidden = hidden if hidden.dim() == 2 else hidden.flatten(0, 1)
     flat_target = target if hidden.dim() == 2 else target.flatten(0, 1)
+    ids_on_cpu = hidden.device.type == "cpu" and not target.is_floating_point()
+    if ids_on_cpu and not torch.compiler.is_compiling():
+        # The op would do, but say where in its block of rows.
+        check_target_range(flat_target, num_classes, ignore_index)
     scored: _RowScores = ops.LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         flat_hidden,
         classifier,
@@ -229,8 +232,8 @@ def info_nce(
     """
     require_float("query", query)
     require_float("key", key)
-    if query.dim() != 2:
-        raise ValueError(f"query must have shape [S, D], got {tuple(query.shape)}")
+    if query.dim() != 2 or query.shape[1] == 0:
+        raise ValueError(f"query must have shape [S, D] with D >= 1, got {tuple(query.shape)}")
     if key.shape != query.shape:
         raise ValueError(
             f"key must have the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}"
@@ -247,6 +250,10 @@ def info_nce(
             raise ValueError(
                 f"hidden must have shape [{samples}, E] with E >= 1, got {tuple(hidden.shape)}"
             )
+        if hidden.device != query.device:
+            raise ValueError(f"hidden must be on {query.device} like query, got {hidden.device}")
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric must be a bool, got {symmetric!r}")
     # Half-precision similarities over a small temperature would lose what tells neighbours apart.
     with torch.autocast(query.device.type, enabled=False):
         dtype = carried_type(query.dtype)
@@ -309,7 +316,7 @@ def topk_indices(
             raise ValueError(f"group_k needs groups, got group_k={group_k!r} and groups=None")
         selected: Tensor = torch.ops.emp_fast.topk_indices(scores, k)
         return selected
-    groups, quotas = checked_groups(scores, k, groups, group_k)
+    groups, quotas = checked_groups(scores, groups, group_k)
     grouped: Tensor = torch.ops.emp_fast.grouped_topk_indices(scores, groups, quotas, k)
     return grouped
 
@@ -351,7 +358,7 @@ def _rows(
     require_rows("logits", logits, "C", packed=offsets is not None)
     num_classes = logits.shape[-1]
     if num_classes == 0:
-        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
+        raise ValueError(f"logits must have at least one class, got {tuple(logits.shape)}")
     target = checked_target(logits.shape, logits.dtype, logits.device, target)
     class_weight = checked_weight(weight, num_classes, logits)
     smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast.backends import resolve
+from emp_fast.backends import reference, resolve
 from emp_fast.backends.base import (
     LossOptions,
     Recurrence,
     RecurrenceKind,
     State,
     check_offsets,
+    check_quotas,
 )
 
 _library = torch.library.Library("emp_fast", "DEF")
@@ -344,6 +345,42 @@ def update_state(
     )
 
 
+def _winners(
+    indices: Tensor, values: Tensor, count: Tensor | None, num_samples: int, counters: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.winners(indices, values, count, num_samples, counters)
+
+
+def _winners_fake(indices: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    made = indices.new_empty(indices.shape)
+    return made, torch.empty_like(made), torch.empty_like(made, dtype=torch.bool)
+
+
+_define(
+    "winners(Tensor indices, Tensor values, Tensor? count, SymInt num_samples, "
+    "Tensor(a!) counters) -> (Tensor, Tensor, Tensor)",
+    _winners,
+    _winners_fake,
+)
+
+
+def winners(
+    indices: Tensor, values: Tensor, count: Tensor | None, num_samples: int, counters: Tensor
+) -> reference.Winners:
+    """`reference.winners` through the dispatcher: it reads values, which compiled code cannot."""
+    return reference.Winners(
+        *torch.ops.emp_fast.winners(indices, values, count, num_samples, counters)
+    )
+
+
+def _count_rows(counted: Tensor, rows: int) -> None:
+    counted[0] += rows
+    counted[1].clamp_(min=rows)
+
+
+_define("count_rows(Tensor(a!) counted, SymInt rows) -> ()", _count_rows, lambda *_: None)
+
+
 # ---- packed samples -----------------------------------------------------------------------------
 
 
@@ -400,6 +437,7 @@ _define(
 
 
 def _grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor, k: int) -> Tensor:
+    check_quotas(groups, group_k, k)
     return resolve(scores.device, scores.dtype).grouped_topk_indices(scores, groups, group_k)
 
 

@@ -139,7 +139,6 @@ class Pruner:
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
         self._iterator: weakref.ref[EpochIterator] | None = None  # the last that was made
         self._exhausted = False  # it has handed out its last index
-        self._largest_batch = 0
         self.sampler = EpochSampler(self)
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -190,10 +189,9 @@ class Pruner:
                 logits, target, indices, row_scale=row_scale, **options
             )
             if mean is not None:
-                self._largest_batch = max(self._largest_batch, logits.shape[0])
                 return mean
         stats = functional.cross_entropy(logits, target, offsets=offsets, **options)
-        self._update(indices, stats, extra)
+        self.store.update(indices, stats, **extra)
         return self.mean_loss(stats, indices)
 
     def mean_loss(self, stats: SampleStats, indices: Tensor) -> Tensor:
@@ -230,11 +228,11 @@ class Pruner:
         if stats is not None:
             if memory is not None:
                 stats = stats._replace(entropy=memory)
-            self._update(indices, stats, extra)
+            self.store.update(indices, stats, **extra)
             return
         given = {"loss": loss, "entropy": memory}
-        self._update(
-            indices, {name: value for name, value in given.items() if value is not None}, extra
+        self.store.update(
+            indices, {name: value for name, value in given.items() if value is not None}, **extra
         )
 
     def weights(self, indices: Tensor) -> Tensor:
@@ -334,16 +332,6 @@ class Pruner:
         return world_size_of(self.process_group)
 
     # ---- epochs ---------------------------------------------------------------------------------
-
-    def _update(
-        self,
-        indices: Tensor,
-        stats: SampleStats | Mapping[str, Tensor],
-        extra: Mapping[str, Tensor],
-    ) -> None:
-        before = self.store.rows_seen
-        self.store.update(indices, stats, **extra)
-        self._largest_batch = max(self._largest_batch, self.store.rows_seen - before)
 
     def _weighs(self) -> bool:
         """Whether any sample of this epoch weighs other than 1."""
@@ -446,7 +434,7 @@ class Pruner:
             # trained on. In the main process the loader then still holds the iterator; worker
             # processes fetch ahead: a length asked for in their last batch is the next epoch's.
             alive = self._iterator is not None and self._iterator() is not None
-            batch = self._largest_batch * self._world_size()
+            batch = self.store.largest_update * self._world_size()
             dropped = self._exhausted and left < batch and not alive
             if left and not dropped:
                 return len(self._plan)

@@ -13,7 +13,6 @@ from emp_fast import functional, ops
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import resolve
 from emp_fast.backends.base import State
-from emp_fast.backends.reference import winners
 from emp_fast.collectives import Ranks, rank_of, world_size_of
 from emp_fast.functional import SampleStats
 from emp_fast.merging import merge_rows
@@ -35,6 +34,38 @@ class _Merged:
         self.visits: Tensor | None = None  # [N] int32; None: all 0, or `unknown`
         self.counters = [0, 0]
         self.unknown = False  # loaded before the process group existed: whose are the visits?
+
+
+class _RowCount:
+    """Rows given to `ScoreStore.update`: in all, and in the largest update.
+
+    Ints, and under torch.compile a tensor: a compiled step guards on the value of an int that it
+    reads, and would be compiled anew in every step.
+    """
+
+    def __init__(self) -> None:
+        self._total = self._largest = 0
+        self._compiled = torch.zeros(2, dtype=torch.int64)
+
+    def add(self, rows: int) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.emp_fast.count_rows(self._compiled, rows)
+        else:
+            self._total += rows
+            self._largest = max(self._largest, rows)
+
+    @property
+    def total(self) -> int:
+        return self._total + int(self._compiled[0])
+
+    @total.setter
+    def total(self, rows: int) -> None:
+        self._total = rows
+        self._compiled[0] = 0
+
+    @property
+    def largest(self) -> int:
+        return max(self._largest, int(self._compiled[1]))
 
 
 class ScoreStore:
@@ -84,8 +115,7 @@ class ScoreStore:
                     f"got shape {tuple(buffer.shape)}"
                 )
         self._warned = 0
-        #: Rows given to `update` since the store was made, as far as this rank knows of them.
-        self.rows_seen = 0
+        self._rows = _RowCount()
         self._merged = _Merged()
         self._process_group: Any = None
 
@@ -110,6 +140,20 @@ class ScoreStore:
     def visits(self) -> Tensor:
         """[N] int32, how often each sample was scored."""
         return self._state.visits
+
+    @property
+    def rows_seen(self) -> int:
+        """Rows given to `update` since the store was made, as far as this rank knows of them."""
+        return self._rows.total
+
+    @rows_seen.setter
+    def rows_seen(self, rows: int) -> None:
+        self._rows.total = rows
+
+    @property
+    def largest_update(self) -> int:
+        """Rows of the largest update that this rank was given."""
+        return self._rows.largest
 
     @property
     def num_nonfinite(self) -> int:
@@ -162,7 +206,7 @@ class ScoreStore:
             ops.update_state(indices, signal, direct, count, self._state, recurrence)
         else:
             self._step(indices, read, count)
-        self.rows_seen += samples
+        self._rows.add(samples)
 
     def loss_and_update(
         self,
@@ -201,7 +245,7 @@ class ScoreStore:
         mean = functional.cross_entropy_step(
             logits, target, indices, self._state, recurrence, row_scale=row_scale, **options
         )
-        self.rows_seen += indices.shape[0]
+        self._rows.add(indices.shape[0])
         return mean
 
     def _step(self, indices: Tensor, read: dict[str, Tensor], count: Tensor | None) -> None:
@@ -214,7 +258,7 @@ class ScoreStore:
                     if value.dim() > 1
                     else (torch.isfinite(value))
                 )
-        chosen = winners(
+        chosen = ops.winners(
             indices,
             torch.where(finite, 0.0, torch.nan),
             count,

@@ -229,3 +229,33 @@ def check_offsets(offsets: Tensor, total: int) -> None:
             f"offsets must not fall, got {int(offsets[at])} then {int(offsets[at + 1])} "
             f"at position {at + 1}"
         )
+
+
+def check_quotas(groups: Tensor, group_k: Tensor, k: int) -> None:
+    """Raises ValueError unless ``group_k`` sums to ``k`` and no group gives more than it has.
+
+    Args:
+        groups: [N] int64 on any device.
+        group_k: [G] int64 on the CPU.
+        k: how many in all.
+    """
+    total, num_groups = int(group_k.sum()), group_k.shape[0]
+    if total != k:
+        raise ValueError(
+            f"group_k must sum to k={k}, got {group_k.tolist()}, which sums to {total}"
+        )
+    if groups.numel():
+        low, high = (int(bound) for bound in torch.aminmax(groups))
+        if low < 0 or high >= num_groups:
+            raise ValueError(
+                f"groups must lie in [0, {num_groups}), the length of group_k, "
+                f"got {low if low < 0 else high}"
+            )
+    sizes = torch.bincount(groups, minlength=num_groups).cpu()
+    wrong = ((group_k < 0) | (group_k > sizes)).nonzero()
+    if wrong.numel():
+        group = int(wrong[0])
+        raise ValueError(
+            f"group_k[{group}] must lie in [0, {int(sizes[group])}], the size of group {group}, "
+            f"got {int(group_k[group])}"
+        )
