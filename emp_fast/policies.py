@@ -235,6 +235,15 @@ class Policy(ABC):
             Mask [N] of the chosen and their weights [N] float32, or None where all weigh 1.
         """
 
+    def quotas(self, candidates: Candidates, k: int, balance: Balance) -> list[int]:
+        """Divides a budget of k over the classes; a class that has less to choose from than its
+        quota gives the rest away.
+
+        Raises:
+            ValueError: the policy cannot choose so many.
+        """
+        return class_quotas(candidates.sizes, k, balance)
+
     def check_fraction(self, fraction: float) -> None:
         """Raises ValueError when the policy can never keep ``fraction`` of the samples."""
 
@@ -426,8 +435,9 @@ class Stratified(Policy):
 class Window(Policy):
     """k random samples between two quantiles of the score: neither the easiest nor the hardest.
 
-    Of V visited samples in rising order, ties by index, those of rank floor(low * V) to floor(high
-    * V). With ``k=None`` all of them, and every never-visited sample.
+    Of V visited samples in rising order, ties by index, those of rank floor(low * V) up to
+    ceil(high * V), exactly, so that round((high - low) * V) always fit. With ``k=None`` all of
+    them, and every never-visited sample.
 
     Args:
         low: lower quantile, in [0, 1).
@@ -454,24 +464,40 @@ class Window(Policy):
     def choose(
         self, candidates: Candidates, quotas: list[int] | None
     ) -> tuple[Tensor, Tensor | None]:
-        from_low = [n - math.floor(self.low * n) for n in candidates.num_visited]
-        from_high = [n - math.floor(self.high * n) for n in candidates.num_visited]
+        below, up_to = self._bounds(candidates)
+        from_low = [n - low for n, low in zip(candidates.num_visited, below, strict=True)]
+        from_high = [n - high for n, high in zip(candidates.num_visited, up_to, strict=True)]
         window = candidates.top(candidates.scores, candidates.visited, from_low)
         window &= ~candidates.top(candidates.scores, candidates.visited, from_high)
         if quotas is None:
             return window | ~candidates.visited, None
 
         def rank(rest: list[int]) -> Tensor:
-            inside = [low - high for low, high in zip(from_low, from_high, strict=True)]
-            for group, (quota, size) in enumerate(zip(rest, inside, strict=True)):
-                if quota > size:
-                    raise ValueError(
-                        f"k must fit the window: {self!r} holds {size} visited samples"
-                        f"{'' if candidates.groups is None else f' of class {group}'}, got {quota}"
-                    )
             return candidates.top(candidates.random_keys(Stream.WINDOW), window, rest)
 
         return candidates.unvisited_first(quotas, rank), None
+
+    def quotas(self, candidates: Candidates, k: int, balance: Balance) -> list[int]:
+        below, up_to = self._bounds(candidates)
+        holds = [
+            size - visited + high - low
+            for size, visited, low, high in zip(
+                candidates.sizes, candidates.num_visited, below, up_to, strict=True
+            )
+        ]
+        if k > sum(holds):
+            raise ValueError(
+                f"k must fit the window: {self!r} and the never-visited samples are {sum(holds)} "
+                f"samples, got {k}"
+            )
+        return class_quotas(holds, k, balance)
+
+    def _bounds(self, candidates: Candidates) -> tuple[list[int], list[int]]:
+        """The first rank of the window in each class, and the one behind its last."""
+        # The quantile that was written: 0.07 of 100 are 7, although 0.07 * 100 is more.
+        low, high = (Fraction(str(float(share))) for share in (self.low, self.high))
+        visited = candidates.num_visited
+        return [math.floor(low * n) for n in visited], [math.ceil(high * n) for n in visited]
 
 
 def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[int]:

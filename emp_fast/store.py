@@ -16,7 +16,7 @@ from emp_fast.backends.base import State
 from emp_fast.collectives import Ranks, rank_of, world_size_of
 from emp_fast.functional import SampleStats
 from emp_fast.merging import merge_rows
-from emp_fast.policies import Balance, Candidates, Policy, TopK, class_quotas
+from emp_fast.policies import Balance, Candidates, Policy, TopK
 from emp_fast.rules import EMP, Rule
 from emp_fast.selection import Selection
 
@@ -369,7 +369,7 @@ class ScoreStore:
         candidates = Candidates(
             self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
         )
-        quotas = None if k is None else class_quotas(candidates.sizes, k, balance)
+        quotas = None if k is None else policy.quotas(candidates, k, balance)
         mask, weights = policy.choose(candidates, quotas)
         indices = mask.nonzero()[:, 0]
         return Selection(indices, None if weights is None else weights[indices])

@@ -143,6 +143,24 @@ def test_gumbel_top_k_follows_the_softmax_of_the_scores():
         assert counts[i] / 2000 == pytest.approx((i + 1) / 10, abs=0.035)
 
 
+def test_gumbel_top_k_draws_one_after_the_other_without_replacement():
+    """Plackett-Luce: the probability of a pair is the sum over its two orders."""
+    masses = [1.0, 2.0, 3.0, 4.0]
+    total = sum(masses)
+    store = visited_store(torch.log(torch.tensor(masses)))
+    draws = 1500
+    counts = Counter(
+        tuple(store.select(2, GumbelTopK(1.0), epoch=epoch).indices.tolist())
+        for epoch in range(draws)
+    )
+    for i, a in enumerate(masses):
+        for j, b in enumerate(masses[:i]):
+            p = a / total * b / (total - a) + b / total * a / (total - b)
+            assert counts[j, i] / draws == pytest.approx(
+                p, abs=4.5 * math.sqrt(p * (1 - p) / draws)
+            )
+
+
 def test_gumbel_top_k_tends_to_top_k_and_to_random():
     store = visited_store(torch.arange(100.0) / 100)
     assert kept(store.select(10, GumbelTopK(1e-6))) == set(range(90, 100))
@@ -182,6 +200,28 @@ def test_below_mean_is_unbiased_where_the_counts_divide():
     assert total / 400 == pytest.approx(float(gradient.sum()), rel=0.01)
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("keep", [0.25, 0.5, 0.6])
+def test_below_mean_weights_make_the_expected_gradient_that_of_all_data(keep, labelled):
+    """Each sample below the mean is kept as often as any other, with a weight of 1 / keep."""
+    generator = torch.Generator().manual_seed(7)
+    n, epochs = 120, 600
+    above = torch.arange(n) % 2 == 1  # of each class a half: keep * (its number) is whole
+    scores = torch.where(above, 1.0, -1.0) + torch.rand(n, generator=generator) / 10
+    labels = torch.arange(n) // 40 if labelled else None
+    store = visited_store(scores)
+    weighted = torch.zeros(n, dtype=torch.float64)
+    for epoch in range(epochs):
+        selection = store.select(None, BelowMean(keep), labels=labels, epoch=epoch)
+        weighted[selection.indices] += selection.weights.double()
+        assert selection.weights.double().sum().item() == pytest.approx(n, rel=1e-6)
+    means = weighted / epochs
+    assert (means[above] == 1).all()
+    spread = math.sqrt(keep * (1 - keep) / epochs) / keep
+    assert (means[~above] - 1).abs().max() < 4.5 * spread
+    assert (means[~above] - 1).abs().max() > 0  # it is random
+
+
 def test_below_mean_takes_the_mean_of_each_class():
     scores = torch.tensor([1.0, 3.0, 10.0, 30.0])
     labels = torch.tensor([0, 0, 1, 1])
@@ -213,14 +253,84 @@ def test_stratified_drops_the_hardest_first():
     assert kept(store.select(95, Stratified(bins=5, cutoff=0.1))) == set(range(95))
 
 
+def plain_coverage(scores, k, bins, cutoff):
+    """How many samples of each bin coverage-centric selection takes, straight from the paper.
+
+    Algorithm 1 of arXiv 2210.15809: drop the hardest, cut the range into bins of equal width, and
+    give from the smallest bin on each an equal share of what is left of the budget.
+    """
+    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    dropped = min(int(cutoff * len(scores)), len(scores) - k)
+    rest = [scores[i] for i in ranked[dropped:]]
+    low, high = min(rest), max(rest)
+    members = [0] * bins
+    for score in rest:
+        members[min(int((score - low) / (high - low) * bins), bins - 1)] += 1
+    taken, left = [0] * bins, k
+    for place, b in enumerate(sorted(range(bins), key=lambda b: members[b])):
+        taken[b] = min(members[b], left // (bins - place))
+        left -= taken[b]
+    return set(ranked[:dropped]), taken
+
+
+@pytest.mark.parametrize("k", [7, 60, 200, 333])
+@pytest.mark.parametrize("cutoff", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("bins", [1, 4, 10])
+def test_stratified_is_coverage_centric_selection(k, cutoff, bins):
+    # Far apart: rounding at an edge moves no sample to another bin.
+    generator = torch.Generator().manual_seed(8)
+    scores = (torch.randn(400, generator=generator) * 1000).round() + 0.3
+    store = visited_store(scores)
+    dropped, taken = plain_coverage(scores.tolist(), k, bins, cutoff)
+    chosen = kept(store.select(k, Stratified(bins, cutoff)))
+    assert len(chosen) == k
+    assert not chosen & dropped
+    rest = [score for i, score in enumerate(scores.tolist()) if i not in dropped]
+    low, high = min(rest), max(rest)
+    counts = [0] * bins
+    for i in chosen:
+        counts[min(int((scores[i].item() - low) / (high - low) * bins), bins - 1)] += 1
+    assert counts == taken
+
+
 def test_window_lies_between_its_quantiles():
     store = visited_store(torch.arange(100.0))
     assert kept(store.select(None, Window(0.2, 0.5))) == set(range(20, 50))
     chosen = kept(store.select(10, Window(0.2, 0.5)))
     assert len(chosen) == 10
     assert chosen < set(range(20, 50))
-    with pytest.raises(ValueError, match="holds 30 visited samples, got 31"):
+    with pytest.raises(ValueError, match=r"k must fit the window.* are 30 samples, got 31"):
         store.select(31, Window(0.2, 0.5))
+
+
+def test_window_means_the_quantiles_that_were_written():
+    store = visited_store(torch.arange(100.0))  # 0.29 * 100 < 29, and 0.07 * 100 > 7
+    assert kept(store.select(None, Window(0.07, 0.29))) == set(range(7, 29))
+
+
+@given(
+    n=st.integers(1, 200),
+    low=st.integers(0, 99),
+    width=st.integers(1, 100),
+    visited=st.floats(0, 1),
+)
+def test_window_always_holds_its_share(n, low, width, visited):
+    """The prune rate that fits the window fits it in every epoch, whatever has been visited."""
+    high = min(low + width, 100)
+    store = visited_store(torch.rand(n), torch.rand(n) <= visited)
+    k = max(1, round((high - low) / 100 * n))
+    assert len(kept(store.select(k, Window(low / 100, high / 100)))) == k
+
+
+def test_a_class_with_a_small_window_gives_the_rest_of_its_quota_away():
+    scores = torch.cat([torch.arange(100.0), torch.arange(20.0)])
+    labels = torch.tensor([0] * 100 + [1] * 20)
+    store = visited_store(scores)
+    chosen = store.select(30, Window(0.5, 0.75), labels=labels).indices
+    assert torch.bincount(labels[chosen]).tolist() == [25, 5]
+    assert set(chosen.tolist()) == {*range(50, 75), *range(110, 115)}
+    with pytest.raises(ValueError, match="are 30 samples, got 31"):
+        store.select(31, Window(0.5, 0.75), labels=labels)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.data())

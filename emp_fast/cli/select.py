@@ -14,7 +14,7 @@ from torch import Tensor
 from emp_fast import policies
 from emp_fast.cli.console import InputError
 from emp_fast.files import check_writable, read_vector
-from emp_fast.policies import Balance, Candidates, Policy, class_quotas
+from emp_fast.policies import Balance, Candidates, Policy
 from emp_fast.selection import WRITABLE, Selection, load_dataset
 
 __all__ = ["select"]
@@ -143,7 +143,7 @@ def select(
         values, torch.ones_like(values, dtype=torch.bool), groups, num_groups, seed=seed
     )
     try:
-        quotas = None if budget is None else class_quotas(candidates.sizes, budget, balance)  # type: ignore[arg-type]
+        quotas = None if budget is None else chosen.quotas(candidates, budget, balance)  # type: ignore[arg-type]
         mask, weights = chosen.choose(candidates, quotas)
     except ValueError as error:  # a window narrower than the budget
         raise InputError(str(error)) from error

@@ -1,0 +1,194 @@
+"""Every rule against a plain Python model of its paper's formula, over random histories of visits.
+
+The models see one sample's visits at once and know nothing of recurrences, buffers or batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from emp_fast import Rule, ScoreStore, rules
+from emp_fast.rules import (
+    AUM,
+    EL2N,
+    EMP,
+    RHO,
+    UCB,
+    DynUnc,
+    Entropy,
+    Forgetting,
+    GraNd,
+    Loss,
+    Margin,
+)
+
+N = 5
+IRREDUCIBLE = [0.5, -1.0, 0.0, 3.0, 0.25]
+
+Visit = dict[str, Any]
+Model = Callable[[int, list[Visit]], float]  # of a sample and its visits
+
+
+def average(values: list[float], decay: float) -> float:
+    """The exponential moving average that starts at the first value, as a weighted sum."""
+    last = len(values) - 1
+    weights = [
+        decay**last if t == 0 else (1 - decay) * decay ** (last - t) for t in range(last + 1)
+    ]
+    return math.fsum(w * x for w, x in zip(weights, values, strict=True))
+
+
+def of(name: str, visits: list[Visit]) -> list[float]:
+    return [visit[name] for visit in visits]
+
+
+def emp(beta: float, decay: float) -> Model:
+    return lambda i, visits: visits[-1]["loss"] + beta * average(of("entropy", visits), decay)
+
+
+def moving(name: str, decay: float, sign: float = 1.0) -> Model:
+    return lambda i, visits: sign * average(of(name, visits), decay)
+
+
+def ucb(c: float, decay: float) -> Model:
+    def model(i: int, visits: list[Visit]) -> float:
+        losses = of("loss", visits)
+        squares = [0.0] + [
+            (losses[t] - average(losses[:t], decay)) ** 2 for t in range(1, len(losses))
+        ]
+        return average(losses, decay) + c * average(squares, decay)
+
+    return model
+
+
+def forgetting(i: int, visits: list[Visit]) -> float:
+    correct = of("correct", visits)
+    if not any(correct):
+        return math.inf
+    return sum(a and not b for a, b in itertools.pairwise(correct))
+
+
+def grand(decay: float) -> Model:
+    def model(i: int, visits: list[Visit]) -> float:
+        norms = [v["el2n"] * math.sqrt(1 + math.fsum(h * h for h in v["hidden"])) for v in visits]
+        return average(norms, decay)
+
+    return model
+
+
+def dyn_unc(window: int) -> Model:
+    def model(i: int, visits: list[Visit]) -> float:
+        p = of("confidence", visits)
+        if len(p) < window:
+            return statistics.stdev(p) if len(p) > 1 else 0.0
+        spans = [p[t : t + window] for t in range(len(p) - window + 1)]
+        return statistics.fmean(statistics.stdev(span) for span in spans)
+
+    return model
+
+
+def rho(decay: float) -> Model:
+    return lambda i, visits: average([loss - IRREDUCIBLE[i] for loss in of("loss", visits)], decay)
+
+
+CASES: list[tuple[Rule, Model]] = [
+    (EMP(), emp(1.0, 0.0)),
+    (EMP(beta=0.3), emp(0.3, 0.0)),
+    (EMP(beta=-2.0, decay=0.9), emp(-2.0, 0.9)),
+    (Loss(), moving("loss", 0.0)),
+    (Loss(0.7), moving("loss", 0.7)),
+    (Entropy(0.7), moving("entropy", 0.7)),
+    (EL2N(), moving("el2n", 0.0)),
+    (EL2N(0.2), moving("el2n", 0.2)),
+    (Margin(0.5), moving("margin", 0.5, -1.0)),
+    (AUM(), lambda i, visits: -statistics.fmean(of("margin", visits))),
+    (UCB(), ucb(1.0, 0.8)),
+    (UCB(c=0.5, decay=0.0), ucb(0.5, 0.0)),
+    (Forgetting(), forgetting),
+    (GraNd(), grand(0.0)),
+    (GraNd(0.6), grand(0.6)),
+    (DynUnc(2), dyn_unc(2)),
+    (DynUnc(4), dyn_unc(4)),
+    (DynUnc(), dyn_unc(10)),
+    (RHO(torch.tensor(IRREDUCIBLE)), rho(0.0)),
+    (RHO(torch.tensor(IRREDUCIBLE), decay=0.4), rho(0.4)),
+]
+
+number = st.floats(-20, 20, width=32)
+visit = st.fixed_dictionaries(
+    {
+        "loss": st.floats(0, 20, width=32),
+        "entropy": st.floats(0, 8, width=32),
+        "el2n": st.floats(0, 1.5, width=32),
+        "margin": number,
+        "confidence": st.floats(0, 1, width=32),
+        "correct": st.booleans(),
+        "hidden": st.lists(number, min_size=3, max_size=3),
+    }
+)
+
+
+# The fixture only names the backend: nothing of it changes between examples.
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batches=st.lists(
+        st.lists(st.tuples(st.integers(0, N - 1), visit), min_size=1, max_size=6), max_size=14
+    )
+)
+@pytest.mark.parametrize(("rule", "model"), CASES, ids=[repr(rule) for rule, _ in CASES])
+def test_a_rule_follows_its_formula(backend, rule, model, batches):
+    store = ScoreStore(N, rule)
+    histories: list[list[Visit]] = [[] for _ in range(N)]
+    for batch in batches:
+        for i, seen in dict(batch).items():  # of a sample that is there twice the last row counts
+            histories[i].append(seen)
+        stats = {name: torch.tensor([seen[name] for _, seen in batch]) for name in batch[0][1]}
+        store.update(torch.tensor([i for i, _ in batch]), stats)
+    wanted = [model(i, visits) if visits else math.inf for i, visits in enumerate(histories)]
+    assert store.visits.tolist() == [len(visits) for visits in histories]
+    # Relative to the largest stat: sums of 14 float32 terms of it.
+    torch.testing.assert_close(
+        store.scores.double(), torch.tensor(wanted).double(), rtol=2e-5, atol=1e-4
+    )
+
+
+def test_every_rule_is_here():
+    tested = {type(rule) for rule, _ in CASES}
+    shipped = {getattr(rules, name) for name in rules.__all__} - {Rule}
+    assert tested == shipped
+
+
+@pytest.mark.parametrize("rule", [rule for rule, _ in CASES], ids=repr)
+def test_every_rule_states_what_it_reads_and_survives_a_checkpoint(rule):
+    generator = torch.Generator().manual_seed(9)
+
+    def update(store: ScoreStore, seed: int) -> None:
+        generator.manual_seed(seed)
+        stats = {name: torch.rand(4, generator=generator) for name in rule.reads}
+        stats |= {"correct": torch.rand(4, generator=generator) < 0.5}
+        stats |= {"hidden": torch.rand(4, 3, generator=generator)}
+        store.update(torch.tensor([0, 2, 3, 2]), {name: stats[name] for name in rule.reads})
+
+    whole, first = ScoreStore(N, rule), ScoreStore(N, rule)
+    for seed in range(3):
+        update(whole, seed)
+        update(first, seed)
+    second = ScoreStore(N, rule)
+    second.load_state_dict(first.state_dict())
+    for seed in range(3, 8):
+        update(whole, seed)
+        update(second, seed)
+    assert torch.equal(whole.scores, second.scores)
+    for missing in rule.reads:
+        stats = {name: torch.rand(1) for name in rule.reads if name != missing}
+        with pytest.raises(ValueError, match=f"stats must have '{missing}'"):
+            whole.update(torch.tensor([1]), stats)
