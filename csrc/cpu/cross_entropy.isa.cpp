@@ -481,19 +481,19 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
     } else {
       t_row = problem.soft_target + r * classes;
       y = largest_class(t_row, classes);
-      Floats sum = broadcast(0.0f);
-      for (int64_t start = 0; start < classes; start += kBlock) {
-        Floats here = broadcast(0.0f);
-        const int64_t stop = std::min(start + kBlock, classes);
-        for (int64_t j = start; j < stop; j += kLanes) {
-          const int64_t size = std::min<int64_t>(kLanes, classes - j);
-          const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
-          const float* weight = problem.weight ? problem.weight + j : nullptr;
-          const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
-          const Floats share = effective_target(problem, t, weight, size);
-          here = here + choose(present, share, broadcast(0.0f));
-        }
-        sum = sum + here;
+      // Compensated: next to t'_y close to T, the rounding of a plain sum is what the gradient of
+      // the target would consist of.
+      Floats sum = broadcast(0.0f), lost = broadcast(0.0f);
+      for (int64_t j = 0; j < classes; j += kLanes) {
+        const int64_t size = std::min<int64_t>(kLanes, classes - j);
+        const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+        const float* weight = problem.weight ? problem.weight + j : nullptr;
+        const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
+        const Floats share = effective_target(problem, t, weight, size);
+        const Floats term = choose(present, share, broadcast(0.0f)) - lost;
+        const Floats next = sum + term;
+        lost = (next - sum) - term;
+        sum = next;
       }
       total = reduce_lanes(sum, Add{}).v[0];
       const float* weight = problem.weight ? problem.weight + y : nullptr;
