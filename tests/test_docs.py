@@ -7,7 +7,7 @@ what else it needs, and is not seen by the reader::
     model = ...
     -->
     <!-- test: needs tensorboard -->            left out where that module is not installed
-    <!-- test: ranks 2 -->                      a whole script, run by torchrun on so many ranks
+    <!-- test: ranks 2 -->                      a whole script, as torchrun runs it on so many ranks
     <!-- test: skip it needs a GPU -->          with the reason
 """
 
@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
+import runpy
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,8 +33,8 @@ _PIECE = re.compile(
     r"^<!-- test: (?P<comment>.*?)-->$|^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+_CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]*)(#[^)\s]*)?\)")
-_RANKS_TIMEOUT = 300
 
 
 class Block(NamedTuple):
@@ -78,30 +80,36 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
             if block.how == "skip" or (block.how == "needs" and find_spec(block.argument) is None):
                 left_out.append(f"{where}: {block.how} {block.argument}")
             elif block.how == "ranks":
-                run_on_ranks(block, tmp_path / "script.py")
+                run_on_ranks(block, tmp_path)
             else:  # the lines of a traceback are those of the page
                 exec(compile("\n" * (block.line - 1) + block.code, page, "exec"), namespace)
     if any(": needs " in reason for reason in left_out):
         pytest.skip("all else ran; left out: " + "; ".join(left_out))
 
 
-def run_on_ranks(block: Block, script: Path) -> None:
+def run_on_ranks(block: Block, folder: Path) -> None:
+    script = folder / "script.py"
     script.write_text(block.code)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ran = subprocess.run(
-        [*torchrun, f"--nproc-per-node={int(block.argument)}", str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=_RANKS_TIMEOUT,
-        check=False,
-    )
-    assert ran.returncode == 0, f"line {block.line}:\n{ran.stdout}\n{ran.stderr}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank, told in enumerate(run_ranks(int(block.argument), [run_script], folder, script, port)):
+        error = told.get("run_script", (None, "died"))[1]
+        assert error is None, f"line {block.line}, rank {rank}:\n{error}"
+
+
+def run_script(rank: int, size: int, script: Path, port: int) -> None:
+    """What torchrun does for one rank, in a process that has torch already."""
+    dist.destroy_process_group()  # the script makes its own
+    os.chdir(script.parent)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page):
-    for target, anchor in _LINK.findall(page.read_text()):
+    for target, anchor in _LINK.findall(_CODE.sub("", page.read_text())):
         at = (page.parent / target).resolve() if target else page
         assert at.exists(), f"{named(page)} links to {target}"
         if anchor and at.suffix == ".md":
