@@ -36,7 +36,7 @@ __device__ __forceinline__ void take_claimed_step(const UpdateArgs& a, int64_t r
   // Only the winner's number can stand here: a row that lost reads that number, or 0 after it.
   if (__ldcg(a.state.claims + sample) != static_cast<int>(row + 1)) return;
   move_state(a.state, sample, a.signal[row], a.direct != nullptr, direct_of(a, row));
-  a.state.claims[sample] = 0;
+  __stcg(a.state.claims + sample, 0);  // while rows that lost may read it
 }
 
 __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constant__ UpdateArgs a) {

@@ -36,8 +36,9 @@ class CudaBackend(Backend):
 
     name = "cuda"
     fuses_step = True
-    #: What ``emp-fast doctor`` adds. Every kernel compiles for its architectures, its arithmetic is
-    #: tested on the host, and the self-check guards its first use.
+    #: What ``emp-fast doctor`` adds. Every kernel compiles for its architectures and runs in a host
+    #: emulator in CI (tests/cuda_emulator); that proves its logic, not the hardware's memory model
+    #: or speed. The self-check guards its first use.
     notes: ClassVar[str | None] = "these kernels have not yet run on a GPU"
 
     def __init__(self) -> None:

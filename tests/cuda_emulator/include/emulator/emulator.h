@@ -1,0 +1,86 @@
+// Runs CUDA kernels on the host, a fiber a CUDA thread, and watches every access to memory.
+//
+// The kernels are compiled by g++ with -fsanitize=thread, but linked with emulator.cpp in place of
+// the sanitizer's runtime: it is told of every load and store that is not to the thread's own
+// registers and stack. So it finds what a GPU does silently: an access outside the tensors that
+// Python registered, a misaligned one, a read of memory that nothing wrote, two accesses of
+// different threads that nothing orders, a barrier or a warp's collective that some threads never
+// reach.
+//
+// Threads run one at a time. They switch at barriers, warp collectives and, with a seed, at random
+// accesses; with a seed several blocks are in flight and start in any order.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace emulator {
+
+struct Launch {
+  const char* name;
+  dim3 grid, block;
+  unsigned cluster;  // blocks along x
+  int64_t shared_bytes;
+  const void* kernel;
+  const void* call;  // the kernel's arguments: constant memory
+  size_t call_bytes;
+  void (*run_thread)(const void* call);
+};
+
+// Throws std::runtime_error that says which thread did what, if one did wrong.
+void run(const Launch& launch);
+
+// ---- what a kernel asks of it
+
+uint3 thread_index() __attribute__((const));
+uint3 block_index() __attribute__((const));
+dim3 block_dim() __attribute__((const));
+dim3 grid_dim() __attribute__((const));
+void* dynamic_shared() __attribute__((const));
+
+enum class Access {
+  kPlain,
+  kReadOnly,  // __ldg: the memory must not change while the kernel runs
+  kStrong,    // past the first-level cache, or volatile: no race with another of its kind
+  kAtomic,
+};
+void load(void* out, const void* from, size_t size, Access access);
+void store(void* to, const void* value, size_t size, Access access);
+// The second half of an atomic operation: nothing comes between it and the load before it.
+void store_atomic(void* to, const void* value, size_t size);
+
+void fence();  // __threadfence
+void block_barrier();
+
+enum class WarpOp : int { kSync, kShuffle, kVote, kMatch, kReduce };
+// Waits for the lanes of `mask`, which must all call the same, and gives each the values of all.
+struct WarpValues {
+  uint64_t of[32];
+};
+WarpValues warp_exchange(WarpOp op, unsigned mask, uint64_t value);
+
+int lane();
+// Ends the launch with an error that names the thread.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ---- what the tests ask of it
+
+struct Schedule {
+  uint64_t seed;         // 0: blocks one by one, threads in order
+  int blocks_in_flight;  // with a seed
+  int preempt_one_in;    // accesses, with a seed
+};
+void set_schedule(const Schedule& schedule);
+// Memory that kernels may touch. `granule`: bytes of its smallest element.
+void allow(uintptr_t address, size_t size, size_t granule, bool writable, bool initialised);
+void mark_initialised(uintptr_t address, size_t size);
+void forget_memory();
+void set_device(int index, int multiprocessors, int shared_bytes);
+
+struct Counts {
+  uint64_t launches, threads, accesses, switches;
+};
+Counts counts();
+
+}  // namespace emulator

@@ -1,0 +1,500 @@
+"""The CUDA kernels, run on the CPU by tests/cuda_emulator, against oracle and reference.
+
+Every launch is watched: an access outside the tensors of the call, a read of what nothing wrote, a
+race, a barrier that some threads miss fails the test. Seed 0 runs blocks and threads in order; the
+others shuffle blocks, warps and lanes, and switch between any two accesses.
+
+With EMP_FAST_REQUIRE_EMULATOR=1 (CI) an emulator that cannot be built is a failure and not a skip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import test_functional
+import test_fused_step
+import test_selection
+import torch
+from cuda_emulator import EmulatedBackend, build
+from cuda_emulator.backend import no_gpu_asked
+from test_update_state import RECURRENCES, make_state
+from torch import Tensor
+
+import emp_fast
+import emp_fast.backends
+from emp_fast.backends.base import ROW_FIELDS, LossOptions, Recurrence, RowScores, State
+from emp_fast.backends.reference import ReferenceBackend
+from emp_fast.backends.selfcheck import self_check
+from emp_fast.functional import cross_entropy
+from emp_fast.rules import EMP, UCB
+from emp_fast.testing import ATOL, CASES, RTOL, Case, make, oracle
+
+CPU = torch.device("cpu")
+REFERENCE = ReferenceBackend()
+#: float16 and bfloat16 gradients carry the rounding to their type.
+GRAD_TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.float16: (1e-3, 1e-6)}
+GRAD_TOLERANCE[torch.bfloat16] = (8e-3, 1e-6)
+
+each_case = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.dtype != torch.float64], ids=lambda case: case.name
+)
+each_seed = pytest.mark.parametrize("seed", [0, 1, 2])
+
+
+@pytest.fixture(scope="session")
+def module() -> Any:
+    """The kernels on the emulator; built when the first test asks."""
+    built = build()
+    if isinstance(built, str):
+        required = os.environ.get("EMP_FAST_REQUIRE_EMULATOR") == "1"
+        stop = pytest.fail if required else pytest.skip
+        stop(f"the CUDA emulator cannot be built: {built}")
+    return built
+
+
+@pytest.fixture
+def emulated(module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedBackend]:
+    """The emulated backend, which every operation of the package uses during the test."""
+    backend = EmulatedBackend(module)
+    monkeypatch.setattr(emp_fast.backends, "_choose", lambda *_: backend)
+    with no_gpu_asked(monkeypatch):
+        yield backend
+
+
+# ---- the emulator itself ------------------------------------------------------------------------
+
+
+#: The kernels of cuda_emulator/faults.cu.
+FAULTS = [
+    "barrier_before_reuse",
+    "beyond_dynamic_memory",
+    "divergent_barrier",
+    "endless_wait",
+    "lane_left_out",
+    "lanes_at_different_collectives",
+    "lanes_that_wait_for_each_other",
+    "last_block_without_fence",
+    "misaligned_vector",
+    "missing_barrier",
+    "missing_lane",
+    "missing_warp_barrier",
+    "out_of_bounds",
+    "plain_sum",
+    "read_only_load_of_written_memory",
+    "two_blocks_write_one_word",
+    "unwritten_dynamic_memory",
+    "unwritten_shared_memory",
+]
+
+
+def test_every_fault_is_tried(module: Any) -> None:
+    assert module.emulator.fault_names() == FAULTS
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_emulator_tells_a_faulty_kernel_from_a_mended_one(
+    name: str, seed: int, module: Any
+) -> None:
+    emulator = module.emulator
+
+    def run(wrong: bool) -> None:
+        data = torch.arange(128, dtype=torch.int32)
+        emulator.set_schedule(seed, 5, 12)
+        emulator.allow(data.data_ptr(), 4 * 128, 4, True, True)
+        try:
+            emulator.run_fault(name, data.data_ptr(), wrong)
+        finally:
+            emulator.forget_memory()
+
+    run(wrong=False)
+    with pytest.raises(RuntimeError, match=rf"^{name}: block \(\d, 0, 0\), thread \(\d+, 0, 0\): "):
+        run(wrong=True)
+
+
+def test_an_input_cannot_be_written(emulated: EmulatedBackend) -> None:
+    grad, factor = torch.ones(5), torch.tensor(2.0)
+    with (
+        pytest.raises(RuntimeError, match="write of 4 bytes to an input"),
+        emulated.watched([], [grad, factor]),
+    ):
+        emulated._native.scale(0, grad.data_ptr(), 5, factor.data_ptr(), 0)
+
+
+def test_the_self_check_passes(emulated: EmulatedBackend) -> None:
+    assert self_check(emulated, CPU) is None
+
+
+# ---- scores and gradients -----------------------------------------------------------------------
+
+
+@each_case
+def test_every_field_agrees_with_the_oracle(case: Case, emulated: EmulatedBackend) -> None:
+    emulated.seed = len(case.name) % 3
+    logits, target, options = make(case)
+    got = cross_entropy(logits, target, **options)
+    test_functional.assert_stats(got, oracle(logits, target, **options)[0])
+
+
+@each_case
+def test_gradient_errs_at_most_twice_as_much_as_torch(
+    case: Case, emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated.seed = len(case.name) % 3
+    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "cuda", None)
+
+
+def close(got: Tensor, wanted: Tensor, rtol: float = RTOL, atol: float = ATOL) -> None:
+    torch.testing.assert_close(got.double(), wanted.double(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def assert_scores(got: RowScores, wanted: RowScores) -> None:
+    close(got.loss, wanted.loss)
+    for name, row, wanted_row in zip(ROW_FIELDS, got.rows, wanted.rows, strict=True):
+        torch.testing.assert_close(row, wanted_row, rtol=RTOL, atol=ATOL, equal_nan=True, msg=name)
+    assert torch.equal(got.correct, wanted.correct)
+    assert torch.equal(got.count, wanted.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Rows of one kernel; `plan` is what the launch arithmetic must choose for it."""
+
+    plan: tuple[str, int]  # path, lanes
+    rows: int
+    classes: int
+    dtype: torch.dtype = torch.float32
+    padding: int = 0  # columns between rows
+    offset: int = 0  # elements before the first row
+    soft: bool = False
+    softcap: float = 0.0
+    smoothing: float = 0.0
+    weighted: bool = False
+    cached: bool = True  # shared memory for the looped kernel's rows
+
+    def make(self) -> tuple[Tensor, Tensor, Tensor | None, LossOptions]:
+        generator = torch.Generator().manual_seed(self.rows * 1009 + self.classes)
+        width = self.classes + self.padding
+        held = torch.full((self.offset + self.rows * width,), torch.nan, dtype=self.dtype)
+        logits = held[self.offset :].view(self.rows, width)[:, : self.classes]
+        logits.copy_(3 * torch.randn(self.rows, self.classes, generator=generator))
+        target = torch.randint(self.classes, (self.rows,), generator=generator)
+        target[::5] = -100
+        weight = torch.rand(self.classes, generator=generator) + 0.25 if self.weighted else None
+        if self.soft:
+            mixed = torch.rand(self.rows, self.classes, generator=generator)
+            target = mixed / mixed.sum(1, keepdim=True)
+        return logits, target, weight, LossOptions(-100, self.smoothing, self.softcap)
+
+
+f16, bf16 = torch.float16, torch.bfloat16
+SHAPES = [
+    Shape(("threads", 1), 131, 10),
+    Shape(("threads", 1), 257, 7, bf16, offset=3),
+    Shape(("threads", 1), 9, 31, f16, offset=1, smoothing=0.1),
+    Shape(("registers", 8), 37, 100),
+    Shape(("registers", 8), 19, 16, bf16),
+    Shape(("registers", 8), 19, 33, f16, padding=3, offset=1),
+    Shape(("registers", 32), 6, 500, offset=2),
+    Shape(("registers", 32), 5, 1000, bf16, smoothing=0.1),
+    Shape(("registers", 64), 3, 1000, padding=1),
+    Shape(("registers", 64), 3, 2041, f16, offset=5),
+    Shape(("registers", 256), 2, 4093, offset=3),
+    Shape(("registers", 256), 3, 5003, bf16, weighted=True),
+    Shape(("looped", 32), 9, 100, softcap=5.0),
+    Shape(("looped", 32), 6, 257, bf16, softcap=5.0, smoothing=0.2, weighted=True, offset=1),
+    Shape(("looped", 32), 7, 10, soft=True, weighted=True, smoothing=0.1),
+    Shape(("looped", 512), 3, 2100, softcap=5.0, padding=2),
+    Shape(("looped", 512), 2, 4100, f16, smoothing=0.1, weighted=True),
+    Shape(("looped", 512), 9, 4200),
+    Shape(("looped", 512), 9, 4200, cached=False),
+    Shape(("looped", 512), 3, 2100, soft=True, offset=1),
+    Shape(("looped", 512), 2, 4111, bf16, soft=True, softcap=3.0, cached=False),
+    Shape(("split", 512), 2, 16500, offset=1),
+    Shape(("split", 512), 3, 33001, bf16),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_seed
+def test_every_kernel_scores_and_differentiates(
+    shape: Shape, seed: int, emulated: EmulatedBackend, module: Any
+) -> None:
+    """Forward, backward and the fused step, values and gradient, of every row path."""
+    emulated.seed, emulated.poison = seed, (0xFF, 0xA5, 0x00)[seed]
+    device = (4, 227 * 1024) if shape.cached else (4, 4096 + 16 * 500)
+    emulated.set_device(*device)
+    logits, target, weight, options = shape.make()
+    aligned = logits.data_ptr() % 16 == 0
+    general = shape.softcap > 0 or (shape.smoothing > 0 and shape.weighted)
+    plan = module.cuda.plan_rows(
+        *(shape.rows, shape.classes, logits.stride(0), logits.element_size(), aligned),
+        *(shape.soft, general, True, *device),
+    )
+    assert (plan["path"], plan["lanes"]) == shape.plan
+    if shape.plan == ("looped", 512):
+        whole = plan["cached_vectors"] * 16 >= shape.classes * logits.element_size()
+        assert whole == shape.cached
+
+    row_scale = torch.linspace(-1, 2, shape.rows)
+    exact = (
+        target.double() if shape.soft else target,
+        weight if weight is None else weight.double(),
+    )
+    wanted = REFERENCE.cross_entropy(logits.double(), *exact, options)
+    wanted_grad = REFERENCE.cross_entropy_backward(
+        row_scale.double() * 0.5, logits.double(), *exact, wanted.rows.double(), options
+    )
+    rtol, atol = GRAD_TOLERANCE[shape.dtype]
+
+    scores = emulated.cross_entropy(logits, target, weight, options)
+    assert_scores(scores, wanted)
+    grad = emulated.cross_entropy_backward(
+        row_scale * 0.5, logits, target, weight, scores.rows, options
+    )
+    close(grad, wanted_grad, rtol, atol)
+
+    indices = torch.arange(shape.rows).flip(0)
+    state = make_state(shape.rows)
+    stepped, fused_grad = emulated.cross_entropy_step(
+        *(logits, target, weight, options, row_scale, 0.5, indices, state, RECURRENCES["ema"])
+    )
+    assert_scores(stepped, wanted)
+    close(fused_grad, wanted_grad, rtol, atol)
+    assert torch.equal(state.visits[indices], stepped.count)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if not s.soft], ids=str)
+def test_a_class_that_does_not_exist_spoils_its_row_alone(
+    shape: Shape, emulated: EmulatedBackend
+) -> None:
+    logits, target, weight, options = shape.make()
+    safe = target.clone()
+    for row, bad in ((1, shape.classes), (shape.rows - 1, -1)):
+        target[row], safe[row] = bad, -100
+    target[0] = safe[0] = 0
+    wanted = emulated.cross_entropy(logits, safe, weight, options)
+    got = emulated.cross_entropy(logits, target, weight, options)
+    spoiled = target != safe
+    assert got.loss[spoiled].isnan().all()
+    assert got.rows[:, spoiled].isnan().all()
+    assert (got.count[spoiled] == 1).all()
+    assert torch.equal(got.loss[~spoiled], wanted.loss[~spoiled])
+    assert torch.equal(got.rows[:, ~spoiled], wanted.rows[:, ~spoiled])
+
+
+def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend) -> None:
+    for shape in (SHAPES[0], SHAPES[5], SHAPES[11], SHAPES[15], SHAPES[-1]):
+        logits, target, weight, options = shape.make()
+        outcomes = []
+        for seed in range(4):
+            emulated.seed = seed
+            scores = emulated.cross_entropy(logits, target, weight, options)
+            grad = emulated.cross_entropy_backward(
+                scores.loss, logits, target, weight, scores.rows, options
+            )
+            outcomes.append((*scores, grad))
+        for other in outcomes[1:]:
+            for a, b in zip(outcomes[0], other, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f16, bf16])
+@pytest.mark.parametrize("elements", [1, 5, 4097])
+@pytest.mark.parametrize("factor", [1.0, -0.375])
+def test_scale(dtype: torch.dtype, elements: int, factor: float, emulated: EmulatedBackend) -> None:
+    emulated.seed = elements
+    grad = torch.linspace(-2, 2, elements, dtype=dtype)
+    wanted = (grad.float() * factor).to(dtype)
+    emulated.scale_(grad, torch.tensor(factor))
+    assert torch.equal(grad, wanted)
+
+
+# ---- the state ----------------------------------------------------------------------------------
+
+
+def assert_same_state(got: State, wanted: State) -> None:
+    for name, a, b in zip(State._fields, got, wanted, strict=True):
+        if a is not None:
+            assert torch.equal(a, b), name
+
+
+def update_case(
+    rows: int, samples: int, recurrence: Recurrence, seed: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Indices with repeats, values with NaN and infinities, counts with zeros."""
+    generator = torch.Generator().manual_seed(rows * 31 + seed)
+    values = torch.randn(2, rows, generator=generator)
+    spoil = torch.rand(2, rows, generator=generator)
+    values[spoil < 0.1], values[spoil < 0.05] = torch.nan, torch.inf
+    return (
+        torch.randint(samples, (rows,), generator=generator),
+        values[0],
+        values[1] if recurrence.direct else None,
+        (torch.rand(rows, generator=generator) < 0.8).int(),
+    )
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize(("rows", "samples"), [(1, 1), (9, 4), (1500, 300), (4097, 900)])
+@each_seed
+def test_update_equals_the_reference_bit_for_bit(
+    name: str, rows: int, samples: int, seed: int, emulated: EmulatedBackend
+) -> None:
+    emulated.seed = seed
+    recurrence = RECURRENCES[name]
+    got, wanted = make_state(samples), make_state(samples)
+    for visit in range(2):
+        case = update_case(rows, samples, recurrence, visit)
+        emulated.update_state(*case, got, recurrence)
+        REFERENCE.update_state(*case, wanted, recurrence)
+    assert_same_state(got, wanted)
+
+
+@pytest.mark.parametrize("rows", [7, 4100])
+def test_update_refuses_indices_out_of_range(rows: int, emulated: EmulatedBackend) -> None:
+    recurrence = RECURRENCES["variance and direct"]
+    got, wanted = make_state(50), make_state(50)
+    indices, signal, direct, count = update_case(rows, 50, recurrence, 0)
+    bad = torch.tensor([-1, 50, 2**62, -(2**63)])
+    at = torch.tensor([0, 2, 3, 5])
+    kept = count.clone()
+    kept[at] = 0  # the reference on the CPU raises instead
+    count[at] = 1
+    indices[at] = bad
+    emulated.update_state(indices, signal, direct, count, got, recurrence)
+    indices[at] = 0
+    REFERENCE.update_state(indices, signal, direct, kept, wanted, recurrence)
+    wanted.counters[1] += 4
+    assert_same_state(got, wanted)
+
+
+#: Rows and classes for each way to move the state, by threads and by groups of lanes.
+STEPS = [
+    (name, plan, rows, classes, seed)
+    for plan, rows, classes in (
+        ("scan", 9, 10),
+        ("scan", 250, 5),
+        ("scan", 300, 33),
+        ("counted", 300, 10),
+        ("counted", 1100, 40),
+    )
+    for name in RECURRENCES
+    for seed in range(3)
+]
+# The launches after it are those of update_state, above.
+STEPS += [("ema", "apart", 32768, 2, 0), ("variance and direct", "apart", 32768, 2, 1)]
+
+
+@pytest.mark.parametrize(("name", "plan", "rows", "classes", "seed"), STEPS)
+def test_a_fused_step_moves_the_state_as_the_reference_does(
+    name: str,
+    plan: str,
+    rows: int,
+    classes: int,
+    seed: int,
+    emulated: EmulatedBackend,
+    module: Any,
+) -> None:
+    """From the scores that the kernel itself wrote, the state is the reference's, bit for bit."""
+    emulated.seed = seed
+    chosen = module.cuda.plan_rows(
+        rows, classes, classes, 4, True, False, False, True, 4, 227 * 1024
+    )
+    assert chosen["update"] == plan
+    recurrence = RECURRENCES[name]
+    generator = torch.Generator().manual_seed(rows)
+    samples = max(rows // 3, 4)
+    got, wanted = make_state(samples), make_state(samples)
+    for _ in range(2):
+        logits = 3 * torch.randn(rows, classes, generator=generator)
+        target = torch.randint(classes, (rows,), generator=generator)
+        target[torch.rand(rows, generator=generator) < 0.2] = -100
+        logits[torch.rand(rows, generator=generator) < 0.1, 0] = torch.nan
+        indices = torch.randint(samples, (rows,), generator=generator)
+        indices[1] = -1 if plan == "counted" else samples
+        scores, grad = emulated.cross_entropy_step(
+            *(logits, target, None, LossOptions(), None, 1 / rows, indices, got, recurrence)
+        )
+        fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
+        count = scores.count.clone()
+        wanted.counters[1] += count[1]
+        indices[1], count[1] = 0, 0
+        REFERENCE.update_state(
+            indices,
+            fields[recurrence.signal],
+            None if recurrence.direct is None else fields[recurrence.direct],
+            count,
+            wanted,
+            recurrence,
+        )
+        plain = emulated.cross_entropy(logits, target, None, LossOptions())
+        assert torch.equal(scores.loss.nan_to_num(7.0), plain.loss.nan_to_num(7.0))
+        assert torch.equal(grad.isnan().any(1), scores.loss.isnan())
+    assert_same_state(got, wanted)
+
+
+@pytest.mark.parametrize("options", test_fused_step.OPTIONS, ids=lambda o: ",".join(o) or "plain")
+@each_seed
+def test_a_training_step_equals_that_of_the_reference(
+    options: dict[str, Any], seed: int, emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated.seed = seed
+    for rule in (EMP(0.5, 0.9), UCB()):
+        got, store = test_fused_step.train(rule, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(emp_fast.backends, "_choose", lambda *_: REFERENCE)
+            wanted, plain = test_fused_step.train(rule, **options)
+        for a, b in zip(got, wanted, strict=True):
+            close(a, b)
+        close(store.scores, plain.scores)
+        assert torch.equal(store.visits, plain.visits)
+
+
+# ---- selection and random bits ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distribution", test_selection.DISTRIBUTIONS)
+@pytest.mark.parametrize("n", [1, 65, 4097, 9001])
+def test_topk_is_the_stable_sort(distribution: str, n: int, emulated: EmulatedBackend) -> None:
+    emulated.seed, emulated.poison = n % 4, (0xFF, 0x00)[n % 2]
+    scores = test_selection.make(distribution, n)
+    highs = int((scores > 1).sum())
+    for k in sorted({0, 1, n // 3, highs, n - 1, n} & set(range(n + 1))):
+        got = emulated.topk_indices(torch.from_numpy(scores), k)
+        np.testing.assert_array_equal(got.numpy(), test_selection.oracle(scores, k), f"{k=}")
+
+
+def test_topk_of_unaligned_scores(emulated: EmulatedBackend) -> None:
+    scores = torch.from_numpy(test_selection.make("normal", 5002))[1:]
+    wanted = test_selection.oracle(scores.numpy(), 1700)
+    np.testing.assert_array_equal(emulated.topk_indices(scores, 1700).numpy(), wanted)
+
+
+@pytest.mark.parametrize("distribution", test_selection.DISTRIBUTIONS)
+@pytest.mark.parametrize(("n", "num_groups"), [(1, 1), (64, 3), (4097, 10), (6001, 40)])
+def test_grouped_topk_is_a_stable_sort_of_each_group(
+    distribution: str, n: int, num_groups: int, emulated: EmulatedBackend
+) -> None:
+    emulated.seed = n % 4
+    rng = np.random.default_rng(n)
+    scores, groups = test_selection.make(distribution, n), rng.integers(0, num_groups, n)
+    group_k = test_selection.quotas_of(groups, num_groups, rng)
+    got = emulated.grouped_topk_indices(
+        torch.from_numpy(scores), torch.from_numpy(groups), torch.tensor(group_k)
+    )
+    wanted = test_selection.grouped_oracle(scores, groups, group_k)
+    np.testing.assert_array_equal(got.numpy(), wanted)
+
+
+@each_seed
+def test_philox_equals_the_reference(seed: int, emulated: EmulatedBackend) -> None:
+    emulated.seed = seed
+    for n, start in ((1, 0), (1000, 2**32 - 7), (700, 2**40)):
+        arguments = (n, -(2**40) + seed, 3, 1, start, CPU)
+        assert torch.equal(emulated.philox(*arguments), REFERENCE.philox(*arguments))
