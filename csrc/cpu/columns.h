@@ -8,8 +8,8 @@
 
 namespace emp_fast::cpu::EMP_FAST_ISA {
 
-// Below this many classes a row is shorter than what reducing its vectors costs.
-constexpr int64_t kNarrow = 4 * kLanes;
+// Below this many classes reducing a row's vectors costs more than transposing it.
+constexpr int64_t kNarrow = 16 * kLanes;
 
 template <int... kLane>
 EMP_FAST_INLINE void transpose_quads(NativeFloats* q, std::integer_sequence<int, kLane...>) {

@@ -2,9 +2,11 @@
 //
 // Rows go in groups of kLanes, whose final maths (log, divisions, square roots) is one row a lane.
 // Few classes: the logits too are one row a lane (columns.h). Many: a row at a time in blocks that
-// stay in the L1 cache, first the maximum of a block while it is converted into a buffer, then its
-// sums.
+// stay in the L1 cache, first the maximum of a block, then its sums; meanwhile what follows is
+// fetched from memory, so that arithmetic and memory do not wait for each other.
 #include "cpu/cross_entropy.h"
+
+#include <algorithm>
 
 #include "cpu/columns.h"
 #include "cpu/logits.h"
@@ -29,6 +31,17 @@ struct Accumulated {
   SoftmaxSums<Floats> sums;
   Floats spread;  // sum_{j != y} w_j (x_j - m), for label smoothing
 };
+
+// Calls body(i) for the rows of a group. The number of a whole one is known to the compiler, which
+// makes vectors of the loop.
+template <class Body>
+EMP_FAST_INLINE void for_each_row(int64_t count, Body body) {
+  if (count == kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) body(i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  }
+}
 
 EMP_FAST_INLINE Floats weighted(Floats weight, Floats value) {
   const Floats zero = broadcast(0.0f);
@@ -62,7 +75,11 @@ EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t fi
     result.sums.m = larger(other, result.sums.m);
     store(block + c * kLanes, other);
   });
-  for (int64_t c = 0; c < problem.classes; ++c) add(result.sums, load(block + c * kLanes));
+  const typename Rows::Element* next = logits.row(first + kLanes);  // of the next group
+  for (int64_t c = 0; c < problem.classes; ++c) {
+    __builtin_prefetch(next + c * kLanes, 0, 3);
+    add(result.sums, load(block + c * kLanes));
+  }
   if (problem.label_smoothing > 0) {
     for (int64_t c = 0; c < problem.classes; ++c) {
       const Mask is_y = y == broadcast(static_cast<int32_t>(c));
@@ -76,69 +93,130 @@ EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t fi
 
 // ---- many classes: one row at a time ----
 
+// A block of one row. `y` is the place of the target in it; anything else when it lies elsewhere.
+template <class Rows>
+struct Block {
+  const Rows& logits;
+  const typename Rows::Element* from;
+  int64_t size;
+  int64_t y;
+
+  // Calls body(i, x) for the logits of every vector, with `at_y` in the place of the target. Lanes
+  // beyond the end hold no logit.
+  template <class Body>
+  EMP_FAST_INLINE void for_each_vector(float at_y, Body body) const {
+    const int64_t whole = size - size % kLanes;
+    const bool has_y = y >= 0 && y < size;
+    const int64_t special = has_y ? y - y % kLanes : size;
+    // The vector of the target comes after the whole ones: a loop of the same length for every row
+    // is one that the processor predicts.
+    const int64_t plain = whole - (special < whole ? kLanes : 0);
+    for (int64_t at = 0; at < plain; at += kLanes) {
+      const int64_t i = at < special ? at : at + kLanes;
+      body(i, logits.read(from + i));
+    }
+    if (has_y) {
+      const Ints y_lane = broadcast(static_cast<int32_t>(y - special));
+      const Floats x = special < whole ? logits.read(from + special)
+                                       : logits.read_first(from + whole, size - whole);
+      body(special, choose(lane_numbers() == y_lane, broadcast(at_y), x));
+    }
+    if (whole < size && special != whole) {
+      body(whole, logits.read_first(from + whole, size - whole));
+    }
+  }
+
+  // The largest of `max` and the logits, in every lane.
+  EMP_FAST_INLINE Floats largest(Floats max) const {
+    for_each_vector(kMinusInfinity, [&](int64_t, Floats x) { max = larger(x, max); });
+    return reduce_lanes(max, Larger{});
+  }
+
+  // `ahead`: what is read after this block comes in from memory under its arithmetic.
+  EMP_FAST_INLINE SoftmaxSums<Floats> sums(Floats max, const void* ahead) const {
+    SoftmaxSums<Floats> sums = SoftmaxSums<Floats>::empty();
+    sums.m = max;
+    const auto* next = static_cast<const typename Rows::Element*>(ahead);
+    for_each_vector(kMinusInfinity, [&](int64_t i, Floats x) {
+      __builtin_prefetch(next + i, 0, 3);
+      add(sums, x);
+    });
+    return sums;
+  }
+
+  // sum_{j != y} w_j (x_j - max)
+  EMP_FAST_INLINE Floats spread(Floats max, const float* weight) const {
+    Floats sum = broadcast(0.0f);
+    for_each_vector(max.v[0], [&](int64_t i, Floats x) {
+      const int64_t count = std::min<int64_t>(kLanes, size - i);
+      const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(count));
+      const Floats diff = choose(present, x - max, broadcast(0.0f));
+      if (weight == nullptr) {
+        sum = sum + diff;
+      } else if (count == kLanes) {
+        sum = sum + weighted(load(weight + i), diff);
+      } else {
+        sum = sum + weighted(read_some<Float32>(weight + i, count), diff);
+      }
+    });
+    return sum;
+  }
+};
+
+// Adds a block, in front of which the weights of `weight_before` in total have been added.
+template <class Rows>
+EMP_FAST_INLINE void accumulate_block(Accumulated& result, const Block<Rows>& block,
+                                      const Problem& problem, const float* weight,
+                                      double weight_before, const void* ahead) {
+  SoftmaxSums<Floats>& sums = result.sums;
+  const Floats max = block.largest(sums.m);
+  if (problem.label_smoothing > 0) {
+    if (weight_before != 0) {
+      const Floats once = choose(lane_numbers() == broadcast(0), broadcast(1.0f), broadcast(0.0f));
+      const Floats before = once * broadcast(static_cast<float>(weight_before));
+      result.spread = result.spread + weighted(before, sums.m - max);
+    }
+    result.spread = result.spread + block.spread(max, weight);
+  }
+  raise(sums, max);
+  const SoftmaxSums<Floats> here = block.sums(max, ahead);
+  sums.d = sums.d + here.d;
+  sums.s = sums.s + here.s;
+  sums.q = sums.q + here.q;
+}
+
 // The sums of one row, each still spread over the lanes, all relative to one maximum.
 template <class Rows>
 EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Rows::Element* row,
                                            int64_t y) {
   const Problem& problem = logits.problem;
-  alignas(64) float block[kBlock];
   Accumulated result{SoftmaxSums<Floats>::empty(), broadcast(0.0f)};
-  SoftmaxSums<Floats>& sums = result.sums;
   double weight_before = 0;
   for (int64_t start = 0; start < problem.classes; start += kBlock) {
     const int64_t size = std::min(kBlock, problem.classes - start);
-    const int64_t whole = size - size % kLanes;
-    const int64_t y_here = y - start;
-    const bool has_y = y_here >= 0 && y_here < size;
-    const Ints y_lane = broadcast(has_y ? static_cast<int32_t>(y_here) : -1);
-    const auto put = [&](int64_t i, Floats x, Floats max) {
-      const Ints lane = lane_numbers() + broadcast(static_cast<int32_t>(i));
-      const Floats other = choose(lane == y_lane, broadcast(kMinusInfinity), x);
-      store(block + i, other);
-      return larger(other, max);
-    };
-    Floats max = sums.m;
-    for (int64_t i = 0; i < whole; i += kLanes) max = put(i, logits.read(row + start + i), max);
-    if (whole < size) max = put(whole, logits.read_first(row + start + whole, size - whole), max);
-    max = reduce_lanes(max, Larger{});
-
-    if (start > 0) {
-      if (problem.label_smoothing > 0 && weight_before != 0) {
-        const Floats once =
-            choose(lane_numbers() == broadcast(0), broadcast(1.0f), broadcast(0.0f));
-        const Floats weight = once * broadcast(static_cast<float>(weight_before));
-        result.spread = result.spread + weighted(weight, sums.m - max);
+    const float* weight = problem.weight ? problem.weight + start : nullptr;
+    const void* ahead = row + start + kBlock;
+    if constexpr (Rows::kHasCap) {  // a tanh each: once
+      alignas(64) float capped[kBlock];
+      for (int64_t i = 0; i < size; i += kLanes) {
+        const int64_t left = size - i;
+        const bool whole = left >= kLanes;
+        store(capped + i,
+              whole ? logits.read(row + start + i) : logits.read_first(row + start + i, left));
       }
-      raise(sums, max);
+      const Logits<Float32, false> plain{problem};
+      accumulate_block(result, Block<Logits<Float32, false>>{plain, capped, size, y - start},
+                       problem, weight, weight_before, ahead);
     } else {
-      sums.m = max;
+      accumulate_block(result, Block<Rows>{logits, row + start, size, y - start}, problem, weight,
+                       weight_before, ahead);
     }
-    SoftmaxSums<Floats> here = SoftmaxSums<Floats>::empty();
-    here.m = max;
-    for (int64_t i = 0; i < size; i += kLanes) add(here, load(block + i));
-    sums.d = sums.d + here.d;
-    sums.s = sums.s + here.s;
-    sums.q = sums.q + here.q;
-
     if (problem.label_smoothing > 0) {
-      const float level = max.v[0];
-      if (has_y) block[y_here] = level;  // the target adds nothing
-      const float* weight = problem.weight ? problem.weight + start : nullptr;
-      for (int64_t i = 0; i < whole; i += kLanes) {
-        const Floats diff = load(block + i) - max;
-        result.spread = result.spread + (weight ? weighted(load(weight + i), diff) : diff);
-      }
-      for (int64_t i = whole; i < size; ++i) block[i] -= level;
-      if (whole < size) {
-        const Floats diff = read_some<Float32>(block + whole, size - whole);
-        result.spread =
-            result.spread +
-            (weight ? weighted(read_some<Float32>(weight + whole, size - whole), diff) : diff);
-      }
-      if (weight) {
-        for (int64_t i = 0; i < size; ++i) weight_before += i == y_here ? 0.0 : weight[i];
-      } else {
-        weight_before += static_cast<double>(size - has_y);
+      const int64_t y_here = y - start;
+      const bool has_y = y_here >= 0 && y_here < size;
+      if (weight == nullptr) weight_before += static_cast<double>(size - has_y);
+      for (int64_t i = 0; weight != nullptr && i < size; ++i) {
+        weight_before += i == y_here ? 0.0 : weight[i];
       }
     }
   }
@@ -198,10 +276,10 @@ EMP_FAST_INLINE void write_scores(const Problem& problem, const ScoreOutputs& ou
   field(kInvSum, scores.inv_sum);
   field(kMiss, scores.miss);
   const float* margin = out.fields + kMargin * problem.rows + first;
-  for (int64_t i = 0; i < count; ++i) {
+  for_each_row(count, [&](int64_t i) {
     out.correct[first + i] = margin[i] >= 0;
     out.count[first + i] = valid[i];
-  }
+  });
 }
 
 template <class Rows>
@@ -222,13 +300,20 @@ int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t beg
   for (int64_t first = begin; first < end; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, end - first);
     GroupTarget target;
-    for (int64_t i = 0; i < count; ++i) {
+    int32_t impossible = 0;
+    for_each_row(count, [&](int64_t i) {
       const int64_t id = problem.target[first + i];
       const bool is_class = static_cast<uint64_t>(id) < static_cast<uint64_t>(problem.classes);
       const bool ignored = id == problem.ignore_index;
-      if (!is_class && !ignored && wrong == kNone) wrong = first + i;
+      impossible |= !is_class & !ignored;
       target.valid[i] = !ignored;
-      target.id[i] = is_class && !ignored ? static_cast<int32_t>(id) : 0;
+      target.id[i] = is_class & !ignored ? static_cast<int32_t>(id) : 0;
+    });
+    if (impossible && wrong == kNone) {
+      const auto fits = [&](int64_t id) {
+        return id == problem.ignore_index || (id >= 0 && id < problem.classes);
+      };
+      wrong = std::find_if_not(problem.target + first, problem.target + end, fits) - problem.target;
     }
 
     Accumulated group;
@@ -396,19 +481,19 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
     } else {
       t_row = problem.soft_target + r * classes;
       y = largest_class(t_row, classes);
-      Floats sum = broadcast(0.0f);
-      for (int64_t start = 0; start < classes; start += kBlock) {
-        Floats here = broadcast(0.0f);
-        const int64_t stop = std::min(start + kBlock, classes);
-        for (int64_t j = start; j < stop; j += kLanes) {
-          const int64_t size = std::min<int64_t>(kLanes, classes - j);
-          const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
-          const float* weight = problem.weight ? problem.weight + j : nullptr;
-          const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
-          const Floats share = effective_target(problem, t, weight, size);
-          here = here + choose(present, share, broadcast(0.0f));
-        }
-        sum = sum + here;
+      // Compensated: next to t'_y close to T, the rounding of a plain sum is what the gradient of
+      // the target would consist of.
+      Floats sum = broadcast(0.0f), lost = broadcast(0.0f);
+      for (int64_t j = 0; j < classes; j += kLanes) {
+        const int64_t size = std::min<int64_t>(kLanes, classes - j);
+        const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+        const float* weight = problem.weight ? problem.weight + j : nullptr;
+        const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
+        const Floats share = effective_target(problem, t, weight, size);
+        const Floats term = choose(present, share, broadcast(0.0f)) - lost;
+        const Floats next = sum + term;
+        lost = (next - sum) - term;
+        sum = next;
       }
       total = reduce_lanes(sum, Add{}).v[0];
       const float* weight = problem.weight ? problem.weight + y : nullptr;

@@ -17,6 +17,7 @@ struct CappedLogits {
 template <class Format, bool kCapped>
 struct Logits {
   using Element = typename Format::Element;
+  static constexpr bool kHasCap = kCapped;
 
   const Problem& problem;
 

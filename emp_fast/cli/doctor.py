@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import warnings
-from importlib import import_module, metadata, resources
+from importlib import metadata, resources
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +16,7 @@ from rich.text import Text
 
 import emp_fast
 from emp_fast.backends import BackendError, backend_status, resolve, use_backend
+from emp_fast.backends.native import load_native
 from emp_fast.cli.console import stdout
 from emp_fast.functional import cross_entropy, topk_indices
 
@@ -159,11 +160,8 @@ def _build_info() -> dict[str, Any]:
 
 def _instruction_set() -> str | None:
     """That of the native kernels that run on this CPU; None without the native module."""
-    try:
-        native = import_module("emp_fast._native")
-    except ImportError:
-        return None
-    return str(native.isa())
+    native = load_native()
+    return None if isinstance(native, str) else str(native.isa())
 
 
 # ---- tables -------------------------------------------------------------------------------------

@@ -1,0 +1,243 @@
+"""The C++ row scores under every instruction set that this processor runs, and any thread count.
+
+Selection and random numbers are held to the same in test_selection.py and test_philox.py; the state
+update has one build and one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import require
+from test_functional import FLOAT_FIELDS, assert_stats, gradient, incoming, torch_loss
+from torch import Tensor
+
+import emp_fast
+from emp_fast.functional import cross_entropy
+from emp_fast.testing import Case, make, oracle
+
+ISAS = ("baseline", "avx2", "avx512")
+# Around every vector width (4, 8, 16), the edge between rows across the lanes and along them, and
+# one that needs several blocks with a ragged end.
+WIDTHS = (1, 2, 3, 7, 9, 10, 15, 17, 31, 33, 63, 64, 65, 100, 127, 255, 257, 1000, 1025, 32000)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+THREADS = (1, 2, 3)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with one instruction set, the C++ backend chosen."""
+    require("cpu")
+    native = pytest.importorskip("emp_fast._native")
+    if request.param not in native.supported_isas():
+        pytest.skip(f"this processor does not run {request.param}")
+    before = native.isa()
+    native.set_isa(request.param)
+    with emp_fast.use_backend("cpu"):
+        yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def rows_for(classes: int) -> int:
+    """More than two groups of the widest lanes and a ragged end, or what time allows."""
+    return max(2, min(37, 6000 // classes))
+
+
+def run(
+    logits: Tensor, target: Tensor, options: dict[str, Any]
+) -> tuple[emp_fast.SampleStats, Tensor]:
+    leaf = logits.detach().requires_grad_()
+    stats = cross_entropy(leaf, target, **options)
+    return stats, gradient(stats.loss, leaf, incoming(stats.loss.shape[0]))
+
+
+def assert_gradient(got: Tensor, case: Case) -> None:
+    """Its error is at most twice torch's own and what no float32 arithmetic avoids, as there."""
+    logits, target, options = make(case)
+    grad_loss = incoming(logits.shape[0])
+    wanted = torch.from_numpy(oracle(logits, target, grad_loss=grad_loss, **options)[1])
+    leaf = logits.detach().requires_grad_()
+    torchs = gradient(torch_loss(leaf, target, options), leaf, grad_loss)
+    error, allowed = ((x.double() - wanted).abs().max() for x in (got, torchs))
+    carried = torch.finfo(torch.float32).eps
+    floor = (2 * carried + torch.finfo(logits.dtype).eps / 2) * wanted.abs().max()
+    assert float(error) <= 2 * float(allowed) + float(floor)
+
+
+def assert_same(got: Any, wanted: Any, message: str) -> None:
+    """Bit for bit."""
+    for name, a, b in zip(
+        (*emp_fast.SampleStats._fields, "gradient"),
+        (*got[0], got[1]),
+        (*wanted[0], wanted[1]),
+        strict=True,
+    ):
+        assert torch.equal(a, b), f"{name}, {message}"
+
+
+def layouts(logits: Tensor) -> dict[str, Tensor]:
+    """The same values at other addresses, with NaN around them."""
+    rows, classes = logits.shape
+
+    def held(size: tuple[int, ...], *view: Any) -> Tensor:
+        base = logits.new_full(size, torch.nan)
+        return base[view].view(rows, classes) if len(size) == 1 else base[view]
+
+    made = {
+        "row_strided": held((rows, classes + 5), slice(None), slice(2, classes + 2)),
+        "every second row": held((2 * rows, classes), slice(1, None, 2)),
+        "unaligned": held((rows * classes + 1,), slice(1, None)),
+        "transposed": logits.new_empty((classes, rows)).T,
+    }
+    return {name: tensor.copy_(logits) for name, tensor in made.items()}
+
+
+def check(case: Case, isa: str) -> None:
+    """Against the oracle once; every layout and thread count then gives the same bits."""
+    logits, target, options = make(case)
+    torch.set_num_threads(1)
+    wanted = run(logits, target, options)
+    stats, grad = wanted
+    assert_stats(
+        emp_fast.SampleStats(*(field.detach() for field in stats)),
+        oracle(logits, target, **options)[0],
+    )
+    assert_gradient(grad, case)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        assert_same(run(logits, target, options), wanted, f"{threads} threads")
+    for layout, moved in layouts(logits).items():
+        assert_same(run(moved, target, options), wanted, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", WIDTHS)
+def test_class_ids(classes: int, dtype: str, isa: str, poison: None) -> None:
+    check(
+        Case(f"ids_{classes}_{dtype}", rows_for(classes), classes, None, dtype=DTYPES[dtype]), isa
+    )
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "weighted, smoothed": {"weighted": True, "label_smoothing": 0.1, "ignored": "some"},
+    "smoothed": {"label_smoothing": 0.3},
+    "softcap": {"softcap": 2.0},
+    "soft": {"target": "soft"},
+    "soft with everything": {
+        "target": "soft",
+        "weighted": True,
+        "label_smoothing": 0.1,
+        "softcap": 3.0,
+    },
+    "masked": {"logits": "masked"},
+    "peaked": {"logits": "peaked"},
+    "offset": {"logits": "offset"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("classes", [2, 9, 33, 257, 1025])
+def test_options(name: str, classes: int, isa: str, poison: None) -> None:
+    check(Case(f"{name}_{classes}", min(19, rows_for(classes)), classes, **OPTIONS[name]), isa)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 10, 100, 1025])
+@pytest.mark.parametrize("threads", THREADS)
+def test_nothing_outside_the_outputs_is_written(classes: int, threads: int, isa: str) -> None:
+    """Straight at the pointers, with guards around every output."""
+    native = pytest.importorskip("emp_fast._native")
+    rows, guard = 21, 64
+    logits, target, _ = make(Case(f"guarded_{classes}", rows, classes))
+
+    def guarded(size: int, dtype: torch.dtype) -> Tensor:
+        return torch.full((size + 2 * guard,), 77, dtype=dtype)
+
+    outputs = {
+        "loss": guarded(rows, torch.float32),
+        "fields": guarded(7 * rows, torch.float32),
+        "correct": guarded(rows, torch.uint8),
+        "count": guarded(rows, torch.int32),
+    }
+    grad = guarded(rows * classes, torch.float32)
+    arguments = (logits.data_ptr(), 0, classes, rows, classes, target.data_ptr(), False, 0)
+    options = (-100, 0.0, 0.0)
+    pointers = {name: tensor[guard:].data_ptr() for name, tensor in outputs.items()}
+    assert native.cross_entropy(*arguments, *options, *pointers.values(), threads) == -1
+    grad_loss = torch.ones(rows)
+    native.cross_entropy_backward(
+        *arguments,
+        *options,
+        grad_loss.data_ptr(),
+        pointers["fields"],
+        grad[guard:].data_ptr(),
+        threads,
+    )
+    for name, tensor in {**outputs, "grad": grad}.items():
+        assert (tensor[:guard] == 77).all(), name
+        assert (tensor[-guard:] == 77).all(), name
+        assert not (tensor[guard:-guard] == 77).any(), name
+
+
+def test_the_first_bad_class_is_the_one_reported(isa: str) -> None:
+    logits = torch.zeros(5000, 10)
+    target = torch.zeros(5000, dtype=torch.int64)
+    target[[1234, 4000]] = torch.tensor([10, -3])
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        with pytest.raises(IndexError, match="got 10 at position 1234"):
+            cross_entropy(logits, target)
+
+
+def test_all_instruction_sets_agree() -> None:
+    """Not bit for bit, for their sums differ in order, but far within the tolerance."""
+    require("cpu")
+    native = pytest.importorskip("emp_fast._native")
+    before = native.isa()
+    logits, target, options = make(Case("agree", 33, 100, weighted=True, label_smoothing=0.1))
+    found = []
+    with emp_fast.use_backend("cpu"):
+        for name in native.supported_isas():
+            native.set_isa(name)
+            assert native.isa() == name
+            found.append(cross_entropy(logits, target, **options))
+    native.set_isa(before)
+    for stats in found[1:]:
+        for name in FLOAT_FIELDS:
+            a, b = (getattr(x, name).numpy() for x in (stats, found[0]))
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["baseline", "sse9"])
+def test_the_environment_chooses_the_instruction_set(name: str) -> None:
+    require("cpu")
+    script = (
+        "import torch, emp_fast; from emp_fast.cli.doctor import examine; report = examine();"
+        "print(report['machine']['instruction set']);"
+        "print([x['reason'] for x in report['backends'] if x['backend'] == 'cpu'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env={**os.environ, "EMP_FAST_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if name == "baseline":
+        assert done.stdout.split() == ["baseline", "[None]"]
+    else:
+        assert "EMP_FAST_CPU_ISA: isa must be one of baseline" in done.stdout
+        assert "got sse9" in done.stdout
