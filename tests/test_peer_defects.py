@@ -1,4 +1,7 @@
-"""Defects seen in other pruning libraries, each shown to be absent here."""
+"""Defects seen in other pruning libraries, each shown to be absent here.
+
+InfoBatch 3, indices and losses in one float tensor, takes ranks: tests/test_distributed.py.
+"""
 
 import copy
 import pickle
@@ -11,8 +14,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import emp_fast
 from emp_fast import Pruner, ScoreStore, with_indices
-from emp_fast.policies import BelowMean, TopK
-from emp_fast.rules import EMP, Entropy, Loss
+from emp_fast.policies import BelowMean, GumbelTopK, Random, Stratified, TopK
+from emp_fast.rules import EMP, Entropy, Loss, Margin
 
 N = 50
 
@@ -143,45 +146,65 @@ def test_infobatch_9_patched_dataloader_and_custom_collate_fn():
     assert DataLoader.__init__ is init
 
 
-def test_datacull_keeping_the_fraction_that_it_says_it_prunes():
-    assert len(list(Pruner(100, prune_rate=0.9).sampler)) == 10
+@pytest.mark.parametrize("policy", [TopK(), Random(), GumbelTopK(), Stratified(5)], ids=repr)
+def test_datacull_keeping_the_fraction_that_it_says_it_prunes(policy):
+    pruner = Pruner(100, prune_rate=0.9, policy=policy, rule=Loss())
+    for _ in range(12):  # the first epochs see samples for the first time
+        epoch = list(pruner.sampler)
+        assert len(epoch) == 10
+        pruner.update(torch.tensor(epoch), loss=torch.tensor(epoch).float())
 
 
 def test_datacull_writing_files_for_every_batch(monkeypatch):
-    store = ScoreStore(8, Loss())
+    pruner = Pruner(8, prune_rate=0.0, rule=Loss())
+    logits, target = torch.zeros(8, 3), torch.zeros(8, dtype=torch.int64)
 
     def refuse(*arguments, **_):
         raise AssertionError(f"a file was opened: {arguments}")
 
-    store.update(torch.arange(8), losses(range(8)))
-    monkeypatch.setattr("builtins.open", refuse)
-    monkeypatch.setattr("os.open", refuse)
-    store.update(torch.arange(8), losses(range(8)))
-    assert store.visits.tolist() == [2] * 8
+    pruner.loss(logits, target, torch.arange(8))  # native code is loaded by now
+    for name in ("builtins.open", "os.open", "torch.save", "numpy.save"):
+        monkeypatch.setattr(name, refuse)
+    pruner.loss(logits, target, torch.arange(8))
+    pruner.store.update(torch.arange(8), losses(range(8)))
+    assert pruner.store.visits.tolist() == [3] * 8
 
 
-def test_deepcore_entropy_that_picks_opposite_ends_with_class_balance():
-    entropy = torch.linspace(0.1, 1.0, 20)
-    store = ScoreStore(20, Entropy())
-    store.update(torch.arange(20), {"entropy": entropy})
+@pytest.mark.parametrize(
+    ("rule", "stat", "hardest_is_high"),
+    [(Entropy(), "entropy", True), (Loss(), "loss", True), (Margin(), "margin", False)],
+    ids=repr,
+)
+@pytest.mark.parametrize("balance", ["equal", "proportional"])
+def test_deepcore_entropy_that_picks_opposite_ends_with_class_balance(
+    rule, stat, hardest_is_high, balance
+):
+    values = torch.linspace(0.1, 1.0, 20)
+    store = ScoreStore(20, rule)
+    store.update(torch.arange(20), {stat: values if hardest_is_high else -values})
     labels = torch.arange(20) % 2
     plain = store.select(10).indices
-    balanced = store.select(10, labels=labels).indices
+    balanced = store.select(10, labels=labels, balance=balance).indices
     assert plain.tolist() == balanced.tolist() == list(range(10, 20))
 
 
-def test_ccs_giving_every_class_the_quota_of_the_last():
-    labels = torch.tensor([0] * 900 + [1] * 100)
+@pytest.mark.parametrize("policy", [TopK(), Stratified(10), Stratified(10, 0.1)], ids=repr)
+def test_ccs_giving_every_class_the_quota_of_the_last(policy):
+    """Of 900 and 100 samples at a half it keeps 50 and 50."""
     store = ScoreStore(1000, Loss())
     store.update(torch.arange(1000), losses(torch.rand(1000)))
-    fair = store.select(500, labels=labels).indices
-    assert torch.bincount(labels[fair]).tolist() == [400, 100]
-    even = store.select(500, labels=labels, balance="proportional").indices
-    assert torch.bincount(labels[even]).tolist() == [450, 50]
+    for sizes in ((900, 100), (100, 900)):
+        labels = torch.repeat_interleave(torch.arange(2), torch.tensor(sizes))
+        equal = store.select(500, policy, labels=labels).indices
+        assert torch.bincount(labels[equal]).tolist() == [400 if n == 900 else 100 for n in sizes]
+        share = store.select(500, policy, labels=labels, balance="proportional").indices
+        assert torch.bincount(labels[share]).tolist() == [n // 2 for n in sizes]
 
 
 def test_rho_loss_plus_entropy_that_subtracts():
-    store = ScoreStore(1, EMP(beta=0.5))
-    store.update(torch.tensor([0]), {"loss": torch.tensor([2.0]), "entropy": torch.tensor([1.0])})
-    assert store.scores.item() == 2.5
-    assert isinstance(TopK(), emp_fast.Policy)
+    store = ScoreStore(2, EMP(beta=0.5))
+    store.update(
+        torch.arange(2), {"loss": torch.tensor([2.0, 2.1]), "entropy": torch.tensor([1.0, 0.5])}
+    )
+    assert store.scores.tolist() == pytest.approx([2.5, 2.35])
+    assert store.select(1).indices.tolist() == [0]  # of about equal losses the less certain
