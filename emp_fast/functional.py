@@ -325,7 +325,7 @@ def _in_batch(query: Tensor, key: Tensor) -> SampleStats:
     """Scores each query against every key; its own is the positive."""
     positives = torch.arange(query.shape[0], device=query.device)
     if query.shape[0] == 0:  # no classes either
-        return cross_entropy(query.sum(1, keepdim=True), positives)
+        return cross_entropy((query + key).sum(1, keepdim=True), positives)
     return linear_cross_entropy(query, key, positives)
 
 

@@ -1,0 +1,259 @@
+"""`linear_cross_entropy` against the float64 oracle of logits composed in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_functional import assert_stats, incoming
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emp_fast import SampleStats, functional
+from emp_fast.functional import cross_entropy, linear_cross_entropy
+from emp_fast.testing import Case, make, oracle
+
+E = 8
+
+
+@dataclasses.dataclass
+class Inputs:
+    """One call and what it is held against."""
+
+    hidden: Tensor
+    classifier: Tensor
+    bias: Tensor | None
+    target: Tensor
+    options: dict[str, Any]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.classifier, self.bias) if x is not None]
+
+    def run(self) -> SampleStats:
+        return linear_cross_entropy(
+            self.hidden, self.classifier, self.target, bias=self.bias, **self.options
+        )
+
+
+def inputs(case: Case, bias: bool = True, exact: bool = True) -> Inputs:
+    """Features and parameters of the case's shapes, dtype, target and options.
+
+    With ``exact`` they are small multiples of 1/8: their products are exact in float32, and what
+    differs from the oracle is the scoring, not the order in which a matrix product adds up.
+    """
+    logits, target, options = make(case)
+    generator = torch.Generator().manual_seed(7)
+
+    def made(*shape: int) -> Tensor:
+        if exact:
+            x = torch.randint(-12, 13, shape, generator=generator) / 8
+        else:
+            x = torch.randn(shape, generator=generator)
+        return x.to(logits.dtype).requires_grad_()
+
+    hidden = made(*logits.shape[:-1], E)
+    return Inputs(
+        hidden, made(case.classes, E), made(case.classes) if bias else None, target, options
+    )
+
+
+def wanted(given: Inputs, grad_loss: Tensor | None = None) -> tuple[Any, dict[str, np.ndarray]]:
+    """Statistics and gradients in float64, by the chain rule from the oracle's to the logits."""
+    h, w = given.hidden.detach().double(), given.classifier.detach().double()
+    logits = h @ w.T + (0 if given.bias is None else given.bias.detach().double())
+    stats, grad = oracle(logits, given.target, grad_loss=grad_loss, **given.options)
+    rows, flat = torch.from_numpy(grad).flatten(0, -2), h.flatten(0, -2)
+    grads = [(rows @ w).view(h.shape), rows.T @ flat]
+    if given.bias is not None:
+        grads.append(rows.sum(0))
+    names = ("hidden", "classifier", "bias")[: len(grads)]
+    return stats, dict(zip(names, (g.numpy() for g in grads), strict=True))
+
+
+CASES = [
+    Case("linear", 9, 10),
+    Case("linear_one_class", 4, 1),
+    Case("linear_wide", 5, 1025),
+    Case("linear_ignored", 9, 10, ignored="some"),
+    Case("linear_all_ignored", 4, 10, ignored="all"),
+    Case("linear_ignore_index", 9, 5, ignored="some", ignore_index=3),
+    Case("linear_options", 9, 33, weighted=True, label_smoothing=0.1, softcap=3.0),
+    Case("linear_soft", 7, 33, target="soft"),
+    Case("linear_soft_options", 7, 33, target="soft", weighted=True, label_smoothing=0.2),
+    Case("linear_sequences", 4, 10, positions=5, ignored="some"),
+    Case("linear_sequences_soft", 3, 10, positions=4, target="soft"),
+    Case("linear_no_positions", 3, 10, positions=0),
+    Case("linear_packed", 5, 10, lengths=(3, 0, 1, 5, 4), ignored="some", weighted=True),
+    Case("linear_no_samples", 0, 10),
+]
+
+
+@pytest.fixture(params=[None, 3, 1], ids=["one block", "blocks of 3", "blocks of 1"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """How many rows of logits there are at a time."""
+    if request.param is not None:
+        monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", _Rows(request.param))
+    chosen: int | None = request.param
+    return chosen
+
+
+class _Rows(int):
+    """An element count of so many rows, whatever the number of classes."""
+
+    def __floordiv__(self, classes: int) -> int:
+        return int(self)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_and_gradients(
+    case: Case, bias: bool, blocks: int | None, backend: str, poison: None
+) -> None:
+    given = inputs(case, bias)
+    got = given.run()
+    grad_loss = incoming(got.loss.shape[0])
+    stats, grads = wanted(given, grad_loss)
+    assert_stats(got, stats)
+    found = torch.autograd.grad(got.loss, given.leaves, grad_loss)
+    for (name, grad), tensor in zip(grads.items(), found, strict=True):
+        assert tensor.dtype == torch.float32
+        # Sums of signed terms: the tolerance is relative to the largest.
+        atol = 1e-6 + 1e-6 * np.abs(grad).max(initial=0.0)
+        np.testing.assert_allclose(tensor.numpy(), grad, 1e-5, atol, err_msg=name)
+
+
+def test_blocks_change_no_bit_of_a_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(Case("linear_bits", 11, 33, label_smoothing=0.1))
+    whole = given.run()
+    for rows in (1, 2, 5, 10, 11, 12):
+        monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", rows * 33)
+        for name, a, b in zip(whole._fields, whole, given.run(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=f"{name}, {rows} rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_types(dtype: torch.dtype, backend: str) -> None:
+    """The logits are rounded to the type of the features, as a linear layer rounds them."""
+    given = inputs(Case("linear_types", 9, 33, dtype=dtype), exact=False)
+    got = given.run()
+    h, w, b = (x.detach() for x in given.leaves)
+    logits = torch.nn.functional.linear(h, w, b)
+    assert_stats(got, oracle(logits, given.target)[0])
+    found = torch.autograd.grad(got.loss.sum(), given.leaves)
+    _, grads = wanted(given)
+    for (name, grad), tensor in zip(grads.items(), found, strict=True):
+        assert tensor.dtype == dtype
+        scale = np.abs(grad).max()
+        tolerance = {torch.float64: 1e-7, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        error = np.abs(tensor.double().numpy() - grad).max()
+        assert error <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_is_the_layer_and_the_loss(dtype: torch.dtype, backend: str) -> None:
+    given = inputs(Case("linear_autocast", 9, 33), exact=False)
+    with torch.autocast("cpu", dtype=dtype):
+        got = given.run()
+        logits = torch.nn.functional.linear(*given.leaves)
+        assert logits.dtype == dtype
+        composed = cross_entropy(logits, given.target)
+    for a, b in zip(got, composed, strict=True):
+        torch.testing.assert_close(a, b)
+    found = torch.autograd.grad(got.loss.sum(), given.leaves)
+    reference = torch.autograd.grad(composed.loss.sum(), given.leaves)
+    for a, b in zip(found, reference, strict=True):
+        assert a.dtype == torch.float32
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps * float(b.abs().max()))
+
+
+def test_the_backward_pass_outside_autocast_is_the_same(backend: str) -> None:
+    """Training loops leave the context before ``backward``."""
+    given = inputs(Case("linear_outside", 9, 33), exact=False)
+    grads = []
+    for inside in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = given.run().loss.sum()
+            if inside:
+                grads.append(torch.autograd.grad(loss, given.leaves))
+        if not inside:
+            grads.append(torch.autograd.grad(loss, given.leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_only_the_gradients_asked_for_are_computed(backend: str) -> None:
+    for wants in ((True, False, False), (False, True, False), (False, False, True)):
+        given = inputs(Case("linear_some", 9, 10))
+        for leaf, want in zip(given.leaves, wants, strict=True):
+            leaf.requires_grad_(want)
+        given.run().loss.sum().backward()
+        assert [leaf.grad is not None for leaf in given.leaves] == list(wants)
+    given = inputs(Case("linear_none", 9, 10))
+    with torch.no_grad():
+        assert not given.run().loss.requires_grad
+
+
+def test_a_retained_graph_gives_the_gradient_again(backend: str) -> None:
+    given = inputs(Case("linear_again", 9, 10))
+    loss = given.run().loss.sum()
+    first = torch.autograd.grad(loss, given.leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, given.leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_strided_features_and_parameters(backend: str) -> None:
+    given = inputs(Case("linear_strided", 9, 10))
+    wide = torch.full((9, 2 * E), torch.nan)
+    wide[:, ::2] = given.hidden.detach()
+    moved = linear_cross_entropy(
+        wide[:, ::2],
+        given.classifier.detach().T.contiguous().T,
+        given.target,
+        bias=given.bias.detach().repeat_interleave(2)[::2],
+    )
+    assert_stats(moved, wanted(given)[0])
+
+
+def test_a_nan_feature_spoils_its_sample_alone(backend: str) -> None:
+    given = inputs(Case("linear_nan", 9, 33))
+    clean = given.run()
+    with torch.no_grad():
+        given.hidden[4, 2] = torch.nan
+    got = given.run()
+    others = torch.arange(9) != 4
+    for name in ("loss", "entropy", "el2n", "margin", "confidence"):
+        field = getattr(got, name)
+        assert torch.isnan(field[4]), name
+        assert torch.equal(field[others], getattr(clean, name)[others]), name
+
+
+class _LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_the_logits_never_exist(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, classes, block = 200, 500, 16
+    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", block * classes)
+    given = inputs(Case("linear_memory", rows, classes))
+    with _LargestTensor() as seen:
+        loss = given.run().loss.sum()
+        torch.autograd.grad(loss, given.leaves)
+    assert block * classes <= seen.elements  # it sees the blocks
+    assert seen.elements <= block * classes
+    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", rows * classes)
+    with _LargestTensor() as whole:
+        given.run()
+    assert whole.elements == rows * classes  # and would have seen the logits
