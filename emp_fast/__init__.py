@@ -11,6 +11,7 @@ Importing the package builds and loads nothing native.
 from emp_fast import functional, policies, rules
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import BackendError, use_backend
+from emp_fast.checkpoints import load_checkpoint, save_checkpoint
 from emp_fast.data import collate_with_indices, with_indices
 from emp_fast.files import FileProblem
 from emp_fast.functional import SampleStats
@@ -36,8 +37,10 @@ __all__ = [
     "Selection",
     "collate_with_indices",
     "functional",
+    "load_checkpoint",
     "policies",
     "rules",
+    "save_checkpoint",
     "score_dataset",
     "select_in_batch",
     "use_backend",

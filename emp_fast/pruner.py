@@ -139,6 +139,7 @@ class Pruner:
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
         self._iterator: weakref.ref[EpochIterator] | None = None  # the last that was made
         self._exhausted = False  # it has handed out its last index
+        self._unused: _Plan | None = None  # the plan before, if it was handed out and never used
         self.sampler = EpochSampler(self)
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -389,6 +390,8 @@ class Pruner:
         epoch = self._coming()
         goes_on = epoch == self._epoch and (self._resume_at is not None or self._untouched())
         position = self._position() if goes_on else 0
+        if not goes_on:
+            self._unused = None if self._trained() else self._plan
         self._plan = self._plan_of(epoch)
         self._epoch, self._next, self._exhausted = epoch, None, False
         self._requested = self._resume_at = None
@@ -411,7 +414,23 @@ class Pruner:
         """Whether the iteration in progress was given up before anything was trained, as
         ``next(iter(loader))`` and loaders that make several iterators do: it was no epoch then.
         """
-        return self._plan is not None and not self._exhausted and self._position() == self._begun_at
+        return self._plan is not None and not self._exhausted and not self._trained()
+
+    def _trained(self) -> bool:
+        """Whether anything was trained on since the iteration in progress began."""
+        return self._position() > self._begun_at
+
+    def _go_back(self, epoch: int) -> _Plan | None:
+        """Takes the beginning of this epoch back, if all of the one before was handed out and none
+        of it trained on.
+
+        So it is when a loader that resumes has first let its workers fetch ahead to the end.
+        """
+        plan, self._unused = self._unused, None
+        if plan is None or plan.epoch != epoch or self._trained():
+            return None
+        self._plan, self._epoch, self._exhausted = plan, epoch, False
+        return plan
 
     def _position(self) -> int:
         """How many samples of the epoch in progress have been trained on, by all ranks."""
@@ -551,6 +570,7 @@ class Pruner:
         self._plan = None if selection is None else self._make_plan(epoch, selection)
         self._resume_at = None if selection is None else position
         self._next, self._requested, self._exhausted = None, None, False
+        self._unused = None
 
     def _checked_selection(self, indices: Any, weights: Any, position: int) -> Selection | None:
         if indices is None:

@@ -167,10 +167,13 @@ class EpochIterator(Iterator[int]):
             self._over = True
             return
         if epoch != self._plan.epoch:
-            raise ValueError(
-                f"state['epoch'] must be {self._plan.epoch} as in this iterator, got {epoch!r}; "
-                "restore the pruner's own state first"
-            )
+            plan = self._pruner._go_back(epoch) if isinstance(epoch, int) else None
+            if plan is None:
+                raise ValueError(
+                    f"state['epoch'] must be {self._plan.epoch} as in this iterator, got "
+                    f"{epoch!r}; restore the pruner's own state first"
+                )
+            self._plan = plan
         if not isinstance(position, int) or not 0 <= position <= len(self._plan):
             raise ValueError(
                 f"state['position'] must lie in [0, {len(self._plan)}], got {position!r}"

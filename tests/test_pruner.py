@@ -307,6 +307,28 @@ def test_the_iterators_own_state_resumes_a_stateful_loader():
         again.load_state_dict({"epoch": 0, "position": 31})
 
 
+@pytest.mark.parametrize("iterators", [1, 2])
+def test_a_loader_that_fetched_ahead_to_the_end_can_go_back(iterators):
+    pruner = Pruner(N, 0.5, rule=Loss())
+    iterator = iter(pruner.sampler)
+    head = torch.tensor([next(iterator) for _ in range(10)])
+    pruner.update(head, loss=loss_of(head))
+    position, rest = iterator.state_dict(), list(iterator)
+    saved = Pruner(N, 0.5, rule=Loss())
+    saved.load_state_dict(pruner.state_dict())
+    assert list(saved.sampler) == rest  # a worker fetches all of it
+    for _ in range(iterators):  # so this is the next epoch
+        again = iter(saved.sampler)
+    assert saved.epoch == 1
+    again.load_state_dict(position)
+    assert saved.epoch == 0
+    assert list(again) == rest
+    pruner.update(head, loss=loss_of(head))
+    other = iter(pruner.sampler)
+    with pytest.raises(ValueError, match=r"state\['epoch'\] must be 1.*got 0"):
+        other.load_state_dict(position)  # trained on meanwhile: there is no way back
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

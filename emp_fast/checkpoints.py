@@ -1,0 +1,227 @@
+"""Checkpoints that a killed run can rely on: written whole or not at all, refused when damaged.
+
+    emp_fast.save_checkpoint("run.pt", model=model, optimizer=optimizer, pruner=pruner, step=step)
+    ...
+    saved = emp_fast.load_checkpoint("run.pt", model=model, optimizer=optimizer, pruner=pruner)
+    step = saved["step"]
+
+Tensors and plain values alone: the file loads with ``torch.load(weights_only=True)``, or, with the
+suffix .safetensors, without pickle at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from emp_fast.files import FileProblem, write_atomically
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+_FORMAT = "emp_fast.checkpoint"
+_VERSION = 1
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What has a state to save and load: models, optimizers, schedulers, loaders, pruners."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Restores a snapshot."""
+
+
+def save_checkpoint(path: str | Path, **parts: Any) -> None:
+    """Writes a checkpoint so that at any moment ``path`` is the last one, or this one, whole.
+
+    On several ranks, call `Pruner.merge` on all of them and this on one; see docs/resuming.md.
+
+    Args:
+        path: the file; an existing one is replaced. ``.safetensors`` chooses that format (it needs
+            the safetensors package), any other suffix torch's.
+        **parts: what has ``state_dict()``, or tensors and plain values (None, bool, int, float, str
+            and tuples, lists and dicts of those) as they are.
+
+    Raises:
+        TypeError: a part holds something else, which could not be loaded safely; it is named.
+        FileProblem: the file cannot be written.
+    """
+    path = Path(path)
+    saved = {
+        name: part.state_dict() if isinstance(part, Stateful) else part
+        for name, part in parts.items()
+    }
+    for name, part in saved.items():
+        _check(name, part)
+    if path.suffix == ".safetensors":
+        _write_safetensors(path, saved)
+    else:
+        whole = {"format": _FORMAT, "version": _VERSION, "parts": saved}
+        write_atomically(path, lambda file: torch.save(whole, file), overwrite=True)
+
+
+def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
+    """Reads a checkpoint and restores the given parts, all of them or none.
+
+    While it restores it holds a copy of what the parts were, to put back when one refuses its
+    state.
+
+    Args:
+        path: a file that `save_checkpoint` wrote.
+        **parts: what to restore, by the names under which it was saved.
+
+    Returns:
+        Everything that was saved, by name, on the CPU.
+
+    Raises:
+        FileProblem: the file cannot be read, is truncated, damaged or foreign, lacks a part, or a
+            part refuses its state. Nothing is changed then.
+        TypeError: a part has no ``load_state_dict``.
+    """
+    path = Path(path)
+    for name, part in parts.items():
+        if not isinstance(part, Stateful):
+            raise TypeError(f"{name} must have state_dict and load_state_dict, got {part!r}")
+    saved = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
+    for name in parts:
+        if name not in saved:
+            raise FileProblem(f"{path} has no part {name!r}; it has {', '.join(sorted(saved))}")
+    before: dict[str, Any] = {}
+    for name, part in parts.items():
+        before[name] = copy.deepcopy(part.state_dict())
+        try:
+            part.load_state_dict(saved[name])
+        except Exception as error:  # whatever a part refuses its state with
+            for changed, state in before.items():
+                parts[changed].load_state_dict(state)
+            raise FileProblem(
+                f"{path} does not fit {name}, and nothing was changed: {error}"
+            ) from error
+    return saved
+
+
+def _check(where: str, value: Any) -> None:
+    """Refuses what neither format could load again without running code."""
+    if isinstance(value, (Tensor, *_PLAIN)):
+        return
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"{where} must have str or int keys, got {key!r}")
+            _check(f"{where}[{key!r}]", item)
+    elif isinstance(value, (list, tuple)):
+        for position, item in enumerate(value):
+            _check(f"{where}[{position}]", item)
+    else:
+        raise TypeError(f"{where} must be a tensor or a plain value, got {value!r}")
+
+
+def _readable(path: Path) -> None:
+    """Tells a file that is not to be had from one whose contents are wrong."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise FileProblem(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    _readable(path)
+    try:
+        whole = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise FileProblem(f"{path} is not a sound checkpoint: {error}") from error
+    if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
+        raise FileProblem(f"{path} is not a checkpoint that save_checkpoint wrote")
+    return _parts(path, whole.get("version"), whole.get("parts"))
+
+
+def _parts(path: Path, version: Any, parts: Any) -> dict[str, Any]:
+    if version != _VERSION or not isinstance(parts, dict):
+        raise FileProblem(
+            f"{path} is a checkpoint of format version {version!r}, this reads {_VERSION}"
+        )
+    return parts
+
+
+# ---- safetensors: named tensors, and the structure that holds them as JSON -----------------------
+
+
+def _write_safetensors(path: Path, saved: dict[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {}
+    structure = _encode("", saved, tensors)
+    metadata = {
+        "format": _FORMAT,
+        "version": str(_VERSION),
+        "structure": json.dumps(structure, allow_nan=True),
+    }
+    # Aliases and views become tensors of their own: the format has neither.
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    raw = _safetensors("torch").save(owned, metadata)
+    write_atomically(path, lambda file: file.write(raw), overwrite=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    library = _safetensors()
+    _readable(path)
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != _FORMAT:
+            raise FileProblem(f"{path} is not a checkpoint that save_checkpoint wrote")
+        structure = json.loads(metadata["structure"])
+        parts = _decode(structure, tensors)
+    except FileProblem:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise FileProblem(f"{path} is not a sound checkpoint: {error}") from error
+    return _parts(path, int(metadata["version"]), parts)
+
+
+def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> list[Any]:
+    """[kind, content]: JSON that keeps integer keys, tuples and the places of tensors."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return ["tensor", name]
+    if isinstance(value, Mapping):
+        below = [[key, _encode(f"{name}/{key}", item, tensors)] for key, item in value.items()]
+        return ["dict", below]
+    if isinstance(value, (list, tuple)):
+        items = [_encode(f"{name}/{at}", item, tensors) for at, item in enumerate(value)]
+        return ["tuple" if isinstance(value, tuple) else "list", items]
+    return ["plain", value]
+
+
+def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    kind, content = node
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _decode(item, tensors) for key, item in content}
+    if kind in ("list", "tuple"):
+        items = [_decode(item, tensors) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    if kind != "plain":
+        raise ValueError(f"unknown kind {kind!r}")
+    return content
+
+
+def _safetensors(module: str = "") -> ModuleType:
+    try:
+        return import_module(f"safetensors.{module}" if module else "safetensors")
+    except ModuleNotFoundError as error:
+        raise FileProblem(
+            ".safetensors files need safetensors, which is not installed: "
+            "pip install 'emp_fast[safetensors]'"
+        ) from error

@@ -1,0 +1,190 @@
+"""Checkpoints: whole or not at all, safe to load, refused when damaged or foreign."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import emp_fast
+from emp_fast import FileProblem, Pruner, load_checkpoint, save_checkpoint
+from emp_fast.rules import UCB, Loss
+
+RULE = UCB()
+SUFFIXES = [".pt", ".safetensors"]
+
+
+@pytest.fixture(params=SUFFIXES)
+def path(request, tmp_path):
+    if request.param == ".safetensors":
+        pytest.importorskip("safetensors")
+    return tmp_path / f"run{request.param}"
+
+
+def trained(rule=RULE, seed=0):
+    """A model, its optimizer and pruner in the middle of an epoch."""
+    return trained_with_rest(rule, seed)[0]
+
+
+def trained_with_rest(rule, seed):
+    """The same, and the samples that the epoch has left."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    optimizer = torch.optim.Adam(model.parameters())
+    pruner = Pruner(40, 0.5, rule=rule, seed=3)
+    order = iter(pruner.sampler)
+    for _ in range(2):
+        indices = torch.tensor([next(order) for _ in range(7)])
+        loss = pruner.loss(model(torch.randn(7, 4)), indices % 3, indices)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {"model": model, "optimizer": optimizer, "pruner": pruner}, order
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and all(map(equal, one, other))
+    return one == other or (one != one and other != other)
+
+
+def states(parts):
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def test_everything_comes_back(path):
+    parts, order = trained_with_rest(RULE, 0)
+    plain = {"step": 7, "note": "π", "none": None, "pair": (1, [2.5, {3: torch.arange(3)}])}
+    rng = torch.get_rng_state()
+    save_checkpoint(path, **parts, **plain, rate=math.inf, rng=rng)
+    fresh = trained(seed=1)
+    assert not equal(states(fresh), states(parts))
+    saved = load_checkpoint(path, **fresh)
+    assert equal(states(fresh), states(parts))
+    assert equal({name: saved[name] for name in plain}, plain)
+    assert saved["rate"] == math.inf
+    assert torch.equal(saved["rng"], rng)
+    rest = list(fresh["pruner"].sampler)
+    assert rest == list(order)
+    assert len(rest) == 6
+
+
+def test_it_loads_without_running_code(tmp_path):
+    save_checkpoint(tmp_path / "run.pt", **trained())
+    whole = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert set(whole["parts"]) == {"model", "optimizer", "pruner"}
+
+
+def test_views_aliases_and_scalars_survive(path):
+    base = torch.arange(12.0).reshape(3, 4)
+    given = {"rows": base[1:], "columns": base.T, "same": base, "scalar": torch.tensor(2.5)}
+    save_checkpoint(path, given=given, half=base.bfloat16(), empty=torch.empty(0, 3))
+    saved = load_checkpoint(path)
+    assert equal(saved["given"], given)
+    assert saved["half"].dtype == torch.bfloat16
+    assert saved["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"a": [1, object()]}, r"part\['a'\]\[1\] must be a tensor or a plain value, got <object"),
+        (lambda: 1, "part must be a tensor or a plain value, got <function"),
+        ({(1, 2): 3}, r"part must have str or int keys, got \(1, 2\)"),
+        ({"a": {1, 2}}, r"part\['a'\] must be a tensor or a plain value, got \{1, 2\}"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(path, part, message):
+    with pytest.raises(TypeError, match=message):
+        save_checkpoint(path, part=part)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused_and_nothing_changes(path, share):
+    save_checkpoint(path, **trained())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    fresh = trained(seed=1)
+    before = states(trained(seed=1))
+    with pytest.raises(FileProblem, match=r"run.* is not a sound checkpoint"):
+        load_checkpoint(path, **fresh)
+    assert equal(states(fresh), before)
+
+
+def test_foreign_files_are_refused(path, tmp_path):
+    with pytest.raises(FileProblem, match=r"cannot read .*run.*No such file"):
+        load_checkpoint(path)
+    path.write_text("hello")
+    with pytest.raises(FileProblem, match="not a sound checkpoint"):
+        load_checkpoint(path)
+    if path.suffix == ".pt":
+        torch.save({"weights": torch.ones(2)}, path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"weights": torch.ones(2)}, path)
+    with pytest.raises(FileProblem, match="not a checkpoint that save_checkpoint wrote"):
+        load_checkpoint(path)
+
+
+def test_a_part_that_refuses_its_state_leaves_all_parts_as_they_were(path):
+    save_checkpoint(path, **trained(rule=UCB()))
+    fresh = trained(rule=Loss(), seed=1)
+    before = states(trained(rule=Loss(), seed=1))
+    with pytest.raises(FileProblem, match=r"does not fit pruner, and nothing was changed: .*rule"):
+        load_checkpoint(path, **fresh)
+    assert equal(states(fresh), before)
+    other = {"model": torch.nn.Linear(2, 2)}
+    with pytest.raises(FileProblem, match="does not fit model"):
+        load_checkpoint(path, **other)
+
+
+def test_missing_parts_and_parts_without_a_state_are_named(path):
+    save_checkpoint(path, step=3)
+    with pytest.raises(FileProblem, match=r"has no part 'pruner'; it has step"):
+        load_checkpoint(path, pruner=Pruner(4))
+    with pytest.raises(TypeError, match="step must have state_dict and load_state_dict, got 3"):
+        load_checkpoint(path, step=3)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileProblem, match=r"cannot write .*missing/run.pt: No such file"):
+        save_checkpoint(tmp_path / "missing" / "run.pt", step=1)
+
+
+def _write_forever(path: Path) -> None:
+    step = 0
+    while True:
+        step += 1
+        save_checkpoint(path, step=step, large=torch.full((300_000,), float(step)))
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "emp_fast"])
+    steps = []
+    for delay in (0.0, 0.03, 0.07, 0.13, 0.29):
+        writer = context.Process(target=_write_forever, args=(path,))
+        path.unlink(missing_ok=True)
+        writer.start()
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        saved = load_checkpoint(path)
+        assert bool((saved["large"] == saved["step"]).all())
+        steps.append(saved["step"])
+    assert max(steps) > 1
+    assert emp_fast.load_checkpoint is load_checkpoint
