@@ -40,8 +40,12 @@ __all__ = [
     "GraNd",
     "Loss",
     "Margin",
+    "Mean",
     "Rule",
 ]
+
+#: What `Mean` averages, and the sign that makes its score grow with how hard a sample is.
+_MEAN_SIGNS = {"loss": 1.0, "entropy": 1.0, "el2n": 1.0, "margin": -1.0, "confidence": -1.0}
 
 
 class Rule:
@@ -172,6 +176,29 @@ class AUM(Rule):
 
     def recurrence(self) -> Recurrence:
         return Recurrence("mean", "margin", memory_scale=-1.0)
+
+
+@dataclass(frozen=True)
+class Mean(Rule):
+    """The mean of one stat over all visits; negative for "margin" and "confidence", which grow with
+    ease. ``Mean("margin")`` is `AUM`.
+
+    Args:
+        stat: "loss", "entropy", "el2n", "margin" or "confidence".
+    """
+
+    stat: str = "loss"
+
+    def __post_init__(self) -> None:
+        if self.stat not in _MEAN_SIGNS:
+            raise ValueError(f"stat must be one of {', '.join(_MEAN_SIGNS)}, got {self.stat!r}")
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.stat,)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("mean", self.stat, memory_scale=_MEAN_SIGNS[self.stat])
 
 
 @dataclass(frozen=True)

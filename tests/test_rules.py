@@ -29,6 +29,7 @@ from emp_fast.rules import (
     GraNd,
     Loss,
     Margin,
+    Mean,
 )
 
 N = 5
@@ -111,6 +112,9 @@ CASES: list[tuple[Rule, Model]] = [
     (EL2N(0.2), moving("el2n", 0.2)),
     (Margin(0.5), moving("margin", 0.5, -1.0)),
     (AUM(), lambda i, visits: -statistics.fmean(of("margin", visits))),
+    (Mean(), lambda i, visits: statistics.fmean(of("loss", visits))),
+    (Mean("el2n"), lambda i, visits: statistics.fmean(of("el2n", visits))),
+    (Mean("confidence"), lambda i, visits: -statistics.fmean(of("confidence", visits))),
     (UCB(), ucb(1.0, 0.8)),
     (UCB(c=0.5, decay=0.0), ucb(0.5, 0.0)),
     (Forgetting(), forgetting),
@@ -192,3 +196,11 @@ def test_every_rule_states_what_it_reads_and_survives_a_checkpoint(rule):
         stats = {name: torch.rand(1) for name in rule.reads if name != missing}
         with pytest.raises(ValueError, match=f"stats must have '{missing}'"):
             whole.update(torch.tensor([1]), stats)
+
+
+def test_the_mean_margin_is_aum_and_other_names_are_refused():
+    assert Mean("margin").recurrence() == AUM().recurrence()
+    assert repr(Mean("el2n")) == "Mean(stat='el2n')"
+    for stat in ("correct", "hidden", ""):
+        with pytest.raises(ValueError, match=f"stat must be one of loss, .*got '{stat}'"):
+            Mean(stat)

@@ -203,6 +203,12 @@ def test_a_batch_sampler_of_the_users_is_followed():
     assert_close(quiet(make_model(), loader), wanted_stats(make_model(), make_data()))
 
 
+def test_a_loader_that_accelerate_has_prepared():
+    accelerate = pytest.importorskip("accelerate")
+    model, loader = accelerate.Accelerator(cpu=True).prepare(make_model(), make_loader())
+    assert_close(quiet(model, loader), wanted_stats(make_model(), make_data()))
+
+
 def test_the_stats_are_means_over_the_passes():
     class Noisy(Dataset):
         """Sample i shows another target each time that it is fetched."""
