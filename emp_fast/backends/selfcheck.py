@@ -21,12 +21,20 @@ def self_check(backend: Backend, device: torch.device) -> str | None:
         for operation in (_cross_entropy, _update_state, _topk, _grouped_topk, _philox):
             got = operation(backend, device)
             wanted = operation(reference, device)
-            for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
-                if not torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
-                    return f"self-check failed: {operation.__name__[1:]} output {index} differs"
+            for output, (a, b) in {name: (got[name], wanted[name]) for name in wanted}.items():
+                if not _agree(a, b):
+                    return f"self-check failed: {operation.__name__[1:]} output {output} differs"
     except Exception as error:  # anything: a driver, a compiler, a launch
         return f"self-check failed: {type(error).__name__}: {error}"
     return None
+
+
+def _agree(got: Tensor, wanted: Tensor) -> bool:
+    if got.shape != wanted.shape:
+        return False
+    if not wanted.is_floating_point():
+        return torch.equal(got, wanted)
+    return torch.allclose(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def _logits(device: torch.device) -> Tensor:
@@ -34,17 +42,17 @@ def _logits(device: torch.device) -> Tensor:
     return (torch.arange(185, dtype=torch.float32, device=device).reshape(5, 37) * 0.7).sin() * 4
 
 
-def _cross_entropy(backend: Backend, device: torch.device) -> list[Tensor]:
+def _cross_entropy(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     logits = _logits(device)
     target = torch.tensor([3, 36, -100, 0, 17], device=device)
     options = LossOptions(label_smoothing=0.1)
     scores = backend.cross_entropy(logits, target, None, options)
     grad_loss = torch.linspace(0.5, 1.5, 5, device=device)
     grad = backend.cross_entropy_backward(grad_loss, logits, target, None, scores.rows, options)
-    return [scores.loss, scores.rows[:4], scores.correct, scores.count, grad]
+    return {**scores._asdict(), "rows": scores.rows[:4], "gradient": grad}
 
 
-def _update_state(backend: Backend, device: torch.device) -> list[Tensor]:
+def _update_state(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     state = State(
         scores=torch.full((6,), torch.inf, device=device),
         memory=torch.zeros(6, device=device),
@@ -60,7 +68,7 @@ def _update_state(backend: Backend, device: torch.device) -> list[Tensor]:
     indices = torch.tensor([4, 1, 2, 3, 4], device=device)
     for _ in range(2):
         backend.update_state(indices, signal, direct, count, state, recurrence)
-    return [tensor for tensor in state if tensor is not None]
+    return {name: tensor for name, tensor in state._asdict().items() if tensor is not None}
 
 
 def _scores(device: torch.device) -> Tensor:
@@ -68,14 +76,15 @@ def _scores(device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def _topk(backend: Backend, device: torch.device) -> list[Tensor]:
-    return [backend.topk_indices(_scores(device), k) for k in (0, 2, 5, 9)]
+def _topk(backend: Backend, device: torch.device) -> dict[str, Tensor]:
+    return {f"k={k}": backend.topk_indices(_scores(device), k) for k in (0, 2, 5, 9)}
 
 
-def _grouped_topk(backend: Backend, device: torch.device) -> list[Tensor]:
+def _grouped_topk(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     groups = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 2], device=device)
-    return [backend.grouped_topk_indices(_scores(device), groups, torch.tensor([2, 1, 2]))]
+    quotas = torch.tensor([2, 1, 2])
+    return {"indices": backend.grouped_topk_indices(_scores(device), groups, quotas)}
 
 
-def _philox(backend: Backend, device: torch.device) -> list[Tensor]:
-    return [backend.philox(7, 2**40 + 5, 3, 1, 2**32 - 3, device)]
+def _philox(backend: Backend, device: torch.device) -> dict[str, Tensor]:
+    return {"words": backend.philox(7, 2**40 + 5, 3, 1, 2**32 - 3, device)}
