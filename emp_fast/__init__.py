@@ -20,6 +20,7 @@ from emp_fast.policies import Policy
 from emp_fast.pruner import Pruner
 from emp_fast.rules import Rule
 from emp_fast.selection import Selection
+from emp_fast.sharded import ShardedScoreStore
 from emp_fast.static import score_dataset
 from emp_fast.store import ScoreStore
 
@@ -35,6 +36,7 @@ __all__ = [
     "SampleStats",
     "ScoreStore",
     "Selection",
+    "ShardedScoreStore",
     "collate_with_indices",
     "functional",
     "load_checkpoint",

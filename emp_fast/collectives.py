@@ -1,14 +1,15 @@
 """The ranks that train together, and the few collectives that the state needs, over any group.
 
-Nothing here decides anything: `emp_fast.merging` and `emp_fast.distributed` do.
+Nothing here decides anything: `emp_fast.merging` and `emp_fast.sharded` do.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,8 @@ from torch import Tensor
 
 __all__ = ["Ranks", "rank_of", "world_size_of"]
 
-_DIGEST = 32  # bytes of a SHA-256
+_WORDS = 4  # int64 of a SHA-256
+_SHARED_ERRORS = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
 
 
 def world_size_of(process_group: Any = None) -> int:
@@ -40,15 +42,23 @@ def rank_of(process_group: Any = None) -> int:
 class Ranks:
     """One process's view of the group for the length of one collective operation.
 
+    Every operation opens with the same small record, so ranks that are at different operations, or
+    mean different things by the same one, find out there.
+
     Args:
         process_group: of torch.distributed; None is the default group.
         device: where the data lives. It travels from there where every rank can, through the host
             or the current GPU where the group serves only those.
         operation: what is done, for error messages.
+        facts: what all ranks must agree about, plain values by name.
+        error: what keeps this rank from taking part; raised here and, as the same type with this
+            rank's number, on all other ranks.
+        notes: two numbers to tell every rank; see ``notes``.
 
     Raises:
-        ValueError: this process is not in the group, or ``facts`` differ between ranks (on all of
-            them, with what differs).
+        ValueError: this process is not in the group, or the operation or ``facts`` differ between
+            ranks (on all of them, with what differs).
+        ValueError, TypeError, IndexError: a rank had that ``error``.
         RuntimeError: a rank died or did not take part within the group's time-out.
     """
 
@@ -58,14 +68,21 @@ class Ranks:
         device: torch.device,
         operation: str,
         facts: Mapping[str, object],
+        *,
+        error: Exception | None = None,
+        notes: tuple[int, int] = (0, 0),
     ) -> None:
         self.size = world_size_of(process_group)
         self.rank = rank_of(process_group)
+        #: Every rank's ``notes``.
+        self.notes = [notes]
         self._group = process_group
         self._operation = operation
         self._device = torch.device("cpu")
         if self.size > 1:
-            self._choose_device(device, facts)
+            self._open(device, {"operation": operation, **facts}, error, notes)
+        elif error is not None:
+            raise error
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's ``tensor``, all of one shape and dtype, on the device of this rank's."""
@@ -91,30 +108,80 @@ class Ranks:
             dist.all_reduce(reduced, operators[op], group=self._group)
         return reduced.to(tensor.device)
 
-    def _choose_device(self, device: torch.device, facts: Mapping[str, object]) -> None:
-        """Makes sure that all ranks mean the same, and finds a device that serves all of them."""
-        served = _device_types(self._group)
-        if "cpu" in served:
-            neutral = torch.device("cpu")
-        else:
-            neutral = torch.device(next(iter(served)), torch.accelerator.current_device_index())
-        self._device = neutral
-        digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
-        direct = device.type in served and device.type != neutral.type
-        record = torch.tensor([*digest, direct], dtype=torch.uint8)
-        records = self.all_gather(record)
-        if any(not torch.equal(other[:_DIGEST], record[:_DIGEST]) for other in records):
-            self._disagree(facts)
-        if all(int(other[_DIGEST]) for other in records):
-            self._device = device
+    def sum_of_lower(self, tensor: Tensor) -> Tensor:
+        """The sum of the lower ranks' ``tensor``."""
+        return sum(self.all_gather(tensor)[: self.rank], torch.zeros_like(tensor))
 
-    def _disagree(self, facts: Mapping[str, object]) -> None:
-        """Every rank has seen that the facts differ: all of them tell what and raise."""
+    def all_to_all(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Sends every rank its rows and returns the rows for this one, in the order of the ranks.
+
+        Args:
+            rows: [S, ...] in the order of their destinations; all ranks' of one row shape and
+                dtype.
+            counts: [R] rows for each rank, summing to S.
+        """
+        if self.size == 1:
+            return rows
+        sent = torch.tensor(counts, device=self._device)
+        received = torch.empty_like(sent)
+        with self._explained():
+            dist.all_to_all_single(received, sent, group=self._group)
+        coming = received.tolist()
+        outgoing = rows.to(self._device).contiguous()
+        incoming = outgoing.new_empty((sum(coming), *rows.shape[1:]))
+        with self._explained():
+            dist.all_to_all_single(incoming, outgoing, coming, counts, group=self._group)
+        return incoming.to(rows.device)
+
+    def gather_objects(self, value: object) -> list[Any]:
+        """Every rank's ``value``, pickled: for what is rare and small."""
+        if self.size == 1:
+            return [value]
         gathered: list[Any] = [None] * self.size
         with self._explained():
-            dist.all_gather_object(gathered, dict(facts), group=self._group)
+            dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def _open(
+        self,
+        device: torch.device,
+        facts: Mapping[str, object],
+        error: Exception | None,
+        notes: tuple[int, int],
+    ) -> None:
+        """Makes sure that all ranks mean the same, and finds a device that serves all of them."""
+        served = _device_types(self._group)
+        self._device = neutral = _neutral_device(served)
+        digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
+        words = struct.unpack(f"<{_WORDS}q", digest)
+        direct = device.type in served and device.type != neutral.type
+        record = torch.tensor([*words, direct, error is not None, *notes])
+        records = [other.tolist() for other in self.all_gather(record)]
+        if any(other[_WORDS + 1] for other in records):
+            self._fail(error)
+        if any(other[:_WORDS] != records[0][:_WORDS] for other in records):
+            self._disagree(facts)
+        if all(other[_WORDS] for other in records):
+            self._device = device
+        self.notes = [(other[-2], other[-1]) for other in records]
+
+    def _fail(self, error: Exception | None) -> NoReturn:
+        """Some rank cannot take part: all of them raise, each its own error or the first one's."""
+        told = self.gather_objects(None if error is None else (type(error).__name__, str(error)))
+        if error is not None:
+            raise error
+        rank, (name, message) = next((r, other) for r, other in enumerate(told) if other)
+        kind = _SHARED_ERRORS.get(name, RuntimeError)
+        raise kind(f"{self._operation}: rank {rank} raised this, and no rank changed: {message}")
+
+    def _disagree(self, facts: Mapping[str, object]) -> NoReturn:
+        """Every rank has seen that the facts differ: all of them tell what and raise."""
+        gathered = self.gather_objects(dict(facts))
+        names = sorted({name for other in gathered for name in other})
+        if any(other["operation"] != gathered[0]["operation"] for other in gathered):
+            names = ["operation"]  # the other facts then differ as a matter of course
         differing = []
-        for name in sorted({name for other in gathered for name in other}):
+        for name in names:
             values = [other.get(name) for other in gathered]
             if any(value != values[0] for value in values):
                 told = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values))
@@ -140,3 +207,10 @@ def _device_types(process_group: Any) -> list[str]:
     """Device types that the group's backends serve, as "cpu" and "cuda"."""
     config = dist.get_backend_config(process_group)  # "cpu:gloo,cuda:nccl"
     return [part.split(":")[0] for part in config.split(",")]
+
+
+def _neutral_device(served: list[str]) -> torch.device:
+    """A device that every rank can send from, wherever its data lives."""
+    if "cpu" in served:
+        return torch.device("cpu")
+    return torch.device(served[0], torch.accelerator.current_device_index())

@@ -62,6 +62,13 @@ class Rule:
         """Further state beside "score", "memory" and "visits": tensors whose first axis is N."""
         return {}
 
+    def shard(self, start: int, stop: int, num_samples: int) -> Rule:
+        """The rule for the samples ``start`` to ``stop`` of ``num_samples`` alone, numbered from 0.
+
+        A rule that holds something for each sample overrides this.
+        """
+        return self
+
     def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Moves the state of S samples, each of them present once.
 
@@ -341,12 +348,12 @@ class RHO(Rule):
         digest = hashlib.sha256(self.irreducible.numpy().tobytes()).hexdigest()[:16]
         return f"RHO(irreducible=<{len(self.irreducible)} losses, {digest}>, decay={self.decay})"
 
+    def shard(self, start: int, stop: int, num_samples: int) -> RHO:
+        self._check_length(num_samples)
+        return RHO(self.irreducible[start:stop], self.decay)
+
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
-        if len(self.irreducible) != num_samples:
-            raise ValueError(
-                f"irreducible must have one loss for each of {num_samples} samples, "
-                f"got {len(self.irreducible)}"
-            )
+        self._check_length(num_samples)
         return {"irreducible": self.irreducible.to(device, copy=True)}
 
     def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -354,6 +361,13 @@ class RHO(Rule):
         average = self.decay * state["memory"] + (1 - self.decay) * reducible
         memory = torch.where(state["visits"] == 0, reducible, average)
         return {"score": memory, "memory": memory}
+
+    def _check_length(self, num_samples: int) -> None:
+        if len(self.irreducible) != num_samples:
+            raise ValueError(
+                f"irreducible must have one loss for each of {num_samples} samples, "
+                f"got {len(self.irreducible)}"
+            )
 
 
 def _require_decay(decay: float) -> None:

@@ -22,8 +22,8 @@ from emp_fast.selection import Selection
 
 __all__ = ["ScoreStore", "Selection", "single_visit_scores"]
 
-_FORMAT = 1
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FORMAT = 1
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class _Merged:
@@ -87,12 +87,19 @@ class ScoreStore:
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-            raise TypeError(f"num_samples must be an int, got {num_samples!r}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+        check_store_arguments(num_samples, rule)
+        self._allocate(num_samples, rule, device)
+
+    @classmethod
+    def _of_shard(
+        cls, num_samples: int, rule: Rule, device: torch.device | str | None
+    ) -> ScoreStore:
+        """A store for one rank's share of the samples, which may be none."""
+        store = cls.__new__(cls)
+        store._allocate(num_samples, rule, device)
+        return store
+
+    def _allocate(self, num_samples: int, rule: Rule, device: torch.device | str | None) -> None:
         self.num_samples = num_samples
         self.rule = rule
         self._follows = device is None
@@ -185,20 +192,7 @@ class ScoreStore:
             IndexError: on the CPU, an index lies outside [0, N); nothing of the update is applied.
                 On a GPU that row is refused and the next `select` raises.
         """
-        given = {**(stats._asdict() if isinstance(stats, SampleStats) else stats), **extra}
-        indices = self._checked_indices(indices)
-        samples = indices.shape[0]
-        read = {name: self._checked_stat(name, given, samples) for name in self.rule.reads}
-        count = given.get("count")
-        if count is not None:
-            count = self._checked_stat("count", given, samples).to(torch.int32)
-        device = next(iter(read.values())).device if read else indices.device
-        if self._follows and device != self.device:
-            self._move(device)
-        indices = indices.to(self.device, non_blocking=True)
-        read = {name: value.to(self.device, non_blocking=True) for name, value in read.items()}
-        count = None if count is None else count.to(self.device, non_blocking=True)
-
+        indices, read, count = self._checked_batch(indices, stats, extra)
         recurrence = self._recurrence
         if recurrence is not None:
             direct = None if recurrence.direct is None else read[recurrence.direct].float()
@@ -206,7 +200,7 @@ class ScoreStore:
             ops.update_state(indices, signal, direct, count, self._state, recurrence)
         else:
             self._step(indices, read, count)
-        self._rows.add(samples)
+        self._rows.add(indices.shape[0])
 
     def loss_and_update(
         self,
@@ -290,10 +284,32 @@ class ScoreStore:
             chosen.write(targets[name], values.to(targets[name].dtype))
         chosen.write(self._state.visits, state["visits"] + 1)
 
+    def _checked_batch(
+        self,
+        indices: Tensor,
+        stats: SampleStats | Mapping[str, Tensor],
+        extra: Mapping[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Indices, the stats that the rule reads, and the counts, all where the state lives."""
+        given = {**(stats._asdict() if isinstance(stats, SampleStats) else stats), **extra}
+        indices = self._checked_indices(indices)
+        samples = indices.shape[0]
+        read = {name: self._checked_stat(name, given, samples) for name in self.rule.reads}
+        count = given.get("count")
+        if count is not None:
+            count = self._checked_stat("count", given, samples).to(torch.int32)
+        device = next(iter(read.values())).device if read else indices.device
+        if self._follows and device != self.device:
+            self._move(device)
+        indices = indices.to(self.device, non_blocking=True)
+        read = {name: value.to(self.device, non_blocking=True) for name, value in read.items()}
+        count = None if count is None else count.to(self.device, non_blocking=True)
+        return indices, read, count
+
     def _checked_indices(self, indices: Tensor) -> Tensor:
         if not isinstance(indices, Tensor):
             indices = torch.as_tensor(indices)
-        if indices.dtype not in _INTEGERS:
+        if indices.dtype not in INTEGERS:
             raise TypeError(f"indices must be integers, got {indices.dtype}")
         if indices.dim() != 1:
             raise ValueError(f"indices must have shape [S], got {tuple(indices.shape)}")
@@ -355,13 +371,7 @@ class ScoreStore:
             ValueError: k or labels are impossible.
             IndexError: an earlier update on a GPU had indices out of range; raised once.
         """
-        if not isinstance(policy, Policy):
-            raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
-        self._check_budget(k, policy)
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or not 0 <= epoch < 2**32:
-            raise ValueError(f"epoch must be an int in [0, 2**32), got {epoch!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {seed!r}")
+        check_selection(self.num_samples, k, policy, epoch, seed)
         self._report_refused()
         groups, num_groups = None, 1
         if labels is not None:
@@ -374,21 +384,9 @@ class ScoreStore:
         indices = mask.nonzero()[:, 0]
         return Selection(indices, None if weights is None else weights[indices])
 
-    def _check_budget(self, k: int | None, policy: Policy) -> None:
-        if k is None:
-            if not policy.sizes_itself:
-                raise ValueError(f"k must be an int for {policy!r}, got None")
-            return
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {k!r}")
-        if not policy.takes_budget:
-            raise ValueError(f"k must be None for {policy!r}, which fixes its own number; got {k}")
-        if not 1 <= k <= self.num_samples:
-            raise ValueError(f"k must lie in [1, {self.num_samples}], got {k}")
-
     def _checked_labels(self, labels: Tensor) -> tuple[Tensor, int]:
         labels = torch.as_tensor(labels)
-        if labels.dtype not in _INTEGERS:
+        if labels.dtype not in INTEGERS:
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         if labels.shape != (self.num_samples,):
             raise ValueError(
@@ -449,7 +447,7 @@ class ScoreStore:
             self.device,
             "ScoreStore.merge",
             {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "num_samples": self.num_samples,
                 "rule": repr(self.rule),
                 "layout": layout,
@@ -503,7 +501,7 @@ class ScoreStore:
         and only the same rank of as many may load it.
         """
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "num_samples": self.num_samples,
             "rule": repr(self.rule),
             "rows_seen": self.rows_seen,
@@ -519,7 +517,7 @@ class ScoreStore:
                 changed then.
         """
         wanted = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "num_samples": self.num_samples,
             "rule": repr(self.rule),
         }
@@ -620,6 +618,40 @@ class ScoreStore:
 
     def __repr__(self) -> str:
         return f"ScoreStore({self.num_samples}, {self.rule!r}, device={self.device})"
+
+
+def check_store_arguments(num_samples: int, rule: Rule) -> None:
+    """Raises TypeError or ValueError unless a store of them is possible."""
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+        raise TypeError(f"num_samples must be an int, got {num_samples!r}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+
+
+def check_selection(num_samples: int, k: int | None, policy: Policy, epoch: int, seed: int) -> None:
+    """Raises TypeError or ValueError for what `ScoreStore.select` cannot do."""
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
+    _check_budget(num_samples, k, policy)
+    if isinstance(epoch, bool) or not isinstance(epoch, int) or not 0 <= epoch < 2**32:
+        raise ValueError(f"epoch must be an int in [0, 2**32), got {epoch!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+
+
+def _check_budget(num_samples: int, k: int | None, policy: Policy) -> None:
+    if k is None:
+        if not policy.sizes_itself:
+            raise ValueError(f"k must be an int for {policy!r}, got None")
+        return
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {k!r}")
+    if not policy.takes_budget:
+        raise ValueError(f"k must be None for {policy!r}, which fixes its own number; got {k}")
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k must lie in [1, {num_samples}], got {k}")
 
 
 def single_visit_scores(rule: Rule, stats: SampleStats, **extra: Tensor) -> Tensor:

@@ -33,8 +33,10 @@ def run_ranks(
 ) -> list[dict[str, Outcome]]:
     """Calls every function as ``function(rank, size, *arguments)`` on every rank, in order.
 
+    A rank ends at its first error, for the others would wait for it until the time-out.
+
     Returns:
-        For each rank the outcomes by the functions' names; a rank that died has those before.
+        For each rank the outcomes by the functions' names, as far as it came.
     """
     rendezvous = folder / "rendezvous"
     processes, pipes = [], []
@@ -76,7 +78,10 @@ def _run(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout
     )
     for function in functions:
-        pipe.send((function.__name__, _outcome(function, rank, size, *arguments)))
+        outcome = _outcome(function, rank, size, *arguments)
+        pipe.send((function.__name__, outcome))
+        if outcome[1] is not None:
+            os._exit(1)
     pipe.close()
     if dist.is_initialized():
         dist.destroy_process_group()

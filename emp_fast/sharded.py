@@ -1,0 +1,492 @@
+"""State that is spread over ranks, for more samples than one device holds."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emp_fast._warnings import EmpFastWarning
+from emp_fast.backends.base import check_index_range
+from emp_fast.collectives import Ranks, rank_of, world_size_of
+from emp_fast.exchange import Layout, layout_of, pack_rows, row_bytes, unpack_rows
+from emp_fast.functional import SampleStats
+from emp_fast.policies import Balance, Policy, TopK
+from emp_fast.rules import EMP, Rule
+from emp_fast.selection import Selection
+from emp_fast.sharded_selection import ShardedCandidates
+from emp_fast.store import (
+    FORMAT,
+    INTEGERS,
+    ScoreStore,
+    check_selection,
+    check_store_arguments,
+)
+
+__all__ = ["ShardedScoreStore"]
+
+_REFUSALS = (IndexError, TypeError, ValueError)  # of arguments, told to all ranks
+_INDEX = " index"  # no stat has that name
+
+
+def even_bounds(num_samples: int, size: int) -> list[int]:
+    """Where the ranks' ranges start, and at last N: rank r owns bounds[r] to bounds[r + 1]."""
+    return [rank * num_samples // size for rank in range(size + 1)]
+
+
+class _Outgoing(NamedTuple):
+    """What one rank's batch comes to, in the order of the ranks that own its samples."""
+
+    given: int  # rows of the batch
+    rows: dict[str, Tensor]  # the stats that the rule reads and the index within the owner's range
+    counts: list[int]  # [R] rows for each rank
+
+    @property
+    def layout(self) -> Layout | None:
+        """None for a rank without a batch: it need not know what the others' stats look like."""
+        return layout_of(self.rows) if self.given else None
+
+
+class ShardedScoreStore:
+    """A `ScoreStore` of which each rank of a process group holds one contiguous range of samples.
+
+    Every method but `state_dict` and `load_state_dict` is collective: all ranks call it, in the
+    same order. The state and the selections are those of one `ScoreStore` that is given the batches
+    of all ranks, the lowest rank's first, in one update, whatever the number of ranks.
+
+    Args:
+        num_samples: N over all ranks.
+        rule: what a visit does to a sample's state.
+        process_group: of torch.distributed; None is the default group. Without torch.distributed
+            this process is the only rank.
+        device: where this rank's state lives; None follows the stats of its first update.
+
+    Raises:
+        ValueError: num_samples is below 1, the rule does not fit it, or this process is not in the
+            group.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        rule: Rule = EMP(),
+        *,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_store_arguments(num_samples, rule)
+        self.num_samples = num_samples
+        self.rule = rule
+        self._process_group = process_group
+        self._size = world_size_of(process_group)
+        self._bounds = even_bounds(num_samples, self._size)
+        rank = rank_of(process_group)
+        low, high = self._bounds[rank : rank + 2]
+        #: The samples whose state this rank holds.
+        self.owned_range = range(low, high)
+        self._shard = ScoreStore._of_shard(high - low, rule.shard(low, high, num_samples), device)
+        self._rule_name = repr(rule)  # of all samples; hashing a rule's tensors once is enough
+        self._warned = 0
+        #: Rows given to `update` by all ranks since the store was made.
+        self.rows_seen = 0
+
+    # ---- reading --------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's state lives."""
+        return self._shard.device
+
+    @property
+    def scores(self) -> Tensor:
+        """[len(owned_range)] float32 of the rank's own samples; +inf where never visited."""
+        return self._shard.scores
+
+    @property
+    def memory(self) -> Tensor:
+        """[len(owned_range)] float32, the accumulated memory term of the rank's own samples."""
+        return self._shard.memory
+
+    @property
+    def visits(self) -> Tensor:
+        """[len(owned_range)] int32, how often each of the rank's own samples was scored."""
+        return self._shard.visits
+
+    @property
+    def num_nonfinite(self) -> int:
+        """How many rows of all ranks were refused because a stat was not finite. Collective."""
+        ranks = self._ranks("num_nonfinite", {})
+        return int(ranks.all_reduce(self._shard._state.counters)[0])
+
+    # ---- updating -------------------------------------------------------------------------------
+
+    def update(
+        self,
+        indices: Tensor,  # [S] integers in [0, N), of any ranks' ranges
+        stats: SampleStats | Mapping[str, Tensor],  # of S samples
+        **extra: Tensor,
+    ) -> None:
+        """Moves the state of the samples that the ranks' batches visited, wherever it lives.
+
+        As `ScoreStore.update` of all ranks' batches in one, the lowest rank's first: of several
+        rows of one sample the last one of the highest rank is applied, and it counts as one visit.
+        A rank that has run out of batches passes empty indices, with any stats or none.
+
+        Three collectives of O(S + R) bytes a rank: the index, 8 bytes, and the stats that the rule
+        reads. The sizes are read by the host, so the call waits for the device.
+
+        Args:
+            indices: which samples.
+            stats: their stats, or a mapping of those that the rule reads (and "count", optionally).
+            **extra: further stats that the rule reads.
+
+        Raises:
+            ValueError, TypeError: the arguments of some rank are impossible, or the stats' dtypes
+                or shapes differ between ranks; IndexError: an index of some rank lies outside
+                [0, N). On all ranks, with nothing applied on any.
+            ValueError: the ranks disagree about N, the rule, or what has been done so far.
+            RuntimeError: a rank died or did not take part within the group's time-out.
+        """
+        outgoing, refused = _Outgoing(0, {}, [0] * self._size), None
+        try:
+            outgoing = self._outgoing(indices, stats, extra)
+        except _REFUSALS as error:
+            refused = error
+        layout = outgoing.layout
+        ranks = self._ranks(
+            "update", {}, error=refused, notes=(outgoing.given, _fingerprint(layout))
+        )
+        layout = _common_layout(ranks, layout)
+        if layout is not None:
+            if outgoing.given:
+                packed = pack_rows(outgoing.rows)
+            else:
+                packed = torch.empty(0, row_bytes(layout), dtype=torch.uint8, device=self.device)
+            rows = unpack_rows(ranks.all_to_all(packed, outgoing.counts), layout)
+            self._shard.update(rows.pop(_INDEX), rows)
+        self.rows_seen += sum(given for given, _ in ranks.notes)
+
+    def _outgoing(
+        self,
+        indices: Tensor,
+        stats: SampleStats | Mapping[str, Tensor],
+        extra: Mapping[str, Tensor],
+    ) -> _Outgoing:
+        given = self._shard._checked_indices(indices).shape[0]
+        if given == 0:
+            return _Outgoing(0, {}, [0] * self._size)
+        indices, rows, count = self._shard._checked_batch(indices, stats, extra)
+        check_index_range(indices, self.num_samples)
+        if (
+            self._shard._recurrence is not None
+        ):  # reads float32; other rules get what they are given
+            rows = {name: values.float() for name, values in rows.items()}
+        if count is not None:
+            counted = count > 0
+            indices = indices[counted]
+            rows = {name: values[counted] for name, values in rows.items()}
+        bounds = torch.tensor(self._bounds, device=indices.device)
+        owner = torch.bucketize(indices, bounds[1:-1], right=True)
+        order = owner.sort(stable=True).indices
+        counts = torch.bincount(owner, minlength=self._size).tolist()
+        rows = {_INDEX: indices - bounds[owner], **rows}
+        return _Outgoing(given, {name: values[order] for name, values in rows.items()}, counts)
+
+    # ---- selecting ------------------------------------------------------------------------------
+
+    def select(
+        self,
+        k: int | None,
+        policy: Policy = TopK(),
+        *,
+        labels: Tensor | None = None,  # [N] or [len(owned_range)] integers
+        epoch: int = 0,
+        seed: int = 0,
+        balance: Balance = "equal",
+    ) -> Selection:
+        """Chooses the samples of an epoch among all ranks' and returns this rank's own of them.
+
+        The ranks' selections one after the other are what `ScoreStore.select` returns, bit for
+        bit, for any number of ranks. How many a rank gets depends on the scores.
+
+        Args:
+            k: how many over all ranks, 1 <= k <= N; None for a policy that fixes its own number.
+            policy: how; `TopK` by default.
+            labels: class ids of all samples, or of those in `owned_range` alone.
+            epoch: keys the random numbers, with ``seed``.
+            seed: any int.
+            balance: see `ScoreStore.select`.
+
+        Returns:
+            Selection of global indices within `owned_range`, ascending, and their weights.
+
+        Raises:
+            ValueError, TypeError: the arguments of some rank are impossible, or the ranks disagree
+                about them, N, the rule, or what has been done so far; on all ranks.
+            RuntimeError: a rank died or did not take part within the group's time-out.
+        """
+        groups, num_groups, refused = None, 1, None
+        try:
+            check_selection(self.num_samples, k, policy, epoch, seed)
+            labels = None if labels is None else self._own_labels(labels)
+        except _REFUSALS as error:
+            refused = error
+        ranks = self._ranks(
+            "select",
+            {
+                "k": k,
+                "policy": repr(policy),
+                "epoch": epoch,
+                "seed": seed,
+                "balance": balance,
+                "with labels": labels is not None,
+            },
+            error=refused,
+        )
+        self._report_refused(ranks)
+        if labels is not None:
+            groups, num_groups = _groups(ranks, labels)
+        candidates = ShardedCandidates(
+            ranks,
+            self.scores,
+            self.visits > 0,
+            groups,
+            num_groups,
+            seed=seed,
+            epoch=epoch,
+            start=self.owned_range.start,
+        )
+        quotas = None if k is None else policy.quotas(candidates, k, balance)
+        mask, weights = policy.choose(candidates, quotas)
+        own = mask.nonzero()[:, 0]
+        return Selection(own + self.owned_range.start, None if weights is None else weights[own])
+
+    def _own_labels(self, labels: Tensor) -> Tensor:
+        labels = torch.as_tensor(labels)
+        if labels.dtype not in INTEGERS:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        own = self.owned_range
+        if labels.shape == (self.num_samples,):
+            labels = labels[own.start : own.stop]
+        elif labels.shape != (len(own),):
+            raise ValueError(
+                f"labels must have shape [{self.num_samples}], or [{len(own)}] for the samples "
+                f"{own.start} to {own.stop} of this rank, got {tuple(labels.shape)}"
+            )
+        return labels.to(self.device, torch.int64)
+
+    def _report_refused(self, ranks: Ranks) -> None:
+        refused = self._shard.num_nonfinite
+        new = int(ranks.all_reduce(torch.tensor(refused - self._warned)))
+        self._warned = refused
+        if new:
+            warnings.warn(
+                f"{new} non-finite stats were refused on all ranks since the last selection; their "
+                "samples keep their last score",
+                EmpFastWarning,
+                stacklevel=3,
+            )
+
+    def merge(self, process_group: Any = None) -> None:
+        """Does nothing: every sample's state lives on one rank, and `update` brings it there.
+
+        Raises:
+            ValueError: another process group than the store's own is given.
+        """
+        if process_group is not None and process_group is not self._process_group:
+            raise ValueError(
+                f"process_group must be the store's own, {self._process_group!r}, "
+                f"got {process_group!r}"
+            )
+
+    def _ranks(
+        self,
+        method: str,
+        facts: Mapping[str, object],
+        error: Exception | None = None,
+        notes: tuple[int, int] = (0, 0),
+    ) -> Ranks:
+        """Opens a collective operation on the ranks that the store was made for."""
+        operation = f"ShardedScoreStore.{method}"
+        size = world_size_of(self._process_group)
+        if size != self._size:
+            raise RuntimeError(
+                f"{operation}: the store was made for {self._size} ranks and the process group has "
+                f"{size}; make it after torch.distributed is initialised"
+            )
+        common = {
+            "num_samples": self.num_samples,
+            "rule": self._rule_name,
+            "rows_seen": self.rows_seen,
+        }
+        return Ranks(
+            self._process_group,
+            self.device,
+            operation,
+            {**common, **facts},
+            error=error,
+            notes=notes,
+        )
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot of this rank's samples; loads with ``torch.load(weights_only=True)``."""
+        return {
+            "format": FORMAT,
+            "num_samples": self.num_samples,
+            "rule": self._rule_name,
+            "start": self.owned_range.start,
+            "stop": self.owned_range.stop,
+            "rows_seen": self.rows_seen,
+            "tensors": {name: tensor.clone() for name, tensor in self._shard._tensors().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Restores this rank's samples from one snapshot or from several, whole or not at all.
+
+        The snapshots may come from any number of ranks, as long as they hold all samples of
+        `owned_range` between them; a snapshot of a `ScoreStore` will do as well. Load those of one
+        moment on all ranks: the next collective raises where they differ.
+
+        Args:
+            state: as `state_dict` returned it on this or on any rank, or a list of such.
+
+        Raises:
+            ValueError: a snapshot is of another format, size or rule, or damaged; or they do not
+                go together, or do not hold all samples. Nothing is changed then.
+        """
+        states = [state] if isinstance(state, Mapping) else list(state)
+        pieces = sorted(
+            (self._checked_piece(position, piece) for position, piece in enumerate(states)),
+            key=lambda piece: (piece.start, piece.stop),
+        )
+        self._check_coverage(pieces)
+        low, high = self.owned_range.start, self.owned_range.stop
+        tensors = self._shard._tensors()
+        for name, tensor in tensors.items():
+            if name == "counters":  # go with the first sample, so each is loaded by one rank
+                tensor.zero_()
+                for piece in pieces:
+                    if low <= piece.start < high:
+                        tensor += piece.tensors[name].to(tensor.device)
+                continue
+            for piece in pieces:
+                first, last = max(low, piece.start), min(high, piece.stop)
+                if first < last:
+                    rows = piece.tensors[name][first - piece.start : last - piece.start]
+                    tensor[first - low : last - low] = rows.to(tensor.device)
+        self.rows_seen = pieces[0].rows_seen
+        self._warned = self._shard.num_nonfinite
+
+    def _checked_piece(self, position: int, state: Mapping[str, Any]) -> _Piece:
+        where = f"state[{position}]"
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{where} must be a mapping, got {state!r}")
+        wanted = {"format": FORMAT, "num_samples": self.num_samples, "rule": self._rule_name}
+        for name, value in wanted.items():
+            if state.get(name) != value:
+                raise ValueError(f"{where}[{name!r}] must be {value!r}, got {state.get(name)!r}")
+        if state.get("unmerged") is not None:
+            raise ValueError(f"{where} is of one rank between merges; merge before saving")
+        start, stop = state.get("start", 0), state.get("stop", self.num_samples)
+        rows_seen, saved = state.get("rows_seen", -1), state.get("tensors")
+        for name, value in {"start": start, "stop": stop, "rows_seen": rows_seen}.items():
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{where}[{name!r}] must be a count, got {value!r}")
+        if not start <= stop <= self.num_samples:
+            raise ValueError(
+                f"{where} must hold a range within [0, {self.num_samples}], got {start} to {stop}"
+            )
+        own = self._shard._tensors()
+        if not isinstance(saved, Mapping) or set(saved) != set(own):
+            names = sorted(saved) if isinstance(saved, Mapping) else saved
+            raise ValueError(f"{where}['tensors'] must hold {sorted(own)}, got {names!r}")
+        for name, tensor in own.items():
+            rows = tensor.shape[:1] if name == "counters" else (stop - start,)
+            shape, value = (*rows, *tensor.shape[1:]), saved[name]
+            if not isinstance(value, Tensor) or value.shape != shape or value.dtype != tensor.dtype:
+                is_tensor = isinstance(value, Tensor)
+                got = f"{value.dtype} {tuple(value.shape)}" if is_tensor else repr(value)
+                raise ValueError(
+                    f"{where}['tensors'][{name!r}] must be {tensor.dtype} {shape}, got {got}"
+                )
+        return _Piece(start, stop, rows_seen, saved)
+
+    def _check_coverage(self, pieces: list[_Piece]) -> None:
+        moments = sorted({piece.rows_seen for piece in pieces})
+        if len(moments) > 1:
+            raise ValueError(f"state must be of one moment, got rows_seen {moments}")
+        reached = self.owned_range.start
+        held = [(piece.start, piece.stop) for piece in pieces if piece.start < piece.stop]
+        for (_, before), (start, _) in pairwise(held):
+            if start < before:
+                raise ValueError(f"state must hold every sample once, got the ranges {held}")
+        for start, stop in held:
+            if start <= reached < stop:
+                reached = stop
+        if not pieces or reached < self.owned_range.stop:
+            raise ValueError(
+                f"state must hold the samples {self.owned_range.start} to {self.owned_range.stop} "
+                f"of this rank, got the ranges {held}"
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"ShardedScoreStore({self.num_samples}, {self.rule!r}, device={self.device}, "
+            f"owned_range={self.owned_range})"
+        )
+
+
+class _Piece(NamedTuple):
+    """A checked snapshot of the samples ``start`` to ``stop``."""
+
+    start: int
+    stop: int
+    rows_seen: int
+    tensors: Mapping[str, Tensor]
+
+
+def _fingerprint(layout: Layout | None) -> int:
+    """An int64 that tells layouts apart."""
+    digest = hashlib.sha256(repr(layout).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _common_layout(ranks: Ranks, own: Layout | None) -> Layout | None:
+    """The layout of all ranks' rows, also for a rank that has none; None where no rank has rows.
+
+    Raises:
+        ValueError: they differ; on all ranks.
+    """
+    if not any(given for given, _ in ranks.notes):
+        return None
+    if all(given and note == ranks.notes[0][1] for given, note in ranks.notes):
+        return own
+    told: list[Layout | None] = ranks.gather_objects(own)
+    known = [layout for layout in told if layout is not None]
+    if any(layout != known[0] for layout in known):
+        raise ValueError(
+            "stats must have the same dtypes and shapes on all ranks, got "
+            + ", ".join(
+                f"{list(layout[1:])} on rank {r}" for r, layout in enumerate(told) if layout
+            )
+            + "; nothing of this update was applied"
+        )
+    return known[0]
+
+
+def _groups(ranks: Ranks, labels: Tensor) -> tuple[Tensor, int]:
+    """The labels as [S] int64 in [0, G), alike on all ranks, and G."""
+    own = labels.unique()
+    sizes = [int(size) for size in ranks.all_gather(torch.tensor([own.shape[0]]))]
+    padded = own.new_zeros(max(sizes))
+    padded[: own.shape[0]] = own
+    told = ranks.all_gather(padded)
+    classes = torch.cat([theirs[:size] for theirs, size in zip(told, sizes, strict=True)]).unique()
+    return torch.searchsorted(classes, labels), classes.shape[0]
