@@ -13,11 +13,17 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless ``value`` is a tensor, and a dense one."""
+    """Raises TypeError unless ``value`` is a tensor, dense, and whole in this process."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: {value!r}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if hasattr(value, "to_local"):  # not isinstance: that would import torch.distributed.tensor
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {type(value).__name__}: pass {name}.to_local() "
+            f"where every rank has its own samples (FSDP2), {name}.full_tensor() where the classes "
+            "are split over the ranks (tensor parallelism)"
+        )
 
 
 def require_float(name: str, value: object) -> None:

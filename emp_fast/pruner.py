@@ -259,13 +259,15 @@ class Pruner:
         return (self._plan or self._plan_of(self.epoch)).selection
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration of the sampler that epoch. Calling it twice is harmless.
+        """Makes the next iteration of the sampler that epoch. Calling it twice is harmless, and so
+        is calling it for an epoch that has begun before its first batch is trained on.
 
         A resumed epoch continues where it was when its own number is set, and is given up for
         another.
         """
         _checked_count("epoch", epoch)
-        self._requested = epoch
+        has_begun = epoch == self._epoch and self._untouched()
+        self._requested = None if has_begun else epoch
 
     def prune_rate(self, epoch: int) -> float:
         """The share of samples left out in that epoch, as asked for: 0 in the full epochs.
@@ -388,9 +390,8 @@ class Pruner:
     def _begin(self) -> tuple[_Plan, int]:
         """Starts an iteration of the sampler: the plan of its epoch and where to start in it."""
         epoch = self._coming()
-        goes_on = epoch == self._epoch and (self._resume_at is not None or self._untouched())
-        position = self._position() if goes_on else 0
-        if not goes_on:
+        position = self._coming_position(epoch)
+        if not self._goes_on(epoch):
             self._unused = None if self._trained() else self._plan
         self._plan = self._plan_of(epoch)
         self._epoch, self._next, self._exhausted = epoch, None, False
@@ -407,8 +408,16 @@ class Pruner:
         """The epoch of the next iteration."""
         if self._requested is not None:
             return self._requested
-        goes_on = self._plan is None or self._resume_at is not None or self._untouched()
+        goes_on = self._plan is None or self._goes_on(self._epoch)
         return self._epoch if goes_on else self._epoch + 1
+
+    def _goes_on(self, epoch: int) -> bool:
+        """Whether an iteration of that epoch continues the one in progress."""
+        return epoch == self._epoch and (self._resume_at is not None or self._untouched())
+
+    def _coming_position(self, epoch: int) -> int:
+        """Where in its plan an iteration of that epoch starts."""
+        return self._position() if self._goes_on(epoch) else 0
 
     def _untouched(self) -> bool:
         """Whether the iteration in progress was given up before anything was trained, as
@@ -458,6 +467,8 @@ class Pruner:
             if left and not dropped:
                 return len(self._plan)
         epoch = self._coming()
+        if self._epochs is not None:  # loaders ask after the last epoch too
+            epoch = min(epoch, self._epochs - 1)
         budget = self._budget(epoch)
         if self._plan is not None and self._plan.epoch == epoch:
             return len(self._plan)

@@ -25,16 +25,20 @@ class EpochSampler(Sampler[int]):
 
     ``len`` is right before the epoch starts. On several ranks this is for whoever shards it, as
     Accelerate does; plain DDP and Lightning take `Pruner.distributed_sampler`.
+
+    With ``whole`` a resumed epoch is yielded from its first sample, for loaders that skip by
+    themselves what has been trained on. The pruner's position is the same either way.
     """
 
-    def __init__(self, pruner: Pruner) -> None:
+    def __init__(self, pruner: Pruner, whole: bool = False) -> None:
         self._pruner = pruner
+        self.whole = whole
 
     def __len__(self) -> int:
         return self._pruner._length()
 
     def __iter__(self) -> EpochIterator:
-        return EpochIterator(self._pruner)
+        return EpochIterator(self._pruner, whole=self.whole)
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
@@ -101,13 +105,18 @@ class EpochIterator(Iterator[int]):
     """
 
     def __init__(
-        self, pruner: Pruner, rank: int = 0, world_size: int = 1, drop_last: bool = False
+        self,
+        pruner: Pruner,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        whole: bool = False,
     ) -> None:
         self._pruner = pruner
         self._rank, self._world_size, self._drop_last = rank, world_size, drop_last
         self._plan, start = pruner._begin()
         self._over = False  # by its loaded state; the pass that the pruner is at has not begun
-        self._seek(start)
+        self._seek(0 if whole else start)
         pruner._iterator = weakref.ref(self)
 
     def _seek(self, start: int) -> None:

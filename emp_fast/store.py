@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, ops
+from emp_fast._validation import require_tensor
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import resolve
 from emp_fast.backends.base import State
@@ -321,8 +322,7 @@ class ScoreStore:
             raise ValueError(
                 f"stats must have {name!r}, which {self.rule!r} reads; got {sorted(given)}"
             )
-        if not isinstance(value, Tensor):
-            raise TypeError(f"stats[{name!r}] must be a tensor, got {value!r}")
+        require_tensor(f"stats[{name!r}]", value)
         if value.shape[:1] != (samples,):
             raise ValueError(
                 f"stats[{name!r}] must have {samples} rows, one for each index, "

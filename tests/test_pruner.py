@@ -422,3 +422,45 @@ def test_compiles_as_one_graph_around_the_model():
     pruner.update(indices, stats)
     pruner.mean_loss(stats, indices).backward()
     assert model.weight.grad is not None
+
+
+def test_naming_the_epoch_that_has_begun_does_not_begin_it_again():
+    """Lightning makes its first iterator, then sets the epoch."""
+    pruner = Pruner(N, 0.5, rule=Loss())
+    iterator = iter(make_loader(pruner))
+    pruner.set_epoch(0)
+    for _, indices in iterator:
+        pruner.update(indices, loss=loss_of(indices))
+    next(iter(pruner.sampler))
+    assert pruner.epoch == 1
+
+
+def test_naming_an_epoch_that_was_trained_on_begins_it_again():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    loader = make_loader(pruner)
+    first = run_epoch(pruner, loader)
+    pruner.set_epoch(0)
+    assert list(pruner.sampler) == first
+
+
+def test_the_length_after_the_last_epoch_is_that_epochs():
+    """Trainers ask for it at the end; the function of the epoch need not know of a further one."""
+    pruner = Pruner(N, lambda epoch: [0.5, 0.75][epoch], rule=Loss(), epochs=2)
+    loader = make_loader(pruner)
+    for epoch in range(2):
+        run_epoch(pruner, loader, epoch)
+    assert len(loader) == 2
+
+
+def test_a_whole_resumed_epoch_for_loaders_that_skip_by_themselves():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    order = list(pruner.sampler)
+    pruner.set_epoch(0)
+    loader = make_loader(pruner)
+    for _, indices in zip(range(2), (batch for _, batch in loader), strict=False):
+        pruner.update(indices, loss=loss_of(indices))
+    resumed = Pruner(N, 0.5, rule=Loss())
+    resumed.load_state_dict(pruner.state_dict())
+    resumed.sampler.whole = True
+    assert list(resumed.sampler) == order
+    assert resumed.state_dict()["position"] == 16
