@@ -1,0 +1,323 @@
+"""The Hugging Face `Trainer` on pruned epochs: one class name and one argument more::
+
+    trainer = PrunedTrainer(
+        model, args, train_dataset=train_set, pruner=Pruner(len(train_set), prune_rate=0.7)
+    )
+    trainer.train()
+
+The loss is the Trainer's own: the mean over the samples, or for language models over the tokens,
+of all batches whose gradients are accumulated, on all processes. (Models that ignore
+``num_items_in_batch``, as BertForSequenceClassification does, have an accumulated gradient that is
+too large by the number of batches in the plain Trainer, and the right one here.) A sample's score
+is made of the mean over its own tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from emp_fast import functional
+from emp_fast.checkpoints import load_checkpoint, save_checkpoint
+from emp_fast.data import SAMPLE_INDEX, IndexedDataset, with_indices
+from emp_fast.integrations._common import missing, require_one_length
+from emp_fast.pruner import Pruner
+from emp_fast.samplers import EpochSampler
+
+try:
+    from transformers import Trainer
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+except ImportError as error:
+    raise ImportError(missing("huggingface", "transformers", "huggingface")) from error
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+__all__ = ["PrunedTrainer", "PrunerMixin"]
+
+#: Where the samples of a packed batch begin, beside `SAMPLE_INDEX`.
+_OFFSETS = "sample_offsets"
+_IGNORED = -100  # the Trainer's own, in labels
+_FILE = "pruner.pt"  # in a checkpoint's folder
+
+
+class _Batch(NamedTuple):
+    """What `compute_loss` takes out of the model's inputs for the loss."""
+
+    indices: Tensor | None  # [S]; None in evaluation
+    offsets: Tensor | None  # [S + 1], of packed samples
+    shifted: Tensor | None  # labels that a collator has shifted already
+
+
+class PrunerMixin(_Base):
+    """Makes any `Trainer` prune: ``class MyPrunedTrainer(PrunerMixin, MyTrainer): pass``.
+
+    It serves models whose loss is the cross-entropy of ``logits`` and ``labels``: classification
+    of sequences, tokens or images, masked and causal language models. Batches may be padded, or
+    packed into one row as `DataCollatorWithFlattening` does. On several processes every one sees
+    its share (Accelerate's doing); checkpoints hold the pruner and ``resume_from_checkpoint``
+    restores it.
+
+    Args:
+        *args: of the Trainer.
+        pruner: of ``len(train_dataset)`` samples. Its epochs must have one length, because the
+            Trainer computes the number of steps once.
+        **kwargs: of the Trainer.
+
+    Raises:
+        ValueError: the arguments, the model or the pruner do not go together; raised before the
+            first step.
+    """
+
+    compute_loss_func: Any
+    train_dataset: Any
+    data_collator: Any
+
+    def __init__(self, *args: Any, pruner: Pruner, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func must be None, the pruner's loss takes its place; "
+                f"got {self.compute_loss_func!r}"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process must use one device, got {self.args.n_gpu}: start one process a GPU "
+                "with torchrun"
+            )
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if strategy != "random":
+            raise ValueError(
+                "train_sampling_strategy must be 'random', the pruner orders the samples; "
+                f"got {strategy!r}"
+            )
+        config = getattr(self.model, "config", None)
+        problem = getattr(config, "problem_type", None)
+        if problem in ("regression", "multi_label_classification"):
+            raise ValueError(
+                "model.config.problem_type must be 'single_label_classification' or None, "
+                f"got {problem!r}: score such a loss with Pruner.update in a compute_loss of yours"
+            )
+        self.pruner = pruner
+        # The Trainer scales what this returns for gradient accumulation and for several devices.
+        self.compute_loss_func = self._pruned_loss
+        self._shifts_labels = _shifts_labels(self.model)
+        self._batch = _Batch(None, None, None)
+        self._epoch_logged = -1
+
+    # ---- data -----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's own loader, of samples that carry their index, in the pruner's order."""
+        self._check_train_set()
+        with self._indexed_train_set():
+            return super().get_train_dataloader()
+
+    def _check_train_set(self) -> None:
+        known = self.pruner.store.num_samples
+        train_set = self.train_dataset
+        length = f"{len(train_set)} samples" if hasattr(train_set, "__len__") else "no length"
+        if length != f"{known} samples":
+            raise ValueError(
+                f"train_dataset must have the {known} samples of the pruner, got {length}"
+            )
+        epochs = math.ceil(self.args.num_train_epochs) if self.args.max_steps < 0 else 1
+        require_one_length(
+            self.pruner,
+            max(epochs, self.pruner._epochs or 1),
+            "use a constant prune_rate without full epochs and a policy that takes a budget",
+        )
+
+    @contextmanager
+    def _indexed_train_set(self) -> Iterator[None]:
+        """Lets the loader be made of the indexed set and a collator that knows of the index."""
+        bare, collate = self.train_dataset, self.data_collator
+        # Columns go before they are read; the Trainer does not know the wrapped set as one of
+        # `datasets`, and would drop them sample by sample.
+        kept = self._remove_unused_columns(bare) if hasattr(bare, "column_names") else bare
+        self.train_dataset, self.data_collator = with_indices(kept), _IndexedCollate(collate)
+        try:
+            yield
+        finally:
+            self.train_dataset, self.data_collator = bare, collate
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if SAMPLE_INDEX not in self._signature_columns:  # else remove_unused_columns drops it
+            self._signature_columns.append(SAMPLE_INDEX)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        # Whole: the Trainer skips the batches that a resumed epoch has been trained on.
+        return EpochSampler(self.pruner, whole=True)
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Samples of one epoch."""
+        if isinstance(dataloader.dataset, IndexedDataset):
+            return self.pruner.sampler.__len__()
+        return super().num_examples(dataloader)  # type: ignore[no-any-return]
+
+    # ---- loss -----------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's, with a loss that scores the samples of a training batch."""
+        inputs = dict(inputs)
+        self._batch = _Batch(
+            inputs.pop(SAMPLE_INDEX, None),
+            inputs.pop(_OFFSETS, None),
+            inputs.pop("shift_labels", None),
+        )
+        if model.training and self._batch.indices is None:
+            raise ValueError(
+                f"inputs must have {SAMPLE_INDEX!r}, as get_train_dataloader of PrunerMixin sees "
+                f"to; got {sorted(inputs)}"
+            )
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    def _pruned_loss(
+        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The sum over samples of (policy weight) * (loss of all its tokens), over the items."""
+        indices, offsets, target = self._batch
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if target is None:
+            if labels is None:
+                raise ValueError("inputs must have 'labels', got none")
+            target = _shift(labels) if self._shifts_labels else labels
+        if offsets is not None:
+            logits, target = logits.flatten(0, 1), target.flatten()
+        stats = functional.cross_entropy(
+            logits,
+            target,
+            ignore_index=_IGNORED,
+            label_smoothing=self.args.label_smoothing_factor,
+            offsets=offsets,
+        )
+        loss = stats.loss * stats.count
+        if indices is not None:
+            self.pruner.update(indices, stats)
+            loss = loss * self.pruner.weights(indices)
+        items = num_items_in_batch
+        if items is None:  # the Trainer could not count them: each batch then weighs the same
+            items = stats.count.sum() * getattr(self, "current_gradient_accumulation_steps", 1)
+        return loss.sum() / torch.as_tensor(items, device=loss.device).clamp_min(1)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds `Pruner.stats` to the first training log of every epoch, for every logger."""
+        if "loss" in logs and self.pruner.epoch != self._epoch_logged:
+            self._epoch_logged = self.pruner.epoch
+            stats = {f"pruner/{name}": value for name, value in self.pruner.stats().items()}
+            logs = {**logs, **stats}
+        super().log(logs, *args, **kwargs)
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.pruner.merge()  # on all ranks: one file then serves any number of them
+        if self.args.should_save:
+            save_checkpoint(os.path.join(output_dir, _FILE), pruner=self.pruner)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, _FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"no {_FILE} in {checkpoint}: it was saved without a pruner, or by save_only_model"
+            )
+        load_checkpoint(path, pruner=self.pruner)
+        if self.args.ignore_data_skip:  # the Trainer then begins the epoch again
+            self.pruner.load_state_dict({**self.pruner.state_dict(), "position": 0})
+
+
+class PrunedTrainer(PrunerMixin, Trainer):
+    """`transformers.Trainer` with ``pruner=``; see `PrunerMixin`."""
+
+
+def _shifts_labels(model: Any) -> bool:
+    """Whether labels are the tokens themselves, so that each position predicts the next one."""
+    if hasattr(model, "get_base_model"):  # of peft
+        model = model.get_base_model()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return causal or loss is ForCausalLMLoss
+
+
+def _shift(labels: Tensor) -> Tensor:
+    """[S, T] what each position predicts: the next one's label, and nothing at the end."""
+    return pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+
+
+class _IndexedCollate:
+    """Takes the index out of the samples, and puts all of them into the batch.
+
+    Where the samples are packed into one row it adds where each of them begins; here, on the host,
+    because finding that on a GPU would wait for it.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, features: list[Any]) -> Any:
+        indices, samples = [], []
+        for feature in features:
+            if isinstance(feature, Mapping):
+                sample: Any = dict(feature)
+                indices.append(sample.pop(SAMPLE_INDEX))
+            else:
+                sample, index = feature
+                indices.append(index)
+            samples.append(sample)
+        batch = self.collate(samples)
+        batch[SAMPLE_INDEX] = torch.tensor(indices)
+        offsets = _packed_offsets(batch, len(samples))
+        if offsets is not None:
+            batch[_OFFSETS] = offsets
+        return batch
+
+
+def _packed_offsets(batch: Mapping[str, Any], samples: int) -> Tensor | None:
+    """[S + 1] int64 where each sample begins in the single row of a packed batch; else None."""
+    tokens = batch.get("input_ids")
+    if tokens is None or tokens.shape[0] == samples:
+        return None
+    ends = batch.get("cu_seq_lens_q")
+    positions = batch.get("position_ids")
+    if tokens.shape[0] != 1 or (ends is None and positions is None):
+        raise ValueError(
+            f"{samples} samples were collated to {tokens.shape[0]} rows with {sorted(batch)}: "
+            "keep one row a sample, or pack them into one row with position_ids or cu_seq_lens_q"
+        )
+    if ends is not None:
+        offsets = torch.as_tensor(ends).flatten().to(torch.int64)
+    else:
+        row = torch.as_tensor(positions).flatten()
+        begins = (row[1:] != row[:-1] + 1).nonzero().flatten() + 1
+        offsets = torch.cat([begins.new_zeros(1), begins, begins.new_tensor([row.numel()])])
+    if offsets.numel() != samples + 1:
+        raise ValueError(
+            f"a packed batch of {samples} samples must have {samples} sequences, "
+            f"got {offsets.numel() - 1}: leave out empty samples, and pack in the collator alone"
+        )
+    return offsets

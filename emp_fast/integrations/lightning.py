@@ -1,0 +1,87 @@
+"""Lightning on pruned epochs: a callback that checks, logs and resumes::
+
+    pruner = emp_fast.Pruner(len(train_set), prune_rate=0.7)
+    loader = DataLoader(
+        emp_fast.with_indices(train_set), batch_size=128, sampler=pruner.distributed_sampler()
+    )
+    trainer = lightning.Trainer(callbacks=[PrunerCallback(pruner)])
+
+and in ``training_step``: ``(x, y), idx = batch; return pruner.loss(self(x), y, idx)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils._pytree import tree_leaves
+
+from emp_fast.integrations._common import missing, require_one_length
+from emp_fast.pruner import Pruner
+from emp_fast.samplers import DistributedEpochSampler, EpochSampler
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback
+    except ImportError as error:
+        raise ImportError(missing("lightning", "lightning", "lightning")) from error
+
+__all__ = ["PrunerCallback"]
+
+
+class PrunerCallback(Callback):
+    """Keeps a pruner in step with a Lightning `Trainer`.
+
+    Checkpoints hold the pruner, and ``fit(ckpt_path=...)`` goes on inside its epoch. Every epoch
+    logs `Pruner.stats`. Before the first step it makes sure that the pruner's sampler is the one
+    that the trainer uses: on several processes Lightning replaces all but a `DistributedSampler`.
+
+    Args:
+        pruner: whose ``distributed_sampler()`` the training loader has.
+        log: send `Pruner.stats` to the trainer's loggers, as "pruner/..."
+
+    Raises:
+        ValueError: by ``fit``, before the first step: the sampler is not the pruner's, or epochs
+            differ in length and the trainer would not notice.
+    """
+
+    def __init__(self, pruner: Pruner, *, log: bool = True) -> None:
+        self.pruner = pruner
+        self._log = log
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._check_sampler(trainer)
+        if trainer.reload_dataloaders_every_n_epochs != 1:
+            require_one_length(
+                self.pruner,
+                max(trainer.max_epochs or 1, self.pruner._epochs or 1),
+                "give the Trainer reload_dataloaders_every_n_epochs=1",
+            )
+
+    def _check_sampler(self, trainer: Any) -> None:
+        samplers = [
+            loader.sampler
+            for loader in tree_leaves(trainer.train_dataloader)
+            if hasattr(loader, "sampler")
+        ]
+        sharded = (DistributedEpochSampler,)
+        wanted = sharded if trainer.world_size > 1 else (*sharded, EpochSampler)
+        ours = [s for s in samplers if isinstance(s, wanted) and s._pruner is self.pruner]
+        if not ours:
+            raise ValueError(
+                "the training loader must have sampler=pruner.distributed_sampler() of this "
+                f"callback's pruner, on {trainer.world_size} processes got {samplers!r}"
+            )
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._log:
+            stats = {f"pruner/{name}": value for name, value in self.pruner.stats().items()}
+            pl_module.log_dict(stats, rank_zero_only=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        self.pruner.merge()  # Lightning asks all ranks; one of them then saves for any number
+        return self.pruner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.pruner.load_state_dict(state_dict)

@@ -1,0 +1,454 @@
+"""The Hugging Face Trainer on one process; two are in test_integrations_ranks.py."""
+
+import math
+import os
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from torch.nn.functional import cross_entropy
+
+from emp_fast import Pruner
+from emp_fast.files import FileProblem
+from emp_fast.policies import BelowMean, TopK
+from emp_fast.rules import EMP, Loss
+from emp_fast.samplers import EpochSampler
+
+pytest.importorskip(
+    "transformers", reason="needs transformers: pip install 'emp_fast[huggingface]'"
+)
+
+from transformers import (
+    DataCollatorWithFlattening,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from emp_fast.integrations.huggingface import PrunedTrainer, PrunerMixin
+
+N = 22
+CAUSAL = (tiny_models.causal_lm, tiny_models.language_set, tiny_models.pad)
+PACKED = (tiny_models.causal_lm, tiny_models.language_set, DataCollatorWithFlattening())
+CLASSES = (tiny_models.classifier, tiny_models.labelled_set, tiny_models.pad)
+TASKS = pytest.mark.parametrize("task", [CAUSAL, PACKED, CLASSES], ids=["padded", "packed", "cls"])
+
+
+def arguments(folder, **options):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def trainer_of(task, folder, pruner, dataset=None, cls=PrunedTrainer, callbacks=None, **options):
+    model, samples, collate = task
+    return cls(
+        model(),
+        arguments(folder, **options),
+        train_dataset=samples(N) if dataset is None else dataset,
+        data_collator=collate,
+        callbacks=callbacks,
+        pruner=pruner,
+    )
+
+
+def parameters(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """More are slower on models of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class InOrderOf(Trainer):
+    """The plain Trainer, in the order of a pruner's sampler."""
+
+    def __init__(self, *args, pruner, **options):
+        super().__init__(*args, **options)
+        self.sampler = pruner.sampler
+
+    def _get_train_sampler(self, train_dataset=None):
+        return list(self.sampler)
+
+
+class Recording(Pruner):
+    """Remembers which samples it was given, in order."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.given = []
+
+    def update(self, indices, *args, **options):
+        self.given.append(indices.tolist())
+        super().update(indices, *args, **options)
+
+
+@TASKS
+@pytest.mark.parametrize(("accumulated", "smoothing"), [(1, 0.0), (4, 0.0), (4, 0.1)])
+def test_without_pruning_the_steps_are_the_plain_trainers(task, accumulated, smoothing, tmp_path):
+    """Tokens count alike over all accumulated batches, of which the last has fewer: the plain
+    Trainer, for comparison, gets each lot as one batch.
+    """
+    options = {
+        "label_smoothing_factor": smoothing,
+        "num_train_epochs": 1,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+    }
+    lot = {"per_device_train_batch_size": 4 * accumulated}
+    plain = trainer_of(task, tmp_path, Pruner(N, 0.0), cls=InOrderOf, **lot, **options)
+    before = parameters(plain)
+    plain.train()
+    batches = {"gradient_accumulation_steps": accumulated}
+    pruned = trainer_of(task, tmp_path, Pruner(N, 0.0), **batches, **options)
+    pruned.train()
+    assert (parameters(plain) - before).abs().max() > 1e-2
+    torch.testing.assert_close(parameters(pruned), parameters(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", [CAUSAL, PACKED], ids=["padded", "packed"])
+def test_a_score_is_the_mean_over_the_samples_own_tokens(task, tmp_path):
+    pruner = Pruner(N, 0.0, rule=Loss())
+    trainer = trainer_of(task, tmp_path, pruner, learning_rate=0.0, num_train_epochs=1)
+    trainer.train()
+    for index, sample in enumerate(tiny_models.language_set(N)):
+        tokens = torch.tensor([sample["input_ids"]])
+        if tokens.shape[1] == 1:  # nothing to predict
+            assert pruner.store.visits[index] == 0
+            continue
+        with torch.no_grad():
+            logits = trainer.model.eval()(tokens).logits[0]
+        wanted = cross_entropy(logits[:-1], tokens[0, 1:])
+        torch.testing.assert_close(pruner.store.scores[index], wanted)
+
+
+def test_the_score_of_a_classified_sequence(tmp_path):
+    pruner = Pruner(N, 0.0, rule=Loss())
+    trainer = trainer_of(CLASSES, tmp_path, pruner, learning_rate=0.0, num_train_epochs=1)
+    trainer.train()
+    batch = tiny_models.pad(tiny_models.labelled_set(N))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = trainer.model.eval()(**batch).logits
+    torch.testing.assert_close(pruner.store.scores, cross_entropy(logits, labels, reduction="none"))
+
+
+def test_policy_weights_scale_the_samples_losses(tmp_path):
+    trainer = trainer_of(CLASSES, tmp_path, Pruner(N, 0.0))
+    weights = torch.linspace(0.5, 2, N)
+    trainer.pruner.weights = lambda indices: weights[indices]
+    model = trainer.model.train()
+    batch = tiny_models.pad(tiny_models.labelled_set(N))
+    loss = trainer.compute_loss(model, {**batch, "sample_index": torch.arange(N)})
+    losses = cross_entropy(
+        model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"], reduction="none"
+    )
+    torch.testing.assert_close(loss, (weights * losses).mean())
+
+
+def test_labels_that_a_collator_has_shifted_are_not_shifted_again(tmp_path):
+    trainer = trainer_of(CAUSAL, tmp_path, Pruner(N, 0.0))
+    trainer.current_gradient_accumulation_steps = 2  # what the Trainer cannot count, each halves
+    model = trainer.model.train()
+    batch = tiny_models.pad(tiny_models.language_set(N))
+    wanted = trainer.compute_loss(model, {**batch, "sample_index": torch.arange(N)})
+    labels = batch.pop("labels")
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    given = {**batch, "shift_labels": shifted, "sample_index": torch.arange(N)}
+    torch.testing.assert_close(trainer.compute_loss(model, given), wanted)
+
+
+def test_every_epoch_keeps_its_budget_and_the_schedule_completes(tmp_path):
+    """The Trainer computes max_steps once: epochs of one length make that right."""
+    pruner = Recording(N, 0.5, rule=Loss())
+    trainer = trainer_of(CLASSES, tmp_path, pruner, num_train_epochs=3, lr_scheduler_type="linear")
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == 3 * math.ceil(11 / 4)
+    assert set(trainer.lr_scheduler.get_last_lr()) == {0.0}
+    assert [len(batch) for batch in pruner.given] == 3 * [4, 4, 3]
+    assert pruner.store.visits.sum() == 33
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"full_epochs_first": 1}, "22 samples in epoch 0 and 11 samples in epoch 1"),
+        ({"full_epochs_last": 1, "epochs": 2}, "11 samples in epoch 0 and 22 samples in epoch 1"),
+        ({"prune_rate": lambda epoch: epoch / 2}, "22 samples in epoch 0 and 11 samples"),
+        ({"policy": BelowMean(0.5)}, "fixes its number of samples anew"),
+        ({"policy": BelowMean(0.5), "full_epochs_first": 1}, "22 samples in epoch 0 and as many"),
+    ],
+)
+def test_epochs_of_several_lengths_are_refused_before_the_first_step(options, message, tmp_path):
+    trainer = trainer_of(CLASSES, tmp_path, Pruner(N, **{"prune_rate": 0.5, **options}))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_setting_the_epoch_twice_is_harmless(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        EpochSampler,
+        "set_epoch",
+        lambda self, epoch: calls.append(epoch) or self._pruner.set_epoch(epoch),
+    )
+    pruner = Recording(N, 0.5, rule=Loss())
+    trainer_of(CLASSES, tmp_path, pruner, learning_rate=0.0, num_train_epochs=3).train()
+    assert calls == [0, 0, 1, 1, 2, 2]
+    twin = Pruner(N, 0.5, rule=Loss())
+    for epoch in range(3):
+        order = list(twin.sampler)
+        assert list(chain(*pruner.given[3 * epoch : 3 * epoch + 3])) == order
+        twin.update(torch.tensor(order), loss=pruner.store.scores[order])
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_removing_unused_columns_leaves_the_index(kind, tmp_path):
+    rows = [{**row, "note": "about it"} for row in tiny_models.labelled_set(N)]
+    asked = []
+
+    class Rows(list):
+        def __getitem__(self, index):
+            asked.append(index)
+            return super().__getitem__(index)
+
+    dataset = Rows(rows)
+    if kind == "datasets":
+        datasets = pytest.importorskip("datasets", reason="needs datasets")
+        dataset = datasets.Dataset.from_list(rows)
+    seen = []
+
+    def collate(features):
+        seen.extend(set(feature) for feature in features)
+        return tiny_models.pad(features)
+
+    pruner = Pruner(N, 0.5)
+    trainer = trainer_of((*CLASSES[:2], collate), tmp_path, pruner, dataset, num_train_epochs=1)
+    trainer.train()
+    assert trainer.args.remove_unused_columns
+    assert pruner.store.visits.sum() == 11
+    assert all(keys == {"input_ids", "label"} for keys in seen)
+    assert trainer.train_dataset is dataset  # only the loader sees the wrapped one
+    assert trainer.data_collator is collate
+    if kind == "list":
+        assert sorted(asked) == pruner.store.visits.nonzero()[:, 0].tolist()
+
+
+def test_evaluation_scores_nothing(tmp_path):
+    pruner = Pruner(N, 0.5)
+    trainer = trainer_of(CAUSAL, tmp_path, pruner)
+    before = pruner.state_dict()["store"]["tensors"]["visits"]
+    loss = trainer.evaluate(tiny_models.language_set(N))["eval_loss"]
+    assert torch.equal(pruner.store.visits, before)
+    plain = Trainer(
+        tiny_models.causal_lm(),
+        arguments(tmp_path),
+        data_collator=tiny_models.pad,
+        eval_dataset=tiny_models.language_set(N),
+    )
+    assert loss == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_stats_are_logged_once_an_epoch(tmp_path):
+    trainer = trainer_of(
+        CLASSES, tmp_path, Pruner(N, 0.5), logging_strategy="steps", logging_steps=1
+    )
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "pruner/kept" in log]
+    assert [log["pruner/epoch"] for log in logged] == [0, 1]
+    assert len([log for log in trainer.state.log_history if "loss" in log]) == 6
+
+
+def test_the_mixin_serves_other_trainers(tmp_path):
+    class PrunedSeq2SeqTrainer(PrunerMixin, Seq2SeqTrainer):
+        pass
+
+    from transformers import Seq2SeqTrainingArguments
+
+    pruner = Pruner(N, 0.5)
+    PrunedSeq2SeqTrainer(
+        tiny_models.causal_lm(),
+        Seq2SeqTrainingArguments(
+            output_dir=str(tmp_path), num_train_epochs=1, use_cpu=True, report_to=[]
+        ),
+        train_dataset=tiny_models.language_set(N),
+        data_collator=tiny_models.pad,
+        pruner=pruner,
+    ).train()
+    assert pruner.store.rows_seen == 11
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step
+        return control
+
+
+@pytest.mark.parametrize(("accumulated", "saved_at"), [(1, 3), (1, 4), (2, 4)])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(accumulated, saved_at, tmp_path):
+    """In an epoch's middle, and at its end: three (or with accumulation six) steps an epoch."""
+    options = {
+        "num_train_epochs": 6 if accumulated == 2 else 3,
+        "per_device_train_batch_size": 2 if accumulated == 2 else 4,
+        "gradient_accumulation_steps": accumulated,
+        "save_strategy": "steps",
+        "save_steps": saved_at,
+    }
+    rule = EMP(decay=0.5)
+    whole = Recording(N, 0.5, rule=rule)
+    uninterrupted = trainer_of(CAUSAL, tmp_path / "whole", whole, **options)
+    uninterrupted.train()
+
+    first = Recording(N, 0.5, rule=rule)
+    trainer_of(CAUSAL, tmp_path / "killed", first, callbacks=[StopAt(saved_at)], **options).train()
+    second = Recording(N, 0.5, rule=rule)
+    resumed = trainer_of(CAUSAL, tmp_path / "killed", second, **options)
+    resumed.train(resume_from_checkpoint=True)
+
+    assert first.given + second.given == whole.given
+    assert resumed.state.global_step == uninterrupted.state.max_steps
+    assert torch.equal(second.store.scores, whole.store.scores)
+    assert torch.equal(second.store.memory, whole.store.memory)
+    assert torch.equal(second.store.visits, whole.store.visits)
+    assert torch.equal(parameters(resumed), parameters(uninterrupted))
+
+
+def test_ignoring_the_data_skip_begins_the_epoch_again(tmp_path):
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
+    first = Recording(N, 0.5)
+    trainer_of(CLASSES, tmp_path, first, callbacks=[StopAt(2)], **options).train()
+    second = Recording(N, 0.5)
+    trainer_of(CLASSES, tmp_path, second, ignore_data_skip=True, **options).train(
+        resume_from_checkpoint=True
+    )
+    assert second.given[:2] == first.given
+    assert second.epoch == 1
+    assert len(set(chain(*second.given[:3]))) == 11
+
+
+def test_a_checkpoint_without_a_pruner_is_refused(tmp_path):
+    trainer_of(CLASSES, tmp_path, Pruner(N, 0.5), save_strategy="epoch").train()
+    folder = next(tmp_path.glob("checkpoint-*"))
+    os.remove(folder / "pruner.pt")
+    with pytest.raises(FileNotFoundError, match=r"no pruner\.pt in .*checkpoint"):
+        trainer_of(CLASSES, tmp_path, Pruner(N, 0.5)).train(resume_from_checkpoint=str(folder))
+
+
+def test_the_checkpoint_loads_weights_only_and_a_damaged_one_changes_nothing(tmp_path):
+    pruner = Pruner(N, 0.5)
+    trainer_of(CLASSES, tmp_path, pruner, save_strategy="epoch", num_train_epochs=1).train()
+    (file,) = Path(tmp_path).glob("checkpoint-*/pruner.pt")
+    state = torch.load(file, weights_only=True)["parts"]["pruner"]
+    assert torch.equal(state["store"]["tensors"]["visits"], pruner.store.visits)
+    file.write_bytes(file.read_bytes()[:1000])
+    fresh = Pruner(N, 0.5)
+    with pytest.raises(FileProblem, match=r"pruner\.pt"):
+        trainer_of(CLASSES, tmp_path, fresh).train(resume_from_checkpoint=str(file.parent))
+    assert fresh.store.rows_seen == 0
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+def test_the_lengths_must_agree(tmp_path):
+    with pytest.raises(ValueError, match="must have the 21 samples of the pruner, got 22 samples"):
+        trainer_of(CLASSES, tmp_path, Pruner(N - 1, 0.5)).train()
+
+
+def test_a_train_set_without_a_length_is_refused(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(tiny_models.labelled_set(N))
+
+    with pytest.raises(ValueError, match="got no length"):
+        trainer_of(CLASSES, tmp_path, Pruner(N, 0.5), Stream(), max_steps=2).train()
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_losses_other_than_the_cross_entropy_are_refused(problem, tmp_path):
+    model = lambda: tiny_models.classifier(problem_type=problem)  # noqa: E731
+    with pytest.raises(ValueError, match=f"problem_type must be .*, got '{problem}'"):
+        trainer_of((model, *CLASSES[1:]), tmp_path, Pruner(N, 0.5))
+
+
+def test_a_second_order_of_the_samples_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the pruner orders the samples; got 'group_by_length'"):
+        trainer_of(CLASSES, tmp_path, Pruner(N, 0.5), train_sampling_strategy="group_by_length")
+
+
+def test_a_second_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="compute_loss_func must be None"):
+        PrunedTrainer(
+            tiny_models.classifier(),
+            arguments(tmp_path),
+            compute_loss_func=lambda *_, **__: None,
+            pruner=Pruner(N),
+        )
+
+
+def test_several_devices_in_one_process_are_refused(tmp_path):
+    two_gpus = arguments(tmp_path)
+    two_gpus._n_gpu = 2
+    with pytest.raises(ValueError, match=r"one process must use one device, got 2: .*torchrun"):
+        PrunedTrainer(tiny_models.classifier(), two_gpus, pruner=Pruner(N))
+
+
+def test_batches_without_an_index_are_refused(tmp_path):
+    trainer = trainer_of(CLASSES, tmp_path, Pruner(N, 0.5, policy=TopK()))
+    trainer.model.train()
+    with pytest.raises(ValueError, match="inputs must have 'sample_index'"):
+        trainer.compute_loss(trainer.model, tiny_models.pad(tiny_models.labelled_set(2)))
+
+
+def _collate(fields):
+    from emp_fast.integrations.huggingface import _IndexedCollate
+
+    return _IndexedCollate(lambda features: dict(fields))
+
+
+def test_packed_samples_are_told_apart_by_positions_or_lengths():
+    features = [{"input_ids": [1], "sample_index": index} for index in (7, 3, 5)]
+    packed = {"input_ids": torch.ones(1, 6)}
+    by_positions = _collate({**packed, "position_ids": torch.tensor([[2, 3, 2, 2, 3, 4]])})
+    by_lengths = _collate(
+        {**packed, "cu_seq_lens_q": torch.tensor([0, 2, 3, 6], dtype=torch.int32)}
+    )
+    for collate in (by_positions, by_lengths):
+        batch = collate(features)
+        assert batch["sample_offsets"].tolist() == [0, 2, 3, 6]
+        assert batch["sample_index"].tolist() == [7, 3, 5]
+
+
+def test_packed_samples_that_cannot_be_told_apart_are_refused():
+    features = [{"input_ids": [1], "sample_index": index} for index in range(3)]
+    with pytest.raises(ValueError, match="3 samples were collated to 2 rows"):
+        _collate({"input_ids": torch.ones(2, 6)})(features)
+    with pytest.raises(ValueError, match="3 samples were collated to 1 rows with"):
+        _collate({"input_ids": torch.ones(1, 6)})(features)
+    with pytest.raises(ValueError, match="3 samples must have 3 sequences, got 2"):
+        _collate({"input_ids": torch.ones(1, 3), "position_ids": torch.tensor([[0, 1, 0]])})(
+            features
+        )

@@ -1,0 +1,158 @@
+"""Lightning on one process; two are in test_integrations_ranks.py."""
+
+import warnings
+from itertools import chain
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from emp_fast import Pruner, with_indices
+from emp_fast.policies import BelowMean
+from emp_fast.rules import EMP
+
+pytest.importorskip("lightning", reason="needs lightning: pip install 'emp_fast[lightning]'")
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from emp_fast.integrations.lightning import PrunerCallback
+
+N = 22
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, pruner, stop_at=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(4, 3)
+        self.pruner, self.stop_at = pruner, stop_at
+        self.given = []
+
+    def training_step(self, batch, batch_idx):
+        (x, y), indices = batch
+        self.given.append(indices.tolist())
+        return self.pruner.loss(self.net(x), y, indices)
+
+    def on_train_batch_end(self, *_):
+        if self.global_step == self.stop_at:
+            self.trainer.should_stop = True
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def make_loader(pruner, sampler=None, **options):
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(N, 4, generator=generator), torch.arange(N) % 3)
+    sampler = pruner.distributed_sampler() if sampler is None else sampler
+    return DataLoader(with_indices(data), batch_size=4, sampler=sampler, **options)
+
+
+def make_trainer(folder, pruner, callbacks=(), **options):
+    defaults = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
+    warnings.filterwarnings("ignore", module="lightning")
+    return pl.Trainer(**{**defaults, **options}, callbacks=[PrunerCallback(pruner), *callbacks])
+
+
+def fit(folder, pruner, stop_at=None, loader=None, ckpt_path=None, **options):
+    model = Classifier(pruner, stop_at)
+    trainer = make_trainer(folder, pruner, **options)
+    trainer.fit(model, make_loader(pruner) if loader is None else loader, ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def test_epochs_keep_their_budget_and_are_the_pruners(tmp_path):
+    pruner = Pruner(N, 0.5)
+    model, trainer = fit(tmp_path, pruner)
+    assert [len(batch) for batch in model.given] == 3 * [4, 4, 3]
+    assert trainer.global_step == 9
+    assert pruner.store.visits.sum() == 33
+    for epoch in range(3):
+        assert len(set(chain(*model.given[3 * epoch : 3 * epoch + 3]))) == 11
+    assert pruner.epoch == 2
+
+
+@pytest.mark.parametrize("sampler", ["global", "distributed"])
+def test_either_sampler_serves_one_process(sampler, tmp_path):
+    pruner = Pruner(N, 0.5)
+    loader = make_loader(pruner, pruner.sampler if sampler == "global" else None)
+    fit(tmp_path, pruner, loader=loader)
+    assert pruner.store.rows_seen == 33
+
+
+@pytest.mark.parametrize("saved_at", [2, 3, 4])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(saved_at, tmp_path):
+    rule = EMP(decay=0.5)
+    whole, uninterrupted = Pruner(N, 0.5, rule=rule), None
+    uninterrupted, _ = fit(tmp_path, whole)
+    saving = ModelCheckpoint(tmp_path, "at", every_n_train_steps=saved_at, save_top_k=1)
+    first, _ = fit(tmp_path, Pruner(N, 0.5, rule=rule), saved_at, callbacks=[saving])
+    second = Pruner(N, 0.5, rule=rule)
+    resumed, trainer = fit(tmp_path, second, ckpt_path=str(tmp_path / "at.ckpt"))
+    assert first.given + resumed.given == uninterrupted.given
+    assert trainer.global_step == 9
+    assert torch.equal(second.store.scores, whole.store.scores)
+    assert torch.equal(second.store.memory, whole.store.memory)
+    assert torch.equal(resumed.net.weight, uninterrupted.net.weight)
+
+
+def test_the_checkpoint_of_an_epochs_end_goes_on_with_the_next(tmp_path):
+    whole = Pruner(N, 0.5)
+    uninterrupted, _ = fit(tmp_path, whole)
+    saving = ModelCheckpoint(tmp_path, "end", every_n_epochs=1, save_on_train_epoch_end=True)
+    first, _ = fit(tmp_path, Pruner(N, 0.5), callbacks=[saving], max_epochs=1)
+    second = Pruner(N, 0.5)
+    resumed, _ = fit(tmp_path, second, ckpt_path=str(tmp_path / "end.ckpt"))
+    assert first.given + resumed.given == uninterrupted.given
+
+
+def test_stats_go_to_the_logger_every_epoch(tmp_path):
+    logged = []
+
+    class Logger(pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append(metrics)
+
+    fit(tmp_path, Pruner(N, 0.5), logger=Logger(), log_every_n_steps=1)
+    assert [m["pruner/samples_seen"] for m in logged if "pruner/samples_seen" in m] == [11, 22, 33]
+
+
+def test_epochs_of_several_lengths_need_the_loader_reloaded(tmp_path):
+    """Lightning else cuts every epoch to the length of the first."""
+    pruner = Pruner(N, lambda epoch: [0.5, 0.0, 0.75][epoch], epochs=3)
+    with pytest.raises(ValueError, match=r"11 samples in epoch 0 and 22 samples in epoch 1; give"):
+        fit(tmp_path, pruner)
+    assert pruner.store.rows_seen == 0
+    model, _ = fit(tmp_path, pruner, reload_dataloaders_every_n_epochs=1)
+    assert [len(batch) for batch in model.given] == [4, 4, 3, 4, 4, 4, 4, 4, 2, 4, 2]
+
+
+def test_a_policy_of_its_own_number_trains_on_what_it_selects(tmp_path):
+    pruner = Pruner(N, policy=BelowMean(0.5))
+    model, _ = fit(tmp_path, pruner, reload_dataloaders_every_n_epochs=1)
+    given = list(chain(*model.given))
+    kept = len(pruner.selection.indices)
+    assert kept < N
+    assert sorted(given[-kept:]) == pruner.selection.indices.tolist()
+    assert sorted(given[:N]) == list(range(N))  # the first epoch knows no mean
+
+
+def test_another_sampler_is_refused_before_the_first_step(tmp_path):
+    pruner = Pruner(N, 0.5)
+    for loader in (
+        make_loader(pruner, sampler=range(N)),
+        make_loader(pruner, sampler=Pruner(N, 0.5).sampler),
+    ):
+        with pytest.raises(ValueError, match=r"sampler=pruner\.distributed_sampler\(\) of this"):
+            fit(tmp_path, pruner, loader=loader)
+    assert pruner.store.rows_seen == 0
