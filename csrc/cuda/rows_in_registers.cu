@@ -5,6 +5,8 @@
 // threads a row, thread l holds the vectors l, l + kLanes, ...: neighbouring threads read
 // neighbouring 16 bytes. The maximum is reduced first, so every exponential is taken once and
 // nothing is rescaled.
+#include <type_traits>
+
 #include "cuda/dispatch.cuh"
 #include "cuda/group.cuh"
 #include "cuda/launcher.cuh"
@@ -18,9 +20,12 @@ constexpr int kThreads = kLanes <= 32 ? 128 : kLanes;
 
 // 1024 threads a multiprocessor: 64 registers each, and 64 KB of loads in flight at 4 vectors a
 // thread. More vectors a thread spill at 64 registers, and with more registers too few threads are
-// in flight.
+// in flight. Halves, which take instructions to unpack, spill at 64 registers on sm_100 and sm_120.
+template <class T, int kLanes>
+constexpr int kBlocks = (std::is_same_v<T, __half> ? 896 : 1024) / kThreads<kLanes>;
+
 template <class T, int kLanes, int kVectors>
-__global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
+__global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     rows_in_registers(const __grid_constant__ RowArgs a) {
   constexpr int kCount = kElements<T>;
   constexpr int kRows = kThreads<kLanes> / kLanes;
