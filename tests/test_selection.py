@@ -310,6 +310,51 @@ def test_grouped_is_the_same_for_every_isa_and_thread_count(
             np.testing.assert_array_equal(selected, wanted, err_msg=f"{isa}, {count} threads")
 
 
+@pytest.mark.parametrize("num_groups", [1, 3, 40, 1500])
+def test_grouped_native_code_stays_inside_its_buffers(
+    native: Any, each_isa: Iterator[str], num_groups: int
+) -> None:
+    rng = np.random.default_rng(num_groups)
+    n, guard, count = 150_001, 64, 2
+    scores, groups = make("few values", n), rng.integers(0, num_groups, n)
+    quotas = torch.tensor(quotas_of(groups, num_groups, rng))
+    k = int(quotas.sum())
+    wanted = grouped_oracle(scores, groups, quotas.tolist())
+    given_scores, given_groups = torch.from_numpy(scores), torch.from_numpy(groups)
+    size = native.grouped_topk_workspace(n, num_groups, count)
+    for isa in each_isa:
+        out = torch.full((k + 2 * guard,), -7)
+        workspace = torch.full((size + 2 * guard,), 0xA5, dtype=torch.uint8)
+        native.grouped_topk(
+            given_scores.data_ptr(),
+            given_groups.data_ptr(),
+            n,
+            quotas.data_ptr(),
+            num_groups,
+            out[guard:].data_ptr(),
+            workspace[guard:].data_ptr(),
+            count,
+        )
+        np.testing.assert_array_equal(out[guard:-guard], wanted, err_msg=isa)
+        for edge in (out[:guard], out[-guard:]):
+            assert (edge == -7).all(), isa
+        for edge in (workspace[:guard], workspace[-guard:]):
+            assert (edge == 0xA5).all(), isa
+
+
+@pytest.mark.parametrize("num_groups", [1, 100, 10_000])
+def test_grouped_native_selection_needs_less_than_two_bytes_a_score(
+    native: Any, num_groups: int
+) -> None:
+    n = 1_280_000
+    scores, groups = torch.rand(n), torch.arange(n) % num_groups
+    quotas = torch.bincount(groups) // 3
+    with threads(2), _Allocations() as allocations:
+        selected = load("cpu").grouped_topk_indices(scores, groups, quotas)
+    assert allocations.total >= selected.nbytes
+    assert allocations.total - selected.nbytes < 2 * n
+
+
 @keep_backend
 @given(data=st.data())
 def test_grouped_property(backend: str, data: st.DataObject) -> None:

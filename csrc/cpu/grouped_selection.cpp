@@ -1,13 +1,16 @@
 // The group_k[g] highest scores of every group.
 //
-// A counting sort lays the keys of each group side by side, in index order; each group's threshold
-// is found in its own segment. A last read of scores and groups marks the selected in a bitmap: a
-// key at the threshold by its place in the segment, which settles ties in index order whatever the
-// threads.
+// The groups are taken in batches of as many as a pool of keys has room for. A counting sort lays
+// the keys of each group of a batch side by side, in index order; each group's threshold is found
+// in its own segment, and with it how many of the keys that equal it each thread selects among its
+// scores, which settles ties in index order whatever the threads. A group too large for the pool is
+// narrowed by histograms. A last read of scores and groups marks the selected in a bitmap.
 //
-// Traffic: 32 n bytes read, 8 n of keys written and read, 8 k written. Workspace: 4 n bytes of
-// keys, n / 8 of bitmap, and for each group 24 bytes and 8 a thread.
+// Traffic: 8 n bytes of groups read, 12 n of scores and groups for each of three or four batches
+// and once more, 4 n of keys written and read, 8 k written. Workspace: 5 n / 4 bytes of keys, n / 8
+// of bitmap, and for each group 12 bytes and 8 a thread: less than 2 n from 32 scores a group on.
 #include <algorithm>
+#include <utility>
 
 #include "core/order_key.h"
 #include "cpu/selection.h"
@@ -16,23 +19,21 @@
 namespace emp_fast::cpu {
 namespace {
 
-struct GroupThreshold {
-  int64_t ties_end;  // keys equal to `key` are selected before this place in the sorted keys
-  uint32_t key;
-};
+constexpr int64_t kSmallestPool = 1024;
 
 // Each thread takes a run of consecutive tiles; its cursors cost 8 bytes a group.
 int grouped_threads(int64_t n, int64_t num_groups, int num_threads) {
-  const int64_t most = std::min(n / (4 * kTile), n / (4 * std::max<int64_t>(num_groups, 1)));
+  const int64_t most = std::min(n / (4 * kTile), n / (32 * std::max<int64_t>(num_groups, 1)));
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, most)));
 }
 
 struct Workspace {
-  Workspace(void* base, int64_t n, int64_t num_groups, int num_threads)
-      : threads(grouped_threads(n, num_groups, num_threads)), num_tiles((n + kTile - 1) / kTile) {
+  Workspace(void* base, int64_t n, int64_t groups, int num_threads)
+      : num_groups(groups),
+        threads(grouped_threads(n, groups, num_threads)),
+        num_tiles((n + kTile - 1) / kTile),
+        pool_size(std::max(5 * n / 16, std::min(n, kSmallestPool))) {
     char* at = static_cast<char*>(base);
-    thresholds = reinterpret_cast<GroupThreshold*>(at);
-    at += num_groups * sizeof(GroupThreshold);
     starts = reinterpret_cast<int64_t*>(at);
     at += (num_groups + 1) * sizeof(int64_t);
     cursors = reinterpret_cast<int64_t*>(at);
@@ -41,22 +42,35 @@ struct Workspace {
     at += (threads + 1) * sizeof(int64_t);
     words = reinterpret_cast<uint64_t*>(at);
     at += num_tiles * kTileWords * sizeof(uint64_t);
-    keys = reinterpret_cast<uint32_t*>(at);
-    at += n * sizeof(uint32_t);
+    thresholds = reinterpret_cast<uint32_t*>(at);
+    at += num_groups * sizeof(uint32_t);
+    pool = reinterpret_cast<uint32_t*>(at);
+    at += pool_size * sizeof(uint32_t);
     size = at - static_cast<char*>(base);
   }
 
   int64_t first_tile(int thread) const { return num_tiles * thread / threads; }
 
+  int64_t& cursor(int thread, int64_t group) const { return cursors[thread * num_groups + group]; }
+
+  int64_t num_groups;
   int threads;
   int64_t num_tiles;
-  GroupThreshold* thresholds;
-  int64_t* starts;   // [G + 1] of each group's segment
-  int64_t* cursors;  // [threads, G] where that thread's next key of the group goes
+  int64_t pool_size;
+  int64_t* starts;   // [G + 1] of each group's segment in the pool, within a batch
+  int64_t* cursors;  // [threads, G] of that thread's scores of the group: first how many there are,
+                     // then where the next key goes, last how many at the threshold are selected
   int64_t* first_out;
   uint64_t* words;
-  uint32_t* keys;
+  uint32_t* thresholds;  // [G] keys
+  uint32_t* pool;
   int64_t size;
+};
+
+struct Input {
+  const float* scores;
+  const int64_t* groups;
+  int64_t n;
 };
 
 // Calls body(thread, begin, end) for each thread's scores.
@@ -68,35 +82,117 @@ void for_each_run(const Workspace& work, int64_t n, const Body& body) {
   }
 }
 
-// Sets every cursor to the thread's first place in the group, from the counts in them.
-void place_cursors(const Workspace& work, int64_t num_groups) {
-  int64_t next = 0;
-  for (int64_t g = 0; g < num_groups; ++g) {
-    work.starts[g] = next;
+// Calls body(at, keys, size) for the order keys of every tile of a run.
+template <typename Body>
+void for_each_tile(const float* scores, int64_t begin, int64_t end, const Body& body) {
+  uint32_t keys[kTile];
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int size = static_cast<int>(std::min<int64_t>(kTile, end - at));
+    selection_kernels().order_keys(scores + at, size, keys);
+    body(at, keys, size);
+  }
+}
+
+void count_members(const Workspace& work, const Input& in) {
+  for_each_run(work, in.n, [&](int thread, int64_t begin, int64_t end) {
+    int64_t* counts = work.cursors + thread * work.num_groups;
+    std::fill_n(counts, work.num_groups, 0);
+    for (int64_t i = begin; i < end; ++i) ++counts[in.groups[i]];
+  });
+}
+
+// Sets the cursors of as many groups as the pool has room for, from `first` on, to the place of the
+// thread's first key. Returns the end of this batch: `first` when that group alone is too large.
+int64_t place_batch(const Workspace& work, int64_t first) {
+  int64_t next = 0, group = first;
+  for (; group < work.num_groups; ++group) {
+    int64_t members = 0;
+    for (int thread = 0; thread < work.threads; ++thread) members += work.cursor(thread, group);
+    if (next + members > work.pool_size) break;
+    work.starts[group] = next;
     for (int thread = 0; thread < work.threads; ++thread) {
-      int64_t& cursor = work.cursors[thread * num_groups + g];
-      const int64_t count = cursor;
-      cursor = next;
-      next += count;
+      next += std::exchange(work.cursor(thread, group), next);
     }
   }
-  work.starts[num_groups] = next;
+  work.starts[group] = next;
+  return group;
 }
 
-// Moves every cursor from its thread's last place in the group back to the first.
-void rewind_cursors(const Workspace& work, int64_t num_groups) {
-  for (int thread = work.threads - 1; thread > 0; --thread) {
-    std::copy_n(work.cursors + (thread - 1) * num_groups, num_groups,
-                work.cursors + thread * num_groups);
+void collect_batch(const Workspace& work, const Input& in, int64_t first, int64_t last) {
+  for_each_run(work, in.n, [&](int thread, int64_t begin, int64_t end) {
+    int64_t* cursors = work.cursors + thread * work.num_groups;
+    for_each_tile(in.scores, begin, end, [&](int64_t at, const uint32_t* keys, int size) {
+      for (int i = 0; i < size; ++i) {
+        const int64_t group = in.groups[at + i];
+        if (first <= group && group < last) work.pool[cursors[group]++] = keys[i];
+      }
+    });
+  });
+}
+
+// Hands the ties of a group's threshold out to the threads, lowest indices first. `held(thread)` is
+// how many of them the thread has.
+template <typename Held>
+void settle_group(const Workspace& work, int64_t group, Threshold found, const Held& held) {
+  work.thresholds[group] = found.key;
+  for (int thread = 0; thread < work.threads; ++thread) {
+    const int64_t taken = std::min(found.ties, held(thread));
+    work.cursor(thread, group) = taken;
+    found.ties -= taken;
   }
-  std::copy_n(work.starts, num_groups, work.cursors);
 }
 
-GroupThreshold group_threshold(const uint32_t* keys, int64_t begin, int64_t end, int64_t k) {
-  const Threshold found = find_threshold(keys + begin, end - begin, {kNanKey, kHighestKey}, k, 1);
-  int64_t at = begin;
-  for (int64_t left = found.ties; left > 0; ++at) left -= keys[at] == found.key;
-  return {at, found.key};
+void settle_batch(const Workspace& work, const int64_t* group_k, int64_t first, int64_t last) {
+#pragma omp parallel for num_threads(work.threads) schedule(dynamic, 16)
+  for (int64_t group = first; group < last; ++group) {
+    const uint32_t* keys = work.pool + work.starts[group];
+    const int64_t members = work.starts[group + 1] - work.starts[group];
+    const Threshold found =
+        find_threshold(keys, members, {kNanKey, kHighestKey}, group_k[group], 1);
+    settle_group(work, group, found, [&](int thread) {
+      const uint32_t* end = work.pool + work.cursor(thread, group);
+      return std::count(std::exchange(keys, end), end, found.key);
+    });
+  }
+}
+
+void settle_large_group(const Workspace& work, const Input& in, int64_t group, int64_t k) {
+  const Threshold found = find_group_threshold(in.scores, in.groups, in.n, group, k, work.threads);
+  for_each_run(work, in.n, [&](int thread, int64_t begin, int64_t end) {
+    int64_t held = 0;
+    for_each_tile(in.scores, begin, end, [&](int64_t at, const uint32_t* keys, int size) {
+      for (int i = 0; i < size; ++i) held += in.groups[at + i] == group && keys[i] == found.key;
+    });
+    work.cursor(thread, group) = held;
+  });
+  settle_group(work, group, found, [&](int thread) { return work.cursor(thread, group); });
+}
+
+// Marks the selected in the bitmap, and counts them for each thread.
+void mark_selected(const Workspace& work, const Input& in) {
+  work.first_out[0] = 0;
+  for_each_run(work, in.n, [&](int thread, int64_t begin, int64_t end) {
+    int64_t* ties = work.cursors + thread * work.num_groups;
+    int64_t selected = 0;
+    for_each_tile(in.scores, begin, end, [&](int64_t at, const uint32_t* keys, int size) {
+      for (int i = 0; i < size; i += 64) {
+        uint64_t word = 0;
+        for (int bit = 0; bit < std::min(64, size - i); ++bit) {
+          const int64_t group = in.groups[at + i + bit];
+          const uint32_t key = keys[i + bit], threshold = work.thresholds[group];
+          const bool tied = key == threshold && ties[group] > 0;
+          ties[group] -= tied;
+          word |= static_cast<uint64_t>(tied || key > threshold) << bit;
+        }
+        work.words[(at + i) / 64] = word;
+        selected += __builtin_popcountll(word);
+      }
+    });
+    work.first_out[thread + 1] = selected;
+  });
+  for (int thread = 0; thread < work.threads; ++thread) {
+    work.first_out[thread + 1] += work.first_out[thread];
+  }
 }
 
 }  // namespace
@@ -108,63 +204,24 @@ int64_t grouped_topk_workspace(int64_t n, int64_t num_groups, int num_threads) {
 void grouped_topk(const float* scores, const int64_t* groups, int64_t n, const int64_t* group_k,
                   int64_t num_groups, int64_t* out, void* workspace, int num_threads) {
   const Workspace work(workspace, n, num_groups, num_threads);
-  const SelectionKernels& kernels = selection_kernels();
-
-  for_each_run(work, n, [&](int thread, int64_t begin, int64_t end) {
-    int64_t* counts = work.cursors + thread * num_groups;
-    std::fill_n(counts, num_groups, 0);
-    for (int64_t i = begin; i < end; ++i) ++counts[groups[i]];
-  });
-  place_cursors(work, num_groups);
-
-  for_each_run(work, n, [&](int thread, int64_t begin, int64_t end) {
-    int64_t* cursors = work.cursors + thread * num_groups;
-    uint32_t keys[kTile];
-    for (int64_t at = begin; at < end; at += kTile) {
-      const int size = static_cast<int>(std::min<int64_t>(kTile, end - at));
-      kernels.order_keys(scores + at, size, keys);
-      for (int i = 0; i < size; ++i) work.keys[cursors[groups[at + i]]++] = keys[i];
+  const Input in{scores, groups, n};
+  count_members(work, in);
+  for (int64_t first = 0; first < num_groups;) {
+    const int64_t last = place_batch(work, first);
+    if (last == first) {
+      settle_large_group(work, in, first, group_k[first]);
+      ++first;
+      continue;
     }
-  });
-  rewind_cursors(work, num_groups);
-
-#pragma omp parallel for num_threads(work.threads) schedule(dynamic, 16)
-  for (int64_t g = 0; g < num_groups; ++g) {
-    work.thresholds[g] = group_threshold(work.keys, work.starts[g], work.starts[g + 1], group_k[g]);
+    collect_batch(work, in, first, last);
+    settle_batch(work, group_k, first, last);
+    first = last;
   }
-
+  mark_selected(work, in);
   for_each_run(work, n, [&](int thread, int64_t begin, int64_t end) {
-    int64_t* cursors = work.cursors + thread * num_groups;
-    uint32_t keys[kTile];
-    int64_t selected = 0;
-    for (int64_t at = begin; at < end; at += kTile) {
-      const int size = static_cast<int>(std::min<int64_t>(kTile, end - at));
-      kernels.order_keys(scores + at, size, keys);
-      for (int i = 0; i < size; i += 64) {
-        uint64_t word = 0;
-        for (int bit = 0; bit < std::min(64, size - i); ++bit) {
-          const int64_t group = groups[at + i + bit];
-          const GroupThreshold& threshold = work.thresholds[group];
-          const uint32_t key = keys[i + bit];
-          const int64_t place = cursors[group]++;
-          const bool taken =
-              key > threshold.key || (key == threshold.key && place < threshold.ties_end);
-          word |= static_cast<uint64_t>(taken) << bit;
-        }
-        work.words[(at + i) / 64] = word;
-        selected += __builtin_popcountll(word);
-      }
-    }
-    work.first_out[thread + 1] = selected;
-  });
-  work.first_out[0] = 0;
-  for (int thread = 0; thread < work.threads; ++thread) {
-    work.first_out[thread + 1] += work.first_out[thread];
-  }
-
-  for_each_run(work, n, [&](int thread, int64_t begin, int64_t end) {
-    kernels.expand(work.words + begin / 64, static_cast<int>((end - begin + 63) / 64), begin,
-                   out + work.first_out[thread], out + work.first_out[thread + 1]);
+    const int num_words = static_cast<int>((end - begin + 63) / 64);
+    selection_kernels().expand(work.words + begin / 64, num_words, begin,
+                               out + work.first_out[thread], out + work.first_out[thread + 1]);
   });
 }
 

@@ -65,10 +65,28 @@ struct Workspace {
   int64_t size;
 };
 
+// The scores of one group among all.
+struct Members {
+  const float* scores;
+  const int64_t* groups;
+  int64_t group;
+
+  Members operator+(int64_t at) const { return {scores + at, groups + at, group}; }
+};
+
 const uint32_t* tile_keys(const uint32_t* keys, int, uint32_t*) { return keys; }
 
 const uint32_t* tile_keys(const float* scores, int n, uint32_t* keys) {
   selection_kernels().order_keys(scores, n, keys);
+  return keys;
+}
+
+// kHighestKey, which is no score's, for those of other groups.
+const uint32_t* tile_keys(Members members, int n, uint32_t* keys) {
+  selection_kernels().order_keys(members.scores, n, keys);
+  for (int i = 0; i < n; ++i) {
+    if (members.groups[i] != members.group) keys[i] = kHighestKey;
+  }
   return keys;
 }
 
@@ -77,8 +95,8 @@ int useful_threads(int64_t num_tiles, int num_threads) {
       std::max<int64_t>(1, std::min<int64_t>(num_threads, num_tiles / kTilesPerThread)));
 }
 
-template <typename Value>
-void count_bins(const Value* values, int64_t begin, int64_t end, Bracket bracket, int shift,
+template <typename Values>
+void count_bins(Values values, int64_t begin, int64_t end, Bracket bracket, int shift,
                 int64_t* bins) {
   uint32_t buffer[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
@@ -94,8 +112,8 @@ void count_bins(const Value* values, int64_t begin, int64_t end, Bracket bracket
 // Narrows the bracket around its `rank` highest key until it is one key or holds at most `enough`.
 // `rank`, at least 1, becomes the rank within the narrowed bracket. One read of the values for each
 // kBinBits bits of the bracket's width.
-template <typename Value>
-Bracket narrow(const Value* values, int64_t n, Bracket bracket, int64_t* rank, int64_t enough,
+template <typename Values>
+Bracket narrow(Values values, int64_t n, Bracket bracket, int64_t* rank, int64_t enough,
                int num_threads) {
   const int64_t num_tiles = (n + kTile - 1) / kTile;
   const int threads = useful_threads(num_tiles, num_threads);
@@ -245,6 +263,15 @@ Threshold find_threshold(const uint32_t* keys, int64_t n, Bracket bracket, int64
   std::nth_element(copy, copy + rank - 1, copy + size, std::greater<>());
   const uint32_t key = copy[rank - 1];
   return {key, rank - std::count_if(copy, copy + rank, [key](uint32_t x) { return x > key; })};
+}
+
+Threshold find_group_threshold(const float* scores, const int64_t* groups, int64_t n, int64_t group,
+                               int64_t rank, int num_threads) {
+  if (rank == 0) return {kHighestKey, 0};
+  const Members members{scores, groups, group};
+  const Bracket every_score{kNanKey, kHighestKey - 1};
+  const uint32_t key = narrow(members, n, every_score, &rank, 0, num_threads).low;
+  return {key, rank};
 }
 
 int64_t topk_workspace(int64_t n) { return Workspace(nullptr, n).size; }

@@ -21,6 +21,10 @@ struct Threshold {
 Threshold find_threshold(const uint32_t* keys, int64_t n, Bracket bracket, int64_t rank,
                          int num_threads);
 
+// The same of the scores of one group, in three reads of all.
+Threshold find_group_threshold(const float* scores, const int64_t* groups, int64_t n, int64_t group,
+                               int64_t rank, int num_threads);
+
 int64_t topk_workspace(int64_t n);
 
 // Writes to out[k], ascending, the indices of the k highest scores. `workspace`: topk_workspace(n)

@@ -18,10 +18,14 @@ inline uint32_t key_of(const float* score) {
 
 #if defined(__AVX512F__)
 
+// GCC 12 warns of an uninitialised operand inside the unmasked forms of some intrinsics; a full
+// mask compiles to the same instruction.
+constexpr __mmask16 kAllLanes = 0xFFFF;
+
 // Order keys less 2^31: signed integers of the same order.
 inline __m512i signed_keys(__m512i bits) {
   const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
-  const __m512i sign = _mm512_srai_epi32(bits, 31);
+  const __m512i sign = _mm512_maskz_srai_epi32(kAllLanes, bits, 31);
   const __m512i key = _mm512_sub_epi32(_mm512_xor_si512(magnitude, sign), sign);
   const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
   return _mm512_mask_mov_epi32(key, nan, _mm512_set1_epi32(INT32_MIN));
@@ -146,8 +150,9 @@ int64_t* expand(const uint64_t* words, int num_words, int64_t base, int64_t* out
       for (int part = 0; part < 4; ++part, word >>= 16) {
         const __mmask16 bits = static_cast<__mmask16>(word);
         const __m512i found = _mm512_maskz_compress_epi32(bits, offset);
-        const __m512i low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(found));
-        const __m512i high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(found, 1));
+        const auto widened = [](__m256i half) { return _mm512_maskz_cvtepu32_epi64(0xFF, half); };
+        const __m512i low = widened(_mm512_maskz_extracti64x4_epi64(0xFF, found, 0));
+        const __m512i high = widened(_mm512_maskz_extracti64x4_epi64(0xFF, found, 1));
         _mm512_storeu_si512(out, _mm512_add_epi64(start, low));
         _mm512_storeu_si512(out + 8, _mm512_add_epi64(start, high));
         out += __builtin_popcount(bits);
