@@ -67,7 +67,7 @@ def checked_target(
     if target.device != device:
         raise ValueError(f"target must be on {device} like the logits, got {target.device}")
     if target.is_floating_point():
-        if tuple(target.shape) != tuple(shape):
+        if target.shape != shape:
             raise ValueError(
                 f"target of probabilities must have the shape of the logits, {tuple(shape)}, "
                 f"got {tuple(target.shape)}"
@@ -75,12 +75,14 @@ def checked_target(
         return target.detach().to(carried_type(dtype)).contiguous()
     if target.dtype not in _INTEGERS:
         raise TypeError(f"target must be integer class ids or probabilities, got {target.dtype}")
-    if tuple(target.shape) != tuple(shape[:-1]):
+    if target.shape != shape[:-1]:
         raise ValueError(
             f"target must have shape {tuple(shape[:-1])} to go with logits {tuple(shape)}, "
             f"got {tuple(target.shape)}"
         )
-    return target.to(torch.int64).contiguous()
+    if target.dtype != torch.int64:  # asking costs a tenth of a conversion to what it is already
+        target = target.to(torch.int64)
+    return target.contiguous()
 
 
 def checked_weight(weight: Tensor | None, num_classes: int, like: Tensor) -> Tensor | None:
@@ -142,7 +144,7 @@ def checked_groups(
     if isinstance(group_k, Tensor):
         require_tensor("group_k", group_k)
     try:
-        quotas = torch.as_tensor(group_k).detach().cpu()
+        quotas = torch.as_tensor(group_k, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"group_k must be integers of shape [G], got {group_k!r}") from error
     if quotas.dim() != 1 or (quotas.numel() and quotas.dtype not in _INTEGERS):

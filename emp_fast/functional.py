@@ -314,10 +314,10 @@ def topk_indices(
     if groups is None:
         if group_k is not None:
             raise ValueError(f"group_k needs groups, got group_k={group_k!r} and groups=None")
-        selected: Tensor = torch.ops.emp_fast.topk_indices(scores, k)
+        selected: Tensor = ops.topk_indices(scores, k)
         return selected
     groups, quotas = checked_groups(scores, groups, group_k)
-    grouped: Tensor = torch.ops.emp_fast.grouped_topk_indices(scores, groups, quotas, k)
+    grouped: Tensor = ops.grouped_topk_indices(scores, groups, quotas, k)
     return grouped
 
 
@@ -380,7 +380,7 @@ def _score_rows(
     arguments = (logits, target, weight, ignore_index, label_smoothing, softcap)
     if torch.is_grad_enabled() and logits.requires_grad:
         return ops.CrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-    return torch.ops.emp_fast.cross_entropy(*arguments)  # type: ignore[no-any-return]
+    return ops.cross_entropy(*arguments)  # type: ignore[no-any-return]
 
 
 def _per_sample(scored: _RowScores, shape: Sequence[int], offsets: Tensor | None) -> SampleStats:

@@ -1,6 +1,8 @@
 """The operations as torch.library ops: schema, kernel, fake and autograd of each.
 
-Nothing else dispatches.
+Nothing else dispatches. An op that writes into none of its arguments is called past the dispatcher
+where nothing looks at it (`_watched`): a small batch is scored in a few microseconds, of which the
+dispatcher would take as many again.
 ``Library.define`` costs a third of what ``torch.library.custom_op`` does per call, which a training
 step of small batches feels. The autograd functions stand outside the ops, so ``torch.compile``
 traces through them.
@@ -13,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from emp_fast.backends import reference, resolve
 from emp_fast.backends.base import (
@@ -33,11 +39,35 @@ _STATE = (
 _LOSS_OPTIONS = "int ignore_index, float label_smoothing, float softcap"
 
 
-def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _define(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers an op; returns how to call one that takes a tensor first and writes into none."""
     name = schema[: schema.index("(")]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"emp_fast::{name}", fake, lib=_library)
+    op = getattr(torch.ops.emp_fast, name)
+
+    def call(tensor: Tensor, *arguments: Any) -> Any:
+        return (op if _watched(tensor) else kernel)(tensor, *arguments)
+
+    return call
+
+
+def _watched(tensor: Tensor) -> bool:
+    """Whether something is to see the ops on ``tensor``: a compiler, tracer, transform, mode,
+    profiler, or the tensor itself.
+    """
+    return (
+        is_compiling()
+        or type(tensor) is not Tensor
+        or tensor.is_meta
+        or _len_torch_dispatch_stack() > 0
+        or _peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+    )
 
 
 # ---- scoring ------------------------------------------------------------------------------------
@@ -65,7 +95,7 @@ def _cross_entropy_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Ten
     )
 
 
-_define(
+cross_entropy = _define(
     f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _cross_entropy,
@@ -88,7 +118,7 @@ def _cross_entropy_backward(
     return backend.cross_entropy_backward(grad_loss, logits, target, weight, rows, options)
 
 
-_define(
+cross_entropy_backward = _define(
     "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
     f"Tensor rows, {_LOSS_OPTIONS}) -> Tensor",
     _cross_entropy_backward,
@@ -135,9 +165,7 @@ class CrossEntropy(torch.autograd.Function):
         softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         options = (ignore_index, label_smoothing, softcap)
-        loss, rows, correct, count = torch.ops.emp_fast.cross_entropy(
-            logits, target, weight, *options
-        )
+        loss, rows, correct, count = cross_entropy(logits, target, weight, *options)
         ctx.save_for_backward(logits, target, weight, rows)
         ctx.options = options
         ctx.mark_non_differentiable(rows, correct, count)
@@ -146,7 +174,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, rows = ctx.saved_tensors
-        grad = torch.ops.emp_fast.cross_entropy_backward(
+        grad = cross_entropy_backward(
             grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
         )
         return _once(grad, grad_loss, logits), None, None, None, None, None
@@ -272,7 +300,7 @@ class CrossEntropyStep(torch.autograd.Function):
         if ctx.grad is None:  # a second pass through a retained graph: the first took the memory
             grad_loss = (grad_mean / counted).expand(logits.shape[0])
             grad_loss = grad_loss if row_scale is None else grad_loss * row_scale
-            grad = torch.ops.emp_fast.cross_entropy_backward(
+            grad = cross_entropy_backward(
                 grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
             )
         else:
@@ -429,7 +457,7 @@ def _topk_indices(scores: Tensor, k: int) -> Tensor:
     return resolve(scores.device, scores.dtype).topk_indices(scores, k)
 
 
-_define(
+topk_indices = _define(
     "topk_indices(Tensor scores, SymInt k) -> Tensor",
     _topk_indices,
     lambda scores, k: scores.new_empty(k, dtype=torch.int64),
@@ -441,7 +469,7 @@ def _grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor, k: in
     return resolve(scores.device, scores.dtype).grouped_topk_indices(scores, groups, group_k)
 
 
-_define(
+grouped_topk_indices = _define(
     "grouped_topk_indices(Tensor scores, Tensor groups, Tensor group_k, SymInt k) -> Tensor",
     _grouped_topk_indices,
     lambda scores, groups, group_k, k: scores.new_empty(k, dtype=torch.int64),
@@ -486,7 +514,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         options = (ignore_index, label_smoothing, softcap)
         parts = [
-            torch.ops.emp_fast.cross_entropy(_logits(h, classifier, bias), t, weight, *options)
+            cross_entropy(_logits(h, classifier, bias), t, weight, *options)
             for h, t in _blocks(chunk, hidden, target)
         ]
         loss, rows, correct, count = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
@@ -514,7 +542,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_classifier = torch.zeros_like(classifier, dtype=wide) if want_classifier else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias else None
         for h, t, r, g in _blocks(ctx.chunk, hidden, target, rows.T, grad_loss):
-            grad_logits = torch.ops.emp_fast.cross_entropy_backward(
+            grad_logits = cross_entropy_backward(
                 g.contiguous(),
                 _logits(h, classifier, bias),
                 t,

@@ -43,7 +43,7 @@ class _Plan:
         self.order = indices[shuffled].cpu()  # [K] int64
         self.weights: Tensor | None = None  # [N] float32
         if selection.weights is not None:
-            self.weights = torch.ones(num_samples, device=indices.device)
+            self.weights = torch.ones(num_samples, dtype=torch.float32, device=indices.device)
             self.weights[indices] = selection.weights
 
     def __len__(self) -> int:
@@ -241,7 +241,7 @@ class Pruner:
         indices = torch.as_tensor(indices)
         plan = self._plan
         if plan is None or plan.weights is None:
-            return torch.ones(indices.shape, device=indices.device)
+            return torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
         if plan.weights.device != self.store.device:  # the state has followed the logits meanwhile
             plan.weights = plan.weights.to(self.store.device)
         return plan.weights[indices.to(self.store.device, torch.int64, non_blocking=True)]

@@ -294,7 +294,8 @@ class DynUnc(Rule):
             raise ValueError(f"window must be an int of at least 2, got {self.window!r}")
 
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
-        return {"history": torch.zeros(num_samples, self.window, device=device)}
+        history = torch.zeros(num_samples, self.window, dtype=torch.float32, device=device)
+        return {"history": history}
 
     def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         visits = state["visits"].long()

@@ -107,11 +107,12 @@ class ScoreStore:
         at = torch.device("cpu" if device is None else device)
         self._recurrence = rule.recurrence()
         spreads = self._recurrence is not None and self._recurrence.kind == "variance"
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": at}
         self._state = State(
-            scores=torch.full((num_samples,), torch.inf, device=at),
-            memory=torch.zeros(num_samples, device=at),
+            scores=torch.full((num_samples,), torch.inf, **float32),
+            memory=torch.zeros(num_samples, **float32),
             visits=torch.zeros(num_samples, dtype=torch.int32, device=at),
-            variance=torch.zeros(num_samples, device=at) if spreads else None,
+            variance=torch.zeros(num_samples, **float32) if spreads else None,
             claims=torch.zeros(num_samples, dtype=torch.int32, device=at),
             counters=torch.zeros(2, dtype=torch.int64, device=at),
         )

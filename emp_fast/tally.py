@@ -32,7 +32,7 @@ class Tally:
         #: Passes that a sample has been through; on the host, so that looking costs no waiting.
         self.done = torch.zeros(num_samples, dtype=torch.int32)
         self._tensors = {
-            "sums": torch.zeros(len(_SUMMED), num_samples, device=device),
+            "sums": torch.zeros(len(_SUMMED), num_samples, dtype=torch.float32, device=device),
             "wrong": torch.zeros(num_samples, dtype=torch.int32, device=device),
             "count": torch.zeros(num_samples, dtype=torch.int32, device=device),
             "visits": torch.zeros(num_samples, dtype=torch.int32, device=device),

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import emp_fast
 from emp_fast import ops
@@ -374,3 +376,98 @@ def test_a_fused_step_gives_its_gradient_twice(backend: str) -> None:
     wanted = torch.autograd.grad(3 * loss.sum() / (R - 1), x)[0]
     for got in (first, second):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+# ---- past the dispatcher ------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    logits: Tensor
+    target: Tensor
+    scores: Tensor
+    groups: Tensor
+    quotas: Tensor
+
+
+def inputs() -> Inputs:
+    return Inputs(leaf(R, C), class_ids(), normal(N), torch.arange(N) % 2, torch.tensor([1, 3]))
+
+
+def scored_and_selected(given: Inputs) -> list[Tensor]:
+    """What the ops that are called past the dispatcher give."""
+    stats = cross_entropy(given.logits, given.target)
+    (grad,) = torch.autograd.grad(stats.loss.sum(), given.logits)
+    return [
+        *(field.detach() for field in stats),
+        grad,
+        topk_indices(given.scores, 4),
+        topk_indices(given.scores, 4, groups=given.groups, group_k=given.quotas),
+    ]
+
+
+class Seen(TorchDispatchMode):
+    """The names of the package's ops that pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "emp_fast":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+DIRECT = {
+    "cross_entropy",
+    "cross_entropy_backward",
+    "topk_indices",
+    "grouped_topk_indices",
+}
+
+
+def test_who_looks_sees_every_op() -> None:
+    with Seen() as seen:
+        watched = scored_and_selected(inputs())
+    assert seen.names >= DIRECT
+    with torch.profiler.profile() as profile:
+        profiled = scored_and_selected(inputs())
+    assert {event.key for event in profile.key_averages()} >= {
+        f"emp_fast::{name}" for name in DIRECT
+    }
+    for results in (watched, profiled):
+        assert all(map(torch.equal, results, scored_and_selected(inputs())))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_transforms_and_tracers_see_the_ops() -> None:
+    given = inputs()
+
+    def loss(logits: Tensor) -> Tensor:
+        return cross_entropy(logits, given.target).loss
+
+    logits = given.logits.detach()
+    traced = torch.jit.trace(loss, logits)
+    assert torch.equal(traced(logits + 1), loss(logits + 1))
+    assert torch.equal(make_fx(loss)(logits)(logits * 2), loss(logits * 2))
+    on_meta = cross_entropy(logits.to("meta"), given.target.to("meta"))
+    assert all(field.is_meta for field in on_meta)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_defaults_of_torch_do_not_reach_the_results(dtype: torch.dtype) -> None:
+    """Buffers of another type or device than the kernels write to would be overrun."""
+    given, expected = inputs(), scored_and_selected(inputs())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = scored_and_selected(given)
+        store = emp_fast.ScoreStore(N, UCB())
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, expected))
+    assert store.scores.dtype == store.memory.dtype == torch.float32
+    assert store._state.variance is not None
+    assert store._state.variance.dtype == torch.float32

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "cpu/bindings.h"
@@ -37,19 +38,25 @@ namespace {
 
 namespace py = pybind11;
 
+// So that a thread which another process holds up leaves its share to the others.
+constexpr int64_t kRangesPerThread = 8;
+
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Rows a range: enough work for a thread, ranges enough for all threads, whole vectors of rows
-// where those share one.
+// Rows a range: enough work for a thread, several ranges for each thread where there is more, whole
+// vectors of rows where those share one.
 int64_t rows_per_range(const Problem& problem, const ScoreKernels& kernels, int threads) {
-  const int64_t enough = std::max<int64_t>(1, kElementsPerThread / problem.classes);
-  const int64_t even = (problem.rows + threads - 1) / threads;
-  const int64_t grain = std::min(std::max(enough, even / 8), even);
+  const auto ranges_in = [&](int64_t rows, int64_t most) {
+    return std::clamp<int64_t>(rows * problem.classes / kElementsPerThread, 1, most);
+  };
+  const auto split = [](int64_t rows, int64_t parts) { return (rows + parts - 1) / parts; };
+  const int64_t even = split(problem.rows, ranges_in(problem.rows, threads));
+  const int64_t grain = split(even, ranges_in(even, kRangesPerThread));
   if (grain < kernels.lanes) return std::max<int64_t>(1, grain);
-  return (grain + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+  return split(grain, kernels.lanes) * kernels.lanes;
 }
 
 Problem make_problem(uintptr_t logits, int storage, int64_t row_stride, int64_t rows,

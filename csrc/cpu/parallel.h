@@ -6,7 +6,7 @@
 namespace emp_fast::cpu {
 
 // Below this many elements a thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 1 << 14;
+constexpr int64_t kElementsPerThread = 1 << 13;
 
 // Calls body(begin, end) until [0, count) is covered, each range but the last of `grain`, on up to
 // `threads` threads. A count of one range stays on the calling thread. `body` must not throw.

@@ -76,7 +76,7 @@ def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     if dtype == torch.float64:
         return load("reference")
     name = _explicit or os.environ.get(_ENVIRONMENT) or "auto"
-    return _choose(name, device.type, device.index)
+    return _choose(name, device)
 
 
 def load(name: str) -> Backend:
@@ -121,15 +121,14 @@ def _refusal(name: str, device: torch.device) -> str | None:
 
 
 @functools.cache
-def _choose(name: str, device_type: str, device_index: int | None) -> Backend:
+def _choose(name: str, device: torch.device) -> Backend:
     _check_name(name, _ENVIRONMENT)
-    device = torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
     if name != "auto":
         reason = _refusal(name, device)
         if reason is not None:
             raise BackendError(f"the {name} backend cannot serve {device}: {reason}")
         return load(name)
-    candidates = _AUTOMATIC.get(device_type, ("reference",))
+    candidates = _AUTOMATIC.get(device.type, ("reference",))
     refused = []
     for candidate in candidates:
         reason = _refusal(candidate, device)

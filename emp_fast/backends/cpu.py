@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from emp_fast.backends.base import (
+    ROW_FIELDS,
     LossOptions,
     Recurrence,
     RowScores,
@@ -24,6 +25,7 @@ from emp_fast.backends.reference import ReferenceBackend
 
 #: As csrc/cpu/cross_entropy.h numbers them.
 _STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_FIELDS = len(ROW_FIELDS)
 _KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h numbers them
 _MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
 
@@ -49,10 +51,11 @@ class CpuBackend(ReferenceBackend):
     ) -> RowScores:
         """Scores every row; see `Backend.cross_entropy`."""
         rows, classes = logits.shape
-        loss = torch.empty(rows)
-        fields = torch.empty((7, rows))
-        correct = torch.empty(rows, dtype=torch.bool)
-        count = torch.empty(rows, dtype=torch.int32)
+        at = logits.device
+        loss = torch.empty(rows, dtype=torch.float32, device=at)
+        fields = torch.empty(_FIELDS, rows, dtype=torch.float32, device=at)
+        correct = torch.empty(rows, dtype=torch.bool, device=at)
+        count = torch.empty(rows, dtype=torch.int32, device=at)
         wrong = self._native.cross_entropy(
             logits.data_ptr(),
             _STORAGE[logits.dtype],
@@ -83,7 +86,7 @@ class CpuBackend(ReferenceBackend):
         options: LossOptions,
     ) -> Tensor:
         """The gradient to the logits; see `Backend.cross_entropy_backward`."""
-        grad = torch.empty(logits.shape, dtype=logits.dtype)
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         self._native.cross_entropy_backward(
             logits.data_ptr(),
             _STORAGE[logits.dtype],
@@ -138,8 +141,9 @@ class CpuBackend(ReferenceBackend):
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
         """One read of the scores; workspace of 1.3 bytes a score."""
         native, n = self._native, scores.shape[0]
-        selected = torch.empty(k, dtype=torch.int64)
-        workspace = torch.empty(native.topk_workspace(n), dtype=torch.uint8)
+        at = scores.device
+        selected = torch.empty(k, dtype=torch.int64, device=at)
+        workspace = torch.empty(native.topk_workspace(n), dtype=torch.uint8, device=at)
         native.topk(
             scores.data_ptr(),
             n,
@@ -151,12 +155,13 @@ class CpuBackend(ReferenceBackend):
         return selected
 
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
-        """Three reads of the groups, two of the scores; workspace of 4.1 bytes a score."""
+        """Five or six reads of the groups; workspace of 1.4 bytes a score, 20 and more a group."""
         native, n, num_groups = self._native, scores.shape[0], group_k.shape[0]
         threads = torch.get_num_threads()
-        selected = torch.empty(int(group_k.sum()), dtype=torch.int64)
+        at = scores.device
+        selected = torch.empty(int(group_k.sum()), dtype=torch.int64, device=at)
         size = native.grouped_topk_workspace(n, num_groups, threads)
-        workspace = torch.empty(size, dtype=torch.uint8)
+        workspace = torch.empty(size, dtype=torch.uint8, device=at)
         native.grouped_topk(
             scores.data_ptr(),
             groups.data_ptr(),
@@ -173,7 +178,7 @@ class CpuBackend(ReferenceBackend):
         self, n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device
     ) -> Tensor:
         """Vectorised over the samples."""
-        words = torch.empty(n, dtype=torch.int32)
+        words = torch.empty(n, dtype=torch.int32, device=device)
         self._native.philox(
             words.data_ptr(),
             n,

@@ -47,22 +47,22 @@ def _cross_entropy(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     target = torch.tensor([3, 36, -100, 0, 17], device=device)
     options = LossOptions(label_smoothing=0.1)
     scores = backend.cross_entropy(logits, target, None, options)
-    grad_loss = torch.linspace(0.5, 1.5, 5, device=device)
+    grad_loss = torch.linspace(0.5, 1.5, 5, dtype=torch.float32, device=device)
     grad = backend.cross_entropy_backward(grad_loss, logits, target, None, scores.rows, options)
     return {**scores._asdict(), "rows": scores.rows[:4], "gradient": grad}
 
 
 def _update_state(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     state = State(
-        scores=torch.full((6,), torch.inf, device=device),
-        memory=torch.zeros(6, device=device),
+        scores=torch.full((6,), torch.inf, dtype=torch.float32, device=device),
+        memory=torch.zeros(6, dtype=torch.float32, device=device),
         visits=torch.zeros(6, dtype=torch.int32, device=device),
         variance=None,
         claims=torch.zeros(6, dtype=torch.int32, device=device),
         counters=torch.zeros(2, dtype=torch.int64, device=device),
     )
     recurrence = Recurrence("ema", "entropy", 0.5, "loss", direct_scale=1.0, memory_scale=0.3)
-    signal = torch.tensor([0.5, 1.5, torch.nan, 2.5, 3.5], device=device)
+    signal = torch.tensor([0.5, 1.5, torch.nan, 2.5, 3.5], dtype=torch.float32, device=device)
     direct = signal.nan_to_num(1.0) * 2
     count = torch.tensor([1, 1, 1, 0, 1], dtype=torch.int32, device=device)
     indices = torch.tensor([4, 1, 2, 3, 4], device=device)
@@ -73,7 +73,7 @@ def _update_state(backend: Backend, device: torch.device) -> dict[str, Tensor]:
 
 def _scores(device: torch.device) -> Tensor:
     values = [0.5, -0.0, torch.nan, 0.0, torch.inf, -1.0, 0.5, -torch.inf, 0.5]
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _topk(backend: Backend, device: torch.device) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def _topk(backend: Backend, device: torch.device) -> dict[str, Tensor]:
 
 def _grouped_topk(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     groups = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 2], device=device)
-    quotas = torch.tensor([2, 1, 2])
+    quotas = torch.tensor([2, 1, 2], device="cpu")
     return {"indices": backend.grouped_topk_indices(_scores(device), groups, quotas)}
 
 
