@@ -205,7 +205,7 @@ class _LargestTensor(TorchDispatchMode):
 
 
 def test_the_similarity_is_never_stored(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, width, block = 300, 4, 16
+    samples, width, block = 60, 4, 8
     monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", block * samples)
     query, key = embeddings(samples, width)
     with _LargestTensor() as seen:

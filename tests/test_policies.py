@@ -119,6 +119,27 @@ def test_every_backend_selects_the_same(policy, labelled):
         assert torch.equal(selections[0].weights, selections[1].weights)
 
 
+@pytest.mark.parametrize("policy", ALL, ids=repr)
+def test_every_thread_count_selects_the_same(policy):
+    """Large enough for torch and for native code to share the work out."""
+    generator = torch.Generator().manual_seed(4)
+    n = 150_007
+    store = visited_store(
+        torch.randn(n, generator=generator), torch.rand(n, generator=generator) < 0.9
+    )
+    labels = torch.randint(6, (n,), generator=generator)
+    before, selections = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        k = 50_000 if policy.takes_budget else None
+        selections.append(store.select(k, policy, labels=labels, epoch=2, seed=9))
+    torch.set_num_threads(before)
+    for selection in selections[1:]:
+        assert torch.equal(selection.indices, selections[0].indices)
+        if selection.weights is not None:
+            assert torch.equal(selection.weights, selections[0].weights)
+
+
 def test_random_does_not_look_at_the_scores():
     low = visited_store(torch.arange(100.0)).select(30, Random(), seed=4)
     high = visited_store(-torch.arange(100.0)).select(30, Random(), seed=4)
