@@ -13,6 +13,7 @@ import emp_fast
 from emp_fast import ScoreStore
 from emp_fast.policies import (
     BelowMean,
+    Candidates,
     EpsilonGreedy,
     GumbelTopK,
     Random,
@@ -325,22 +326,23 @@ def test_window_lies_between_its_quantiles():
 
 
 def test_window_means_the_quantiles_that_were_written():
-    store = visited_store(torch.arange(100.0))  # 0.29 * 100 < 29, and 0.07 * 100 > 7
-    assert kept(store.select(None, Window(0.07, 0.29))) == set(range(7, 29))
+    assert Fraction(0.07) > Fraction(7, 100)
+    assert Fraction(0.29) < Fraction(29, 100)
+    store = visited_store(torch.arange(100.0))
+    assert kept(store.select(None, Window(0.0, 0.07))) == set(range(7))
+    assert kept(store.select(None, Window(0.29, 1.0))) == set(range(29, 100))
 
 
-@given(
-    n=st.integers(1, 200),
-    low=st.integers(0, 99),
-    width=st.integers(1, 100),
-    visited=st.floats(0, 1),
-)
-def test_window_always_holds_its_share(n, low, width, visited):
+@pytest.mark.parametrize("seen", [0.0, 0.4, 1.0])
+def test_window_always_holds_its_share(seen):
     """The prune rate that fits the window fits it in every epoch, whatever has been visited."""
-    high = min(low + width, 100)
-    store = visited_store(torch.rand(n), torch.rand(n) <= visited)
-    k = max(1, round((high - low) / 100 * n))
-    assert len(kept(store.select(k, Window(low / 100, high / 100)))) == k
+    for n in range(1, 121):
+        candidates = Candidates(torch.zeros(n), torch.arange(n) < seen * n)
+        for low, high in ((0, 50), (20, 50), (29, 57), (33, 66), (7, 100), (10, 11)):
+            k = round((high - low) / 100 * n)
+            assert Window(low / 100, high / 100).quotas(candidates, k, "equal") == [k]
+    store = visited_store(torch.rand(105))
+    assert len(kept(store.select(32, Window(0.2, 0.5)))) == 32
 
 
 def test_a_class_with_a_small_window_gives_the_rest_of_its_quota_away():

@@ -1,6 +1,7 @@
 """`Selection` on disk: what is saved is loaded, and nothing is lost or half written."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,11 +135,22 @@ def test_export_saves_to_disk_whole_or_not_at_all(tmp_path, hugging_face, plain,
         (path / "half").write_bytes(b"")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(datasets.Dataset, "save_to_disk", fail)
-    with pytest.raises(FileProblem, match="part: No space left on device"):
-        plain.export(hugging_face, tmp_path / "part", overwrite=True)
-    assert datasets.load_from_disk(tmp_path / "part")["x"][:] == wanted[:3]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "whole"]
+    rename = Path.rename
+
+    def rename_old_alone(self, target):
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    for owner, name, broken in (
+        (datasets.Dataset, "save_to_disk", fail),
+        (Path, "rename", rename_old_alone),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(FileProblem, match="part: No space"):
+            patch.setattr(owner, name, broken)
+            plain.export(hugging_face, tmp_path / "part", overwrite=True)
+        assert datasets.load_from_disk(tmp_path / "part")["x"][:] == wanted[:3]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "whole"]
 
 
 def test_export_refuses_what_is_no_such_data_set(tmp_path, hugging_face, plain, monkeypatch):
