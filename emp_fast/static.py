@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.batches import moved, rebatched, score_by_logits
-from emp_fast.collectives import Ranks
+from emp_fast.collectives import Ranks, rank_of
 from emp_fast.data import IndexedDataset
 from emp_fast.files import check_writable, write_columns
 from emp_fast.functional import SampleStats
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["score_dataset"]
 
 _WRITABLE = (".npy", ".parquet")
+_CAUSAL = ("ForCausalLM", "LMHeadModel")  # how transformers and peft name such models
 _SAVING_SHARE = 0.05  # of the time goes into partial results at most
 
 ScoreBatch = Callable[[Any, Any], tuple[Tensor, SampleStats]]
@@ -50,7 +51,7 @@ def score_dataset(
     save_every: float = 60.0,
     num_samples: int | None = None,
     score_batch: ScoreBatch | None = None,
-    shift_labels: bool = False,
+    shift_labels: bool | None = None,
     device: torch.device | str | None = None,
     process_group: Any = None,
     progress: bool = True,
@@ -87,7 +88,7 @@ def score_dataset(
         score_batch: ``score_batch(model, batch) -> (indices, SampleStats)`` for batches or models
             of any other kind; the batch is on the device.
         shift_labels: score position t of the logits against label t + 1, as causal language models
-            are trained.
+            are trained. None is False, but for such a model you must say.
         device: where the batches go; None: where the model is.
         process_group: the ranks that score together; None is the default group, where one exists.
         progress: show a progress bar, on the first rank.
@@ -104,51 +105,52 @@ def score_dataset(
     Warns:
         EmpFastWarning: samples without a finite score, NaN in the output.
     """
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-        raise ValueError(f"passes must be an int of at least 1, got {passes!r}")
-    if score_batch is not None and (options or shift_labels):
-        given = [*options, *(["shift_labels"] if shift_labels else [])]
-        raise ValueError(f"score_batch makes the stats: {', '.join(given)} would have no effect")
-    n = _checked_num_samples(num_samples, loader)
-    columns = _checked_columns(stats)
-    _check_rule(rule, n)
-    scored_on = _device_of(model) if device is None else torch.device(device)
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    scored_on = _device_of(bare) if device is None else torch.device(device)
+    out = None if output is None else Path(output)
+    with _together(process_group, "the arguments"):
+        n = _checked_num_samples(num_samples, loader)
+        columns = _checked_columns(stats)
+        _check_passes(passes)
+        _check_rule(rule, n)
+        shift = _checked_shift(shift_labels, score_batch, options, bare)
+        if out is not None and rank_of(process_group) == 0:
+            check_writable(out, _WRITABLE, overwrite=overwrite)
     facts = {
         "num_samples": n,
         "passes": passes,
-        "scoring": _scoring(score_batch, shift_labels, options),
+        "scoring": _scoring(score_batch, shift, options),
     }
     ranks = Ranks(process_group, scored_on, "score_dataset", {**facts, "rule": repr(rule)})
-    out = None if output is None else Path(output)
-    if out is not None:
-        with _together(ranks, "the output"):
-            if ranks.rank == 0:
-                check_writable(out, _WRITABLE, overwrite=overwrite)
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
 
     def scored(batch: Any) -> tuple[Tensor, SampleStats]:
         if score_batch is not None:
             return score_batch(bare, moved(batch, scored_on))
-        return score_by_logits(bare, batch, scored_on, shift_labels, options)
+        return score_by_logits(bare, batch, scored_on, shift, options)
 
     tally = Tally(n, scored_on)
-    where = _partial_path(partial, out)
-    if where is not None:
-        facts["model"] = _digest(bare)
-    kept = _Partial(where, tally, facts, ranks, save_every)
-    with _together(ranks, "the partial result"):
+    with _together(process_group, "the partial result"):
+        where = _partial_path(partial, out)
+        if where is not None:
+            facts["model"] = _digest(bare)
+        kept = _Partial(where, tally, facts, ranks, save_every)
         kept.load()
     tally.merge(ranks)
-    with _bar(progress and ranks.rank == 0) as bar, _eval_mode(bare), kept.saved():
+    shown = progress and ranks.rank == 0
+    with (
+        _together(process_group, "scoring"),
+        _bar(shown) as bar,
+        _eval_mode(bare),
+        kept.saved(),
+    ):
         for number in range(passes):
             _one_pass(loader, scored, number, ranks, kept, bar)
     tally.merge(ranks)
     _check_complete(tally, passes)
     means = tally.means()
-    if out is not None:
-        with _together(ranks, "the output"):
-            if ranks.rank == 0:
-                _write(out, means, rule, columns, overwrite)
+    with _together(process_group, "the output"):
+        if out is not None and ranks.rank == 0:
+            _write(out, means, rule, columns, overwrite)
     kept.remove()
     return means
 
@@ -268,6 +270,29 @@ def _checked_num_samples(num_samples: int | None, loader: Iterable[Any]) -> int:
     return num_samples
 
 
+def _check_passes(passes: int) -> None:
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"passes must be an int of at least 1, got {passes!r}")
+
+
+def _checked_shift(
+    shift_labels: bool | None,
+    score_batch: ScoreBatch | None,
+    options: dict[str, Any],
+    model: Any,
+) -> bool:
+    given = [*options, *([] if shift_labels is None else ["shift_labels"])]
+    if score_batch is not None and given:
+        raise ValueError(f"score_batch makes the stats: {', '.join(given)} would have no effect")
+    name = type(model).__name__
+    if score_batch is None and shift_labels is None and name.endswith(_CAUSAL):
+        raise ValueError(
+            f"shift_labels must be given for {name}: True where the labels are the tokens "
+            "themselves, False where the batches have them shifted already"
+        )
+    return bool(shift_labels)
+
+
 def _checked_columns(stats: Sequence[str]) -> list[str]:
     names = [stats] if isinstance(stats, str) else list(stats)
     unknown = [name for name in names if name not in SampleStats._fields]
@@ -332,19 +357,14 @@ def _digest(model: Any) -> str:
 
 
 @contextmanager
-def _together(ranks: Ranks, what: str) -> Iterator[None]:
+def _together(process_group: Any, what: str) -> Iterator[None]:
     """An error of one rank in the block is an error on all of them, and none waits for it."""
     problem: Exception | None = None
     try:
         yield
     except Exception as error:
         problem = error
-    failed = torch.tensor(ranks.size if problem is None else ranks.rank)
-    first = int(ranks.all_reduce(failed, "min"))
-    if problem is not None:
-        raise problem
-    if first < ranks.size:
-        raise RuntimeError(f"score_dataset: {what} failed on rank {first}, which says why")
+    Ranks(process_group, torch.device("cpu"), f"score_dataset, {what}", {}, error=problem)
 
 
 @contextmanager

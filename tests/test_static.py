@@ -178,6 +178,20 @@ def test_causal_language_models_are_scored_against_the_next_token():
         quiet(make_model(), make_loader(), shift_labels=True)
 
 
+def test_a_causal_language_model_must_say_what_its_labels_are():
+    class TinyForCausalLM(nn.Embedding):
+        def forward(self, input_ids):
+            return super().forward(input_ids)
+
+    model = TinyForCausalLM(7, 7)
+    data = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 3
+    loader = DataLoader(with_indices(data), batch_size=2)
+    with pytest.raises(ValueError, match="shift_labels must be given for TinyForCausalLM"):
+        quiet(model, loader)
+    assert quiet(model, loader, shift_labels=True).count.tolist() == [3] * 3
+    assert quiet(model, loader, shift_labels=False).count.tolist() == [4] * 3
+
+
 def test_any_other_batch_through_score_batch():
     model, data = make_model().eval(), make_data()
 
@@ -499,8 +513,25 @@ def a_loader_that_leaves_samples_out_is_refused_everywhere(rank: int, size: int,
 
 def an_output_refused_on_one_rank_is_refused_on_all(rank: int, size: int, folder: str):
     expected = FileProblem if rank == 0 else RuntimeError
-    with pytest.raises(expected, match="exists already" if rank == 0 else "failed on rank 0"):
+    told = "" if rank == 0 else "the arguments: rank 0 raised this.*"
+    with pytest.raises(expected, match=rf"{told}scores\.npy exists already"):
         quiet(make_model(), make_loader(), output=Path(folder) / "scores.npy")
+
+
+def an_error_of_one_rank_is_one_of_all(rank: int, size: int, folder: str):
+    """All are told, and none waits for the group's time to be out."""
+
+    def raised_by(who: int, own: type[Exception], others: type[Exception], message: str):
+        if rank == who:
+            return pytest.raises(own, match=message)
+        return pytest.raises(others, match=f"rank {who} raised this.*{message}")
+
+    with raised_by(1, Interrupted, RuntimeError, ""):
+        quiet(Counting(1 if rank == 1 else None), make_loader())
+    with raised_by(0, TypeError, TypeError, "model must return logits"):
+        quiet(make_model() if rank else (lambda x: {}), make_loader())
+    with raised_by(1, ValueError, ValueError, "passes must be an int"):
+        quiet(make_model(), make_loader(), passes=0 if rank == 1 else 1)
 
 
 def ranks_that_disagree_are_told(rank: int, size: int, folder: str):
@@ -514,6 +545,7 @@ RANK_CHECKS = [
     a_run_of_ranks_dies,
     a_loader_that_leaves_samples_out_is_refused_everywhere,
     an_output_refused_on_one_rank_is_refused_on_all,
+    an_error_of_one_rank_is_one_of_all,
     ranks_that_disagree_are_told,
 ]
 
