@@ -149,17 +149,17 @@ def test_a_window_holds_every_column_once(elements: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "groups", "sampled"),
+    ("n", "k", "groups", "sample_bits"),
     [
-        (n, k, groups, sampled)
+        (n, k, groups, sample_bits)
         for n in (1, 2, 4095, 4096, 4097, 10**6, 2**26, 10**9, 2**31 + 5, 2**36)
         for k in sorted({1, max(n // 3, 1), max(n - 1, 1)})
-        for groups, sampled in ((0, False), (7, False), (65536, False), (0, True))
-        if not sampled or n >= cuda.SAMPLED_FROM
+        for groups, sample_bits in ((0, 0), (7, 0), (65536, 0), (0, cuda.SAMPLE_BITS), (0, 12))
+        if sample_bits == 0 or n >= 32 * 2**sample_bits
     ],
 )
-def test_selection_plan(n: int, k: int, groups: int, sampled: bool) -> None:
-    plan = cuda.plan_selection(n, k, groups, sampled)
+def test_selection_plan(n: int, k: int, groups: int, sample_bits: int) -> None:
+    plan = cuda.plan_selection(n, k, groups, sample_bits)
     assert n - 1 < 2 ** plan["index_bits"] <= max(2 * (n - 1), 1)
     assert (plan["tiles"] - 1) * 4096 < n <= plan["tiles"] * 4096
     assert (plan["scan_blocks"] - 1) * 4096 < plan["tiles"] <= plan["scan_blocks"] * 4096
@@ -172,14 +172,15 @@ def test_selection_plan(n: int, k: int, groups: int, sampled: bool) -> None:
     histogram, control, states = plan["regions"][:3]
     assert histogram[0] == 0
     assert control[0] + control[1] <= plan["cleared_bytes"] <= states[0]
-    if sampled:
-        assert plan["workspace_bytes"] < n / 4
+    if sample_bits:
+        sample = 2**sample_bits
+        assert sample_bits != cuda.SAMPLE_BITS or plan["workspace_bytes"] < n / 4
         bitmap = plan["regions"][5]
-        assert bitmap[1] >= cuda.SAMPLE * 4  # where the sample lies at first
-        assert 0 <= plan["rank_above"] < plan["rank_below"] <= cuda.SAMPLE + 1
+        assert bitmap[1] >= sample * 4  # where the sample lies at first
+        assert 0 <= plan["rank_above"] < plan["rank_below"] <= sample + 1
         # The bracket holds the rank that k has in the sample, and is narrow enough for the buffer.
-        assert plan["rank_above"] <= k / n * cuda.SAMPLE <= plan["rank_below"]
-        width = (plan["rank_below"] - plan["rank_above"]) / cuda.SAMPLE * n
+        assert plan["rank_above"] <= k / n * sample <= plan["rank_below"]
+        width = (plan["rank_below"] - plan["rank_above"]) / sample * n
         assert width < 0.9 * plan["candidates"]
 
 

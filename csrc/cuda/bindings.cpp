@@ -193,8 +193,8 @@ void update(Address indices, Address signal, Address direct, Address count, int6
       stream_of(stream));
 }
 
-int64_t topk_workspace(int64_t n, int64_t k, int64_t groups, bool sampled) {
-  return plan_selection(n, k, groups, sampled).workspace_bytes;
+int64_t topk_workspace(int64_t n, int64_t k, int64_t groups, int sample_bits) {
+  return plan_selection(n, k, groups, sample_bits).workspace_bytes;
 }
 
 // ---- for the tests of the launch arithmetic
@@ -233,8 +233,8 @@ py::dict plan_backward_of(int64_t rows, int64_t classes, int64_t stride, int byt
   return d;
 }
 
-py::dict plan_selection_of(int64_t n, int64_t k, int64_t groups, bool sampled) {
-  const SelectionPlan p = plan_selection(n, k, groups, sampled);
+py::dict plan_selection_of(int64_t n, int64_t k, int64_t groups, int sample_bits) {
+  const SelectionPlan p = plan_selection(n, k, groups, sample_bits);
   py::dict d;
   d["index_bits"] = p.index_bits;
   d["problems"] = p.problems;
@@ -255,7 +255,7 @@ py::dict plan_selection_of(int64_t n, int64_t k, int64_t groups, bool sampled) {
   region(p.totals, p.scan_blocks * 8);
   region(p.tile_counts, p.tiles * 4);
   region(p.bitmap, p.tiles * kTileWords * 4);
-  if (sampled) {
+  if (p.sample > 0) {
     region(p.candidate_keys, p.candidates * 4);
     region(p.candidate_indices, p.candidates * 8);
   }
@@ -333,16 +333,16 @@ void bind(py::module_& m) {
     if (n > 0) philox(pointer<int32_t>(out), n, seed, epoch, stream_id, start, stream_of(stream));
   });
   cuda.def("topk_workspace", &topk_workspace);
-  cuda.def("topk", [](int device, Address scores, int64_t n, int64_t k, bool sampled, Address out,
-                      Address status, Address workspace, Address stream) {
-    topk(plan_selection(n, k, 0, sampled), device_properties(device), pointer<const float>(scores),
-         n, k, pointer<int64_t>(out), pointer<int64_t>(status), pointer<void>(workspace),
-         stream_of(stream));
+  cuda.def("topk", [](int device, Address scores, int64_t n, int64_t k, int sample_bits,
+                      Address out, Address status, Address workspace, Address stream) {
+    topk(plan_selection(n, k, 0, sample_bits), device_properties(device),
+         pointer<const float>(scores), n, k, pointer<int64_t>(out), pointer<int64_t>(status),
+         pointer<void>(workspace), stream_of(stream));
   });
   cuda.def("grouped_topk",
            [](int device, Address scores, Address groups, Address group_k, int64_t num_groups,
               int64_t n, int64_t k, Address out, Address workspace, Address stream) {
-             grouped_topk(plan_selection(n, k, num_groups, false), device_properties(device),
+             grouped_topk(plan_selection(n, k, num_groups, 0), device_properties(device),
                           pointer<const float>(scores), pointer<const int64_t>(groups),
                           pointer<const int64_t>(group_k), n, k, pointer<int64_t>(out),
                           pointer<void>(workspace), stream_of(stream));
@@ -356,7 +356,7 @@ void bind(py::module_& m) {
   cuda.attr("MAX_CLASSES") = kMaxClasses;
   cuda.attr("MAX_GROUPS") = kMaxGroups;
   cuda.attr("SAMPLED_FROM") = kSampledFrom;
-  cuda.attr("SAMPLE") = kSample;
+  cuda.attr("SAMPLE_BITS") = kSampleBits;
   cuda.attr("REGISTER_VECTORS") = kRegisterVectors;
   cuda.attr("SPLIT_BYTES") = 2 * kMinPartVectors * kVectorBytes;
 }

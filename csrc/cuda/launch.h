@@ -172,12 +172,11 @@ constexpr int kDigitBits = 11;      // 2048 bins
 constexpr int kGroupDigitBits = 8;  // a histogram a group: 2 KiB each
 constexpr int64_t kMaxGroups = 65536;
 constexpr int64_t kSampledFrom = int64_t{1} << 26;  // scores: from here one read beats four
-constexpr int64_t kSample = int64_t{1} << 20;
-constexpr double kBracketSigmas =
-    5.0;  // of the rank in the sample: 0.5 % of all scores lie between
+constexpr int kSampleBits = 20;         // a million scores: the bracket holds 0.5 % of all
+constexpr double kBracketSigmas = 5.0;  // of the rank in the sample, on each side
 
 struct SelectionPlan {
-  bool sampled;
+  int64_t sample;  // scores in the sample; 0: a plain plan
   int digit_bits;
   int index_bits;    // of N - 1
   int64_t problems;  // histograms and states: the groups, or two ends of a bracket and the rest
@@ -185,7 +184,7 @@ struct SelectionPlan {
   int64_t scan_blocks;
   int64_t candidates;  // capacity (sampled)
   int64_t rank_above;  // the ranks in the sample, 1 its highest, between which the threshold lies;
-  int64_t rank_below;  //   0: above all of it, kSample + 1: below all of it
+  int64_t rank_below;  //   0: above all of it, sample + 1: below all of it
   int64_t histograms, states, control, totals, tile_counts, bitmap, candidate_keys,
       candidate_indices;  // byte offsets in the workspace
   int64_t cleared_bytes;  // from the start, zero before the first kernel
@@ -201,10 +200,13 @@ inline int bits_of(int64_t value) {
 constexpr int64_t kStateBytes = 32;
 constexpr int64_t kControlBytes = 32;
 
-// groups: 0 for a selection without them. sampled: a bracket from a sample, one read of the scores.
-inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, bool sampled) {
+// groups: 0 for a selection without them. sample_bits: a bracket from a sample of 2^sample_bits
+// scores, at most n / 32 (tests take smaller ones than kSampleBits), and one read of the scores; 0
+// for the plain plan.
+inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, int sample_bits) {
   SelectionPlan p{};
-  p.sampled = sampled;
+  const bool sampled = sample_bits > 0;
+  p.sample = sampled ? int64_t{1} << sample_bits : 0;
   p.digit_bits = groups > 0 ? kGroupDigitBits : kDigitBits;
   p.index_bits = bits_of(n - 1);
   p.problems = groups > 0 ? groups : sampled ? 3 : 1;
@@ -225,12 +227,14 @@ inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, bool s
   p.bitmap = reserve(p.tiles * kTileWords * int64_t{sizeof(uint32_t)});
   if (sampled) {
     const double share = static_cast<double>(k) / static_cast<double>(n);
-    const double sigma = std::sqrt(static_cast<double>(kSample) * share * (1.0 - share));
-    const double middle = share * static_cast<double>(kSample);
+    const double sigma = std::sqrt(static_cast<double>(p.sample) * share * (1.0 - share));
+    const double middle = share * static_cast<double>(p.sample);
     const double half_width = kBracketSigmas * sigma + 2.0;
     p.rank_above = std::max<int64_t>(0, static_cast<int64_t>(middle - half_width));
-    p.rank_below = std::min<int64_t>(kSample + 1, static_cast<int64_t>(middle + half_width) + 1);
-    p.candidates = n / 128;
+    p.rank_below = std::min<int64_t>(p.sample + 1, static_cast<int64_t>(middle + half_width) + 1);
+    // The bracket is widest at k = n / 2, where it holds kBracketSigmas / sqrt(sample) of all: with
+    // kSampleBits 1 in 205, and room for 1 in 128.
+    p.candidates = n >> (sample_bits / 2 - 3);
     p.candidate_keys = reserve(p.candidates * int64_t{sizeof(uint32_t)});
     p.candidate_indices = reserve(p.candidates * int64_t{sizeof(int64_t)});
   }

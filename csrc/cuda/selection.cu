@@ -331,11 +331,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    sample_keys(const float* scores, int64_t n, uint32_t* keys) {
+    sample_keys(const float* scores, int64_t n, int64_t sample, uint32_t* keys) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= kSample) return;
-  // One score from each of kSample equal stretches, at a scattered place: no period can line up.
-  const uint64_t stretch = static_cast<uint64_t>(n / kSample);
+  if (i >= sample) return;
+  // One score from each of `sample` equal stretches, at a scattered place: no period can line up.
+  const uint64_t stretch = static_cast<uint64_t>(n / sample);
   const uint64_t scattered = static_cast<uint32_t>(i) * 2654435761u;
   const uint64_t at = static_cast<uint64_t>(i) * stretch + (scattered * stretch >> 32);
   keys[i] = order_key(__float_as_uint(scores[at]));
@@ -525,18 +525,18 @@ void sampled_topk(const SelectionPlan& plan, const Device& device, const float* 
                   cudaStream_t stream) {
   // The sample lies where the bitmap will: it is done with before the first bit is written.
   uint32_t* sample = w.bitmap;
-  launch("sample_keys", sample_keys, grid_of(kSample, kThreads, kMaxGridX), kThreads, 0, stream,
-         scores, n, sample);
-  start(w.states, 2, nullptr, plan.rank_above, std::min(plan.rank_below, kSample), stream);
+  launch("sample_keys", sample_keys, grid_of(plan.sample, kThreads, kMaxGridX), kThreads, 0, stream,
+         scores, n, plan.sample, sample);
+  start(w.states, 2, nullptr, plan.rank_above, std::min(plan.rank_below, plan.sample), stream);
   const auto blocks = static_cast<unsigned>(2 * device.multiprocessors);
   Digit digit;
   for (int pass = 0; nth_digit(pass, kDigitBits, 0, digit); ++pass) {
     launch("count_keys", count_keys, dim3(blocks, 2), kThreads, 0, stream, sample, nullptr, nullptr,
-           kSample, 0, digit, w.states, w.histograms);
+           plan.sample, 0, digit, w.states, w.histograms);
     fix(w, 0, 2, kDigitBits, digit, stream);
   }
   launch("mark_bracket", mark_bracket, grid_of(plan.tiles, 1, kMaxGridX), kThreads, 0, stream,
-         scores, n, plan.tiles, w.states, plan.rank_below > kSample, w.bitmap, w.tile_counts,
+         scores, n, plan.tiles, w.states, plan.rank_below > plan.sample, w.bitmap, w.tile_counts,
          w.control, w.candidate_keys, w.candidate_indices, plan.candidates);
   SelectState* rest = w.states + 2;
   launch("start_candidates", start_candidates, 1, 1, 0, stream, w.control, k, plan.candidates, rest,
@@ -559,7 +559,7 @@ void topk(const SelectionPlan& plan, const Device& device, const float* scores, 
           int64_t k, int64_t* out, int64_t* status, void* workspace, cudaStream_t stream) {
   const Workspace w(plan, workspace);
   clear(plan, workspace, stream);
-  if (plan.sampled) {
+  if (plan.sample > 0) {
     sampled_topk(plan, device, scores, n, k, out, status, w, stream);
   } else {
     plain_topk(plan, device, scores, n, k, out, w, stream);

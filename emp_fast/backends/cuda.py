@@ -191,8 +191,8 @@ class CudaBackend(Backend):
             # The check reads a number back, which a capture cannot.
             many = n >= self._native.SAMPLED_FROM
             sampled = many and not torch.cuda.is_current_stream_capturing()
-            if not sampled or int(self._select(scores, k, selected, sampled=True)):
-                self._select(scores, k, selected, sampled=False)
+            if not sampled or int(self._select(scores, k, selected, self._native.SAMPLE_BITS)):
+                self._select(scores, k, selected, 0)
         return selected
 
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class CudaBackend(Backend):
             return selected
         with _on(device):
             quotas = group_k.to(device)
-            size = self._native.topk_workspace(n, k, num_groups, False)
+            size = self._native.topk_workspace(n, k, num_groups, 0)
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
             self._native.grouped_topk(
                 device.index,
@@ -236,10 +236,14 @@ class CudaBackend(Backend):
             )
         return words
 
-    def _select(self, scores: Tensor, k: int, selected: Tensor, *, sampled: bool) -> Tensor:
-        """Launches one plan; returns its status, [1] int64, 1 when a sampled plan failed."""
+    def _select(self, scores: Tensor, k: int, selected: Tensor, sample_bits: int) -> Tensor:
+        """Launches the plan of a sample, or with 0 the plain one.
+
+        Returns:
+            Its status, [1] int64: 1 when the sample misled and the plain plan must run.
+        """
         n, device = scores.shape[0], scores.device
-        size = self._native.topk_workspace(n, k, 0, sampled)
+        size = self._native.topk_workspace(n, k, 0, sample_bits)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         status = torch.empty(1, dtype=torch.int64, device=device)
         self._native.topk(
@@ -247,7 +251,7 @@ class CudaBackend(Backend):
             scores.data_ptr(),
             n,
             k,
-            sampled,
+            sample_bits,
             *_pointers(selected, status, workspace),
             _stream(device),
         )

@@ -9,6 +9,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -86,36 +87,48 @@ void start_context(Context& context, char* stack, void (*entry)()) {
 
 // ---- who has touched what
 
-// What a thread knows of the others, beyond the barriers that it shared with them: every access of
-// `thread` before its fence number threads[thread], and of a block's threads before its barrier
-// number blocks[block].
+// What is known of other threads, beyond the barriers that a block shares: every access of thread t
+// before its clock warps[t / 32][t % 32] (the clock ticks when it hands knowledge on), and of the
+// threads of block b before its barrier number blocks[b].
 struct Knowledge {
-  std::unordered_map<uint32_t, uint32_t> threads, blocks;
+  std::unordered_map<uint32_t, std::array<uint32_t, 32>> warps;
+  std::unordered_map<uint32_t, uint32_t> blocks;
 
-  bool empty() const { return threads.empty() && blocks.empty(); }
+  void add_thread(uint32_t thread, uint32_t clock) {
+    uint32_t& known = warps[thread / 32][thread % 32];
+    known = std::max(known, clock);
+  }
+  void add_block(uint32_t block, uint32_t barriers) {
+    uint32_t& known = blocks[block];
+    known = std::max(known, barriers);
+  }
   void add(const Knowledge& other) {
-    const auto raise = [](auto& mine, const auto& theirs) {
-      for (const auto& [key, value] : theirs) {
-        auto& entry = mine[key];
-        entry = std::max(entry, value);
-      }
-    };
-    raise(threads, other.threads);
-    raise(blocks, other.blocks);
+    for (const auto& [warp, clocks] : other.warps) {
+      auto& mine = warps[warp];
+      for (size_t l = 0; l < 32; ++l) mine[l] = std::max(mine[l], clocks[l]);
+    }
+    for (const auto& [block, barriers] : other.blocks) add_block(block, barriers);
   }
 };
+
+// Knowledge from several places, by the place; what comes later from one includes the earlier.
+using Sources = std::map<uintptr_t, std::shared_ptr<const Knowledge>>;
+
+void add_sources(Sources& mine, const Sources& others) {
+  for (const auto& [place, knowledge] : others) mine[place] = knowledge;
+}
 
 struct Record {
   uint32_t tag;  // of the launch, or for shared memory the block: older records mean nothing
   uint32_t thread;
   uint32_t barriers;  // that its block had passed
-  uint32_t fences;    // that it had passed
-  uint32_t warp_syncs;
+  uint32_t clock;
   Access access;
 };
 
 struct Shadow {
   Record write, read;
+  uint32_t filling;  // the tag, while an asynchronous copy is under way to here
 };
 
 struct Range {
@@ -139,7 +152,13 @@ struct SharedShadow {
 
 struct Block;
 
-enum class State { kReady, kWarp, kBarrier, kDone };
+enum class State { kReady, kWarp, kBarrier, kCluster, kMbarrier, kDone };
+
+// One thread's copy of 16 bytes.
+struct SmallCopy {
+  char* to;
+  const void* from;
+};
 
 struct Thread {
   Context context;
@@ -155,17 +174,27 @@ struct Thread {
   uint64_t value;
   WarpValues result;
   // Order: see Knowledge.
-  uint32_t fences, warp_syncs;
-  Knowledge acquired, pending;
-  std::unique_ptr<Knowledge> published;
+  uint32_t clock;
+  Sources acquired, pending;
+  std::shared_ptr<const Knowledge> published;
+  const void* awaited;                             // the mbarrier that it waits for
+  std::deque<std::vector<SmallCopy>> copy_groups;  // the last one is open
 
   int lane() const { return number % 32; }
   int warp() const { return number / 32; }
 };
 
 struct Warp {
-  // seen[a][b]: up to which __syncwarp of lane b lane a knows what it did.
-  uint32_t seen[32][32];
+  uint32_t seen[32][32];  // up to which clock of lane b lane a knows what it did
+};
+
+// An mbarrier in shared memory. A phase ends when all have arrived and its bytes have.
+struct Mbarrier {
+  uint32_t arrivals;  // a phase
+  int64_t missing, bytes;
+  uint32_t phase;
+  Knowledge gathered;                          // of all phases
+  std::shared_ptr<const Knowledge> published;  // at the end of the last one
 };
 
 struct Block {
@@ -179,18 +208,33 @@ struct Block {
   int waiting;  // at the barrier
   int done;
   bool news;  // some thread has acquired something since the last barrier
-  Knowledge known;
+  Sources known;
+  std::unordered_map<const void*, Mbarrier> mbarriers;
+  int waiting_for_cluster;
   std::vector<char> fixed_memory;  // while another block runs
   std::unique_ptr<char[]> dynamic_memory;
   char* dynamic;  // aligned
   std::unique_ptr<SharedShadow> shadow;
 };
 
+// A copy by the hardware, which ends some time after it was started.
+struct AsyncCopy {
+  Block* to_block;
+  char* to;
+  const void* from;  // null: `value`
+  size_t bytes;
+  char value[16];
+  const void* mbarrier;
+  Knowledge released;  // what its end makes known
+};
+
 struct Grid {
   const Launch* launch;
   uint32_t tag;
   uint32_t threads_per_block;
-  std::unordered_map<uintptr_t, Knowledge> published;
+  uint32_t thread_stride;  // between blocks, in thread numbers: whole warps
+  std::unordered_map<uintptr_t, std::shared_ptr<const Knowledge>> published;
+  std::deque<AsyncCopy> copies;
   std::vector<std::unique_ptr<Block>> in_flight;
   uint64_t fruitless;  // switches away from a thread that waits for a value
   std::string error;
@@ -217,6 +261,7 @@ Module module_memory;
 uint32_t last_tag = 0;
 uint64_t random_state = 1;
 std::unordered_map<const void*, int> opted_in;
+std::map<std::string, unsigned> most_blocks;  // along x, by kernel
 
 constexpr int kSpinsBeforeSwitch = 16;
 constexpr uint64_t kMostFruitless = 200000;
@@ -275,6 +320,8 @@ void maybe_preempt() {
   leave();
 }
 
+std::vector<Block*> cluster_of(const Block& block);
+
 void finish_thread() {
   Block& block = *running->block;
   running->state = State::kDone;
@@ -282,6 +329,13 @@ void finish_thread() {
   if (block.waiting > 0) {
     fail("divergent barrier: this thread ends while %d of its block wait at __syncthreads",
          block.waiting);
+  }
+  if (grid->launch->cluster > 1) {
+    for (const Block* member : cluster_of(block)) {
+      if (member->waiting_for_cluster > 0) {
+        fail("divergent barrier: this thread ends while others wait for its cluster");
+      }
+    }
   }
   const int first = running->warp() * 32;
   for (int l = 0; l < 32 && first + l < static_cast<int>(block.threads.size()); ++l) {
@@ -369,27 +423,47 @@ Range* find_range(uintptr_t address) {
 
 bool is_strong(Access access) { return access == Access::kStrong || access == Access::kAtomic; }
 
+bool knows(const Knowledge& k, const Record& record, uint32_t block) {
+  const auto warp = k.warps.find(record.thread / 32);
+  if (warp != k.warps.end() && warp->second[record.thread % 32] > record.clock) return true;
+  const auto barriers = k.blocks.find(block);
+  return barriers != k.blocks.end() && barriers->second > record.barriers;
+}
+
 // Whether what `record` tells of comes before what the running thread does now.
 bool is_ordered(const Record& record) {
   const Thread& me = *running;
   if (record.thread == me.global) return true;
-  const uint32_t block = record.thread / grid->threads_per_block;
+  const uint32_t block = record.thread / grid->thread_stride;
   if (block == me.block->number) {
     if (record.barriers < me.block->barriers) return true;
-    const uint32_t other = record.thread % grid->threads_per_block;
+    const uint32_t other = record.thread % grid->thread_stride;
     if (other / 32 == static_cast<uint32_t>(me.warp())) {
       const Warp& warp = me.block->warps[static_cast<size_t>(me.warp())];
-      if (warp.seen[me.lane()][other % 32] > record.warp_syncs) return true;
+      if (warp.seen[me.lane()][other % 32] > record.clock) return true;
     }
   }
-  const Knowledge* const knows[] = {&me.acquired, &me.block->known};
-  for (const Knowledge* k : knows) {
-    const auto thread = k->threads.find(record.thread);
-    if (thread != k->threads.end() && thread->second > record.fences) return true;
-    const auto barriers = k->blocks.find(block);
-    if (barriers != k->blocks.end() && barriers->second > record.barriers) return true;
-  }
-  return false;
+  const auto told = [&](const Sources& sources) {
+    return std::any_of(sources.begin(), sources.end(),
+                       [&](const auto& source) { return knows(*source.second, record, block); });
+  };
+  return told(me.acquired) || told(me.block->known);
+}
+
+// All that the running thread knows, itself included; its clock ticks.
+Knowledge release() {
+  Thread& me = *running;
+  const Block& block = *me.block;
+  ++me.clock;
+  Knowledge all;
+  for (const auto& [place, knowledge] : me.acquired) all.add(*knowledge);
+  for (const auto& [place, knowledge] : block.known) all.add(*knowledge);
+  all.add_block(block.number, block.barriers);
+  const Warp& warp = block.warps[static_cast<size_t>(me.warp())];
+  const uint32_t first = me.global - static_cast<uint32_t>(me.lane());
+  for (uint32_t l = 0; l < 32; ++l) all.add_thread(first + l, warp.seen[me.lane()][l]);
+  all.add_thread(me.global, me.clock);
+  return all;
 }
 
 const char* name_of(bool write, Access access) {
@@ -407,11 +481,15 @@ const char* name_of(bool write, Access access) {
                             const char* space, uintptr_t address) {
   fail("race on %s memory at %#lx: this %s and the %s of block %u, thread %u are not ordered",
        space, address, name_of(write, access), name_of(before_write, before.access),
-       before.thread / grid->threads_per_block, before.thread % grid->threads_per_block);
+       before.thread / grid->thread_stride, before.thread % grid->thread_stride);
 }
 
 void check_order(Shadow& shadow, bool write, Access access, uint32_t tag, const char* space,
                  uintptr_t address) {
+  if (shadow.filling == tag) {
+    fail("%s of %s memory at %#lx, which an asynchronous copy is still filling",
+         name_of(write, access), space, address);
+  }
   const bool strong = is_strong(access);
   const auto conflicts = [&](const Record& r) {
     return r.tag == tag && !(strong && is_strong(r.access)) && !is_ordered(r);
@@ -425,8 +503,7 @@ void check_order(Shadow& shadow, bool write, Access access, uint32_t tag, const 
   if (write && shadow.read.tag == tag && shadow.read.access == Access::kReadOnly) {
     fail("write to %s memory at %#lx that this launch reads by read-only loads", space, address);
   }
-  const Record record{
-      tag, running->global, running->block->barriers, running->fences, running->warp_syncs, access};
+  const Record record{tag, running->global, running->block->barriers, running->clock, access};
   if (write) {
     shadow.write = record;
   } else if (!(shadow.read.tag == tag && shadow.read.access == Access::kReadOnly)) {
@@ -434,9 +511,8 @@ void check_order(Shadow& shadow, bool write, Access access, uint32_t tag, const 
   }
 }
 
-void access_shared(std::vector<Shadow>& shadow, size_t offset, size_t size, bool write,
-                   Access access, uintptr_t address) {
-  const uint32_t tag = running->block->tag;
+void access_shared(uint32_t tag, std::vector<Shadow>& shadow, size_t offset, size_t size,
+                   bool write, Access access, uintptr_t address) {
   const size_t last = (offset + size - 1) >> kSharedGranuleShift;
   for (size_t g = offset >> kSharedGranuleShift; g <= last; ++g) {
     if (!write && shadow[g].write.tag != tag) {
@@ -482,7 +558,8 @@ void access(uintptr_t address, size_t size, bool write, Access kind) {
   if (address >= m.fixed_begin && address < m.fixed_end) {
     touched_begin = std::min<uintptr_t>(touched_begin, address & ~uintptr_t{15});
     touched_end = std::max<uintptr_t>(touched_end, address + size);
-    return access_shared(block.shadow->fixed, address - m.fixed_begin, size, write, kind, address);
+    return access_shared(block.tag, block.shadow->fixed, address - m.fixed_begin, size, write, kind,
+                         address);
   }
   const auto dynamic = reinterpret_cast<uintptr_t>(block.dynamic);
   const auto dynamic_bytes = static_cast<uintptr_t>(grid->launch->shared_bytes);
@@ -490,7 +567,8 @@ void access(uintptr_t address, size_t size, bool write, Access kind) {
     if (address + size > dynamic + dynamic_bytes) {
       fail("%s of %zu bytes across the end of dynamic shared memory", name_of(write, kind), size);
     }
-    return access_shared(block.shadow->dynamic, address - dynamic, size, write, kind, address);
+    return access_shared(block.tag, block.shadow->dynamic, address - dynamic, size, write, kind,
+                         address);
   }
   if (!write) {
     const auto call = reinterpret_cast<uintptr_t>(grid->launch->call);
@@ -518,6 +596,74 @@ void notice_waiting(uintptr_t address) {
   if (++grid->fruitless > kMostFruitless) fail("waits for ever for the value at %#lx", address);
   make_ready(running);
   leave();
+}
+
+// ---- asynchronous copies
+
+// The shadow of one granule of a block's dynamic shared memory.
+Shadow& shadow_of(Block& block, const void* shared) {
+  const size_t offset = static_cast<size_t>(static_cast<const char*>(shared) - block.dynamic);
+  return block.shadow->dynamic[offset >> kSharedGranuleShift];
+}
+
+// Of every granule: that it may be written now, and from now on belongs to a copy.
+void start_filling(Block& block, char* to, size_t bytes) {
+  if (to < block.dynamic || to + bytes > block.dynamic + grid->launch->shared_bytes) {
+    fail("asynchronous copy of %zu bytes to a place that is not in dynamic shared memory", bytes);
+  }
+  for (size_t at = 0; at < bytes; at += size_t{1} << kSharedGranuleShift) {
+    Shadow& shadow = shadow_of(block, to + at);
+    check_order(shadow, true, Access::kPlain, block.tag, "shared",
+                reinterpret_cast<uintptr_t>(to + at));
+    shadow.filling = block.tag;
+  }
+}
+
+void check_source(const void* from, size_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  for (size_t at = 0; at < bytes; at += 16) access(address + at, 16, false, Access::kPlain);
+}
+
+void end_phase_if_complete(Block& block, const void* place, Mbarrier& barrier) {
+  if (barrier.missing > 0 || barrier.bytes != 0) return;
+  barrier.missing = barrier.arrivals;
+  ++barrier.phase;
+  barrier.published = std::make_shared<Knowledge>(barrier.gathered);
+  for (Thread* thread : block.threads) {
+    if (thread->state == State::kMbarrier && thread->awaited == place) make_ready(thread);
+  }
+}
+
+void finish_one_copy() {
+  auto& copies = grid->copies;
+  if (schedule.seed != 0) std::swap(copies.front(), copies[random_below(copies.size())]);
+  const AsyncCopy copy = std::move(copies.front());
+  copies.pop_front();
+  std::memcpy(copy.to, copy.from == nullptr ? copy.value : copy.from, copy.bytes);
+  for (size_t at = 0; at < copy.bytes; at += size_t{1} << kSharedGranuleShift) {
+    shadow_of(*copy.to_block, copy.to + at).filling = 0;
+  }
+  Mbarrier& barrier = copy.to_block->mbarriers.at(copy.mbarrier);
+  barrier.bytes -= static_cast<int64_t>(copy.bytes);
+  barrier.gathered.add(copy.released);
+  end_phase_if_complete(*copy.to_block, copy.mbarrier, barrier);
+}
+
+Mbarrier& mbarrier_of(Block& block, const void* place) {
+  const auto found = block.mbarriers.find(place);
+  if (found == block.mbarriers.end()) fail("use of an mbarrier that nothing has initialised");
+  return found->second;
+}
+
+unsigned rank_of(const Block& block) { return block.number % grid->launch->cluster; }
+
+std::vector<Block*> cluster_of(const Block& block) {
+  std::vector<Block*> members;
+  const uint32_t first = block.number - rank_of(block);
+  for (const auto& other : grid->in_flight) {
+    if (other->number - first < grid->launch->cluster) members.push_back(other.get());
+  }
+  return members;
 }
 
 // An access that the compiler reports.
@@ -574,10 +720,13 @@ std::unique_ptr<Block> start_block(uint64_t number, std::vector<size_t>& free_st
     thread->index = {t % launch.block.x, t / launch.block.x % launch.block.y,
                      t / launch.block.x / launch.block.y};
     thread->number = static_cast<int>(t);
-    thread->global = block->number * threads + t;
-    thread->fences = thread->warp_syncs = 0;
-    thread->acquired = thread->pending = Knowledge{};
+    thread->global = block->number * grid->thread_stride + t;
+    thread->clock = 0;
+    thread->acquired.clear();
+    thread->pending.clear();
     thread->published.reset();
+    thread->copy_groups.clear();
+    thread->copy_groups.emplace_back();
     *reinterpret_cast<uint64_t*>(thread->stack) = kCanary;
     start_context(thread->context, thread->stack, &enter_thread);
     block->threads.push_back(thread);
@@ -619,6 +768,10 @@ std::string what_all_wait_for() {
       char line[120];
       if (t->state == State::kBarrier) {
         std::snprintf(line, sizeof(line), " waits at __syncthreads;");
+      } else if (t->state == State::kCluster) {
+        std::snprintf(line, sizeof(line), " waits for its cluster;");
+      } else if (t->state == State::kMbarrier) {
+        std::snprintf(line, sizeof(line), " waits for an mbarrier;");
       } else {
         std::snprintf(line, sizeof(line), " waits in a warp collective with the mask %08x;",
                       t->mask);
@@ -656,12 +809,17 @@ void run_blocks() {
       ++started;
     }
     if (in_flight.empty()) return;
+    if (!grid->copies.empty() && one_in(schedule.seed == 0 ? 0 : 8)) finish_one_copy();
     if (current == nullptr || current->ready.empty() || one_in(schedule.seed == 0 ? 0 : 8)) {
       const size_t from = schedule.seed == 0 ? 0 : random_below(in_flight.size());
       current = nullptr;
       for (size_t i = 0; i < in_flight.size() && current == nullptr; ++i) {
         Block* block = in_flight[(from + i) % in_flight.size()].get();
         if (!block->ready.empty()) current = block;
+      }
+      if (current == nullptr && !grid->copies.empty()) {  // as late as can be
+        finish_one_copy();
+        continue;
       }
       if (current == nullptr) {
         grid->error = what_all_wait_for();
@@ -671,6 +829,12 @@ void run_blocks() {
     resume(next_thread(*current));
     if (!grid->error.empty()) return;
     if (current->done == static_cast<int>(current->threads.size())) {
+      if (std::any_of(grid->copies.begin(), grid->copies.end(),
+                      [&](const AsyncCopy& copy) { return copy.to_block == current; })) {
+        grid->error = "block " + std::to_string(current->number) +
+                      " ends while a copy to its shared memory is under way";
+        return;
+      }
       const auto at = std::find_if(in_flight.begin(), in_flight.end(),
                                    [&](const auto& block) { return block.get() == current; });
       retire(*current);
@@ -700,14 +864,18 @@ void check_launch_limits(const Launch& launch) {
 
 }  // namespace
 
-void run(const Launch& launch) {
-  check_launch_limits(launch);
+void run(const Launch& wanted) {
+  check_launch_limits(wanted);
+  Launch launch = wanted;
+  const auto limit = most_blocks.find(launch.name);
+  if (limit != most_blocks.end()) launch.grid.x = std::min(launch.grid.x, limit->second);
   makes_thread_local_memory = 1;
   module_memory = find_module();
   Grid here{};
   here.launch = &launch;
   here.tag = new_tag();
   here.threads_per_block = launch.block.x * launch.block.y * launch.block.z;
+  here.thread_stride = (here.threads_per_block + 31) / 32 * 32;
   grid = &here;
   touched_begin = UINTPTR_MAX;
   touched_end = 0;
@@ -746,7 +914,7 @@ void load(void* out, const void* from, size_t size, Access kind) {
   if (kind == Access::kAtomic) access(address, size, true, kind);
   if (is_strong(kind)) {
     const auto published = grid->published.find(address);
-    if (published != grid->published.end()) running->pending.add(published->second);
+    if (published != grid->published.end()) running->pending[address] = published->second;
   }
   std::memcpy(out, from, size);
 }
@@ -757,28 +925,27 @@ void store(void* to, const void* value, size_t size, Access kind) {
   access(address, size, true, kind);
   if (is_strong(kind)) {
     grid->published.erase(address);
-    if (running->published) grid->published[address] = *running->published;
+    if (running->published) grid->published[address] = running->published;
   }
   std::memcpy(to, value, size);
 }
 
 void store_atomic(void* to, const void* value, size_t size) {
-  if (running->published) {
-    grid->published[reinterpret_cast<uintptr_t>(to)].add(*running->published);
+  if (running->published) {  // joins what others have published there
+    auto& there = grid->published[reinterpret_cast<uintptr_t>(to)];
+    auto joined = std::make_shared<Knowledge>(*running->published);
+    if (there) joined->add(*there);
+    there = joined;
   }
   std::memcpy(to, value, size);
 }
 
 void fence() {
   Thread& me = *running;
-  me.acquired.add(me.pending);
   if (!me.pending.empty()) me.block->news = true;
-  me.pending = Knowledge{};
-  ++me.fences;
-  me.published = std::make_unique<Knowledge>(me.acquired);
-  me.published->add(me.block->known);
-  me.published->threads[me.global] = me.fences;
-  me.published->blocks[me.block->number] = me.block->barriers;
+  add_sources(me.acquired, me.pending);
+  me.pending.clear();
+  me.published = std::make_shared<Knowledge>(release());
 }
 
 void block_barrier() {
@@ -790,7 +957,7 @@ void block_barrier() {
   block.waiting = 0;
   ++block.barriers;
   for (Thread* thread : block.threads) {
-    if (block.news) block.known.add(thread->acquired);
+    if (block.news) add_sources(block.known, thread->acquired);
     if (thread != running) make_ready(thread);
   }
   block.news = false;
@@ -837,15 +1004,20 @@ WarpValues warp_exchange(WarpOp op, unsigned mask, uint64_t value) {
     Warp& warp = block.warps[static_cast<size_t>(me.warp())];
     for (int l = 0; l < 32; ++l) {
       if (mask >> l & 1) {
-        warp.seen[l][l] = ++block.threads[static_cast<size_t>(first + l)]->warp_syncs;
+        warp.seen[l][l] = ++block.threads[static_cast<size_t>(first + l)]->clock;
       }
     }
+    Sources acquired;
     uint32_t all[32] = {};
     for (int l = 0; l < 32; ++l) {
-      for (int o = 0; o < 32 && (mask >> l & 1); ++o) all[o] = std::max(all[o], warp.seen[l][o]);
+      if (!(mask >> l & 1)) continue;
+      for (int o = 0; o < 32; ++o) all[o] = std::max(all[o], warp.seen[l][o]);
+      add_sources(acquired, block.threads[static_cast<size_t>(first + l)]->acquired);
     }
     for (int l = 0; l < 32; ++l) {
-      if (mask >> l & 1) std::copy(all, all + 32, warp.seen[l]);
+      if (!(mask >> l & 1)) continue;
+      std::copy(all, all + 32, warp.seen[l]);
+      add_sources(block.threads[static_cast<size_t>(first + l)]->acquired, acquired);
     }
   }
   for (int l = 0; l < 32; ++l) {
@@ -856,6 +1028,135 @@ WarpValues warp_exchange(WarpOp op, unsigned mask, uint64_t value) {
   }
   leave();
   return running->result;
+}
+
+// ---- clusters and asynchronous copies
+
+unsigned cluster_rank() { return rank_of(*running->block); }
+
+void cluster_barrier() {
+  const std::vector<Block*> members = cluster_of(*running->block);
+  ++running->block->waiting_for_cluster;
+  size_t waiting = 0;
+  for (const Block* block : members) {
+    if (block->done > 0)
+      fail("cluster barrier after %d threads of a block have ended", block->done);
+    waiting += static_cast<size_t>(block->waiting_for_cluster);
+  }
+  if (waiting < grid->launch->cluster * size_t{grid->threads_per_block}) {
+    return wait(State::kCluster);
+  }
+  Sources sources;
+  auto barriers = std::make_shared<Knowledge>();
+  for (Block* block : members) {
+    block->waiting_for_cluster = 0;
+    barriers->add_block(block->number, ++block->barriers);
+    add_sources(sources, block->known);
+    for (const Thread* thread : block->threads) add_sources(sources, thread->acquired);
+  }
+  sources[1] = barriers;  // no address
+  for (Block* block : members) {
+    add_sources(block->known, sources);
+    for (Thread* thread : block->threads) {
+      if (thread != running) make_ready(thread);
+    }
+  }
+  make_ready(running);
+  leave();
+}
+
+void mbarrier_init(void* barrier, uint32_t arrivals) {
+  const auto address = reinterpret_cast<uintptr_t>(barrier);
+  maybe_preempt();
+  access(address, 8, true, Access::kPlain);
+  Mbarrier& made = running->block->mbarriers[barrier];
+  made = Mbarrier{};
+  made.arrivals = arrivals;
+  made.missing = arrivals;
+}
+
+void mbarrier_arrive_expect(void* barrier, uint32_t bytes) {
+  maybe_preempt();
+  access(reinterpret_cast<uintptr_t>(barrier), 8, false, Access::kAtomic);
+  Mbarrier& b = mbarrier_of(*running->block, barrier);
+  if (b.missing == 0) fail("more arrivals at an mbarrier than its phase expects");
+  b.gathered.add(release());
+  b.bytes += bytes;
+  --b.missing;
+  end_phase_if_complete(*running->block, barrier, b);
+}
+
+void mbarrier_wait(const void* barrier, uint32_t parity) {
+  maybe_preempt();
+  if (parity > 1) fail("an mbarrier's parity is 0 or 1, not %u", parity);
+  const auto address = reinterpret_cast<uintptr_t>(barrier);
+  access(address, 8, false, Access::kAtomic);
+  const Mbarrier& b = mbarrier_of(*running->block, barrier);
+  while (b.phase % 2 == parity) {
+    running->awaited = barrier;
+    wait(State::kMbarrier);
+  }
+  if (b.published) running->acquired[address] = b.published;
+  running->block->news = true;
+}
+
+void bulk_copy(void* shared, const void* global, uint32_t bytes, void* barrier) {
+  maybe_preempt();
+  if (bytes == 0 || bytes % 16 != 0) fail("bulk copy of %u bytes", bytes);
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("bulk copy to a misaligned address");
+  check_source(global, bytes);
+  access(reinterpret_cast<uintptr_t>(barrier), 8, false, Access::kAtomic);
+  mbarrier_of(*running->block, barrier);
+  start_filling(*running->block, static_cast<char*>(shared), bytes);
+  grid->copies.push_back(
+      {running->block, static_cast<char*>(shared), global, bytes, {}, barrier, release()});
+}
+
+void store_async(void* shared, const void* value, size_t bytes, void* barrier, unsigned rank) {
+  maybe_preempt();
+  Block& mine = *running->block;
+  if (rank >= grid->launch->cluster) fail("the cluster has no block of rank %u", rank);
+  Block* target = nullptr;
+  for (Block* member : cluster_of(mine)) {
+    if (rank_of(*member) == rank) target = member;
+  }
+  if (target == nullptr) fail("store to the block of rank %u, which has ended", rank);
+  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0) fail("store_async to a misaligned address");
+  char* to = target->dynamic + (static_cast<char*>(shared) - mine.dynamic);
+  char* there = target->dynamic + (static_cast<char*>(barrier) - mine.dynamic);
+  mbarrier_of(*target, there);
+  check_order(shadow_of(*target, there), false, Access::kAtomic, target->tag, "shared",
+              reinterpret_cast<uintptr_t>(there));
+  start_filling(*target, to, bytes);
+  AsyncCopy copy{target, to, nullptr, bytes, {}, there, release()};
+  std::memcpy(copy.value, value, bytes);
+  grid->copies.push_back(std::move(copy));
+}
+
+void copy16(void* shared, const void* global) {
+  maybe_preempt();
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("cp.async to a misaligned address");
+  check_source(global, 16);
+  start_filling(*running->block, static_cast<char*>(shared), 16);
+  running->copy_groups.back().push_back({static_cast<char*>(shared), global});
+}
+
+void commit_copies() { running->copy_groups.emplace_back(); }
+
+void wait_copies(size_t pending) {
+  Thread& me = *running;
+  while (me.copy_groups.size() - 1 > pending) {
+    for (const SmallCopy& copy : me.copy_groups.front()) {
+      std::memcpy(copy.to, copy.from, 16);
+      for (size_t at = 0; at < 16; at += size_t{1} << kSharedGranuleShift) {
+        Shadow& shadow = shadow_of(*me.block, copy.to + at);
+        shadow.filling = 0;
+        shadow.write.barriers = me.block->barriers;
+        shadow.write.clock = me.clock;
+      }
+    }
+    me.copy_groups.pop_front();
+  }
 }
 
 void set_schedule(const Schedule& wanted) {
@@ -902,6 +1203,8 @@ void forget_memory() {
   last_range = nullptr;
 }
 
+void limit_blocks(const std::string& kernel, unsigned most) { most_blocks[kernel] = most; }
+
 void set_device(int index, int multiprocessors, int shared_bytes) {
   devices[index] = {multiprocessors, shared_bytes};
 }
@@ -941,12 +1244,39 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribu
     case cudaDevAttrMultiProcessorCount:
       *value = d.multiprocessors;
       return cudaSuccess;
+    case cudaDevAttrClusterLaunch:
+      *value = 1;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = d.shared_bytes;
       return cudaSuccess;
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = cudaFuncAttributes{};
+  attributes->ptxVersion = attributes->binaryVersion = 90;
+  return cudaSuccess;
+}
+
+extern "C" cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, const void*,
+                                                            const cudaLaunchConfig_t*) {
+  *size = 8;
+  return cudaSuccess;
+}
+
+// Few, so that each takes several rows.
+extern "C" cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
+                                                      const cudaLaunchConfig_t*) {
+  *clusters = 2;
+  return cudaSuccess;
 }
 
 extern "C" cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute,

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/async_copy.cuh"
 #include "cuda/launcher.cuh"
 #include "faults.h"
 
@@ -141,27 +142,169 @@ __global__ void endless_wait(int* data, bool wrong) {
   }
 }
 
-using Kernel = void (*)(int*, bool);
-const std::map<std::string, Kernel>& kernels() {
-  static const std::map<std::string, Kernel> all = {
-      {"out_of_bounds", out_of_bounds},
-      {"misaligned_vector", misaligned_vector},
-      {"divergent_barrier", divergent_barrier},
-      {"missing_lane", missing_lane},
-      {"lane_left_out", lane_left_out},
-      {"lanes_at_different_collectives", lanes_at_different_collectives},
-      {"lanes_that_wait_for_each_other", lanes_that_wait_for_each_other},
-      {"unwritten_shared_memory", unwritten_shared_memory},
-      {"unwritten_dynamic_memory", unwritten_dynamic_memory},
-      {"beyond_dynamic_memory", beyond_dynamic_memory},
-      {"missing_barrier", missing_barrier},
-      {"missing_warp_barrier", missing_warp_barrier},
-      {"barrier_before_reuse", barrier_before_reuse},
-      {"two_blocks_write_one_word", two_blocks_write_one_word},
-      {"plain_sum", plain_sum},
-      {"read_only_load_of_written_memory", read_only_load_of_written_memory},
-      {"last_block_without_fence", last_block_without_fence},
-      {"endless_wait", endless_wait},
+// ---- asynchronous copies; dynamic shared memory is an mbarrier and kThreads values
+
+struct Staged {
+  uint64_t barrier;
+  uint64_t unused;
+  int values[kThreads];
+};
+
+__device__ __forceinline__ Staged& start_staged() {
+  Staged& staged = *dynamic_shared<Staged>();
+  if (threadIdx.x == 0) {
+    mbarrier_init(&staged.barrier, 1);
+    fence_proxy_async();
+  }
+  __syncthreads();
+  return staged;
+}
+
+__device__ __forceinline__ void copy_bulk(Staged& staged, const int* data, unsigned expected) {
+  if (threadIdx.x != 0) return;
+  mbarrier_arrive_expect_tx(&staged.barrier, expected);
+  bulk_copy(staged.values, data + blockIdx.x * kThreads, sizeof(staged.values), &staged.barrier);
+}
+
+__global__ void read_before_the_bulk_copy_ends(int* data, bool wrong) {
+  Staged& staged = start_staged();
+  copy_bulk(staged, data, sizeof(staged.values));
+  if (!wrong || threadIdx.x != 5) mbarrier_wait_parity(&staged.barrier, 0);
+  data[global_thread()] = staged.values[threadIdx.x] + 1;
+  if (wrong) mbarrier_wait_parity(&staged.barrier, 0);
+}
+
+__global__ void wait_for_the_wrong_phase(int* data, bool wrong) {
+  Staged& staged = start_staged();
+  copy_bulk(staged, data, sizeof(staged.values));
+  mbarrier_wait_parity(&staged.barrier, wrong ? 1 : 0);
+  data[global_thread()] = staged.values[threadIdx.x] + 1;
+  mbarrier_wait_parity(&staged.barrier, 0);
+}
+
+__global__ void bulk_copy_over_what_is_read(int* data, bool wrong) {
+  Staged& staged = start_staged();
+  staged.values[threadIdx.x] = 1;
+  __syncthreads();
+  const int value = staged.values[threadIdx.x ^ 1];
+  if (!wrong) __syncthreads();
+  copy_bulk(staged, data, sizeof(staged.values));
+  mbarrier_wait_parity(&staged.barrier, 0);
+  data[global_thread()] = value;
+}
+
+__global__ void bytes_that_never_come(int* data, bool wrong) {
+  Staged& staged = start_staged();
+  copy_bulk(staged, data, sizeof(staged.values) + (wrong ? 16 : 0));
+  mbarrier_wait_parity(&staged.barrier, 0);
+}
+
+__global__ void end_before_the_bulk_copy(int* data, bool wrong) {
+  Staged& staged = start_staged();
+  copy_bulk(staged, data, sizeof(staged.values));
+  if (!wrong) mbarrier_wait_parity(&staged.barrier, 0);
+}
+
+__global__ void mbarrier_used_before_it_is_made(int* data, bool wrong) {
+  Staged& staged = *dynamic_shared<Staged>();
+  if (threadIdx.x == 0) mbarrier_init(&staged.barrier, 1);
+  if (!wrong) __syncthreads();
+  copy_bulk(staged, data, sizeof(staged.values));
+  mbarrier_wait_parity(&staged.barrier, 0);
+}
+
+__global__ void small_copy_not_awaited(int* data, bool wrong) {
+  Staged& staged = *dynamic_shared<Staged>();
+  if (threadIdx.x >= 16) return;
+  cp_async16(staged.values + 4 * threadIdx.x, data + blockIdx.x * kThreads + 4 * threadIdx.x);
+  cp_async_commit();
+  if (!wrong) cp_async_wait_group<0>();
+  data[blockIdx.x * kThreads + 4 * threadIdx.x] = staged.values[4 * threadIdx.x] + 1;
+}
+
+__global__ void small_copy_of_another_lane(int* data, bool wrong) {
+  Staged& staged = *dynamic_shared<Staged>();
+  if (threadIdx.x < 16) {
+    cp_async16(staged.values + 4 * threadIdx.x, data + blockIdx.x * kThreads + 4 * threadIdx.x);
+    cp_async_commit();
+    cp_async_wait_group<0>();
+  }
+  if (!wrong) __syncthreads();
+  const int value = staged.values[threadIdx.x];
+  __syncthreads();
+  data[global_thread()] = value;
+}
+
+// Each block sends its rank to the other, which may not have made its mbarrier yet.
+__global__ void store_to_a_block_that_is_not_ready(int* data, bool wrong) {
+  Staged& staged = start_staged();
+  if (!wrong) cluster_sync();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(&staged.barrier, sizeof(uint2));
+    store_async(reinterpret_cast<uint2*>(staged.values), uint2{cluster_rank(), 0}, &staged.barrier,
+                cluster_rank() ^ 1);
+  }
+  mbarrier_wait_cluster(&staged.barrier, 0);
+  data[global_thread()] = staged.values[0];
+}
+
+// The second value overwrites the first, which the other block may not have read.
+__global__ void store_over_what_the_other_block_reads(int* data, bool wrong) {
+  Staged& staged = start_staged();
+  cluster_sync();
+  for (unsigned turn = 0; turn < 2; ++turn) {
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_expect_tx(&staged.barrier, sizeof(uint2));
+      store_async(reinterpret_cast<uint2*>(staged.values), uint2{turn, 0}, &staged.barrier,
+                  cluster_rank() ^ 1);
+    }
+    mbarrier_wait_cluster(&staged.barrier, turn);
+    data[global_thread()] = staged.values[0];
+    if (!wrong) cluster_sync();
+  }
+}
+
+__global__ void cluster_barrier_that_one_thread_misses(int* data, bool wrong) {
+  if (wrong && global_thread() == 70) return;
+  cluster_sync();
+  data[global_thread()] = 0;
+}
+
+struct Fault {
+  void (*kernel)(int*, bool);
+  unsigned cluster;
+};
+const std::map<std::string, Fault>& faults() {
+  static const std::map<std::string, Fault> all = {
+      {"out_of_bounds", {out_of_bounds, 1}},
+      {"misaligned_vector", {misaligned_vector, 1}},
+      {"divergent_barrier", {divergent_barrier, 1}},
+      {"missing_lane", {missing_lane, 1}},
+      {"lane_left_out", {lane_left_out, 1}},
+      {"lanes_at_different_collectives", {lanes_at_different_collectives, 1}},
+      {"lanes_that_wait_for_each_other", {lanes_that_wait_for_each_other, 1}},
+      {"unwritten_shared_memory", {unwritten_shared_memory, 1}},
+      {"unwritten_dynamic_memory", {unwritten_dynamic_memory, 1}},
+      {"beyond_dynamic_memory", {beyond_dynamic_memory, 1}},
+      {"missing_barrier", {missing_barrier, 1}},
+      {"missing_warp_barrier", {missing_warp_barrier, 1}},
+      {"barrier_before_reuse", {barrier_before_reuse, 1}},
+      {"two_blocks_write_one_word", {two_blocks_write_one_word, 1}},
+      {"plain_sum", {plain_sum, 1}},
+      {"read_only_load_of_written_memory", {read_only_load_of_written_memory, 1}},
+      {"last_block_without_fence", {last_block_without_fence, 1}},
+      {"endless_wait", {endless_wait, 1}},
+      {"read_before_the_bulk_copy_ends", {read_before_the_bulk_copy_ends, 1}},
+      {"wait_for_the_wrong_phase", {wait_for_the_wrong_phase, 1}},
+      {"bulk_copy_over_what_is_read", {bulk_copy_over_what_is_read, 1}},
+      {"bytes_that_never_come", {bytes_that_never_come, 1}},
+      {"end_before_the_bulk_copy", {end_before_the_bulk_copy, 1}},
+      {"mbarrier_used_before_it_is_made", {mbarrier_used_before_it_is_made, 1}},
+      {"small_copy_not_awaited", {small_copy_not_awaited, 1}},
+      {"small_copy_of_another_lane", {small_copy_of_another_lane, 1}},
+      {"store_to_a_block_that_is_not_ready", {store_to_a_block_that_is_not_ready, 2}},
+      {"store_over_what_the_other_block_reads", {store_over_what_the_other_block_reads, 2}},
+      {"cluster_barrier_that_one_thread_misses", {cluster_barrier_that_one_thread_misses, 2}},
   };
   return all;
 }
@@ -170,13 +313,16 @@ const std::map<std::string, Kernel>& kernels() {
 
 std::vector<std::string> fault_names() {
   std::vector<std::string> names;
-  for (const auto& [name, kernel] : kernels()) names.push_back(name);
+  for (const auto& [name, fault] : faults()) names.push_back(name);
   return names;
 }
 
 void run_fault(const std::string& name, uintptr_t data, bool wrong) {
-  launch(name.c_str(), kernels().at(name), 2, kThreads, kThreads * sizeof(int), nullptr,
-         reinterpret_cast<int*>(data), wrong);
+  const Fault& fault = faults().at(name);
+  const int64_t shared_bytes =
+      name == "beyond_dynamic_memory" ? kThreads * sizeof(int) : sizeof(Staged);
+  launch_clusters(name.c_str(), fault.kernel, 2, kThreads, fault.cluster, shared_bytes, nullptr,
+                  reinterpret_cast<int*>(data), wrong);
 }
 
 }  // namespace emp_fast::cuda

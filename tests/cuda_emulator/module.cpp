@@ -15,6 +15,7 @@ PYBIND11_MODULE(emp_fast_emulated, m) {
   e.def("allow", &emulator::allow);
   e.def("mark_initialised", &emulator::mark_initialised);
   e.def("forget_memory", &emulator::forget_memory);
+  e.def("limit_blocks", &emulator::limit_blocks);
   e.def("set_device", &emulator::set_device);
   e.def("fault_names", &emp_fast::cuda::fault_names);
   e.def("run_fault", &emp_fast::cuda::run_fault);

@@ -14,6 +14,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace emulator {
 
@@ -60,6 +61,20 @@ struct WarpValues {
 };
 WarpValues warp_exchange(WarpOp op, unsigned mask, uint64_t value);
 
+unsigned cluster_rank();
+void cluster_barrier();
+
+// Asynchronous copies end as late as the schedule lets them; until then nobody may touch where they
+// go. Orders of the generic and the asynchronous proxy are not told apart.
+void mbarrier_init(void* barrier, uint32_t arrivals);
+void mbarrier_arrive_expect(void* barrier, uint32_t bytes);
+void mbarrier_wait(const void* barrier, uint32_t parity);
+void bulk_copy(void* shared, const void* global, uint32_t bytes, void* barrier);
+void store_async(void* shared, const void* value, size_t bytes, void* barrier, unsigned rank);
+void copy16(void* shared, const void* global);  // cp.async
+void commit_copies();
+void wait_copies(size_t pending);
+
 int lane();
 // Ends the launch with an error that names the thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -76,6 +91,8 @@ void set_schedule(const Schedule& schedule);
 void allow(uintptr_t address, size_t size, size_t granule, bool writable, bool initialised);
 void mark_initialised(uintptr_t address, size_t size);
 void forget_memory();
+// Launches a kernel with fewer blocks than asked, so that those that loop over tiles must do so.
+void limit_blocks(const std::string& kernel, unsigned most);
 void set_device(int index, int multiprocessors, int shared_bytes);
 
 struct Counts {
