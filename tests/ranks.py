@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +39,7 @@ def run_ranks(
     Returns:
         For each rank the outcomes by the functions' names, as far as it came.
     """
-    rendezvous = folder / "rendezvous"
+    rendezvous = folder / f"rendezvous-{uuid.uuid4().hex}"  # a second run may use the folder
     processes, pipes = [], []
     for rank in range(size):
         here, there = _context.Pipe(duplex=False)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rank_cases import RULES, N, counted_bytes, stats_of
+from rank_cases import RULES, N, bytes_on_the_wire, counted_bytes, stats_of
 from ranks import Outcome, run_ranks
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import emp_fast
-from emp_fast import merging, rules
+from emp_fast import collectives, merging, rules
 
 SIZES = tuple(range(1, 9))
 
@@ -263,6 +264,35 @@ def merge_costs_few_bytes_and_steps_cost_none(rank: int, size: int) -> None:
 
 
 @ranks_check
+def ten_million_samples_cost_at_most_12_bytes_each(rank: int, size: int) -> None:
+    """An epoch that leaves nothing out, and in which some samples come again and on every rank:
+    what all ranks together hand to the collectives, and what each sends over its connections.
+    """
+    if size != 4:  # 2.5 million samples a rank: once is enough
+        return
+    n = 10_000_000
+    store = emp_fast.ScoreStore(n)
+    own = torch.arange(rank, n, size)
+    before = bytes_on_the_wire()
+    with counted_bytes() as counts:
+        for batch in own.tensor_split(3):  # uneven
+            store.update(batch, {"loss": batch.float(), "entropy": batch.float()})
+        again = torch.cat([own[-1000:], torch.arange(1000)])
+        store.update(again, {"loss": again.float(), "entropy": again.float()})
+    assert counts == {"bytes": 0, "calls": 0}
+    assert bytes_on_the_wire() == before
+    with counted_bytes() as counts:
+        store.merge()
+    sent = bytes_on_the_wire() - before
+    total = torch.tensor(counts["bytes"])
+    dist.all_reduce(total)
+    assert 8 * n < int(total) <= 12 * n
+    assert counts["bytes"] < sent <= 12 * n
+    assert torch.equal(store.scores, 2 * torch.arange(n).float())
+    assert int(store.visits.sum()) == n + 2000 * size
+
+
+@ranks_check
 def infobatch_3_indices_above_2_to_the_24_survive(rank: int, size: int) -> None:
     """InfoBatch sends indices and losses in one float tensor: above 2**24, and in 16 bits above
     256 or 2048, they arrive as other samples.
@@ -307,6 +337,24 @@ def ranks_share_the_global_order(rank: int, size: int) -> None:
 
 
 @ranks_check
+def any_number_of_ranks_selects_the_same(rank: int, size: int) -> None:
+    """Three epochs of a `Pruner` over the ranks and of one store that sees everything."""
+    policies = emp_fast.policies
+    for policy in (policies.TopK(), policies.EpsilonGreedy(0.2), policies.BelowMean(0.5)):
+        pruner, alone = emp_fast.Pruner(N, 0.4, policy=policy, seed=3), emp_fast.ScoreStore(N)
+        k = 602 if policy.takes_budget else None
+        for epoch in range(3):
+            mine = torch.tensor(list(pruner.distributed_sampler()))
+            selected = alone.select(k, policy, epoch=epoch, seed=3)
+            assert torch.equal(pruner.selection.indices, selected.indices)
+            assert (selected.weights is None) == (pruner.selection.weights is None)
+            if selected.weights is not None:
+                assert torch.equal(pruner.selection.weights, selected.weights)
+            pruner.update(mine, stats_of(mine, epoch))
+            alone.update(selected.indices, stats_of(selected.indices, epoch))
+
+
+@ranks_check
 def the_tail_is_dropped_on_request(rank: int, size: int) -> None:
     pruner, alone = emp_fast.Pruner(N, 0.4), emp_fast.Pruner(N, 0.4)
     sampler = pruner.distributed_sampler(drop_last=True)
@@ -336,3 +384,47 @@ def loaders_of_all_ranks_cover_the_epoch(rank: int, size: int) -> None:
         everyone = [index for theirs in told for index in theirs[0]]
         assert sorted(set(everyone)) == selected
         assert len(everyone) == -(-len(selected) // size) * size
+
+
+# ---- which device the data travels from ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "others_direct", "neutral", "chosen"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", True, "cpu", "cpu"),
+        ("cpu:gloo", "cuda:1", True, "cpu", "cpu"),  # the group cannot take it there
+        ("cuda:nccl", "cuda:1", True, "cuda:0", "cuda:0"),
+        ("cuda:nccl", "cpu", True, "cuda:0", "cuda:0"),  # not followed the logits yet
+        ("cpu:gloo,cuda:nccl", "cuda:1", True, "cpu", "cuda:1"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", False, "cpu", "cpu"),  # some rank has it on the host
+        ("cpu:gloo,cuda:nccl", "cpu", False, "cpu", "cpu"),
+    ],
+)
+def test_data_travels_from_a_device_that_serves_every_rank(
+    config: str,
+    data: str,
+    others_direct: bool,
+    neutral: str,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a group that pretends: two ranks, of which the other says whether it has its data where
+    the group can take it. Nothing here has run on NCCL.
+    """
+    met_on = []
+
+    def gather(ranks: collectives.Ranks, record: Tensor) -> list[Tensor]:
+        met_on.append(str(ranks._device))
+        theirs = record.clone()
+        theirs[collectives._WORDS] = others_direct
+        return [record, theirs]
+
+    monkeypatch.setattr(collectives, "world_size_of", lambda group: 2)
+    monkeypatch.setattr(collectives, "rank_of", lambda group: 0)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(collectives.Ranks, "all_gather", gather)
+    ranks = collectives.Ranks(None, torch.device(data), "test", {})
+    assert met_on == [neutral]
+    assert str(ranks._device) == chosen
