@@ -74,6 +74,7 @@ FAULTS = [
     "barrier_before_reuse",
     "beyond_dynamic_memory",
     "bulk_copy_over_what_is_read",
+    "bulk_copy_without_fence",
     "bytes_that_never_come",
     "cluster_barrier_that_one_thread_misses",
     "divergent_barrier",

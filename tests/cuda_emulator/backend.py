@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emp_fast.backends import cuda
 from emp_fast.backends.base import State
 
-DEVICE = 0  # the index that the emulated device has
+DEVICE = 0  # the index that the emulated device has at first
+_DEVICES = itertools.count(DEVICE + 1)
 _UNFILLED = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
 _OPERATIONS = (
     "cross_entropy",
@@ -44,10 +46,10 @@ class EmulatedBackend(cuda.CudaBackend):
     def why_not(self, device: torch.device) -> str | None:
         return None
 
-    def set_device(self, multiprocessors: int, shared_bytes: int) -> None:
+    def set_device(self, multiprocessors: int, shared_bytes: int, max_cluster: int = 8) -> None:
         """Makes the launch arithmetic see another device."""
-        self._native.device += 1  # the module remembers what it was told of an index
-        self._emulator.set_device(self._native.device, multiprocessors, shared_bytes)
+        self._native.device = next(_DEVICES)  # the module remembers what it was told of an index
+        self._emulator.set_device(self._native.device, multiprocessors, shared_bytes, max_cluster)
 
     @contextmanager
     def watched(self, written: list[Tensor], read: list[Tensor]) -> Iterator[None]:

@@ -177,7 +177,8 @@ struct Thread {
   uint32_t clock;
   Sources acquired, pending;
   std::shared_ptr<const Knowledge> published;
-  const void* awaited;                             // the mbarrier that it waits for
+  const void* awaited;  // the mbarrier that it waits for
+  bool unfenced;        // has touched shared memory since its last fence for asynchronous copies
   std::deque<std::vector<SmallCopy>> copy_groups;  // the last one is open
 
   int lane() const { return number % 32; }
@@ -272,8 +273,10 @@ int spins = 0;
 struct FakeDevice {
   int multiprocessors = 4;
   int shared_bytes = 227 * 1024;
+  int max_cluster = 8;
 };
 std::map<int, FakeDevice> devices;
+int current_device = 0;
 
 uint64_t random_bits() {  // xorshift64*
   random_state ^= random_state >> 12;
@@ -513,6 +516,7 @@ void check_order(Shadow& shadow, bool write, Access access, uint32_t tag, const 
 
 void access_shared(uint32_t tag, std::vector<Shadow>& shadow, size_t offset, size_t size,
                    bool write, Access access, uintptr_t address) {
+  if (!is_strong(access)) running->unfenced = true;
   const size_t last = (offset + size - 1) >> kSharedGranuleShift;
   for (size_t g = offset >> kSharedGranuleShift; g <= last; ++g) {
     if (!write && shadow[g].write.tag != tag) {
@@ -725,6 +729,7 @@ std::unique_ptr<Block> start_block(uint64_t number, std::vector<size_t>& free_st
     thread->acquired.clear();
     thread->pending.clear();
     thread->published.reset();
+    thread->unfenced = false;
     thread->copy_groups.clear();
     thread->copy_groups.emplace_back();
     *reinterpret_cast<uint64_t*>(thread->stack) = kCanary;
@@ -1100,8 +1105,13 @@ void mbarrier_wait(const void* barrier, uint32_t parity) {
   running->block->news = true;
 }
 
+void fence_async() { running->unfenced = false; }
+
 void bulk_copy(void* shared, const void* global, uint32_t bytes, void* barrier) {
   maybe_preempt();
+  if (running->unfenced) {
+    fail("bulk copy after accesses of this thread to shared memory without fence.proxy.async");
+  }
   if (bytes == 0 || bytes % 16 != 0) fail("bulk copy of %u bytes", bytes);
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("bulk copy to a misaligned address");
   check_source(global, bytes);
@@ -1205,8 +1215,9 @@ void forget_memory() {
 
 void limit_blocks(const std::string& kernel, unsigned most) { most_blocks[kernel] = most; }
 
-void set_device(int index, int multiprocessors, int shared_bytes) {
-  devices[index] = {multiprocessors, shared_bytes};
+void set_device(int index, int multiprocessors, int shared_bytes, int max_cluster) {
+  devices[index] = {multiprocessors, shared_bytes, max_cluster};
+  current_device = index;
 }
 
 Counts counts() { return count; }
@@ -1245,7 +1256,7 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribu
       *value = d.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrClusterLaunch:
-      *value = 1;
+      *value = d.max_cluster > 0;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = d.shared_bytes;
@@ -1256,7 +1267,7 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribu
 }
 
 extern "C" cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::current_device;
   return cudaSuccess;
 }
 
@@ -1268,7 +1279,7 @@ extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, con
 
 extern "C" cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, const void*,
                                                             const cudaLaunchConfig_t*) {
-  *size = 8;
+  *size = emulator::devices[emulator::current_device].max_cluster;
   return cudaSuccess;
 }
 

@@ -160,8 +160,10 @@ __device__ __forceinline__ Staged& start_staged() {
   return staged;
 }
 
-__device__ __forceinline__ void copy_bulk(Staged& staged, const int* data, unsigned expected) {
+__device__ __forceinline__ void copy_bulk(Staged& staged, const int* data, unsigned expected,
+                                          bool fence = true) {
   if (threadIdx.x != 0) return;
+  if (fence) fence_proxy_async();
   mbarrier_arrive_expect_tx(&staged.barrier, expected);
   bulk_copy(staged.values, data + blockIdx.x * kThreads, sizeof(staged.values), &staged.barrier);
 }
@@ -191,6 +193,14 @@ __global__ void bulk_copy_over_what_is_read(int* data, bool wrong) {
   copy_bulk(staged, data, sizeof(staged.values));
   mbarrier_wait_parity(&staged.barrier, 0);
   data[global_thread()] = value;
+}
+
+__global__ void bulk_copy_without_fence(int* data, bool wrong) {
+  Staged& staged = start_staged();
+  staged.values[threadIdx.x] = 1;
+  __syncthreads();
+  copy_bulk(staged, data, sizeof(staged.values), !wrong);
+  mbarrier_wait_parity(&staged.barrier, 0);
 }
 
 __global__ void bytes_that_never_come(int* data, bool wrong) {
@@ -298,6 +308,7 @@ const std::map<std::string, Fault>& faults() {
       {"wait_for_the_wrong_phase", {wait_for_the_wrong_phase, 1}},
       {"bulk_copy_over_what_is_read", {bulk_copy_over_what_is_read, 1}},
       {"bytes_that_never_come", {bytes_that_never_come, 1}},
+      {"bulk_copy_without_fence", {bulk_copy_without_fence, 1}},
       {"end_before_the_bulk_copy", {end_before_the_bulk_copy, 1}},
       {"mbarrier_used_before_it_is_made", {mbarrier_used_before_it_is_made, 1}},
       {"small_copy_not_awaited", {small_copy_not_awaited, 1}},

@@ -20,7 +20,7 @@ inline void mbarrier_wait_parity(uint64_t* barrier, uint32_t parity) {
 inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
   emulator::mbarrier_wait(barrier, parity);
 }
-inline void fence_proxy_async() {}
+inline void fence_proxy_async() { emulator::fence_async(); }
 
 inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   emulator::bulk_copy(shared, global, bytes, barrier);

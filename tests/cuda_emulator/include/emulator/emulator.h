@@ -65,10 +65,12 @@ unsigned cluster_rank();
 void cluster_barrier();
 
 // Asynchronous copies end as late as the schedule lets them; until then nobody may touch where they
-// go. Orders of the generic and the asynchronous proxy are not told apart.
+// go.
 void mbarrier_init(void* barrier, uint32_t arrivals);
 void mbarrier_arrive_expect(void* barrier, uint32_t bytes);
 void mbarrier_wait(const void* barrier, uint32_t parity);
+// Must come between a thread's own accesses to shared memory and the bulk copies that it starts.
+void fence_async();
 void bulk_copy(void* shared, const void* global, uint32_t bytes, void* barrier);
 void store_async(void* shared, const void* value, size_t bytes, void* barrier, unsigned rank);
 void copy16(void* shared, const void* global);  // cp.async
@@ -93,7 +95,8 @@ void mark_initialised(uintptr_t address, size_t size);
 void forget_memory();
 // Launches a kernel with fewer blocks than asked, so that those that loop over tiles must do so.
 void limit_blocks(const std::string& kernel, unsigned most);
-void set_device(int index, int multiprocessors, int shared_bytes);
+// The device that kernels run on from now on. max_cluster: 0 for one without clusters.
+void set_device(int index, int multiprocessors, int shared_bytes, int max_cluster);
 
 struct Counts {
   uint64_t launches, threads, accesses, switches;
