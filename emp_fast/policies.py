@@ -189,15 +189,17 @@ class Candidates:
         k = sum(quotas)
         if k == 0:
             return mask
+        if eligible is self.visited and sum(self.num_visited) == len(self):
+            eligible = None  # from the second epoch on
         if eligible is not None:
             # NaN ranks below everything, and no quota exceeds the eligible samples.
             keys = keys.masked_fill(~eligible, torch.nan)
         groups = self.groups if groups is None else groups
         if groups is None:
-            mask[functional.topk_indices(keys, k)] = True
+            chosen = functional.topk_indices(keys, k)
         else:
-            mask[functional.topk_indices(keys, k, groups=groups, group_k=quotas)] = True
-        return mask
+            chosen = functional.topk_indices(keys, k, groups=groups, group_k=quotas)
+        return mask.index_fill_(0, chosen, True)
 
     def unvisited_first(self, quotas: list[int], rank: Callable[[list[int]], Tensor]) -> Tensor:
         """Never-visited samples at random, then what ``rank`` selects for the rest."""

@@ -36,6 +36,15 @@ class Selection(NamedTuple):
     indices: Tensor  # [K] int64, ascending
     weights: Tensor | None  # [K] float32 loss weights; None: all 1
 
+    @classmethod
+    def of(cls, mask: Tensor, weights: Tensor | None) -> Selection:
+        """The samples in ``mask`` [N] with their share of ``weights`` [N], which policies give."""
+        if mask.device.type == "cpu":  # a tenth of the time that torch takes
+            indices = torch.from_numpy(np.flatnonzero(mask.numpy()))
+        else:
+            indices = mask.nonzero()[:, 0]
+        return cls(indices, None if weights is None else weights[indices])
+
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the indices; into a .parquet file the weights too, as the column "weight".
 

@@ -262,9 +262,8 @@ class ShardedScoreStore:
             start=self.owned_range.start,
         )
         quotas = None if k is None else policy.quotas(candidates, k, balance)
-        mask, weights = policy.choose(candidates, quotas)
-        own = mask.nonzero()[:, 0]
-        return Selection(own + self.owned_range.start, None if weights is None else weights[own])
+        own = Selection.of(*policy.choose(candidates, quotas))
+        return own._replace(indices=own.indices + self.owned_range.start)
 
     def _own_labels(self, labels: Tensor) -> Tensor:
         labels = torch.as_tensor(labels)

@@ -381,9 +381,7 @@ class ScoreStore:
             self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
         )
         quotas = None if k is None else policy.quotas(candidates, k, balance)
-        mask, weights = policy.choose(candidates, quotas)
-        indices = mask.nonzero()[:, 0]
-        return Selection(indices, None if weights is None else weights[indices])
+        return Selection.of(*policy.choose(candidates, quotas))
 
     def _checked_labels(self, labels: Tensor) -> tuple[Tensor, int]:
         labels = torch.as_tensor(labels)

@@ -144,16 +144,14 @@ def select(
     )
     try:
         quotas = None if budget is None else chosen.quotas(candidates, budget, balance)  # type: ignore[arg-type]
-        mask, weights = chosen.choose(candidates, quotas)
+        kept = Selection.of(*chosen.choose(candidates, quotas))
     except ValueError as error:  # a window narrower than the budget
         raise InputError(str(error)) from error
-    indices = mask.nonzero()[:, 0]
-    kept = Selection(indices, None if weights is None else weights[indices])
     if dataset is None:
         kept.save(output, overwrite=overwrite)
     else:
         _export(kept, dataset, len(values), output, overwrite)
-    _say(f"kept {len(indices):,} of {len(values):,} samples: {output}")
+    _say(f"kept {len(kept.indices):,} of {len(values):,} samples: {output}")
 
 
 def _export(
