@@ -84,6 +84,8 @@ def cross_entropy(
             NaN.
     """
     arguments = _rows(logits, target, weight, ignore_index, label_smoothing, softcap, offsets)
+    if offsets is None and logits.dim() == 2 and not _wants_gradient(logits):
+        return SampleStats(*ops.scores(*arguments))
     starts = checked_offsets(offsets, logits)
     return _per_sample(_score_rows(*arguments), logits.shape[:-1], starts)
 
@@ -369,6 +371,10 @@ def _rows(
     return rows, flat_target, class_weight, ignore_index, smoothing, cap
 
 
+def _wants_gradient(logits: Tensor) -> bool:
+    return torch.is_grad_enabled() and logits.requires_grad
+
+
 def _score_rows(
     logits: Tensor,
     target: Tensor,
@@ -378,7 +384,7 @@ def _score_rows(
     softcap: float,
 ) -> _RowScores:
     arguments = (logits, target, weight, ignore_index, label_smoothing, softcap)
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if _wants_gradient(logits):
         return ops.CrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     return ops.cross_entropy(*arguments)  # type: ignore[no-any-return]
 

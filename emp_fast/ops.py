@@ -103,6 +103,24 @@ cross_entropy = _define(
 )
 
 
+def scores(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+) -> tuple[Tensor, ...]:
+    """`Backend.scores`: the fields of SampleStats of rows whose gradient is not wanted."""
+    if _watched(logits):
+        loss, rows, correct, count = torch.ops.emp_fast.cross_entropy(
+            logits, target, weight, ignore_index, label_smoothing, softcap
+        )
+        return (loss, *rows[:4].unbind(0), correct, count)
+    options = LossOptions(ignore_index, label_smoothing, softcap)
+    return resolve(logits.device, logits.dtype).scores(logits, target, weight, options)
+
+
 def _cross_entropy_backward(
     grad_loss: Tensor,
     logits: Tensor,

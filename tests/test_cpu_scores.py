@@ -176,7 +176,7 @@ def test_nothing_outside_the_outputs_is_written(classes: int, threads: int, isa:
     arguments = (logits.data_ptr(), 0, classes, rows, classes, target.data_ptr(), False, 0)
     options = (-100, 0.0, 0.0)
     pointers = {name: tensor[guard:].data_ptr() for name, tensor in outputs.items()}
-    assert native.cross_entropy(*arguments, *options, *pointers.values(), threads) == -1
+    assert native.cross_entropy(*arguments, *options, *pointers.values(), True, threads) == -1
     grad_loss = torch.ones(rows)
     native.cross_entropy_backward(
         *arguments,
@@ -190,6 +190,34 @@ def test_nothing_outside_the_outputs_is_written(classes: int, threads: int, isa:
         assert (tensor[:guard] == 77).all(), name
         assert (tensor[-guard:] == 77).all(), name
         assert not (tensor[guard:-guard] == 77).any(), name
+
+
+@pytest.mark.parametrize("classes", [1, 3, 10, 1025])
+@pytest.mark.parametrize("threads", THREADS)
+def test_without_a_backward_pass_the_scores_are_the_same_and_nothing_else_is_written(
+    classes: int, threads: int, isa: str
+) -> None:
+    native = pytest.importorskip("emp_fast._native")
+    rows = 21
+    logits, target, _ = make(Case(f"forward_{classes}", rows, classes))
+    arguments = (logits.data_ptr(), 0, classes, rows, classes, target.data_ptr(), False, 0)
+
+    def run(*, for_backward: bool) -> list[Tensor]:
+        outputs = [
+            torch.full((rows,), 77.0),
+            torch.full((7, rows), 77.0),
+            torch.full((rows,), 77, dtype=torch.uint8),
+            torch.full((rows,), 77, dtype=torch.int32),
+        ]
+        pointers = [tensor.data_ptr() for tensor in outputs]
+        options = (-100, 0.0, 0.0)
+        assert native.cross_entropy(*arguments, *options, *pointers, for_backward, threads) == -1
+        return outputs
+
+    whole, scores = run(for_backward=True), run(for_backward=False)
+    assert (scores[1][4:] == 77).all()
+    whole[1][4:] = 77
+    assert all(map(torch.equal, whole, scores))
 
 
 def test_the_first_bad_class_is_the_one_reported(isa: str) -> None:

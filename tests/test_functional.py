@@ -66,6 +66,15 @@ def incoming(samples: int) -> Tensor:
 
 
 @each_case
+def test_scores_are_the_same_whether_a_gradient_is_wanted(case: Case, backend: str) -> None:
+    logits, target, options = make(case)
+    plain = cross_entropy(logits, target, **options)
+    differentiable = cross_entropy(logits.requires_grad_(), target, **options)
+    for name, ours, theirs in zip(SampleStats._fields, plain, differentiable, strict=True):
+        assert torch.equal(ours.nan_to_num(7.25), theirs.detach().nan_to_num(7.25)), name
+
+
+@each_case
 def test_every_field_agrees_with_the_oracle(case: Case, backend: str, poison: None) -> None:
     logits, target, options = make(case)
     got = cross_entropy(logits, target, **options)

@@ -86,11 +86,13 @@ Problem make_problem(uintptr_t logits, int storage, int64_t row_stride, int64_t 
 int64_t cross_entropy(uintptr_t logits, int storage, int64_t row_stride, int64_t rows,
                       int64_t classes, uintptr_t target, bool soft, uintptr_t weight,
                       int64_t ignore_index, double label_smoothing, double softcap, uintptr_t loss,
-                      uintptr_t fields, uintptr_t correct, uintptr_t count, int threads) {
+                      uintptr_t fields, uintptr_t correct, uintptr_t count, bool for_backward,
+                      int threads) {
   py::gil_scoped_release released;
   const Problem problem = make_problem(logits, storage, row_stride, rows, classes, target, soft,
                                        weight, ignore_index, label_smoothing, softcap);
-  const ScoreOutputs out{at<float>(loss), at<float>(fields), at<bool>(correct), at<int32_t>(count)};
+  const ScoreOutputs out{at<float>(loss), at<float>(fields), at<bool>(correct), at<int32_t>(count),
+                         for_backward};
   const ScoreKernels& kernels = score_kernels(active_isa());
   std::atomic<int64_t> wrong{kNone};
   parallel_ranges(rows, rows_per_range(problem, kernels, threads), threads,

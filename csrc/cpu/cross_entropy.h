@@ -11,6 +11,7 @@ enum class Storage { kFloat32, kFloat16, kBFloat16 };
 
 // emp_fast.backends.base.ROW_FIELDS, in their order.
 enum Field { kEntropy, kEl2n, kMargin, kConfidence, kMax, kInvSum, kMiss, kNumFields };
+constexpr int kNumScores = kMax;  // those before it are for the user
 
 struct Problem {
   const void* logits;  // [rows, classes], unit stride along the classes
@@ -28,10 +29,11 @@ struct Problem {
 };
 
 struct ScoreOutputs {
-  float* loss;     // [rows]
-  float* fields;   // [kNumFields, rows]
-  bool* correct;   // [rows]
-  int32_t* count;  // [rows]
+  float* loss;        // [rows]
+  float* fields;      // [kNumFields, rows], or [kNumScores, rows] without a backward pass
+  bool* correct;      // [rows]
+  int32_t* count;     // [rows]
+  bool for_backward;  // whether to keep what the backward pass needs
 };
 
 struct GradientInputs {

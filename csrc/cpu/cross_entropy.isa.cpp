@@ -272,9 +272,11 @@ EMP_FAST_INLINE void write_scores(const Problem& problem, const ScoreOutputs& ou
   field(kEl2n, scores.el2n);
   field(kMargin, scores.margin);
   field(kConfidence, scores.confidence);
-  field(kMax, scores.max);
-  field(kInvSum, scores.inv_sum);
-  field(kMiss, scores.miss);
+  if (out.for_backward) {
+    field(kMax, scores.max);
+    field(kInvSum, scores.inv_sum);
+    field(kMiss, scores.miss);
+  }
   const float* margin = out.fields + kMargin * problem.rows + first;
   for_each_row(count, [&](int64_t i) {
     out.correct[first + i] = margin[i] >= 0;

@@ -95,6 +95,13 @@ class Backend(ABC):
     ) -> RowScores:
         """Scores every row in one pass. Design: the numerics of docs/numerics.md."""
 
+    def scores(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+    ) -> tuple[Tensor, ...]:
+        """The fields of SampleStats of rows whose gradient is not wanted; see `cross_entropy`."""
+        loss, rows, correct, count = self.cross_entropy(logits, target, weight, options)
+        return (loss, *rows[: ROW_FIELDS.index("max")].unbind(0), correct, count)
+
     @abstractmethod
     def cross_entropy_backward(
         self,

@@ -26,6 +26,7 @@ from emp_fast.backends.reference import ReferenceBackend
 #: As csrc/cpu/cross_entropy.h numbers them.
 _STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FIELDS = len(ROW_FIELDS)
+_SCORES = ROW_FIELDS.index("max")  # those for the user come first
 _KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h numbers them
 _MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
 
@@ -50,12 +51,39 @@ class CpuBackend(ReferenceBackend):
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> RowScores:
         """Scores every row; see `Backend.cross_entropy`."""
-        rows, classes = logits.shape
-        at = logits.device
+        rows, at = logits.shape[0], logits.device
         loss = torch.empty(rows, dtype=torch.float32, device=at)
         fields = torch.empty(_FIELDS, rows, dtype=torch.float32, device=at)
-        correct = torch.empty(rows, dtype=torch.bool, device=at)
-        count = torch.empty(rows, dtype=torch.int32, device=at)
+        pointers = loss.data_ptr(), fields.data_ptr()
+        correct, count = self._score(logits, target, weight, options, *pointers, for_backward=True)
+        return RowScores(loss, fields, correct, count)
+
+    def scores(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+    ) -> tuple[Tensor, ...]:
+        """Writes nothing for a backward pass; see `Backend.scores`."""
+        rows = logits.shape[0]
+        fields = torch.empty(1 + _SCORES, rows, dtype=torch.float32, device=logits.device)
+        loss = fields.data_ptr()
+        pointers = loss, loss + 4 * rows
+        flags = self._score(logits, target, weight, options, *pointers, for_backward=False)
+        return (*fields.unbind(0), *flags)
+
+    def _score(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        loss: int,
+        fields: int,
+        *,
+        for_backward: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Writes to the addresses ``loss`` and ``fields``; returns `correct` and `count`."""
+        rows, classes = logits.shape
+        correct = torch.empty(rows, dtype=torch.bool, device=logits.device)
+        count = torch.empty(rows, dtype=torch.int32, device=logits.device)
         wrong = self._native.cross_entropy(
             logits.data_ptr(),
             _STORAGE[logits.dtype],
@@ -66,15 +94,16 @@ class CpuBackend(ReferenceBackend):
             target.dtype is torch.float32,
             0 if weight is None else weight.data_ptr(),
             *options,
-            loss.data_ptr(),
-            fields.data_ptr(),
+            loss,
+            fields,
             correct.data_ptr(),
             count.data_ptr(),
+            for_backward,
             torch.get_num_threads(),
         )
         if wrong >= 0:
             check_target_range(target, classes, options.ignore_index)
-        return RowScores(loss, fields, correct, count)
+        return correct, count
 
     def cross_entropy_backward(
         self,
