@@ -1,6 +1,4 @@
-"""Finding a threshold among unsigned 32-bit keys by brackets and histograms: plain integers, no
-Triton.
-"""
+"""Finding a threshold among unsigned 32-bit keys by brackets and histograms, in plain integers."""
 
 from __future__ import annotations
 
@@ -50,8 +48,7 @@ def narrow(bracket: Bracket, counts: Sequence[int], k: int) -> Bracket:
 
 
 def sample_ranks(n: int, k: int, samples: int) -> tuple[int, int]:
-    """Ranks in a sorted sample, highest first, that bracket the k-th highest of n in all
-    likelihood.
+    """Ranks in a sample, sorted from the highest, that most likely bracket the k-th highest of n.
 
     The rank of the k-th in a random sample is binomial; four standard deviations to either side and
     one rank for rounding miss it about once in 16 thousand times, and a miss costs only another

@@ -4,12 +4,11 @@ Contract: `Backend.cross_entropy`, `cross_entropy_backward` and `cross_entropy_s
 
     score_tile    a program holds whole rows in registers as a tile [ROWS, BLOCK] with BLOCK >= C.
                   Reads the logits once, writes the gradient once if asked.
-    score_loop    a program walks over one row in tiles [UNROLL, LANES, VECTOR] of 16-byte loads;
-    each
-                  lane keeps its own running statistics, so that the loop needs no shuffle and no
-                  barrier, and the lanes meet once at the end. The gradient takes a second pass over
-                  the row, backwards, whose reads mostly hit the cache that the first pass filled.
-                  With PARTIAL it stops at the statistics of one part of a row.
+    score_loop    a program walks over one row in tiles [UNROLL, LANES, VECTOR] of 16-byte loads.
+                  Each lane keeps its own running statistics, so that the loop needs no shuffle and
+                  no barrier, and the lanes meet once at the end. The gradient takes a second pass
+                  over the row, backwards, whose reads mostly hit the cache that the first pass
+                  filled. With PARTIAL it stops at the statistics of one part of a row.
     merge_parts   joins the parts of split rows and writes their scores.
 
 Traffic: R * C * itemsize read, as much again written for the gradient, 4 bytes a class for soft
@@ -56,9 +55,7 @@ def _capped(raw, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _class_ids(target_ptr, row, row_ok, ignore_index, num_classes):
-    """Returns the class id of each row, safe to index with; whether it counts; whether it is
-    bad.
-    """
+    """Returns each row's class id, safe to index with, whether it counts, whether it is bad."""
     y = tl.load(target_ptr + row, mask=row_ok, other=0)
     valid = row_ok & (y != ignore_index)
     bad = valid & ((y < 0) | (y >= num_classes))
@@ -69,9 +66,7 @@ def _class_ids(target_ptr, row, row_ok, ignore_index, num_classes):
 def _class_weights(
     t, w, smoothing, num_classes, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr
 ):
-    """c_j of softmax_stats: the smoothed and weighted target, or the smoothing alone for class
-    ids.
-    """
+    """c_j of softmax_stats: the smoothed and weighted target; of class ids the smoothing alone."""
     share = smoothing / num_classes.to(tl.float32)
     if SOFT:
         c = t * (1.0 - smoothing) + share if SMOOTH else t
@@ -208,6 +203,7 @@ def _update_if_last(
     direct_row,
     mean,
     decay,
+    gain,
     direct_scale,
     memory_scale,
     variance_scale,
@@ -250,6 +246,7 @@ def _update_if_last(
                 num_samples,
                 mean,
                 decay,
+                gain,
                 direct_scale,
                 memory_scale,
                 variance_scale,
@@ -287,6 +284,7 @@ def score_tile(
     direct_row: tl.int32,
     mean: tl.int32,
     decay: tl.float32,
+    gain: tl.float32,
     direct_scale: tl.float32,
     memory_scale: tl.float32,
     variance_scale: tl.float32,
@@ -423,12 +421,9 @@ def score_tile(
             SOFTCAP,
         )
         value = tl.where(valid[:, None], value, 0.0)
-        out = grad_ptr + (row * num_classes)[:, None] + col
-        tl.store(
-            tl.multiple_of(out, [1, ALIGN_BYTES]),
-            value.to(grad_ptr.dtype.element_ty),
-            mask=tile_ok,
-        )
+        value = value.to(grad_ptr.dtype.element_ty)
+        out = tl.multiple_of(grad_ptr + (row * num_classes)[:, None] + col, [1, ALIGN_BYTES])
+        tl.store(out, value, mask=tile_ok)
     if UPDATE:
         _update_if_last(
             loss_ptr,
@@ -447,6 +442,7 @@ def score_tile(
             direct_row,
             mean,
             decay,
+            gain,
             direct_scale,
             memory_scale,
             variance_scale,
@@ -499,6 +495,7 @@ def score_loop(
     direct_row: tl.int32,
     mean: tl.int32,
     decay: tl.float32,
+    gain: tl.float32,
     direct_scale: tl.float32,
     memory_scale: tl.float32,
     variance_scale: tl.float32,
@@ -740,6 +737,7 @@ def score_loop(
             direct_row,
             mean,
             decay,
+            gain,
             direct_scale,
             memory_scale,
             variance_scale,

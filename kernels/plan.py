@@ -11,15 +11,21 @@ from typing import NamedTuple
 VECTOR_BYTES = 16
 
 #: Largest class counts whose rows stay in registers as one tile: for scores, and with the
-#: gradient too, where staying on chip saves the second read.
+#: gradient too, where staying on chip saves the second read; longer rows spill registers.
 TILE_CLASSES = 4096
-TILE_CLASSES_GRAD = 16384
-#: Elements of a tile of several rows: 16 a thread of 4 warps.
+TILE_CLASSES_GRAD = 8192
+#: Elements of a tile of several rows, and of a thread: one 16-byte load of 16-bit logits. Twice as
+#: many a thread spill registers where neither rows nor addresses line up.
 TILE_ELEMENTS = 2048
+THREAD_ELEMENTS = 8
+MOST_TILE_WARPS = 16
 #: Elements below which a tile of several rows is not cut to occupy more multiprocessors.
 MIN_TILE_ELEMENTS = 512
 
+#: Vectors that a thread has in flight in a walk, and where every class has a weight of its own in
+#: the loss (smoothing, soft targets) and what is known of it takes as many registers again.
 LOOP_UNROLL = 4
+LOOP_UNROLL_WEIGHTED = 2
 #: Class counts from which a row is walked by 8 warps instead of 4.
 WIDE_CLASSES = 16384
 
@@ -29,7 +35,7 @@ MAX_PARTS = 512
 #: rows would make the others wait for it longer than for another launch; wider steps would cost the
 #: scoring part its registers.
 STEP_UPDATE_ROWS = 1024
-STEP_UPDATE_LANES = 256
+STEP_UPDATE_LANES = 128
 #: Rows that one program of update_state takes through both phases.
 ONE_PROGRAM_ROWS = 4096
 UPDATE_BLOCK = 1024
@@ -38,9 +44,9 @@ PHILOX_BLOCK = 1024
 #: Words of a bitmap that one program of a selection kernel handles, and the scores they stand for.
 MARK_WORDS = 256
 MARK_SCORES = 32 * MARK_WORDS
+MARK_WARPS = 8
 HISTOGRAM_BLOCK = 2048
-#: Number of scores from which a sample saves reading them several times, and the size of
-#: the sample.
+#: Number of scores from which a sample saves reading them several times, and the sample's size.
 SAMPLE_FROM = 2**20
 SAMPLES = 2**18
 #: At most one score in this many is collected as a candidate; the sample aims at one in 128.
@@ -104,12 +110,11 @@ def plan_tile(
     rows = max(1, TILE_ELEMENTS // block)
     while rows * block > MIN_TILE_ELEMENTS and num_rows < 2 * multiprocessors * rows and rows > 1:
         rows //= 2
-    warps = max(4, min(16, block // 512))
     return TilePlan(
         rows=rows,
         block=block,
         align=alignment(num_classes, row_stride, address, itemsize),
-        warps=warps,
+        warps=min(rows * block // (32 * THREAD_ELEMENTS), MOST_TILE_WARPS),
         grid=ceil_div(num_rows, rows),
     )
 
@@ -122,10 +127,12 @@ def plan_loop(
     itemsize: int,
     multiprocessors: int,
     may_split: bool,
+    weighted: bool,
 ) -> LoopPlan:
     """A walk over each row; few rows are split so that all multiprocessors have work.
 
-    ``may_split`` says whether the caller can merge parts of a row.
+    ``may_split`` says whether the caller can merge parts of a row, ``weighted`` whether every class
+    has a weight of its own in the loss.
     """
     if num_classes > MAX_CLASSES:
         raise ValueError(f"logits must have at most {MAX_CLASSES} classes, got {num_classes}")
@@ -137,7 +144,7 @@ def plan_loop(
         shift=shift,
         shifted=align < vector,
         shifted_alike=shift == 0 and row_stride % vector == num_classes % vector,
-        unroll=LOOP_UNROLL,
+        unroll=LOOP_UNROLL_WEIGHTED if weighted else LOOP_UNROLL,
         vector=vector,
         warps=8 if num_classes >= WIDE_CLASSES else 4,
         parts=1,
@@ -166,5 +173,5 @@ def next_power_of_two(n: int) -> int:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """A / b rounded up."""
+    """The quotient rounded up."""
     return -(-a // b)

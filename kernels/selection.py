@@ -5,8 +5,7 @@ Contract: `Backend.topk_indices` and `grouped_topk_indices`. Scores are compared
 around the k-th highest (from a sample, or from histograms):
 
     mark_scores         ONE read of the scores writes two bitmaps, above the bracket and inside it,
-    and
-                        counts both in every block of `BLOCK` scores
+                        and counts both in every block of 32 x `WORDS` scores
     collect_marked      the scores inside, in index order; reads only the sectors that hold one
     histogram           256 bins of the keys inside a bracket; repeated, it ends at the exact key
     resolve_marked      splits the bitmap inside by the exact key: above it, and equal to it
@@ -20,7 +19,7 @@ counts one byte of that composite key for every group at once, `mark_groups` com
 group's own threshold.
 
 Traffic: 4 N bytes for mark_scores, N / 8 written and read again for each bitmap, 8 k for the
-    indices.
+indices.
 Tiles: `WORDS` x 32 scores a program, one bitmap word a row.
 """
 
@@ -35,11 +34,12 @@ BINS = tl.constexpr(256)
 
 @triton.jit
 def order_key(score):
-    """The unsigned key of a float32 score."""
-    score = tl.where(score == 0, 0.0, score)  # -0.0 equals 0.0
+    """The unsigned key of a float32 score, by its bits alone: denormals are told apart."""
     bits = score.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    bits = tl.where(magnitude == 0, 0, bits)  # -0.0 equals 0.0
     key = bits ^ ((bits >> 31) | -0x80000000)
-    return tl.where(score != score, 0, key).to(tl.uint32, bitcast=True)
+    return tl.where(magnitude > 0x7F800000, 0, key).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -87,8 +87,7 @@ def mark_scores(
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)[None, :]
     index = block * (WORDS * 32) + word[:, None] * 32 + bit
-    # Scores that a caller sliced may lie off the 16-byte grid: 4 bytes a lane, coalesced all the
-    # same.
+    # A slice may lie off the 16-byte grid: 4 bytes a lane, 128 bytes in a row all the same.
     score = tl.load(scores_ptr + index, mask=index < n, other=0.0)
     key = order_key(score)
     above = (key > high.to(tl.uint32)) & (index < n)

@@ -1,5 +1,6 @@
-"""The maths of one softmax row, written once for every Triton kernel. Derivations:
-docs/numerics.md.
+"""The maths of one softmax row, written once for every Triton kernel.
+
+Derivations: docs/numerics.md.
 
 The statistics of a *part* of a row, over its classes j other than the target, are float32 values
 
@@ -57,8 +58,9 @@ def tanh(x):
 
 @triton.jit
 def softcap_slope(x, softcap):
-    """The derivative of softcap * tanh(x / softcap): 1 - tanh^2 = 4 e / (1 + e)^2, e =
-    e^(-2|u|).
+    """The derivative of softcap tanh(u), u = x / softcap: 1 - tanh^2 = 4 e / (1 + e)^2.
+
+    Here e = e^(-2 |u|).
     """
     e = exp(-2.0 * tl.abs(x / softcap))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
@@ -75,7 +77,7 @@ def rebase(peak, d, s, q, mass, tilt, new_peak):
 
 @triton.jit
 def weighted_difference(c, diff):
-    """C * diff, where a class of no weight costs nothing even at diff = -inf."""
+    """The product, where a class of no weight costs nothing even at diff = -inf."""
     return tl.where(c == 0, 0.0, c * diff)
 
 

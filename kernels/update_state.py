@@ -4,15 +4,18 @@ wins.
 Contract: `Backend.update_state`. A row is valid when it counts, its index lies in [0, N) and its
 values are finite; only valid rows claim a sample. Two phases:
 
-    claim   atomic max of row + 1 into claims[index], so claims holds the last valid row of each
-    sample apply   the row that finds itself there moves the state and puts the claim back to 0
+    claim   atomic max of row + 1 into claims[index]: the claim of a sample is its last valid row
+    apply   the row that finds itself there moves the state and puts the claim back to 0
 
 No row reads a sample's state but its winner, and a loser that reads the claim after the winner
 cleared it still sees another row than itself; so the result does not depend on the order of the
 programs.
 
+Every product, sum and quotient of the state is rounded by itself, as in every other backend: a
+fused multiply-add would let backends drift apart in the last bit, and with it the order of samples.
+
 Traffic: 20 bytes a row for index, values and count, twice; 28 bytes of state a sample, random
-    access.
+access.
 Tiles: `BLOCK` rows a program and step. Up to `plan.ONE_PROGRAM_ROWS` rows one program does both
 phases in one launch, a barrier apart; beyond, each phase is a launch of its own.
 """
@@ -25,6 +28,9 @@ from ._jit import kernel
 BOTH = tl.constexpr(0)
 CLAIM = tl.constexpr(1)
 APPLY = tl.constexpr(2)
+
+#: Where the count of visits stays.
+MOST_VISITS = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -51,6 +57,12 @@ def claim_rows(row, index, signal, direct, counted, claims_ptr, counters_ptr, nu
 
 
 @triton.jit
+def rounded(product, zero):
+    """The product, kept from being fused with a sum: only at run time is `zero` known to be 0."""
+    return (product.to(tl.int32, bitcast=True) ^ zero).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def apply_rows(
     row,
     index,
@@ -65,6 +77,7 @@ def apply_rows(
     num_samples,
     mean,
     decay,
+    gain,
     direct_scale,
     memory_scale,
     variance_scale,
@@ -76,21 +89,24 @@ def apply_rows(
     won = valid & (claim == (row + 1).to(tl.int32))
     memory = tl.load(memory_ptr + index, mask=won, other=0.0)
     visits = tl.load(visits_ptr + index, mask=won, other=0)
+    zero = (num_samples >> 62).to(tl.int32)
+    following = visits + (visits < MOST_VISITS).to(tl.int32)
     change = signal - memory
-    average = memory + change / (visits + 1).to(tl.float32)
-    smoothed = decay * memory + (1.0 - decay) * signal
+    average = memory + tl.div_rn(change, following.to(tl.float32))
+    smoothed = rounded(decay * memory, zero) + rounded(gain * signal, zero)
     moved = tl.where(mean != 0, average, smoothed)
     moved = tl.where(visits == 0, signal, moved)
-    score = direct_scale * direct + memory_scale * moved
+    score = rounded(direct_scale * direct, zero) + rounded(memory_scale * moved, zero)
     if variance_ptr is not None:
         variance = tl.load(variance_ptr + index, mask=won, other=0.0)
-        variance = decay * variance + (1.0 - decay) * change * change
+        square = rounded(change * change, zero)
+        variance = rounded(decay * variance, zero) + rounded(gain * square, zero)
         variance = tl.where(visits == 0, 0.0, variance)
-        score += variance_scale * variance
+        score += rounded(variance_scale * variance, zero)
         tl.store(variance_ptr + index, variance, mask=won)
     tl.store(memory_ptr + index, moved, mask=won)
     tl.store(scores_ptr + index, score, mask=won)
-    tl.store(visits_ptr + index, visits + 1, mask=won)
+    tl.store(visits_ptr + index, following, mask=won)
     tl.store(claims_ptr + index, tl.zeros_like(claim), mask=won)
 
 
@@ -126,15 +142,14 @@ def update_state(
     num_samples: tl.int64,
     mean: tl.int32,  # 1: the running mean; 0: the exponential average
     decay: tl.float32,
+    gain: tl.float32,  # 1 - decay, rounded from double
     direct_scale: tl.float32,
     memory_scale: tl.float32,
     variance_scale: tl.float32,
     PHASE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One launch of `BOTH` by one program, or one of `CLAIM` and then one of `APPLY` by any
-    number.
-    """
+    """One launch of `BOTH` by one program, or a launch of `CLAIM` and then of `APPLY` by many."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -169,6 +184,7 @@ def update_state(
                 num_samples,
                 mean,
                 decay,
+                gain,
                 direct_scale,
                 memory_scale,
                 variance_scale,

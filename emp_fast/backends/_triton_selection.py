@@ -71,8 +71,7 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
             4,
         )
         reached = bins.flip(1).cumsum(1)  # [G, 256], from the highest byte down
-        # The first byte that reaches a group's share; the top one, which none has, for a share of
-        # 0.
+        # The first byte that reaches a group's share; for a share of 0 the top one, which none has.
         steps = (reached < remaining[:, None]).sum(1, keepdim=True)
         before = torch.where(steps > 0, reached.gather(1, (steps - 1).clamp_min(0)), 0)
         remaining = remaining - before[:, 0]
@@ -86,16 +85,14 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
         (scores, groups, prefix, above, counts),
         (n, 8 * index_bytes),
         (plan.MARK_WORDS,),
-        4,
+        plan.MARK_WARPS,
     )
     before = counts.cumsum(1) - counts
     return _expand(_Marks(above, above, counts, before, k, 0), None, k, 0)
 
 
 def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
-    """A narrow bracket of the k-th highest score in all likelihood, from one sample in each
-    stratum.
-    """
+    """A narrow bracket that most likely holds the k-th highest score: one sample a stratum."""
     n, samples = scores.shape[0], plan.SAMPLES
     upper, lower = bracket.sample_ranks(n, k, samples)
     stratum = n // samples
@@ -136,7 +133,7 @@ def _mark(scores: Tensor, found: bracket.Bracket) -> _Marks:
         (scores, above, inside, counts),
         (n, found.low, found.high),
         (plan.MARK_WORDS,),
-        4,
+        plan.MARK_WARPS,
     )
     return _counted(above, inside, counts)
 
@@ -148,7 +145,7 @@ def _resolve(scores: Tensor, marks: _Marks, threshold: int) -> _Marks:
         (scores, marks.above, marks.inside, marks.counts),
         (threshold,),
         (plan.MARK_WORDS,),
-        4,
+        plan.MARK_WARPS,
     )
     return _counted(marks.above, marks.inside, marks.counts)
 
@@ -162,7 +159,7 @@ def _collect(scores: Tensor, marks: _Marks) -> Tensor:
     collected = torch.empty(marks.total_inside, dtype=torch.float32, device=scores.device)
     pointers = (scores, marks.inside, marks.before[1], collected)
     grid = (marks.counts.shape[1], 1, 1)
-    launch(selection.collect_marked, grid, pointers, (), (plan.MARK_WORDS,), 4)
+    launch(selection.collect_marked, grid, pointers, (), (plan.MARK_WORDS,), plan.MARK_WARPS)
     return collected
 
 
@@ -170,5 +167,7 @@ def _expand(marks: _Marks, ties: Tensor | None, k: int, ties_wanted: int) -> Ten
     indices = torch.empty(k, dtype=torch.int64, device=marks.above.device)
     pointers = (marks.above, ties, marks.before[0], marks.before[-1], indices)
     grid = (marks.counts.shape[1], 1, 1)
-    launch(selection.expand_marked, grid, pointers, (ties_wanted,), (plan.MARK_WORDS,), 4)
+    launch(
+        selection.expand_marked, grid, pointers, (ties_wanted,), (plan.MARK_WORDS,), plan.MARK_WARPS
+    )
     return indices

@@ -33,8 +33,7 @@ class RowScores(NamedTuple):
     rows: Tensor  # [7, R] float32, in the order of ROW_FIELDS:
     #   max      the largest logit (after the softcap), M
     #   inv_sum  1 / sum_j exp(x_j - M)
-    #   miss     the probability off the target, summed without the target: 1 - p_y with all its
-    # digits
+    #   miss     the probability off the target, summed without it: 1 - p_y with all its digits
     correct: Tensor  # [R] bool
     count: Tensor  # type: ignore[assignment]  # [R] int32, 1 or 0
 

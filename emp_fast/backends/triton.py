@@ -68,7 +68,7 @@ class TritonBackend(Backend):
             if num_classes <= plan.TILE_CLASSES:
                 _score_tile(logits, target, weight, options, scores)
                 return scores
-            loop = _plan_loop(logits, may_split=not target.is_floating_point())
+            loop = _plan_loop(logits, target, options)
             if loop.parts == 1:
                 _score_loop(loop, logits, target, weight, options, scores)
                 return scores
@@ -102,7 +102,7 @@ class TritonBackend(Backend):
             if logits.shape[1] <= plan.TILE_CLASSES:
                 _score_tile(logits, target, weight, options, known, **gradient)
             else:
-                loop = _plan_loop(logits, may_split=not target.is_floating_point())
+                loop = _plan_loop(logits, target, options)
                 _score_loop(loop, logits, target, weight, options, known, **gradient)
         return grad
 
@@ -120,7 +120,7 @@ class TritonBackend(Backend):
     ) -> tuple[RowScores, Tensor]:
         num_rows, num_classes = logits.shape
         tile = num_classes <= plan.TILE_CLASSES_GRAD
-        loop = None if tile else _plan_loop(logits, may_split=not target.is_floating_point())
+        loop = None if tile else _plan_loop(logits, target, options)
         if num_rows == 0 or (loop is not None and loop.parts > 1):
             return super().cross_entropy_step(
                 logits, target, weight, options, row_scale, scale, indices, state, recurrence
@@ -190,8 +190,7 @@ class TritonBackend(Backend):
         return bits
 
 
-# ---- scoring
-# ---------------------------------------------------------------------------------------
+# ---- scoring ------------------------------------------------------------------------------------
 
 
 def _score_tile(
@@ -239,7 +238,7 @@ def _score_tile(
         update is not None,
         tile.rows,
         tile.block,
-        plan.STEP_UPDATE_LANES,
+        max(plan.STEP_UPDATE_LANES, 32 * tile.warps),
     )
     launch(ce.score_tile, (tile.grid, 1, 1), pointers, numbers, constants, tile.warps)
 
@@ -329,8 +328,9 @@ def _merge_parts(
     launch(ce.merge_parts, (num_rows, 1, 1), pointers, numbers, constants, 1)
 
 
-def _plan_loop(logits: Tensor, may_split: bool) -> plan.LoopPlan:
+def _plan_loop(logits: Tensor, target: Tensor, options: LossOptions) -> plan.LoopPlan:
     num_rows, num_classes = logits.shape
+    soft, smooth, _ = _flags(target, options)
     return plan.plan_loop(
         num_rows,
         num_classes,
@@ -338,7 +338,8 @@ def _plan_loop(logits: Tensor, may_split: bool) -> plan.LoopPlan:
         logits.data_ptr(),
         logits.element_size(),
         multiprocessors(logits.device),
-        may_split,
+        may_split=not soft,
+        weighted=soft or smooth,
     )
 
 
@@ -370,8 +371,7 @@ def _check_target(logits: Tensor, target: Tensor, options: LossOptions) -> None:
         check_target_range(target, logits.shape[1], options.ignore_index)
 
 
-# ---- state
-# -----------------------------------------------------------------------------------------
+# ---- state --------------------------------------------------------------------------------------
 
 
 def _check_indices(indices: Tensor, state: State) -> None:
@@ -391,6 +391,7 @@ def _rule(recurrence: Recurrence) -> tuple[int | float, ...]:
     return (
         int(recurrence.kind == "mean"),
         recurrence.decay,
+        1 - recurrence.decay,
         0.0 if recurrence.direct is None else recurrence.direct_scale,
         recurrence.memory_scale,
         recurrence.variance_scale,
@@ -402,7 +403,7 @@ def _update_arguments(
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[int | float, ...], int]:
     """Returns the indices, the state, signal_row to variance_scale, and N, for a scoring kernel."""
     if update is None:
-        return None, (None,) * len(State._fields), (0, 0, 0, 0.0, 0.0, 0.0, 0.0), 0
+        return None, (None,) * len(State._fields), (0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0), 0
     indices, state, recurrence = update
     direct = recurrence.direct
     direct_row = ce.NO_ROW.value if direct is None else _FIELD_ROWS[direct]
