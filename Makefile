@@ -8,7 +8,7 @@ GPU_STEPS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint format bench gpu-check clean
+.PHONY: help setup demo test lint format resources bench gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,10 @@ format: setup  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+resources: setup  ## compile every kernel for its architectures; check registers, spills, load widths
+	mkdir -p $(OUT)
+	$(BIN)/python -m emp_fast.testing.resources --output $(OUT)/resources.md
 
 bench: setup  ## the CPU benchmark: a JSON file, a table and a plot in $(OUT)/bench
 	mkdir -p $(OUT)/bench

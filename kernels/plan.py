@@ -11,7 +11,8 @@ from typing import NamedTuple
 VECTOR_BYTES = 16
 
 #: Largest class counts whose rows stay in registers as one tile: for scores, and with the
-#: gradient too, where staying on chip saves the second read; longer rows spill registers.
+#: gradient too, where staying on chip saves the second read. Longer rows spill registers, and so
+#: do those longer than the first where every class has a weight of its own in the loss.
 TILE_CLASSES = 4096
 TILE_CLASSES_GRAD = 8192
 #: Elements of a tile of several rows, and of a thread: one 16-byte load of 16-bit logits. Twice as
@@ -31,11 +32,10 @@ WIDE_CLASSES = 16384
 
 MAX_PARTS = 512
 
-#: Rows whose state the last program of a scoring launch moves by itself, this many at a time. More
-#: rows would make the others wait for it longer than for another launch; wider steps would cost the
-#: scoring part its registers.
+#: Rows whose state the last program of a scoring launch moves by itself, one a thread at a time.
+#: More rows would make the others wait for it longer than for another launch; more at a time would
+#: cost the scoring part its registers.
 STEP_UPDATE_ROWS = 1024
-STEP_UPDATE_LANES = 128
 #: Rows that one program of update_state takes through both phases.
 ONE_PROGRAM_ROWS = 4096
 UPDATE_BLOCK = 1024

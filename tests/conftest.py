@@ -21,6 +21,8 @@ REQUIRE_NATIVE = os.environ.get("EMP_FAST_REQUIRE_NATIVE") == "1"
 # Triton serves the CPU through its interpreter alone, chosen before triton is imported.
 BACKENDS = ["reference", "cpu"]
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import _launches, _rounding_to_bfloat16, unlisted  # noqa: F401
+
     BACKENDS.append("triton")
 
 try:

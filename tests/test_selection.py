@@ -136,6 +136,7 @@ def topk(backend: str, scores: np.ndarray, k: int) -> np.ndarray:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("n", SIZES)
 def test_topk_is_the_stable_sort(backend: str, distribution: str, n: int) -> None:
+    n = min(n, 20_001) if backend == "triton" else n  # its interpreter is slow
     scores = make(distribution, n)
     highs = int((scores > 1).sum())  # exactly at the edge of "heavy boundary"
     for k in sorted({0, 1, n // 3, n // 2, highs, n - 1, n}):

@@ -119,7 +119,9 @@ class TritonBackend(Backend):
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
         num_rows, num_classes = logits.shape
-        tile = num_classes <= plan.TILE_CLASSES_GRAD
+        soft, smooth, _ = _flags(target, options)
+        most = plan.TILE_CLASSES if soft or smooth else plan.TILE_CLASSES_GRAD
+        tile = num_classes <= most
         loop = None if tile else _plan_loop(logits, target, options)
         if num_rows == 0 or (loop is not None and loop.parts > 1):
             return super().cross_entropy_step(
@@ -238,7 +240,7 @@ def _score_tile(
         update is not None,
         tile.rows,
         tile.block,
-        max(plan.STEP_UPDATE_LANES, 32 * tile.warps),
+        32 * tile.warps,
     )
     launch(ce.score_tile, (tile.grid, 1, 1), pointers, numbers, constants, tile.warps)
 

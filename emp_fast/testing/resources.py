@@ -1,0 +1,314 @@
+"""The resource report: registers, stack, spills and load widths of every CUDA and Triton kernel.
+
+    python -m emp_fast.testing.resources                    # few Triton variants for all, and CUDA
+    python -m emp_fast.testing.resources --triton every     # the whole product: hours
+    python -m emp_fast.testing.resources --output report.md
+
+It needs no GPU. The CUDA kernels are read from the native module as built, if it has any (it must
+with EMP_FAST_CUDA=1 in the environment, or ``--cuda require``); the Triton kernels are
+compiled ahead of time for every capability that they are held to. It fails (exit code 1) when a
+kernel keeps anything on a stack or spills a register, when logits, scores or gradients move by
+narrower accesses than `EXPECTED` says, and when a kernel that should read them is not seen to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from emp_fast.testing.sass import Access, Kernel, kernels_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Expected(NamedTuple):
+    """How wide the accesses that come from some source line must be."""
+
+    kernel: str  # pattern of the kernel's name, and of a Triton variant's choices
+    source: str  # pattern of the innermost source lines
+    bits: int  # at least
+    why: str
+    least: int = 0  # so many such accesses must be there, within so many loops:
+    loops: int = 0
+    every: bool = True  # False: `least` of them must be as wide, others may be narrower
+
+
+_LOAD_VECTOR = r"static_cast<const uint4\*>\(address\)"
+_ROW_KERNELS = r"^(rows_in_registers|rows_in_threads|rows_looped|row_parts|row_gradients)\b"
+
+#: The first that fits an access decides. One that none fits is of a few bytes a row or a sample, or
+#: of a table that stays in the cache, and may have any width, unless `BULK` says otherwise.
+EXPECTED = (
+    # CUDA
+    Expected(_ROW_KERNELS, _LOAD_VECTOR, 128, "logits move by 16 bytes", 1, loops=1),
+    Expected("", _LOAD_VECTOR, 128, "logits move by 16 bytes"),
+    Expected("", r"logits\[target\.column\]", 16, "one logit a row"),
+    Expected(
+        r"^(rows_in_registers|rows_looped|row_gradients)\b",
+        r"__stcs\(reinterpret_cast<uint4\*>\(row \+ column\)",
+        128,
+        "whole vectors of the gradient move by 16 bytes",
+        1,
+        loops=1,
+    ),
+    Expected("", r"window\.holds\(column \+ e\)", 16, "the ends of a gradient's row"),
+    Expected(
+        "", r"__ldg\(soft \+|smoothed\(a, j", 32, "soft targets have an alignment of their own"
+    ),
+    Expected(
+        r"^(count_scores|mark_bracket|mark_selected)\b",
+        r"__ldg\(reinterpret_cast<const uint4\*>\(scores",
+        128,
+        "scores move by 16 bytes",
+        1,
+        loops=1,
+    ),
+    Expected("", r"if \(first \+ [0-3] < n\)", 32, "the last scores, and those of a slice"),
+    Expected("", r"^s\.scores\[sample\] = ", 32, "one sample's state"),
+    Expected("^count_grouped", r"scores\[i\]", 32, "each score comes with a group of 8 bytes"),
+    Expected("^sample_keys", r"scores\[at\]", 32, "a random sample"),
+    Expected("^scale_elements", r"for \(int64_t i = at; i < elements", 16, "the last elements"),
+    # Triton
+    *(
+        Expected(
+            rf"^cross_entropy\.score_tile\(.*ALIGN_BYTES={align},",
+            r"^(raw = tl\.load|tl\.store\(out,)",
+            8 * align,
+            "logits and gradient move by the widest access that fits every row",
+            1,
+        )
+        for align in (2, 4, 8, 16)
+    ),
+    Expected(
+        r"^cross_entropy\.score_loop\((?!.*(SMOOTH=|SOFT=))",
+        r"^values = tl\.load\(origin \+ i \+ lanes\)",
+        128,
+        "logits move by 16 bytes",
+        4,
+        loops=1,
+    ),
+    Expected(
+        r"^cross_entropy\.score_loop\(",
+        r"^values = tl\.load\(origin \+ i \+ lanes\)",
+        128,
+        "logits move by 16 bytes; weights and soft targets have an alignment of their own",
+        2,
+        loops=1,
+        every=False,
+    ),
+    Expected("", r"^values = tl\.load\(origin \+ at", 16, "the ends of a row"),
+    Expected(
+        r"^cross_entropy\.score_loop\((?=.*SHIFTED_ALIKE=).*GRAD=",
+        r"^tl\.store\(grad_row \+ i \+ lanes",
+        128,
+        "the gradient moves by 16 bytes where its rows lie as those of the logits do",
+        2,
+        loops=1,
+    ),
+    Expected("", r"^tl\.store\(grad_row", 16, "rows of the gradient off the 16-byte grid, or ends"),
+    Expected("", r"^tl\.store\(scores_ptr \+ index, score, mask=won", 32, "one sample's state"),
+    Expected("", r"^x_y = tl\.load|_capped\(tl\.load\(logits_ptr", 16, "one logit a row"),
+    Expected(
+        r"^selection\.",
+        r"scores_ptr \+",
+        32,
+        "a slice may lie off the 16-byte grid; 32 lanes read 128 bytes in a row all the same",
+    ),
+)
+
+#: An access to logits, scores or gradients that nothing in `EXPECTED` explains is an error.
+BULK = r"\blogits(_ptr)?\b|\bscores(_ptr)? ?[+\[]|\bgrad(_row|_ptr)?\b ?[+\[]"
+
+
+class Finding(NamedTuple):
+    """One kernel with what is wrong with it."""
+
+    kernel: Kernel
+    problems: tuple[str, ...]
+
+
+def check(kernel: Kernel) -> Finding:
+    """Holds ``kernel`` against the rules of this module."""
+    problems = []
+    spills = sum(access.is_local for access in kernel.accesses)
+    if kernel.stack:
+        problems.append(f"a stack frame of {kernel.stack} bytes")
+    if spills:
+        problems.append(f"{spills} accesses to local memory")
+    expectations = _expectations(kernel.name)
+    found: dict[Expected, list[Access]] = {expected: [] for expected in expectations}
+    for access in kernel.accesses:
+        if not (access.reads_global or access.writes_global):
+            continue
+        own = _own_source(access)
+        expected = next((e for e in expectations if re.search(e.source, own)), None)
+        if expected is not None:
+            found[expected].append(access)
+        elif access.bits < 128 and re.search(BULK, own.split(" < ")[0]):
+            problems.append(f"{access.bits} bits by `{own}`, which nothing explains")
+    for expected, accesses in found.items():
+        narrow = [a for a in accesses if a.bits < expected.bits]
+        if narrow and expected.every:
+            problems.append(
+                f"{narrow[0].bits} bits by `{_own_source(narrow[0])}`, less than {expected.bits}"
+            )
+        wide = [a for a in accesses if a.bits >= expected.bits and a.depth >= expected.loops]
+        if len(wide) < expected.least:
+            problems.append(
+                f"{len(wide)} accesses of {expected.bits} bits by `{expected.source}` within"
+                f" {expected.loops} loops, fewer than {expected.least}"
+            )
+    return Finding(kernel, tuple(problems))
+
+
+def _expectations(name: str) -> list[Expected]:
+    """Those for the kernel called ``name``: of each source the first that fits."""
+    fitting: dict[str, Expected] = {}
+    for expected in EXPECTED:
+        if re.search(expected.kernel, name):
+            fitting.setdefault(expected.source, expected)
+    return list(fitting.values())
+
+
+def _own_source(access: Access) -> str:
+    """The source lines of an access from the innermost of our own on, without NVIDIA's."""
+    lines = access.source.split(" < ")
+    return " < ".join(line for line in lines if "_DECL__" not in line)
+
+
+def check_cuda(module: Path) -> list[Finding]:
+    """The findings of every kernel for every architecture in a built native module."""
+    return [check(kernel) for kernel in kernels_of(module, [ROOT])]
+
+
+def check_triton(every: bool, capabilities: Sequence[int], jobs: int) -> list[Finding]:
+    """The findings of every Triton variant, or of few that show every pair of choices."""
+    from emp_fast.testing.triton_variants import covering, every_variant
+
+    variants = every_variant()
+    chosen: Sequence[object] = variants if every else covering(variants)
+    print(
+        f"{len(chosen)} of {len(variants)} Triton variants, for capabilities"
+        f" {', '.join(map(str, capabilities))}",
+        flush=True,
+    )
+    work = [(variant, capability) for capability in capabilities for variant in chosen]
+    context = multiprocessing.get_context("spawn")  # a forked torch has no threads
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return list(pool.map(_check_variant, work, chunksize=8))
+
+
+def _check_variant(work: tuple[Any, int]) -> Finding:
+    from emp_fast.testing.triton_compile import compile_ahead
+
+    variant, capability = work
+    try:
+        cubin = compile_ahead(variant, capability)
+    except Exception as error:  # whatever the compiler refuses
+        kernel = Kernel(str(variant), f"sm_{capability}", 0, 0, 0, ())
+        return Finding(kernel, (f"it does not compile: {type(error).__name__}: {error}",))
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "kernel.cubin"
+        image.write_bytes(cubin)
+        (kernel,) = kernels_of(image, [ROOT])
+    return check(kernel._replace(name=str(variant)))
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def table(findings: Iterable[Finding]) -> str:
+    """A Markdown table: a line for each kernel and architecture, over all its variants."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        name = re.split(r"[<(]", finding.kernel.name)[0]
+        groups.setdefault((name, finding.kernel.architecture), []).append(finding)
+    lines = [
+        "| kernel | target | variants | registers | shared bytes | stack | spills | problems |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (name, architecture), members in sorted(groups.items()):
+        kernels = [finding.kernel for finding in members]
+        spills = sum(access.is_local for kernel in kernels for access in kernel.accesses)
+        cells = [
+            name,
+            architecture,
+            str(len(members)),
+            _range(kernel.registers for kernel in kernels),
+            _range(kernel.shared for kernel in kernels),
+            _range(kernel.stack for kernel in kernels),
+            str(spills),
+            str(sum(bool(finding.problems) for finding in members)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _native_module() -> Path | None:
+    """The native module as built, if it has CUDA kernels."""
+    from emp_fast.backends.native import load_native
+
+    native = load_native()
+    if isinstance(native, str) or not hasattr(native, "cuda"):
+        return None
+    return Path(native.__file__)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m emp_fast.testing.resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--triton", choices=("few", "every", "none"), default="few")
+    parser.add_argument("--capability", type=int, action="append", help="80, 90, 100; repeatable")
+    required = "require" if os.environ.get("EMP_FAST_CUDA") == "1" else "auto"
+    parser.add_argument("--cuda", choices=("auto", "require", "none"), default=required)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, help="a Markdown file for the table")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table and every problem; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    findings = []
+    if options.cuda != "none":
+        module = _native_module()
+        if module is not None:
+            findings += check_cuda(module)
+        elif options.cuda == "require":
+            print("the native module has no CUDA kernels", file=sys.stderr)
+            return 1
+    if options.triton != "none":
+        from emp_fast.testing.triton_compile import CAPABILITIES
+
+        capabilities = options.capability or CAPABILITIES
+        findings += check_triton(options.triton == "every", capabilities, options.jobs)
+    report = table(findings)
+    print(report)
+    if options.output is not None:
+        options.output.write_text(report + "\n")
+    failed = [finding for finding in findings if finding.problems]
+    for finding in failed:
+        for problem in finding.problems:
+            print(f"{finding.kernel.architecture} {finding.kernel.name}: {problem}")
+    print(f"{len(findings)} kernels read, {len(failed)} with problems")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

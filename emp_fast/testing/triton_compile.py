@@ -1,0 +1,43 @@
+"""Compiles the Triton kernels ahead of time, for devices that are not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from emp_fast.testing.triton_variants import Variant
+
+#: Compute capabilities that the Triton backend is held to.
+CAPABILITIES = (80, 90, 100)
+
+
+def compile_ahead(variant: Variant, capability: int) -> bytes:
+    """The cubin of ``variant`` for devices of ``capability``, 10 * major + minor.
+
+    Raises:
+        Exception: whatever Triton or ptxas refuse.
+    """
+    signature, constants = source_of(variant)
+    compiled: Any = triton.compile(
+        ASTSource(variant.function(), signature, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": variant.warps},
+    )
+    cubin: bytes = compiled.asm["cubin"]
+    return cubin
+
+
+def source_of(variant: Variant) -> tuple[dict[str, str], dict[str, Any]]:
+    """The types of all parameters of a launch, and the values of those known when compiling."""
+    choices = variant.choices()
+    signature, constants = {}, {}
+    for parameter in variant.function().params:
+        name = parameter.name
+        if parameter.is_constexpr or choices.get(name, "a number") is None:
+            signature[name], constants[name] = "constexpr", choices[name]
+        else:
+            signature[name] = choices.get(name) or parameter.annotation_type
+    return signature, constants

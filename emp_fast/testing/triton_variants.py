@@ -1,0 +1,329 @@
+"""Every binary that the Triton backend can launch, found by asking the backend itself.
+
+The backend runs on CPU tensors over a grid of shapes and options with its launches recorded in
+place of run. A binary depends on the kernel, the types of its pointers, its constants and the
+number of warps, so distinct records are the distinct binaries: `every_variant`. They are tens of
+thousands, the product of all options; `covering` chooses few of them that show every pair of
+choices.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from emp_fast.backends import _triton_selection
+from emp_fast.backends import triton as triton_backend
+from emp_fast.backends.base import LossOptions, Recurrence, State
+from emp_fast.kernels import cross_entropy, philox, plan, selection, update_state
+
+#: How Triton writes the types of pointers.
+_POINTER_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.bool: "*u1",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """All that the binary of one launch depends on."""
+
+    kernel: str  # module.function within emp_fast.kernels
+    pointers: tuple[str | None, ...]  # types as Triton writes them
+    constants: tuple[int | bool, ...]
+    warps: int
+
+    def __str__(self) -> str:
+        settings = [
+            f"{name.removesuffix('_ptr')}={str(value).removeprefix('*')}"
+            for name, value in self.choices().items()
+            if value is not None and value is not False
+        ]
+        return f"{self.kernel}({', '.join(settings)})"
+
+    def choices(self) -> dict[str, Any]:
+        """The choices that made this variant, by parameter name."""
+        pointers, constants = _parameters(self.kernel)
+        return {
+            **dict(zip(pointers, self.pointers, strict=True)),
+            **dict(zip(constants, self.constants, strict=True)),
+            "warps": self.warps,
+        }
+
+    def function(self) -> Any:
+        """The Triton function."""
+        return _kernels()[self.kernel]
+
+
+Launch = Callable[..., None]
+
+
+def variant_of(
+    kernel: Any,
+    pointers: Sequence[Tensor | None],
+    constants: tuple[int | bool, ...],
+    warps: int,
+) -> Variant:
+    """The variant that a call of `launch` asks for."""
+    types = tuple(None if p is None else _POINTER_TYPES[p.dtype] for p in pointers)
+    return Variant(_name_of(kernel), types, constants, warps)
+
+
+@contextmanager
+def recorded(then: Launch | None = None) -> Iterator[dict[Variant, None]]:
+    """Records the variants of all launches inside the block, in order, each once.
+
+    Args:
+        then: called with the arguments of every launch after it was recorded; None: the launch is
+            dropped.
+    """
+    seen: dict[Variant, None] = {}
+
+    def record(
+        kernel: Any, grid: Any, pointers: Any, numbers: Any, constants: Any, warps: int
+    ) -> None:
+        seen[variant_of(kernel, pointers, constants, warps)] = None
+        if then is not None:
+            then(kernel, grid, pointers, numbers, constants, warps)
+
+    with (
+        mock.patch.object(triton_backend, "launch", record),
+        mock.patch.object(_triton_selection, "launch", record),
+    ):
+        yield seen
+
+
+def every_variant() -> tuple[Variant, ...]:
+    """Every variant of every kernel, in the order in which the grid meets them."""
+    backend = triton_backend.TritonBackend()
+    multiprocessors = mock.Mock()
+    with (
+        recorded(then=_answer) as seen,
+        mock.patch.object(triton_backend, "multiprocessors", multiprocessors),
+    ):
+        for call in itertools.chain(_scoring_calls(), _state_calls(), _selection_calls()):
+            multiprocessors.return_value = call.multiprocessors
+            getattr(backend, call.method)(*call.arguments)
+    return tuple(seen)
+
+
+def covering(variants: Sequence[Variant]) -> list[Variant]:
+    """Few of ``variants`` in which every pair of choices that any of them makes occurs.
+
+    The rows and the lanes of a tile count as one choice: its shape. Those with the most options of
+    each shape and dtype come first, since registers are spilled where options meet; then greedily
+    always the one that shows the most pairs not seen before.
+    """
+    chosen: list[Variant] = []
+    for kernel in sorted({variant.kernel for variant in variants}):
+        candidates = [variant for variant in variants if variant.kernel == kernel]
+        heaviest = _heaviest(candidates)
+        pairs = _pairs(candidates)
+        missing = np.zeros(int(pairs.max()) + 1, dtype=bool)
+        missing[pairs] = True
+        missing[pairs[heaviest]] = False
+        chosen += [candidates[index] for index in heaviest]
+        while missing.any():
+            best = int(missing[pairs].sum(axis=1).argmax())
+            chosen.append(candidates[best])
+            missing[pairs[best]] = False
+    return chosen
+
+
+def _heaviest(variants: Sequence[Variant]) -> list[int]:
+    """Where the variants with the most options of each shape and dtype are."""
+    most: dict[tuple[Any, ...], tuple[int, int]] = {}
+    for index, variant in enumerate(variants):
+        choices = variant.choices()
+        shape = (choices.get("ROWS"), choices.get("BLOCK"), variant.warps, variant.pointers[0])
+        options = sum(value is not None and value is not False for value in choices.values())
+        weight = 100 * options - int(choices.get("ALIGN", 0))
+        most[shape] = max(most.get(shape, (-1, 0)), (weight, -index))
+    return [-index for _, index in most.values()]
+
+
+def _pairs(variants: Sequence[Variant]) -> npt.NDArray[np.int64]:
+    """For each variant the numbers of the pairs of choices that it makes."""
+    rows = []
+    for variant in variants:
+        choices = variant.choices()
+        choices["shape"] = (choices.pop("ROWS", None), choices.pop("BLOCK", None))
+        rows.append(list(choices.values()))
+    columns = []
+    for column in zip(*rows, strict=True):
+        numbers = {value: number for number, value in enumerate(dict.fromkeys(column))}
+        if len(numbers) > 1:
+            columns.append((np.array([numbers[value] for value in column]), len(numbers)))
+    pairs, first = [np.zeros(len(rows), np.int64)], 1
+    for (a, size), (b, other_size) in itertools.combinations(columns, 2):
+        pairs.append(first + a * other_size + b)
+        first += size * other_size
+    return np.stack(pairs, axis=1)
+
+
+# ---- the grid -----------------------------------------------------------------------------------
+
+#: The most rows whose state a scoring launch moves, and one more.
+_ROWS = (plan.STEP_UPDATE_ROWS, plan.STEP_UPDATE_ROWS + 1)
+_MANY = 10**6  # multiprocessors: enough to cut tiles and split rows as far as they go
+
+
+class _Call(NamedTuple):
+    """A call of the backend on a device of so many multiprocessors."""
+
+    multiprocessors: int
+    method: str
+    arguments: tuple[Any, ...]
+
+
+class _Shape(NamedTuple):
+    """Logits that reach one launch plan."""
+
+    rows: int
+    classes: int
+    padding: int  # columns between the rows
+    dtype: torch.dtype
+    multiprocessors: int
+
+
+def _scoring_calls() -> Iterator[_Call]:
+    """Forward, backward and every kind of step, with every option, on every shape."""
+    state = _state()
+    for shape in _shapes():
+        rows, classes = shape.rows, shape.classes
+        logits = torch.empty((rows, classes + shape.padding), dtype=shape.dtype)[:, :classes]
+        ids, grad_loss = torch.zeros(rows, dtype=torch.int64), torch.empty(rows)
+        kept = torch.empty((7, rows))
+        for target, weight, smoothing, softcap in itertools.product(
+            (ids, torch.empty((rows, classes))), (None, torch.empty(classes)), (0.0, 0.1), (0.0, 5)
+        ):
+            options = LossOptions(label_smoothing=smoothing, softcap=softcap)
+            inputs = (logits, target, weight)
+            yield _Call(shape.multiprocessors, "cross_entropy", (*inputs, options))
+            backward = (grad_loss, *inputs, kept, options)
+            yield _Call(shape.multiprocessors, "cross_entropy_backward", backward)
+            for row_scale, rule in itertools.product((None, grad_loss), _RULES):
+                step = (*inputs, options, row_scale, 1.0, ids, state, rule)
+                yield _Call(shape.multiprocessors, "cross_entropy_step", step)
+
+
+#: Recurrences that take different binaries: without and with a variance.
+_RULES = (Recurrence("ema", "loss"), Recurrence("variance", "loss"))
+
+
+def _shapes() -> Iterator[_Shape]:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        vector = plan.VECTOR_BYTES // dtype.itemsize
+        for align in (1 << i for i in range(vector.bit_length())):  # up to a vector
+            ragged = align % vector
+            yield from _tile_shapes(dtype, ragged)
+            yield from _loop_shapes(dtype, ragged)
+
+
+def _tile_shapes(dtype: torch.dtype, ragged: int) -> Iterator[_Shape]:
+    block = 16
+    while block <= plan.TILE_CLASSES_GRAD:
+        most = max(1, plan.TILE_ELEMENTS // block)  # rows of a tile
+        # Tiles of the most rows, of half as many, and of as few as there are.
+        for rows, multiprocessors in itertools.product(_ROWS, sorted({1, _ROWS[0] // most, _MANY})):
+            if multiprocessors == 1 or most > plan.MIN_TILE_ELEMENTS // block:
+                yield _Shape(rows, block - ragged, 0, dtype, multiprocessors)
+        block *= 2
+
+
+def _loop_shapes(dtype: torch.dtype, ragged: int) -> Iterator[_Shape]:
+    vector = plan.VECTOR_BYTES // dtype.itemsize
+    for least, padding in itertools.product(
+        (plan.TILE_CLASSES, plan.TILE_CLASSES_GRAD, plan.WIDE_CLASSES), (0, ragged)
+    ):
+        classes = least + 2 * vector - ragged
+        for rows in _ROWS:
+            yield _Shape(rows, classes, padding, dtype, 1)
+        yield _Shape(2, classes, padding, dtype, _MANY)  # split
+    yield _Shape(2, 2**19 - ragged, 0, dtype, _MANY)  # split into many parts
+
+
+def _state_calls() -> Iterator[_Call]:
+    for rows, rule, has_direct, has_count in itertools.product(
+        (plan.ONE_PROGRAM_ROWS, plan.ONE_PROGRAM_ROWS + 1), _RULES, (False, True), (False, True)
+    ):
+        indices, signal = torch.zeros(rows, dtype=torch.int64), torch.empty(rows)
+        direct = torch.empty(rows) if has_direct else None
+        count = torch.empty(rows, dtype=torch.int32) if has_count else None
+        update = (indices, signal, direct, count, _state(), rule)
+        yield _Call(1, "update_state", update)
+
+
+def _state() -> State:
+    return State(
+        scores=torch.empty(8),
+        memory=torch.empty(8),
+        visits=torch.empty(8, dtype=torch.int32),
+        variance=torch.empty(8),
+        claims=torch.empty(8, dtype=torch.int32),
+        counters=torch.empty(2, dtype=torch.int64),
+    )
+
+
+def _selection_calls() -> Iterator[_Call]:
+    for n in (1000, plan.SAMPLE_FROM):
+        scores, groups = torch.arange(float(n)), torch.zeros(n, dtype=torch.int64)
+        yield _Call(1, "topk_indices", (scores, 1))
+        yield _Call(1, "grouped_topk_indices", (scores, groups, torch.tensor([1])))
+    yield _Call(1, "philox", (5, 0, 0, 0, 0, torch.device("cpu")))
+
+
+def _answer(
+    kernel: Any, grid: Any, pointers: Any, numbers: Any, constants: Any, warps: int
+) -> None:
+    """Stands in for the kernels whose results decide what the selection launches next.
+
+    The last bin of each histogram holds the highest score, and each block of a bitmap one score
+    inside the bracket, so that there are candidates to collect and to resolve.
+    """
+    name = _name_of(kernel)
+    if name == "selection.histogram":
+        pointers[1][-1] = 1
+    elif name == "selection.mark_scores":
+        above, inside = pointers[3]
+        above.zero_()
+        inside.fill_(1)
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _kernels() -> dict[str, Any]:
+    """Every entry point of `emp_fast.kernels` by name."""
+    modules = (cross_entropy, philox, selection, update_state)
+    functions = [function for module in modules for function in vars(module).values()]
+    return {_name_of(f): f for f in functions if getattr(f, "do_not_specialize", None)}
+
+
+@functools.cache
+def _parameters(name: str) -> tuple[list[str], list[str]]:
+    """The names of a kernel's pointers and of its constants."""
+    parameters = inspect.signature(_kernels()[name].fn).parameters.values()
+    pointers = [p.name for p in parameters if p.annotation is inspect.Parameter.empty]
+    constants = [p.name for p in parameters if "constexpr" in str(p.annotation)]
+    return pointers, constants
+
+
+def _name_of(kernel: Any) -> str:
+    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"

@@ -1,0 +1,222 @@
+"""The Triton kernels in Triton's interpreter, on every path that a plan can take, made small.
+
+The other files run the whole equivalence suite through the paths that their sizes lead to; here the
+limits between the paths are moved, so that small cases walk rows, split them, sample scores,
+overflow the candidates and miss the bracket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import test_functional
+import test_selection
+import torch
+
+from emp_fast import use_backend
+from emp_fast.backends._triton_launch import INTERPRETED
+from emp_fast.backends.base import Backend, LossOptions, Recurrence, State
+from emp_fast.backends.reference import ReferenceBackend
+from emp_fast.testing import CASES, Case, cut, make
+
+if not INTERPRETED:
+    pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
+
+from emp_fast.backends import triton
+from emp_fast.kernels import bracket, plan
+from emp_fast.testing.triton_variants import recorded
+
+TRITON = triton.TritonBackend()
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(poison: None) -> Iterator[None]:
+    with use_backend("triton"):
+        yield
+
+
+def launched(call: object) -> list[str]:
+    """The names of the kernels that ``call()`` launches, in order, without repetition."""
+    with recorded(then=triton.launch) as seen:
+        call()  # type: ignore[operator]
+    return list(dict.fromkeys(variant.kernel.split(".")[1] for variant in seen))
+
+
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
+    """No row fits a tile: each is walked in steps of 512 or 1024 classes."""
+    monkeypatch.setattr(plan, "TILE_CLASSES", 0)
+    monkeypatch.setattr(plan, "TILE_CLASSES_GRAD", 0)
+    monkeypatch.setattr(plan, "LOOP_UNROLL", 1)
+    monkeypatch.setattr(plan, "LOOP_UNROLL_WEIGHTED", 1)
+    monkeypatch.setattr(triton, "multiprocessors", lambda _: 1)
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch, walked: None) -> None:
+    """As `walked`, on a device with more multiprocessors than rows: each step is a part."""
+    monkeypatch.setattr(triton, "multiprocessors", lambda _: 1000)
+
+
+# ---- scores and gradients -----------------------------------------------------------------------
+
+
+def small(case: Case) -> Case:
+    return cut(case, samples=3, classes=1200 if case.classes > 1000 else 37)
+
+
+SERVED = [small(case) for case in CASES if case.dtype != torch.float64]
+
+
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_walked_rows_agree_with_the_oracle(case: Case, walked: None) -> None:
+    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
+    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
+
+
+SPLIT = [case for case in SERVED if case.classes > 1000 and case.target == "ids"]
+
+
+@pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.name)
+def test_split_rows_agree_with_the_oracle(case: Case, split: None) -> None:
+    logits, target, options = make(case)
+    assert launched(lambda: test_functional.cross_entropy(logits, target, **options)) == [
+        "score_loop",
+        "merge_parts",
+    ]
+    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
+    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
+
+
+@pytest.mark.parametrize("classes", [17, 100, 513, 4096, 4097])
+@pytest.mark.parametrize("multiprocessors", [1, 8, 1000])
+def test_tiles_of_any_number_of_rows(
+    classes: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "multiprocessors", lambda _: multiprocessors)
+    case = Case(f"tiles_{classes}", 67 if classes < 4096 else 3, classes, dtype=torch.bfloat16)
+    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
+    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
+
+
+# ---- the step -----------------------------------------------------------------------------------
+
+RULES = {
+    "ema": Recurrence("ema", "entropy", 0.9, "loss", direct_scale=1.0, memory_scale=0.3),
+    "mean": Recurrence("mean", "margin", memory_scale=-1.0),
+    "variance": Recurrence("variance", "loss", 0.8, "el2n", 0.5, 1.0, 0.25),
+}
+#: Each path by the fixtures and the limit that lead there, and by what it launches.
+PATHS = {
+    "one launch": (None, 1024, ["score_tile"]),
+    "state apart": (None, 4, ["score_tile", "update_state"]),
+    "walked": ("walked", 1024, ["score_loop"]),
+    "walked, state apart": ("walked", 4, ["score_loop", "update_state"]),
+    "split": ("split", 1024, ["score_loop", "merge_parts", "update_state"]),
+}
+
+
+def make_state(num_samples: int) -> State:
+    return State(
+        scores=torch.full((num_samples,), torch.inf),
+        memory=torch.zeros(num_samples),
+        visits=torch.zeros(num_samples, dtype=torch.int32),
+        variance=torch.zeros(num_samples),
+        claims=torch.zeros(num_samples, dtype=torch.int32),
+        counters=torch.zeros(2, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_path_takes_the_step_of_the_reference(
+    path: str, rule: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    fixture, most_rows, kernels = PATHS[path]
+    if fixture is not None:
+        request.getfixturevalue(fixture)
+    monkeypatch.setattr(plan, "STEP_UPDATE_ROWS", most_rows)
+    classes = 1200 if path == "split" else 37
+    logits, target, _ = make(Case(f"step_{classes}", 9, classes, logits="nan_row", ignored="some"))
+    indices = torch.tensor([3, 1, 3, 11, 4, 7, 7, 7, 3])
+    options = LossOptions(label_smoothing=0.1, softcap=30.0)
+    weight = torch.linspace(0.5, 1.5, classes)
+    results = []
+
+    def step(backend: Backend) -> None:
+        state = make_state(12)
+        for row_scale, scale in ((None, 0.125), (torch.linspace(0.1, 1.0, 9), 1.0)):
+            arguments = (logits, target, weight, options, row_scale, scale, indices, state)
+            scores, grad = backend.cross_entropy_step(*arguments, RULES[rule])
+        results.append((*scores, grad, *state))
+
+    step(ReferenceBackend())
+    assert launched(lambda: step(TRITON)) == kernels
+    wanted, got = results
+    if rule != "variance":
+        wanted, got = ([*r[:-3], *r[-2:]] for r in (wanted, got))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+# ---- selection ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are sampled from 4096 of them on."""
+    monkeypatch.setattr(plan, "SAMPLE_FROM", 4096)
+    monkeypatch.setattr(plan, "SAMPLES", 1024)
+
+
+@pytest.mark.parametrize("distribution", test_selection.DISTRIBUTIONS)
+def test_sampled_selection_is_the_stable_sort(distribution: str, sampled: None) -> None:
+    scores = test_selection.make(distribution, 20_001)  # three blocks of a bitmap
+    for k in (1, 6000, 20_000):
+        wanted = test_selection.oracle(scores, k)
+        got = TRITON.topk_indices(torch.from_numpy(scores), k).numpy()
+        np.testing.assert_array_equal(got, wanted, err_msg=f"{k=}")
+
+
+MARKED = ["philox", "mark_scores"]
+SOLVED = [*MARKED, "collect_marked", "histogram", "resolve_marked", "expand_marked"]
+READ_AGAIN = [*MARKED, "histogram", "expand_marked"]
+
+
+@pytest.mark.parametrize(
+    ("distribution", "share", "kernels"),
+    [
+        ("normal", 32, SOLVED),
+        ("normal", 10**6, READ_AGAIN),  # the candidates overflow
+        ("constant", 32, [*MARKED, "expand_marked"]),  # too many, but all alike
+    ],
+)
+def test_candidates_are_solved_or_read_again(
+    distribution: str,
+    share: int,
+    kernels: list[str],
+    sampled: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "CANDIDATE_SHARE", share)
+    # Samples enough for a bracket of less than one score in 32.
+    monkeypatch.setattr(plan, "SAMPLES", 16_384)
+    scores = test_selection.make(distribution, 40_001)
+    got = []
+    assert (
+        launched(lambda: got.append(TRITON.topk_indices(torch.from_numpy(scores), 100))) == kernels
+    )
+    np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 100))
+
+
+@pytest.mark.parametrize("ranks", [(-1, 3), (1000, 1024)])
+def test_a_sample_that_missed_costs_another_read(
+    ranks: tuple[int, int], sampled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bracket, "sample_ranks", lambda *_: ranks)
+    scores = test_selection.make("normal", 9001)
+    got = []
+    kernels = launched(lambda: got.append(TRITON.topk_indices(torch.from_numpy(scores), 4000)))
+    assert kernels == READ_AGAIN
+    np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 4000))

@@ -1,0 +1,87 @@
+"""The launch arithmetic of the Triton kernels: plain integers, over every kind of shape."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from emp_fast.kernels import plan
+
+ROWS = [1, 2, 3, 31, 128, 257, 1024, 1025, 65536, 10**9]
+CLASSES = [1, 2, 3, 10, 16, 17, 31, 33, 100, 127, 128, 129, 1000, 1023, 1025, 4095, 4096]
+LONG = [4097, 5000, 8191, 16383, 16384, 16385, 32000, 50257, 128256, 151936, 262144, 10**6, 10**8]
+PADDING = [0, 1, 2, 3, 8]
+MULTIPROCESSORS = [1, 4, 108, 132, 160]
+BASE = 0x7F0000000000
+
+
+def addresses(itemsize: int) -> range:
+    return range(BASE, BASE + plan.VECTOR_BYTES, itemsize)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_row_starts_and_ends_on_the_alignment(itemsize: int) -> None:
+    for classes, padding, address in itertools.product(
+        CLASSES + LONG, PADDING, addresses(itemsize)
+    ):
+        align = plan.alignment(classes, classes + padding, address, itemsize)
+        edges = [(address // itemsize) + row * (classes + padding) for row in range(5)]
+        edges += [edge + classes for edge in edges]
+        assert all(edge % align == 0 for edge in edges)
+        widest = plan.VECTOR_BYTES // itemsize
+        assert align == widest or any(edge % (2 * align) for edge in edges)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_hold_every_row_and_class(itemsize: int) -> None:
+    for rows, classes, multiprocessors in itertools.product(
+        ROWS, [*CLASSES, 5000, plan.TILE_CLASSES_GRAD], MULTIPROCESSORS
+    ):
+        tile = plan.plan_tile(rows, classes, classes, BASE, itemsize, multiprocessors)
+        shape = (rows, classes, multiprocessors, tile)
+        assert classes <= tile.block, shape
+        assert tile.block < 2 * max(classes, 9), shape
+        assert math.log2(tile.block).is_integer(), shape
+        assert (tile.grid - 1) * tile.rows < rows <= tile.grid * tile.rows, shape
+        assert math.log2(tile.warps).is_integer(), shape
+        # A thread reads at least 16 bytes of 16-bit logits at once, and does not spill.
+        assert 8 <= tile.rows * tile.block // (32 * tile.warps) <= 16, shape
+        if tile.rows * tile.block > plan.MIN_TILE_ELEMENTS and tile.rows > 1:
+            assert tile.grid >= 2 * multiprocessors, shape
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("may_split", [False, True])
+def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) -> None:
+    vector = plan.VECTOR_BYTES // itemsize
+    for rows, classes, padding, address, multiprocessors, weighted in itertools.product(
+        ROWS, LONG, PADDING, addresses(itemsize), MULTIPROCESSORS, (False, True)
+    ):
+        stride = classes + padding
+        loop = plan.plan_loop(
+            rows, classes, stride, address, itemsize, multiprocessors, may_split, weighted
+        )
+        shape = (rows, classes, padding, address, multiprocessors, loop)
+        heads = {(address // itemsize + row * stride) % vector for row in range(min(rows, vector))}
+        assert loop.shift == address // itemsize % vector, shape
+        if not loop.shifted:
+            assert heads == {0}, shape
+        longest = max(heads) + classes
+        part = loop.part_tiles * loop.span
+        assert (loop.parts - 1) * part < classes + vector - 1, shape
+        assert longest <= loop.parts * part < 2**31, shape
+        assert 1 <= loop.parts <= plan.MAX_PARTS, shape
+        assert loop.parts <= plan.merge_lanes(loop.parts), shape
+        if not may_split or rows >= multiprocessors:
+            assert loop.parts == 1, shape
+        if loop.shifted_alike:
+            gradient_heads = [row * classes % vector for row in range(vector)]
+            assert gradient_heads == [row * stride % vector for row in range(vector)], shape
+            assert loop.shift == 0, shape
+
+
+def test_more_classes_than_offsets_can_count_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"at most {plan.MAX_CLASSES} classes, got 2147483647"):
+        plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False)
