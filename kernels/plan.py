@@ -21,7 +21,7 @@ TILE_ELEMENTS = 2048
 THREAD_ELEMENTS = 8
 MOST_TILE_WARPS = 16
 #: Elements below which a tile of several rows is not cut to occupy more multiprocessors.
-MIN_TILE_ELEMENTS = 512
+MIN_TILE_ELEMENTS = 1024
 
 #: Vectors that a thread has in flight in a walk, and where every class has a weight of its own in
 #: the loss (smoothing, soft targets) and what is known of it takes as many registers again.
