@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks", "rank_of", "world_size_of"]
+__all__ = ["Ranks", "rank_of", "same_group", "world_size_of"]
 
 _WORDS = 4  # int64 of a SHA-256
 _SHARED_ERRORS = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
@@ -37,6 +37,14 @@ def world_size_of(process_group: Any = None) -> int:
 def rank_of(process_group: Any = None) -> int:
     """This process's rank in the group; 0 while torch.distributed is not initialised."""
     return dist.get_rank(process_group) if world_size_of(process_group) > 1 else 0
+
+
+def same_group(one: Any, other: Any) -> bool:
+    """Whether two process groups are the same; None is the default one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return one is other
+    default = dist.group.WORLD
+    return (default if one is None else one) is (default if other is None else other)
 
 
 class Ranks:

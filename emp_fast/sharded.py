@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends.base import check_index_range
-from emp_fast.collectives import Ranks, rank_of, world_size_of
+from emp_fast.collectives import Ranks, rank_of, same_group, world_size_of
 from emp_fast.exchange import Layout, layout_of, pack_rows, row_bytes, unpack_rows
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK
@@ -297,7 +297,7 @@ class ShardedScoreStore:
         Raises:
             ValueError: another process group than the store's own is given.
         """
-        if process_group is not None and process_group is not self._process_group:
+        if process_group is not None and not same_group(process_group, self._process_group):
             raise ValueError(
                 f"process_group must be the store's own, {self._process_group!r}, "
                 f"got {process_group!r}"
