@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 from torch import nn
 
 import emp_fast
@@ -13,8 +14,12 @@ from emp_fast import Pruner, SampleStats, select_in_batch
 from emp_fast.functional import cross_entropy
 from emp_fast.rules import AUM, EMP, RHO, Entropy, Forgetting, GraNd, Loss, Margin
 
-MODEL = nn.Linear(5, 4)
 X, Y = torch.randn(16, 5, generator=torch.Generator().manual_seed(5)), torch.arange(16) % 4
+
+
+def make_model() -> nn.Linear:
+    torch.manual_seed(3)
+    return nn.Linear(5, 4)
 
 
 def stats_of(**fields) -> SampleStats:
@@ -81,15 +86,16 @@ def test_scores_of_ones_own():
 
 @pytest.mark.parametrize("k", [1, 5, 16])
 def test_the_gradient_is_that_of_the_chosen_alone(k):
-    stats = cross_entropy(MODEL(X), Y)
+    model = make_model()
+    stats = cross_entropy(model(X), Y)
     hard = select_in_batch(stats, k)
     assert hard.dtype == torch.int64
     assert not hard.requires_grad
-    (got,) = torch.autograd.grad(stats.loss[hard].mean(), MODEL.weight)
-    plain = nn.functional.cross_entropy(MODEL(X[hard]), Y[hard])
-    (wanted,) = torch.autograd.grad(plain, MODEL.weight)
+    (got,) = torch.autograd.grad(stats.loss[hard].mean(), model.weight)
+    plain = nn.functional.cross_entropy(model(X[hard]), Y[hard])
+    (wanted,) = torch.autograd.grad(plain, model.weight)
     torch.testing.assert_close(got, wanted)
-    probabilities = MODEL(X).detach().softmax(1)
+    probabilities = model(X).detach().softmax(1)
     score = stats.loss - (probabilities * probabilities.log()).sum(1)
     assert set(hard.tolist()) == set(score.topk(k).indices.tolist())
 
@@ -125,3 +131,25 @@ def test_every_backend_selects_the_same():
 def test_bad_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message):
         select_in_batch(*arguments, **options)
+
+
+def mined_gradient(rank: int, size: int) -> list[float]:
+    """Of DDP, where each rank mines its own half of the batch."""
+    model = nn.parallel.DistributedDataParallel(make_model())
+    share = slice(rank * 8, rank * 8 + 8)
+    stats = cross_entropy(model(X[share]), Y[share])
+    stats.loss[select_in_batch(stats, 3)].mean().backward()
+    return model.module.weight.grad.flatten().tolist()
+
+
+def test_under_ddp_the_gradient_is_that_of_all_chosen(tmp_path):
+    told = run_ranks(2, [mined_gradient], tmp_path)
+    gradients = [outcomes["mined_gradient"] for outcomes in told]
+    assert [error for _, error in gradients] == [None, None]
+    model, chosen = make_model(), []
+    for half in (slice(0, 8), slice(8, 16)):
+        stats = cross_entropy(model(X[half]), Y[half])
+        chosen += (select_in_batch(stats, 3) + half.start).tolist()
+    nn.functional.cross_entropy(model(X[chosen]), Y[chosen]).backward()
+    for gradient, _ in gradients:
+        torch.testing.assert_close(torch.tensor(gradient), model.weight.grad.flatten())
