@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import socket
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ _PIECE = re.compile(
 )
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]*)(#[^)\s]*)?\)")
+_RANKS_TIMEOUT = 120  # seconds
 
 
 class Block(NamedTuple):
@@ -90,20 +91,21 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 def run_on_ranks(block: Block, folder: Path) -> None:
     script = folder / "script.py"
     script.write_text(block.code)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for rank, told in enumerate(run_ranks(int(block.argument), [run_script], folder, script, port)):
-        error = told.get("run_script", (None, "died"))[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = run_ranks(int(block.argument), [run_script], folder, script, store.port)
+    for rank, outcomes in enumerate(told):
+        error = outcomes.get("run_script", (None, "it died, or took too long"))[1]
         assert error is None, f"line {block.line}, rank {rank}:\n{error}"
 
 
 def run_script(rank: int, size: int, script: Path, port: int) -> None:
     """What torchrun does for one rank, in a process that has torch already."""
+    signal.alarm(_RANKS_TIMEOUT)  # a rank whose peers have failed would wait for half an hour
     dist.destroy_process_group()  # the script makes its own
     os.chdir(script.parent)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # no rank opens the port: it is open
     runpy.run_path(str(script), run_name="__main__")
 
 
