@@ -26,10 +26,7 @@ def ranks_check(function: Callable[[int, int], Any]) -> Callable[..., None]:
     """
     CHECKS.append(function)
 
-    @pytest.mark.parametrize(
-        "size",
-        [pytest.param(size, marks=pytest.mark.xdist_group(f"ranks{size}")) for size in SIZES],
-    )
+    @pytest.mark.parametrize("size", SIZES)
     def test(size: int, outcomes: Callable[[int], list[dict[str, Outcome]]]) -> None:
         told = outcomes(size)
         assert len(told) == size

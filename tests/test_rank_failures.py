@@ -21,7 +21,6 @@ from ranks import Outcome, run_ranks
 
 import emp_fast
 
-pytestmark = pytest.mark.xdist_group("rank_failures")  # one worker starts the ranks
 WORLD = 6
 TIMEOUT = timedelta(seconds=6)
 GROUPS: list[Any] = []  # of this process: of all ranks, of all but the last, ...

@@ -31,7 +31,6 @@ from emp_fast.policies import (
     Window,
 )
 
-pytestmark = pytest.mark.xdist_group("sharded")  # one worker starts the ranks
 WORLD = 8
 SIZES = tuple(range(1, WORLD + 1))
 POLICIES: list[Policy] = [
