@@ -33,7 +33,7 @@ def main(prune_rate: float = 0.3, epochs: int = 3, quick: bool = False) -> None:
     train_set, test_set = (
         [{"input_ids": list(text)} for text in part] for part in paragraphs(LONGEST)
     )
-    train_set = train_set[: 128 if quick else 1200]
+    train_set = train_set[: 128 if quick else 1000]
     for rate in (0.0, prune_rate):
         train(train_set, test_set[:100], rate, round(epochs / (1 - rate)))
 
