@@ -303,6 +303,54 @@ def test_a_class_that_does_not_exist_spoils_its_row_alone(
     assert torch.equal(got.rows[:, ~spoiled], wanted.rows[:, ~spoiled])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_special_values_in_every_kernel(
+    shape: Shape, emulated: EmulatedBackend, module: Any
+) -> None:
+    """NaN, infinities, masks and a lone class, each in a row of its own."""
+    emulated.seed = shape.classes % 3
+    emulated.set_device(4, 227 * 1024)
+    shape = dataclasses.replace(shape, rows=9)
+    logits, target, weight, options = shape.make()
+    soft, last = shape.soft, shape.classes - 1
+    if soft:
+        target[:, 0] = 2.0 / shape.classes  # the class of the target, for what follows
+        target[:, 0] += target.amax(1)
+        y = torch.zeros(9, dtype=torch.int64)
+    else:
+        y = target.clamp_min(0)
+        target[:7] = y[:7]
+    rows = torch.arange(9)
+    kept = logits[rows, y].clone()
+    for row, column in ((0, 0), (1, last), (2, last // 2)):
+        logits[row, column] = torch.nan
+    logits[3, :last] = -torch.inf  # every vector but the last one, and the target
+    logits[4, 1::2] = -torch.inf
+    logits[5] = -torch.inf  # all but the target
+    logits[3:6][torch.arange(3), y[3:6]] = kept[3:6]
+    logits[6, y[6]] = -torch.inf
+    logits[7, last] = torch.inf
+    exact = (target.double() if soft else target, weight if weight is None else weight.double())
+    wanted = REFERENCE.cross_entropy(logits.double(), *exact, options)
+    wanted_grad = REFERENCE.cross_entropy_backward(
+        torch.ones(9).double(), logits.double(), *exact, wanted.rows.double(), options
+    )
+    state = make_state(9)
+    stepped, fused_grad = emulated.cross_entropy_step(
+        *(logits, target, weight, options, None, 1.0, rows, state, RECURRENCES["ema"])
+    )
+    scores = emulated.cross_entropy(logits, target, weight, options)
+    grad = emulated.cross_entropy_backward(
+        torch.ones(9), logits, target, weight, scores.rows, options
+    )
+    for got, got_grad in ((scores, grad), (stepped, fused_grad)):
+        assert_scores(got, wanted)
+        close(got_grad, wanted_grad, *GRAD_TOLERANCE[shape.dtype])
+    finite = stepped.loss.isfinite() & stepped.rows[0].isfinite() & (stepped.count > 0)
+    assert torch.equal(state.visits.bool(), finite)
+    assert state.counters.tolist() == [int((stepped.count > 0).sum() - finite.sum()), 0]
+
+
 def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend) -> None:
     for shape in (SHAPES[0], SHAPES[5], SHAPES[11], SHAPES[15], SHAPES[-1]):
         logits, target, weight, options = shape.make()
