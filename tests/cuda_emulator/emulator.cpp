@@ -885,7 +885,12 @@ void run(const Launch& wanted) {
   touched_begin = UINTPTR_MAX;
   touched_end = 0;
   in_fixed_memory = nullptr;
+  // Variables of the host lie between those of the kernels.
+  auto* fixed = reinterpret_cast<char*>(module_memory.fixed_begin);
+  const std::vector<char> of_host(fixed,
+                                  fixed + (module_memory.fixed_end - module_memory.fixed_begin));
   run_blocks();
+  std::copy(of_host.begin(), of_host.end(), fixed);
   for (const auto& block : here.in_flight) retire(*block);
   grid = nullptr;
   if (!here.error.empty()) throw std::runtime_error(std::string(launch.name) + ": " + here.error);
