@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from torch.nn import functional
 import emp_fast
 from benchmarks import baselines
 from benchmarks.harness import Bound, Contender, Unavailable
-from emp_fast.backends import backend_status, resolve
+from emp_fast.backends import backend_status, load, resolve
 from emp_fast.functional import SampleStats, cross_entropy, linear_cross_entropy, topk_indices
+
+if TYPE_CHECKING:
+    from emp_fast.backends.cuda import CudaBackend
 
 OURS = Bound(1e-5, 1e-6)
 #: The gradient of a mean: what `outputs` gives is scaled back to the single sample.
@@ -25,12 +28,13 @@ ONLY_LOSS = "computes the loss alone"
 
 
 def backends(
-    device: torch.device,
+    device: torch.device, *, every_row_kernel: bool = False
 ) -> tuple[dict[str, Callable[[], AbstractContextManager[Any]]], dict[str, str]]:
     """The kernel backends of ``device`` with how to enter each, and why the others cannot serve.
 
     The automatic choice is entered by doing nothing, as users do. Where no kernel serves, the
-    reference stands in, under its own name.
+    reference stands in, under its own name. every_row_kernel: the cuda backend also with the
+    kernels for long rows that are not its default (docs/kernels.md).
     """
     status = [s for s in backend_status(device) if s.name != "reference"]
     names = [s.name for s in status if s.available] or ["reference"]
@@ -40,6 +44,9 @@ def backends(
     entered = {name: nullcontext if name == automatic else _entering(name) for name in names}
     if automatic == "reference":
         entered["reference"] = _entering("reference")
+    if every_row_kernel and "cuda" in entered:
+        for kernels in ("cluster", "ring"):
+            entered[f"cuda, {kernels}"] = _with_row_kernels(kernels)
     wanted = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[device.type]
     refused = {s.name: s.reason or "" for s in status if not s.available and s.name in wanted}
     return entered, refused
@@ -49,14 +56,33 @@ def _entering(name: str) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: emp_fast.use_backend(name)
 
 
+def _with_row_kernels(kernels: str) -> Callable[[], AbstractContextManager[Any]]:
+    """The cuda backend with other kernels for long rows."""
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        backend = cast("CudaBackend", load("cuda"))
+        before = backend.row_kernels
+        backend.row_kernels = kernels
+        try:
+            with emp_fast.use_backend("cuda"):
+                yield
+        finally:
+            backend.row_kernels = before
+
+    return enter
+
+
 def ours(
     call: Callable[..., Any],
     outputs: Callable[[Any], Mapping[str, Tensor]],
     device: torch.device,
     bound: Bound = OURS,
+    *,
+    every_row_kernel: bool = False,
 ) -> list[Contender]:
     """One contender a backend; those that cannot serve are struck out with their reason."""
-    return ours_each(lambda: call, outputs, device, bound)
+    return ours_each(lambda: call, outputs, device, bound, every_row_kernel=every_row_kernel)
 
 
 def ours_each(
@@ -64,9 +90,11 @@ def ours_each(
     outputs: Callable[[Any], Mapping[str, Tensor]],
     device: torch.device,
     bound: Bound = OURS,
+    *,
+    every_row_kernel: bool = False,
 ) -> list[Contender]:
     """The same where every backend needs a call of its own, for the state that it moves."""
-    entered, refused = backends(device)
+    entered, refused = backends(device, every_row_kernel=every_row_kernel)
     contenders = [
         Contender(f"emp_fast {name}", make(), outputs, bound, context=context, ours=True)
         for name, context in entered.items()
@@ -97,7 +125,7 @@ def forward(device: torch.device, *, compile: bool) -> list[Contender]:
             Contender("Liger", _on_a_copy(baselines.liger), _loss, note=ONLY_LOSS),
             Contender("quack", baselines.quack, _loss, note=ONLY_LOSS),
         ]
-    return [*ours(cross_entropy, _stats, device), *peers]
+    return [*ours(cross_entropy, _stats, device, every_row_kernel=True), *peers]
 
 
 def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
@@ -136,7 +164,13 @@ def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
             Contender("quack", with_gradient(baselines.quack), and_gradient(_loss), note=ONLY_LOSS),
         ]
     return [
-        *ours(with_gradient(cross_entropy), and_gradient(_stats), device, OUR_GRADIENT),
+        *ours(
+            with_gradient(cross_entropy),
+            and_gradient(_stats),
+            device,
+            OUR_GRADIENT,
+            every_row_kernel=True,
+        ),
         *peers,
     ]
 

@@ -162,7 +162,9 @@ def test_score_gradient_state(
     race(
         case,
         [
-            *contenders.ours_each(pruned, outputs, device, contenders.OUR_GRADIENT),
+            *contenders.ours_each(
+                pruned, outputs, device, contenders.OUR_GRADIENT, every_row_kernel=True
+            ),
             Contender("eager", by_hand(baselines.five_scores, baselines.update_emp), outputs),
             Contender("torch.compile", by_hand(compiled_score, compiled_update), outputs),
             Contender("F.cross_entropy", torch_loss, outputs, note="neither scores nor state"),

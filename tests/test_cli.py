@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import emp_fast
+from emp_fast import backends
 from emp_fast.cli import app, bench, doctor
 from emp_fast.cli import demo as demo_command
 from emp_fast.files import write_atomically
@@ -116,6 +118,28 @@ def test_doctor_says_that_a_chosen_backend_cannot_serve(monkeypatch):
     monkeypatch.setenv("EMP_FAST_BACKEND", "magic")
     report = json.loads(run("doctor", "--json").stdout)
     assert "got 'magic'" in report["automatic_choice"]["cpu"]
+
+
+def test_doctor_shows_which_row_kernels_are_chosen(monkeypatch):
+    monkeypatch.delenv("EMP_FAST_CUDA_ROWS", raising=False)
+    settings = json.loads(run("doctor", "--json").stdout)["settings"]
+    assert settings["EMP_FAST_CUDA_ROWS"] == "plain"
+    monkeypatch.setenv("EMP_FAST_CUDA_ROWS", "cluster")
+    settings = json.loads(run("doctor", "--json").stdout)["settings"]
+    assert settings["EMP_FAST_CUDA_ROWS"] == "cluster"
+
+
+def test_doctor_says_that_no_row_kernels_have_that_name(monkeypatch):
+    # As in a new process: a backend is made once.
+    monkeypatch.setattr(backends, "_load", functools.cache(backends._load.__wrapped__))
+    monkeypatch.setattr(backends, "_refusal", functools.cache(backends._refusal.__wrapped__))
+    monkeypatch.setenv("EMP_FAST_CUDA_ROWS", "magic")
+    report = json.loads(run("doctor", "--json").stdout)
+    reasons = {line["backend"]: line["reason"] for line in report["backends"]}
+    assert "EMP_FAST_CUDA_ROWS must be one of ['plain', 'cluster', 'ring']" in reasons["cuda"]
+    assert "got 'magic'" in reasons["cuda"]
+    with pytest.raises(ValueError, match="EMP_FAST_CUDA_ROWS"):
+        backends.load("cuda")
 
 
 @pytest.mark.parametrize("broken", ["cross_entropy", "topk_indices"])

@@ -249,7 +249,7 @@ def test_every_kernel_scores_and_differentiates(
     general = shape.softcap > 0 or (shape.smoothing > 0 and shape.weighted)
     plan = module.cuda.plan_rows(
         *(shape.rows, shape.classes, logits.stride(0), logits.element_size(), aligned),
-        *(shape.soft, general, True, *device),
+        *(shape.soft, general, shape.smoothing > 0, True, *device, 0, 0),
     )
     assert (plan["path"], plan["lanes"]) == shape.plan
     if shape.plan == ("looped", 512):
@@ -515,7 +515,7 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
     """From the scores that the kernel itself wrote, the state is the reference's, bit for bit."""
     emulated.seed = seed
     chosen = module.cuda.plan_rows(
-        rows, classes, classes, 4, True, False, False, True, 4, 227 * 1024
+        *(rows, classes, classes, 4, True, False, False, False, True, 4, 227 * 1024, 0, 0)
     )
     assert chosen["update"] == plan
     recurrence = RECURRENCES[name]

@@ -27,8 +27,12 @@ if isinstance(native, str) or not hasattr(native, "cuda"):
     pytest.skip("the native module was built without CUDA", allow_module_level=True)
 cuda: Any = native.cuda
 
-H200 = (132, 227 * 1024)
-SMALL = (1, 48 * 1024)
+H200 = (132, 227 * 1024, 8)
+A100 = (108, 163 * 1024, 0)
+RTX5090 = (170, 99 * 1024, 8)
+NARROW = (60, 227 * 1024, 2)  # no such device: clusters of two blocks at most
+SMALL = (1, 48 * 1024, 0)
+PLAIN, CLUSTER, RING = range(3)
 MAX_GRID_X, MAX_GRID_Y = 2**31 - 1, 65535
 #: The register and thread kernels' reach, and where vectors and warps end.
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 16, 31, 32, 33, 100, 127, 128, 129, 249, 255, 256, 257, 1000]
@@ -43,18 +47,24 @@ def most_vectors(classes: int, element_bytes: int, aligned: bool) -> int:
     return max(math.ceil((shift + classes) / elements) for shift in shifts)
 
 
+def plan_rows(*shape: Any, kernels: int = PLAIN) -> dict[str, Any]:
+    *numbers, device = shape
+    plan: dict[str, Any] = cuda.plan_rows(*numbers, *device, kernels)
+    return plan
+
+
 @pytest.mark.parametrize("device", [H200, SMALL])
 @pytest.mark.parametrize("element_bytes", [2, 4])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_row_plans_cover_every_row_and_column(
-    device: tuple[int, int], element_bytes: int, aligned: bool
+    device: tuple[int, int, int], element_bytes: int, aligned: bool
 ) -> None:
     elements = 16 // element_bytes
     options = itertools.product(ROWS, CLASSES, (0, 3), (False, True), (False, True), (False, True))
     for rows, classes, padding, soft, general, grad in options:
         stride = classes + padding
-        plan = cuda.plan_rows(
-            rows, classes, stride, element_bytes, aligned, soft, general, grad, *device
+        plan = plan_rows(
+            rows, classes, stride, element_bytes, aligned, soft, general, general, grad, device
         )
         shape = (rows, classes, stride, soft, general, grad, plan)
         every_row_aligned = aligned and (rows == 1 or stride % elements == 0)
@@ -102,8 +112,8 @@ def test_workspace_asked_for_covers_any_alignment() -> None:
     # `score_workspace` asks the driver for the device, so its rule is repeated here.
     for rows, classes, element_bytes in itertools.product(ROWS[:8], CLASSES, (2, 4)):
         sizes = {
-            cuda.plan_rows(
-                rows, classes, classes, element_bytes, aligned, False, False, grad, *H200
+            plan_rows(
+                rows, classes, classes, element_bytes, aligned, False, False, False, grad, H200
             )["workspace_bytes"]
             for aligned in (False, True)
             for grad in (False, True)
@@ -114,10 +124,100 @@ def test_workspace_asked_for_covers_any_alignment() -> None:
 
 def test_state_moves_where_counts_fit() -> None:
     for rows, classes in itertools.product(ROWS, CLASSES):
-        plan = cuda.plan_rows(rows, classes, classes, 2, True, False, False, True, *H200)
+        plan = plan_rows(rows, classes, classes, 2, True, False, False, False, True, H200)
         assert (plan["update"] == "apart") == (rows > 32767)  # half of an int32 claim, signed
         if plan["update"] == "scan":
             assert rows <= (256 if plan["lanes"] == 1 else 1024)
+
+
+@pytest.mark.parametrize("kernels", [CLUSTER, RING])
+@pytest.mark.parametrize("device", [H200, A100, RTX5090, NARROW, SMALL])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_ring_plans_cover_every_row_and_column(
+    kernels: int, device: tuple[int, int, int], element_bytes: int
+) -> None:
+    multiprocessors, shared, widest = device
+    if kernels == RING:
+        widest = 1
+    elements = 16 // element_bytes
+    round_bytes = 16 * cuda.ROUND_VECTORS
+    options = itertools.product(
+        ROWS, CLASSES, (0, 3), (False, True), (False, True), (False, True), (False, True)
+    )
+    served = 0
+    for rows, classes, padding, aligned, soft, rare, grad in options:
+        shape = (rows, classes, classes + padding, element_bytes, aligned, soft, rare, rare, grad)
+        plan = plan_rows(*shape, device, kernels=kernels)
+        plain = plan_rows(*shape, device)
+        if plan["path"] not in ("cluster", "ring"):
+            assert plan == plain, shape
+            continue
+        served += 1
+        assert plan["path"] == ("ring" if kernels == RING else "cluster"), shape
+        # The plain kernels keep what they do as well or alone.
+        assert plain["path"] in ("looped", "split"), shape
+        assert plain["lanes"] == 512, shape
+        assert not soft, shape
+        assert plan["threads"] == plan["lanes"] == 512, shape
+        cluster, slots, rounds = plan["cluster"], plan["slots"], plan["rounds"]
+        assert cluster in (1, 2, 4, 8), shape
+        assert cluster <= widest, shape
+        every_row_aligned = aligned and (rows == 1 or (classes + padding) % elements == 0)
+        vectors = most_vectors(classes, element_bytes, every_row_aligned)
+        part = plan["vectors_per_part"]
+        assert part * cluster >= vectors, shape
+        assert part % 128 == 0, shape  # whole chunks: no two warps of two blocks share one
+        assert (rounds - 1) * cuda.ROUND_VECTORS < part <= rounds * cuda.ROUND_VECTORS, shape
+        assert 2 <= slots <= 6, shape
+        # As many blocks as planned fit a multiprocessor, with what each costs besides.
+        blocks = plan["blocks_per_multiprocessor"]
+        assert plan["shared_bytes"] == slots * round_bytes + cuda.RING_TAIL, shape
+        assert plan["shared_bytes"] <= shared, shape
+        assert blocks * (plan["shared_bytes"] + 1024) <= shared + 1024, shape
+        assert blocks == 1 or not rare, shape
+        # Whole clusters, each with a row at least, and no more than run at once.
+        clusters, rest = divmod(plan["grid"], cluster)
+        assert rest == 0, shape
+        assert 1 <= clusters <= rows, shape
+        assert clusters <= max(blocks * multiprocessors // cluster, 1), shape
+        assert clusters == rows or clusters == max(blocks * multiprocessors // cluster, 1), shape
+        # The gradient's row stays on chip wherever some cluster could hold it.
+        most_slots = min((shared - cuda.RING_TAIL) // round_bytes, 6)
+        if grad and math.ceil(vectors / widest) + 127 <= most_slots * cuda.ROUND_VECTORS:
+            assert rounds <= slots, shape
+    assert (served > 0) == (widest > 0 and shared >= 2 * round_bytes + cuda.RING_TAIL)
+
+
+@pytest.mark.parametrize(
+    ("classes", "element_bytes"),
+    [(32000, 4), (128256, 2), (128256, 4), (151936, 2), (151936, 4), (262144, 2), (262144, 4)],
+)
+def test_an_h200_keeps_the_rows_of_large_vocabularies_on_chip(
+    classes: int, element_bytes: int
+) -> None:
+    shape = (4096, classes, classes, element_bytes, True, False, False, False, True)
+    plan = plan_rows(*shape, H200, kernels=CLUSTER)
+    assert plan["path"] == "cluster"
+    assert plan["rounds"] <= plan["slots"]
+
+
+def test_few_rows_spread_over_wider_clusters() -> None:
+    def cluster(rows: int) -> int:
+        shape = (rows, 262144, 262144, 2, True, False, False, False, False)
+        plan = plan_rows(*shape, H200, kernels=CLUSTER)
+        return int(plan["cluster"]) if plan["path"] == "cluster" else 0
+
+    assert [cluster(rows) for rows in (1, 16, 17, 33, 66, 132, 264)] == [0, 0, 8, 8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("kernels", [CLUSTER, RING])
+def test_rows_beyond_an_int_are_the_plain_kernels(kernels: int) -> None:
+    def path(rows: int) -> str:
+        shape = (rows, 32000, 32000, 2, True, False, False, False, True)
+        return str(plan_rows(*shape, H200, kernels=kernels)["path"])
+
+    assert path(2**30) == ("cluster" if kernels == CLUSTER else "ring")
+    assert path(2**30 + 1) == "looped"
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])
@@ -215,6 +315,25 @@ def test_digits_select_what_a_stable_sort_does(name: str, digit_bits: int) -> No
     n = len(scores)
     for k in sorted({0, 1, 2, n // 3, n // 2, n - 1, n} & set(range(n + 1))):
         assert cuda.select_by_digits(scores, k, digit_bits) == highest(scores, k)
+
+
+def test_row_kernels_are_chosen_by_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMP_FAST_CUDA_ROWS", raising=False)
+    assert CudaBackend().row_kernels == "plain"  # the others have not been measured
+    assert CudaBackend("ring").row_kernels == "ring"
+    with pytest.raises(ValueError, match=r"row_kernels must be one of .*'ring'\], got 'magic'"):
+        CudaBackend("magic")
+    backend = CudaBackend("plain")
+    backend.row_kernels = "cluster"
+    assert backend.row_kernels == "cluster"
+    with pytest.raises(ValueError, match="row_kernels"):
+        backend.row_kernels = "magic"
+    monkeypatch.setenv("EMP_FAST_CUDA_ROWS", "cluster")
+    assert CudaBackend().row_kernels == "cluster"
+    assert CudaBackend("plain").row_kernels == "plain"
+    monkeypatch.setenv("EMP_FAST_CUDA_ROWS", "magic")
+    with pytest.raises(ValueError, match=r"EMP_FAST_CUDA_ROWS must be .* got 'magic'"):
+        CudaBackend()
 
 
 def test_the_backend_says_why_it_cannot_serve_the_cpu() -> None:

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
+#include <unordered_map>
 #include <vector>
 
 #include "core/order_key.h"
@@ -70,6 +72,7 @@ RowShape shape_of(const RowArgs& a, Dtype dtype, bool grad) {
           address % kVectorBytes == 0,
           a.soft != nullptr,
           general,
+          a.smoothing > 0.0f,
           grad};
 }
 
@@ -84,25 +87,45 @@ void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address work
       return score_looped(dtype, plan, a, stream);
     case RowPath::kSplit:
       return score_split(dtype, plan, a, pointer<float>(workspace), stream);
+    case RowPath::kCluster:
+      return score_in_cluster(dtype, plan, a, stream);
+    case RowPath::kRing:
+      return score_in_ring(dtype, plan, a, stream);
   }
 }
 
+// The device as a choice of kernels needs to know it; the current one must be `device`.
+Device device_for(RowKernels kernels, int device) {
+  Device properties = device_properties(device);
+  if (kernels != RowKernels::kCluster) return properties;
+  static std::mutex mutex;
+  static std::unordered_map<int, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  properties.max_cluster =
+      found != known.end() ? found->second : known[device] = widest_cluster(properties);
+  return properties;
+}
+
 // Bytes of workspace that `score` and `step` need for a shape; 0 for most.
-int64_t score_workspace(int device, int dtype, int64_t rows, int64_t classes, int64_t stride) {
+int64_t score_workspace(int kernels, int device, int dtype, int64_t rows, int64_t classes,
+                        int64_t stride) {
   const auto type = static_cast<Dtype>(dtype);
-  const Device properties = device_properties(device);
+  const auto chosen = static_cast<RowKernels>(kernels);
+  const Device properties = device_for(chosen, device);
   int64_t most = 0;
   for (const bool aligned : {false, true}) {
-    const RowShape shape{rows, classes, stride, element_bytes(type), aligned, false, false, false};
-    most = std::max(most, plan_rows(shape, properties).workspace_bytes);
+    const RowShape shape{rows,  classes, stride, element_bytes(type), aligned, false,
+                         false, false,   false};
+    most = std::max(most, plan_rows_with(chosen, shape, properties).workspace_bytes);
   }
   return most;
 }
 
-void score(int device, int dtype, Address logits, int64_t stride, int64_t rows, int64_t classes,
-           Address target, Address soft, Address weight, Address weight_sum, int64_t ignore_index,
-           double smoothing, double softcap, Address loss, Address fields, Address correct,
-           Address count, Address workspace, Address stream) {
+void score(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
+           int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
+           int64_t ignore_index, double smoothing, double softcap, Address loss, Address fields,
+           Address correct, Address count, Address workspace, Address stream) {
   if (rows == 0) return;
   const auto type = static_cast<Dtype>(dtype);
   RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
@@ -111,7 +134,8 @@ void score(int device, int dtype, Address logits, int64_t stride, int64_t rows, 
   a.fields = pointer<float>(fields);
   a.correct = pointer<bool>(correct);
   a.count = pointer<int32_t>(count);
-  const RowPlan plan = plan_rows(shape_of(a, type, false), device_properties(device));
+  const auto chosen = static_cast<RowKernels>(kernels);
+  const RowPlan plan = plan_rows_with(chosen, shape_of(a, type, false), device_for(chosen, device));
   run_scores(type, plan, a, workspace, stream_of(stream));
 }
 
@@ -131,13 +155,13 @@ void backward(int device, int dtype, Address logits, int64_t stride, int64_t row
   gradient(type, plan, a, stream_of(stream));
 }
 
-void step(int device, int dtype, Address logits, int64_t stride, int64_t rows, int64_t classes,
-          Address target, Address soft, Address weight, Address weight_sum, int64_t ignore_index,
-          double smoothing, double softcap, Address loss, Address fields, Address correct,
-          Address count, Address workspace, Address grad, Address row_scale, double scale,
-          Address indices, int signal, int direct, Address scores, Address memory, Address visits,
-          Address variance, Address claims, Address counters, int64_t samples, int kind,
-          double decay, double direct_scale, double memory_scale, double variance_scale,
+void step(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
+          int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
+          int64_t ignore_index, double smoothing, double softcap, Address loss, Address fields,
+          Address correct, Address count, Address workspace, Address grad, Address row_scale,
+          double scale, Address indices, int signal, int direct, Address scores, Address memory,
+          Address visits, Address variance, Address claims, Address counters, int64_t samples,
+          int kind, double decay, double direct_scale, double memory_scale, double variance_scale,
           Address stream_handle) {
   if (rows == 0) return;
   const auto type = static_cast<Dtype>(dtype);
@@ -157,9 +181,10 @@ void step(int device, int dtype, Address logits, int64_t stride, int64_t rows, i
   a.state = state_args(scores, memory, visits, variance, claims, counters, samples,
                        make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
 
-  const Device properties = device_properties(device);
+  const auto chosen = static_cast<RowKernels>(kernels);
+  const Device properties = device_for(chosen, device);
   const RowShape shape = shape_of(a, type, true);
-  const RowPlan plan = plan_rows(shape, properties);
+  const RowPlan plan = plan_rows_with(chosen, shape, properties);
   const StepPlan update = plan_step(plan, rows);
   if (update == StepPlan::kScan) a.occurrences = Occurrences::kScan;
   if (update == StepPlan::kCounted) {
@@ -201,10 +226,13 @@ int64_t topk_workspace(int64_t n, int64_t k, int64_t groups, int sample_bits) {
 // --------------------------------------------------------
 
 py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, bool aligned,
-                      bool soft, bool general, bool grad, int multiprocessors, int64_t shared) {
-  const RowPlan p = plan_rows({rows, classes, stride, bytes, aligned, soft, general, grad},
-                              {multiprocessors, shared});
-  constexpr const char* names[] = {"threads", "registers", "looped", "split"};
+                      bool soft, bool general, bool smoothed, bool grad, int multiprocessors,
+                      int64_t shared, int max_cluster, int kernels) {
+  const RowPlan p =
+      plan_rows_with(static_cast<RowKernels>(kernels),
+                     {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
+                     {multiprocessors, shared, max_cluster});
+  constexpr const char* names[] = {"threads", "registers", "looped", "split", "cluster", "ring"};
   constexpr const char* updates[] = {"scan", "counted", "apart"};
   py::dict d;
   d["path"] = names[static_cast<int>(p.path)];
@@ -214,6 +242,10 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
   d["parts"] = p.parts;
   d["vectors_per_part"] = p.vectors_per_part;
   d["cached_vectors"] = p.cached_vectors;
+  d["cluster"] = p.cluster;
+  d["rounds"] = p.rounds;
+  d["slots"] = p.slots;
+  d["blocks_per_multiprocessor"] = p.blocks_per_multiprocessor;
   d["shared_bytes"] = p.shared_bytes;
   d["workspace_bytes"] = p.workspace_bytes;
   d["update"] = updates[static_cast<int>(plan_step(p, rows))];
@@ -222,8 +254,8 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
 
 py::dict plan_backward_of(int64_t rows, int64_t classes, int64_t stride, int bytes, bool soft,
                           int multiprocessors) {
-  const BackwardPlan p =
-      plan_backward({rows, classes, stride, bytes, false, soft, false, true}, {multiprocessors, 0});
+  const BackwardPlan p = plan_backward(
+      {rows, classes, stride, bytes, false, soft, false, false, true}, {multiprocessors, 0, 0});
   py::dict d;
   d["lanes"] = p.lanes;
   d["threads"] = p.threads;
@@ -358,6 +390,8 @@ void bind(py::module_& m) {
   cuda.attr("SAMPLED_FROM") = kSampledFrom;
   cuda.attr("SAMPLE_BITS") = kSampleBits;
   cuda.attr("REGISTER_VECTORS") = kRegisterVectors;
+  cuda.attr("ROUND_VECTORS") = kRoundVectors;
+  cuda.attr("RING_TAIL") = kRingTail;
   cuda.attr("SPLIT_BYTES") = 2 * kMinPartVectors * kVectorBytes;
 }
 

@@ -91,17 +91,36 @@ struct RowSums {
     raise(sums, max);
   }
 
-  // Sums over the group relative to the group's maximum.
-  template <int kLanes>
+  // Adds the sums of another part of the row. An empty part changes nothing.
+  __device__ __forceinline__ void merge(RowSums part) {
+    const float max = max_or_nan(sums.m, part.sums.m);
+    raise_to(max);
+    part.raise_to(max);
+    sums.d += part.sums.d;
+    sums.s += part.sums.s;
+    sums.q += part.sums.q;
+    spread += part.spread;
+    weight += part.weight;
+  }
+
+  // Sums over the group relative to the group's maximum. kSmoothed: there may be label smoothing;
+  // else spread and weight are left alone.
+  template <int kLanes, bool kSmoothed = true>
   __device__ __forceinline__ void reduce() {
     raise_to(Group<kLanes>::reduce(sums.m, Max{}));
-    float values[5] = {sums.d, sums.s, sums.q, spread, weight};
+    float values[kSmoothed ? 5 : 3] = {sums.d, sums.s, sums.q};
+    if constexpr (kSmoothed) {
+      values[3] = spread;
+      values[4] = weight;
+    }
     Group<kLanes>::reduce(values, Add{});
     sums.d = values[0];
     sums.s = values[1];
     sums.q = values[2];
-    spread = values[3];
-    weight = values[4];
+    if constexpr (kSmoothed) {
+      spread = values[3];
+      weight = values[4];
+    }
   }
 };
 

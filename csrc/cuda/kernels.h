@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/launch.h"
+#include "cuda/launch_ring.h"
 #include "cuda/row_args.h"
 
 namespace emp_fast::cuda {
@@ -15,12 +15,22 @@ void check_launch(const char* kernel);
 Device device_properties(int device);
 // Opts a kernel in to more dynamic shared memory than every device grants.
 void allow_shared_memory(const void* function, int64_t bytes, const char* kernel);
+// The largest power of two of blocks that the current device runs as one cluster of a kernel that
+// needs compute capability 9.0; 0 where it has no clusters or this build no such code for it.
+int largest_cluster(const void* function, int threads, int64_t shared_bytes);
+// How many clusters of a kernel the current device runs at once; asked of the driver once.
+int resident_clusters(const void* function, int threads, int cluster, int64_t shared_bytes,
+                      const char* kernel);
 
 // Scores of all rows and, with args.grad, their gradient and, with args.occurrences, the state's
 // step.
 void score_in_threads(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_registers(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_looped(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
+void score_in_cluster(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
+void score_in_ring(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
+// Device::max_cluster of the current device.
+int widest_cluster(const Device&);
 // Scores alone (args.grad is ignored); `partials` holds plan.workspace_bytes.
 void score_split(Dtype, const RowPlan&, const RowArgs&, float* partials, cudaStream_t);
 

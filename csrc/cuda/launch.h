@@ -18,6 +18,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Device {
   int multiprocessors;
   int64_t shared_bytes;  // dynamic shared memory that a block can opt in to
+  int max_cluster;       // blocks of a cluster that bulk copies feed; 0: none
 };
 
 // ---- rows
@@ -28,6 +29,8 @@ enum class RowPath : int {
   kRegisters,  // lanes a row, the row in registers
   kLooped,     // lanes a row, any class count
   kSplit,      // several blocks a row, partial sums merged by a second launch
+  kCluster,    // a thread-block cluster a row, through rings that bulk copies fill (launch_ring.h)
+  kRing,       // a block a row, through a ring that asynchronous copies fill
 };
 
 struct RowPlan {
@@ -36,8 +39,12 @@ struct RowPlan {
   int threads;           // a block
   int64_t grid;          // blocks; each loops over tiles of threads / lanes rows
   int parts;             // of a row (kSplit)
-  int vectors_per_part;  // (kSplit)
+  int vectors_per_part;  // of a row (kSplit); that a block owns (kCluster, kRing)
   int cached_vectors;    // of a row kept in shared memory for the gradient (kLooped)
+  int cluster;           // blocks that share a row (kCluster, kRing)
+  int rounds;            // in which a block goes through its part
+  int slots;             // rounds that its ring holds
+  int blocks_per_multiprocessor;
   int64_t shared_bytes;  // dynamic
   int64_t workspace_bytes;
 };
@@ -49,7 +56,8 @@ struct RowShape {
   int element_bytes;
   bool base_aligned;  // the first logit lies at a multiple of 16 bytes
   bool soft;
-  bool general;  // a softcap, or label smoothing with class weights: the looped kernel's alone
+  bool general;   // a softcap, or label smoothing with class weights: not in threads or registers
+  bool smoothed;  // label smoothing
   bool grad;
 };
 

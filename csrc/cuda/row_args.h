@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/host_device.h"
 #include "core/recurrence.h"
 
 namespace emp_fast::cuda {
@@ -57,5 +58,10 @@ struct RowArgs {
   int direct;              // the same; -1: none
   StateArgs state;
 };
+
+// Whether a softcap or label smoothing, the rare options, is asked for.
+EMP_FAST_HD bool has_rare_options(const RowArgs& a) {
+  return a.softcap > 0.0f || a.smoothing > 0.0f;
+}
 
 }  // namespace emp_fast::cuda

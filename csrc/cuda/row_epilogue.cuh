@@ -16,7 +16,10 @@ struct Target {
   bool bad;    // neither a class nor ignored: its scores are NaN
 
   __device__ __forceinline__ static Target of(const RowArgs& a, int64_t row) {
-    const int64_t y = __ldg(a.target + row);
+    return from_class(a, __ldg(a.target + row));
+  }
+
+  __device__ __forceinline__ static Target from_class(const RowArgs& a, int64_t y) {
     const bool valid = y != a.ignore_index;
     const bool inside = y >= 0 && y < a.classes;
     return {valid && inside ? static_cast<int>(y) : 0, valid, valid && !inside};
@@ -121,6 +124,11 @@ struct GradientRow {
   // kWeighted: label smoothing may have class weights.
   template <bool kWeighted, int kCount>
   __device__ __forceinline__ void apply(const RowArgs& a, int column, float (&x)[kCount]) const {
+    if (!valid) {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) x[e] = 0.0f;
+      return;
+    }
     const bool weighted = kWeighted && a.weight != nullptr && a.smoothing > 0.0f;
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
@@ -130,9 +138,12 @@ struct GradientRow {
         const int j = column + e;
         off = j >= 0 && j < a.classes ? spread * __ldg(a.weight + j) : 0.0f;
       }
-      const float value = column + e == target ? at_target : fmaf(scale, p, -off);
-      x[e] = valid ? g * value : 0.0f;
+      x[e] = g * fmaf(scale, p, -off);
     }
+    const unsigned at = offset_in_vector(column, target);
+    if (at >= kCount) return;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) x[e] = e == static_cast<int>(at) ? g * at_target : x[e];
   }
 };
 

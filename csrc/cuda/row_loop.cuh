@@ -6,6 +6,76 @@ namespace emp_fast::cuda {
 
 constexpr int kUnrolled = 4;  // vectors a thread has in flight
 
+// Adds the vector at `column` to a thread's sums, whatever the options.
+template <class T>
+__device__ __forceinline__ void absorb_vector(const RowArgs& a, const uint4& raw, int column,
+                                              const Window<kElements<T>>& window, int target,
+                                              RowSums& row) {
+  constexpr int kCount = kElements<T>;
+  float x[kCount];
+  unpack<T>(raw, x);
+  float max = row.sums.m;
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    const bool counts = window.holds(column + e) && column + e != target;
+    x[e] = counts ? capped(x[e], a.softcap) : -INFINITY;
+    max = max_or_nan(max, x[e]);
+  }
+  row.raise_to(max);
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) add_logit(row.sums, x[e]);
+  if (a.smoothing > 0.0f) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      if (!window.holds(column + e) || column + e == target) continue;
+      const float w = a.weight == nullptr ? 1.0f : __ldg(a.weight + column + e);
+      if (w != 0.0f) row.spread = fmaf(w, x[e] - max, row.spread);
+      row.weight += w;
+    }
+  }
+}
+
+// Adds vectors whose every element counts, or is -inf, to a thread's sums.
+template <class T, int kVectors>
+__device__ __forceinline__ void absorb_vectors(const uint4 (&raw)[kVectors],
+                                               SoftmaxSums<float>& sums) {
+  constexpr int kCount = kElements<T>;
+  const float max = max_or_nan(sums.m, largest<T>(raw));
+  if (!(max <= sums.m)) raise(sums, max);
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) {
+    float x[kCount];
+    unpack<T>(raw[u], x);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) add_logit(sums, x[e]);
+  }
+}
+
+// Writes the gradient of the vector at `column`. to_gradient(column, x) turns softcapped logits
+// into gradients. kCapped: there may be a softcap.
+template <bool kCapped, class T, class ToGradient>
+__device__ __forceinline__ void emit_vector(const RowArgs& a, const uint4& raw, int column, T* out,
+                                            const Window<kElements<T>>& window,
+                                            const ToGradient& to_gradient) {
+  constexpr int kCount = kElements<T>;
+  float x[kCount];
+  unpack<T>(raw, x);
+  if (kCapped && a.softcap > 0.0f) {
+    float slope[kCount];
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      slope[e] = cap_derivative(x[e], a.softcap);
+      x[e] = capped(x[e], a.softcap);
+    }
+    to_gradient(column, x);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) x[e] *= slope[e];
+  } else {
+    to_gradient(column, x);
+  }
+  store_vector(out, column, window, x);
+}
+
 // Adds the vectors begin <= v < end of a row to the sums of the kLanes threads that share it. The
 // first `cached` vectors are also kept in `cache`, each for the thread that loaded it.
 template <class T, int kLanes>
@@ -14,32 +84,12 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
                                        int target, RowSums& row, uint4* cache, int cached) {
   constexpr int kCount = kElements<T>;
   const int lane = Group<kLanes>::lane();
-  if (a.softcap > 0.0f || a.smoothing > 0.0f) {  // the rare options, a vector at a time
+  if (has_rare_options(a)) {  // a vector at a time
     for (int v = begin + lane; v < end; v += kLanes) {
       const int column = window.column(v);
       const uint4 raw = load_vector(logits + column);
       if (v < cached) cache[v] = raw;
-      float x[kCount];
-      unpack<T>(raw, x);
-      float max = row.sums.m;
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) {
-        const bool counts = window.holds(column + e) && column + e != target;
-        x[e] = counts ? capped(x[e], a.softcap) : -INFINITY;
-        max = max_or_nan(max, x[e]);
-      }
-      row.raise_to(max);
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) add_logit(row.sums, x[e]);
-      if (a.smoothing > 0.0f) {
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) {
-          if (!window.holds(column + e) || column + e == target) continue;
-          const float w = a.weight == nullptr ? 1.0f : __ldg(a.weight + column + e);
-          if (w != 0.0f) row.spread = fmaf(w, x[e] - max, row.spread);
-          row.weight += w;
-        }
-      }
+      absorb_vector<T>(a, raw, column, window, target, row);
     }
     return;
   }
@@ -59,46 +109,21 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
         raw[u] = leave_out<T>(raw[u], column, window, target);
       }
     }
-    const float max = max_or_nan(row.sums.m, largest<T>(raw));
-    if (!(max <= row.sums.m)) raise(row.sums, max);
-#pragma unroll
-    for (int u = 0; u < kUnrolled; ++u) {
-      float x[kCount];
-      unpack<T>(raw[u], x);
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) add_logit(row.sums, x[e]);
-    }
+    absorb_vectors<T>(raw, row.sums);
   }
 }
 
 // Writes the gradient of the vectors begin <= v < end of a row, those below `cached` from `cache`.
-// to_gradient(column, x) turns softcapped logits into gradients.
 template <class T, int kLanes, class ToGradient>
 __device__ __forceinline__ void emit(const RowArgs& a, const T* logits, T* out,
                                      const Window<kElements<T>>& window, int begin, int end,
                                      const uint4* cache, int cached,
                                      const ToGradient& to_gradient) {
-  constexpr int kCount = kElements<T>;
 #pragma unroll 2
   for (int v = begin + Group<kLanes>::lane(); v < end; v += kLanes) {
     const int column = window.column(v);
     const uint4 raw = v < cached ? cache[v] : load_vector(logits + column);
-    float x[kCount];
-    unpack<T>(raw, x);
-    if (a.softcap > 0.0f) {
-      float slope[kCount];
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) {
-        slope[e] = cap_derivative(x[e], a.softcap);
-        x[e] = capped(x[e], a.softcap);
-      }
-      to_gradient(column, x);
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) x[e] *= slope[e];
-    } else {
-      to_gradient(column, x);
-    }
-    store_vector(out, column, window, x);
+    emit_vector<true>(a, raw, column, out, window, to_gradient);
   }
 }
 

@@ -40,15 +40,7 @@ __global__ void __launch_bounds__(128)
   RowSums sums = RowSums::empty();
   for (int p = threadIdx.x % 32; p < parts; p += 32) {
     const float* in = partials + (row * parts + p) * kPartialFloats;
-    RowSums part{{in[0], in[1], in[2], in[3]}, in[4], in[5]};
-    const float max = max_or_nan(sums.sums.m, part.sums.m);
-    sums.raise_to(max);
-    part.raise_to(max);
-    sums.sums.d += part.sums.d;
-    sums.sums.s += part.sums.s;
-    sums.sums.q += part.sums.q;
-    sums.spread += part.spread;
-    sums.weight += part.weight;
+    sums.merge({{in[0], in[1], in[2], in[3]}, in[4], in[5]});
   }
   sums.reduce<32>();
   const Target target = Target::of(a, row);

@@ -1,9 +1,11 @@
 // What the launchers ask of the CUDA runtime. Nothing here runs when the module is loaded.
 #include <cuda_runtime_api.h>
 
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 
 #include "cuda/kernels.h"
@@ -32,7 +34,7 @@ Device device_properties(int device) {
         "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
-  return known[device] = Device{multiprocessors, shared};
+  return known[device] = Device{multiprocessors, shared, 0};
 }
 
 void allow_shared_memory(const void* function, int64_t bytes, const char* kernel) {
@@ -41,6 +43,55 @@ void allow_shared_memory(const void* function, int64_t bytes, const char* kernel
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
         kernel);
+}
+
+int largest_cluster(const void* function, int threads, int64_t shared_bytes) {
+  int device = 0;
+  int supported = 0;
+  cudaFuncAttributes attributes{};
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device),
+        "cudaDeviceGetAttribute");
+  check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
+  // Code that the driver made of the PTX for an older device has no clusters whatever this one can.
+  if (supported == 0 || attributes.ptxVersion < 90) return 0;
+  allow_shared_memory(function, shared_bytes, "cudaFuncSetAttribute");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kMaxCluster);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  int most = 0;
+  check(cudaOccupancyMaxPotentialClusterSize(&most, function, &config),
+        "cudaOccupancyMaxPotentialClusterSize");
+  int cluster = most > 0 ? 1 : 0;
+  while (2 * cluster <= most && cluster > 0) cluster *= 2;
+  return cluster;
+}
+
+int resident_clusters(const void* function, int threads, int cluster, int64_t shared_bytes,
+                      const char* kernel) {
+  using Key = std::tuple<int, const void*, int, int, int64_t>;
+  static std::mutex mutex;
+  static std::map<Key, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const Key key{device, function, threads, cluster, shared_bytes};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  allow_shared_memory(function, shared_bytes, kernel);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int resident = 0;
+  check(cudaOccupancyMaxActiveClusters(&resident, function, &config), kernel);
+  return known[key] = resident;
 }
 
 }  // namespace emp_fast::cuda

@@ -93,7 +93,7 @@ def load(name: str) -> Backend:
 
 def backend_status(device: torch.device) -> list[BackendStatus]:
     """Which backends can serve ``device``, and why the others cannot."""
-    reasons = {name: _refusal(name, device) for name in _CLASSES}
+    reasons = {name: _refusal_or_bad_setting(name, device) for name in _CLASSES}
     return [BackendStatus(name, reason is None, reason) for name, reason in reasons.items()]
 
 
@@ -118,6 +118,14 @@ def _refusal(name: str, device: torch.device) -> str | None:
 
         reason = self_check(loaded, device)
     return reason
+
+
+def _refusal_or_bad_setting(name: str, device: torch.device) -> str | None:
+    """The same for who only asks; an operation raises for an environment variable it cannot use."""
+    try:
+        return _refusal(name, device)
+    except ValueError as error:
+        return str(error)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ docs/kernels.md describes the kernels.
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -27,12 +28,23 @@ from emp_fast.backends.reference import ReferenceBackend
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/cuda/row_args.h
 _KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h
 _VALUES = ("loss", *ROW_FIELDS)  # as RowArgs::signal counts them
+_ROW_KERNELS = ("plain", "cluster", "ring")  # as RowKernels of csrc/cuda/launch_ring.h
+_ROW_KERNELS_ENVIRONMENT = "EMP_FAST_CUDA_ROWS"
 _OLDEST = (8, 0)
 _MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
 
 
 class CudaBackend(Backend):
-    """Serves NVIDIA GPUs of compute capability 8.0 and up."""
+    """Serves NVIDIA GPUs of compute capability 8.0 and up.
+
+    Args:
+        row_kernels: which kernels score rows that are too long for registers: "plain", "cluster" or
+            "ring" (docs/kernels.md); None for what the environment variable ``EMP_FAST_CUDA_ROWS``
+            says, else "plain". What a choice cannot serve, the plain kernels do.
+
+    Raises:
+        ValueError: no kernels have that name.
+    """
 
     name = "cuda"
     fuses_step = True
@@ -41,7 +53,11 @@ class CudaBackend(Backend):
     #: or speed. The self-check guards its first use.
     notes: ClassVar[str | None] = "these kernels have not yet run on a GPU"
 
-    def __init__(self) -> None:
+    def __init__(self, row_kernels: str | None = None) -> None:
+        if row_kernels is None:
+            row_kernels = os.environ.get(_ROW_KERNELS_ENVIRONMENT) or "plain"
+            _check_row_kernels(row_kernels, _ROW_KERNELS_ENVIRONMENT)
+        self.row_kernels = row_kernels
         native = load_native()
         self._native: Any = None
         self._reason: str | None = None
@@ -53,6 +69,16 @@ class CudaBackend(Backend):
             )
         else:
             self._native = native.cuda
+
+    @property
+    def row_kernels(self) -> str:
+        """Which kernels score long rows; may be set."""
+        return _ROW_KERNELS[self._row_kernels]
+
+    @row_kernels.setter
+    def row_kernels(self, name: str) -> None:
+        _check_row_kernels(name, "row_kernels")
+        self._row_kernels = _ROW_KERNELS.index(name)
 
     def why_not(self, device: torch.device) -> str | None:
         """The reason that ``device`` is no GPU that this build has code for."""
@@ -78,6 +104,7 @@ class CudaBackend(Backend):
             # Named, so that no tensor behind a pointer goes away before the launch.
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
             self._native.score(
+                self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
                 *_pointers(*outputs),
                 _pointer(workspace),
@@ -126,6 +153,7 @@ class CudaBackend(Backend):
         with _on(logits.device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
             self._native.step(
+                self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
                 *_pointers(*outputs),
                 _pointer(workspace),
@@ -266,9 +294,19 @@ class CudaBackend(Backend):
         if classes * logits.element_size() < self._native.SPLIT_BYTES:
             return None
         size = self._native.score_workspace(
-            logits.device.index, _DTYPES[logits.dtype], rows, classes, logits.stride(0)
+            self._row_kernels,
+            logits.device.index,
+            _DTYPES[logits.dtype],
+            rows,
+            classes,
+            logits.stride(0),
         )
         return torch.empty(size, dtype=torch.uint8, device=logits.device) if size else None
+
+
+def _check_row_kernels(name: str, argument: str) -> None:
+    if name not in _ROW_KERNELS:
+        raise ValueError(f"{argument} must be one of {list(_ROW_KERNELS)}, got {name!r}")
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

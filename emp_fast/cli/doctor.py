@@ -26,6 +26,8 @@ __all__ = ["doctor"]
 #: results of the run on a GPU.
 NEVER_RUN_ON_A_GPU = ("triton", "cuda")
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
+#: The environment variables that choose kernels, and what holds without them.
+_SETTINGS = {"EMP_FAST_BACKEND": "auto", "EMP_FAST_CUDA_ROWS": "plain"}
 _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "pyarrow")
 
 
@@ -61,6 +63,7 @@ def examine() -> dict[str, Any]:
             "cuda devices": [_cuda_device(device) for device in devices[1:]],
         },
         "build": _build_info(),
+        "settings": {name: os.environ.get(name) or usual for name, usual in _SETTINGS.items()},
         "backends": [line for device in devices for line in _backends(device)],
         "automatic_choice": {str(device): _choice(device) for device in devices},
         "reference_problem": _reference_problem(),
@@ -183,6 +186,7 @@ def _print(report: dict[str, Any]) -> None:
     console.print(_facts("versions", report["versions"]))
     console.print(_facts("machine", report["machine"]))
     console.print(_facts("native build", build))
+    console.print(_facts("settings", report["settings"]))
     console.print(
         f"The kernels of {' and '.join(report['never_run_on_a_gpu'])} have never run on a GPU as "
         "far as this version knows. On a machine with a GPU the self-check above runs them on it.",

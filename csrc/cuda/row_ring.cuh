@@ -1,0 +1,394 @@
+// Scores (and gradient, and the state's step) of long rows that stream through rings in shared
+// memory, so that the gradient finds the row on chip.
+//
+// Memory: logits read once, gradient written once, as long as the blocks that share a row hold it
+// (plan_ring); what they do not hold is read a second time, the latest first, which the
+// second-level cache mostly still has. Mapping: each block of a row owns a contiguous part of its
+// window and goes through it in rounds, a chunk of kChunkVectors a warp. Each warp has a ring of
+// slots of its own, a chunk each, and is its own producer: it lets a slot go when it has read it
+// for the last time and at once starts the copy of its next chunk into it, of the next row too. No
+// warp waits for another but for the sums at the end of a row.
+#pragma once
+#include "cuda/async_copy.cuh"
+#include "cuda/launch_ring.h"
+#include "cuda/row_loop.cuh"
+
+namespace emp_fast::cuda {
+
+static_assert(kLaneVectors == kUnrolled);
+
+// What a ring kernel is told of its plan.
+struct RingShape {
+  int cluster;           // blocks that share a row
+  int rounds;            // of a block through its part
+  int slots;             // of a warp, one a round
+  int vectors_per_part;  // of a block
+
+  static RingShape of(const RowPlan& p) {
+    return {p.cluster, p.rounds, p.slots, p.vectors_per_part};
+  }
+};
+
+// How many rows the launch has under way: each goes to `cluster` blocks.
+__device__ __forceinline__ int team_count(const RingShape& shape) {
+  return static_cast<int>(gridDim.x) / shape.cluster;
+}
+
+// What one block owns of a row.
+template <class T>
+struct RowPart {
+  const T* logits;
+  Window<kElements<T>> window;
+  int begin, end;  // vectors of the window
+
+  __device__ __forceinline__ static RowPart of(const RowArgs& a, const RingShape& shape,
+                                               unsigned rank, int row) {
+    const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+    const auto window = Window<kElements<T>>::of(reinterpret_cast<uintptr_t>(logits), a.classes);
+    const int begin = static_cast<int>(rank) * shape.vectors_per_part;
+    return {logits, window, begin, min(begin + shape.vectors_per_part, window.vectors)};
+  }
+
+  // The first vector of this warp's chunk, and how many the chunk holds: 0 behind the end.
+  __device__ __forceinline__ int first(int round) const {
+    return begin + (round * kRingWarps + static_cast<int>(threadIdx.x / 32)) * kChunkVectors;
+  }
+  __device__ __forceinline__ int count(int first) const {
+    return max(0, min(end - first, kChunkVectors));
+  }
+};
+
+// ---- copies
+// --------------------------------------------------------------------------------------------
+
+// Slots filled by bulk copies, which lane 0 starts; a barrier a slot says when one is there.
+struct BulkCopies {
+  uint64_t* barriers;  // [slots], this warp's own
+
+#if EMP_FAST_BULK_COPIES
+  __device__ __forceinline__ static BulkCopies of(uint64_t* barriers, int slots) {
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll 1
+      for (int s = 0; s < slots; ++s) mbarrier_init(barriers + s, 1);
+      fence_proxy_async();
+    }
+    __syncwarp();
+    return {barriers};
+  }
+
+  // All lanes call it when none of them reads the slot any more.
+  __device__ __forceinline__ void start(uint4* slot, int index, const void* from,
+                                        int vectors) const {
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    const auto bytes = static_cast<uint32_t>(vectors * kVectorBytes);
+    fence_proxy_async();
+    mbarrier_arrive_expect_tx(barriers + index, bytes);
+    if (bytes > 0) bulk_copy(slot, from, bytes, barriers + index);
+  }
+
+  // lap: how often the slot was awaited before, modulo 2.
+  __device__ __forceinline__ void await(int index, unsigned lap) const {
+    mbarrier_wait_parity(barriers + index, lap);
+  }
+#endif
+};
+
+// Slots filled by 16-byte copies: each lane copies what it alone reads, and waits for nothing else.
+struct LaneCopies {
+  int pending = 0;  // groups started and not awaited
+
+  __device__ __forceinline__ void start(uint4* slot, int, const void* from, int vectors) {
+#pragma unroll
+    for (int u = 0; u < kLaneVectors; ++u) {
+      const int v = static_cast<int>(threadIdx.x % 32) + u * 32;
+      if (v < vectors) cp_async16(slot + v, static_cast<const uint4*>(from) + v);
+    }
+    cp_async_commit();
+    ++pending;
+  }
+
+  // Groups end in order, so the oldest has when only those behind it are left.
+  __device__ __forceinline__ void await(int, unsigned) {
+    static_assert(kMaxSlots == 6);
+    switch (--pending) {
+      case 0:
+        return cp_async_wait_group<0>();
+      case 1:
+        return cp_async_wait_group<1>();
+      case 2:
+        return cp_async_wait_group<2>();
+      case 3:
+        return cp_async_wait_group<3>();
+      case 4:
+        return cp_async_wait_group<4>();
+      default:
+        return cp_async_wait_group<5>();
+    }
+  }
+};
+
+// ---- ring
+// ----------------------------------------------------------------------------------------------
+
+// One warp's slots and the order of its copies. A row of `rounds` chunks is copied front to back.
+// For the gradient its last chunks stay, as many as there are slots, and are read again front to
+// back; the others come again behind them, the latest first. So chunks are taken and let go in the
+// order of their copies, and every slot that is let go takes the next copy: it goes round and
+// round.
+template <class T, class Copies>
+struct Ring {
+  uint4* memory;  // [slots, kChunkVectors]
+  Copies copies;
+  int head;      // the slot of the oldest copy that has not been let go
+  unsigned lap;  // how often the head went round, modulo 2
+  int next_row;
+  int next_copy;  // of next_row: the next to start
+
+  __device__ __forceinline__ static Ring of(const RowArgs& a, const RingShape& shape, uint4* memory,
+                                            const Copies& copies, unsigned rank, int first_row) {
+    Ring ring{memory, copies, 0, 0, first_row, 0};
+#pragma unroll 1
+    for (int s = 0; s < shape.slots; ++s) ring.start_next(a, shape, rank, s);
+    return ring;
+  }
+
+  // Chunks of a row that are copied a second time.
+  __device__ __forceinline__ static int again(const RowArgs& a, const RingShape& shape) {
+    return a.grad == nullptr ? 0 : max(0, shape.rounds - shape.slots);
+  }
+
+  __device__ __forceinline__ uint4* slot(int index) const { return memory + index * kChunkVectors; }
+
+  // Starts the next copy into a slot; nothing when no row is left.
+  __device__ __forceinline__ void start_next(const RowArgs& a, const RingShape& shape,
+                                             unsigned rank, int index) {
+    if (next_row >= static_cast<int>(a.rows)) return;
+    const auto part = RowPart<T>::of(a, shape, rank, next_row);
+    const int copies_of_row = shape.rounds + again(a, shape);
+    const int first =
+        part.first(next_copy < shape.rounds ? next_copy : copies_of_row - 1 - next_copy);
+    copies.start(slot(index), index, part.logits + part.window.column(first), part.count(first));
+    if (++next_copy == copies_of_row) {
+      next_copy = 0;
+      next_row += team_count(shape);
+    }
+  }
+
+  // The next chunk, as soon as it is there; `held` taken before it have not been let go.
+  __device__ __forceinline__ const uint4* take(const RingShape& shape, int held) {
+    int index = head + held;
+    const bool wraps = index >= shape.slots;
+    if (wraps) index -= shape.slots;
+    copies.await(index, lap ^ static_cast<unsigned>(wraps));
+    return slot(index);
+  }
+
+  // The oldest chunk that was taken and not let go.
+  __device__ __forceinline__ const uint4* oldest() const { return slot(head); }
+
+  // Lets the oldest chunk go and starts the next copy in its place.
+  __device__ __forceinline__ void release(const RowArgs& a, const RingShape& shape, unsigned rank) {
+    start_next(a, shape, rank, head);
+    if (++head == shape.slots) {
+      head = 0;
+      lap ^= 1u;
+    }
+  }
+};
+
+// ---- sums
+// ----------------------------------------------------------------------------------------------
+
+// A warp's sums in shared memory.
+struct alignas(kSumBytes) SharedSums {
+  uint4 sums;
+  uint2 smoothing;
+
+  __device__ __forceinline__ static SharedSums of(const RowSums& r) {
+    return {{__float_as_uint(r.sums.m), __float_as_uint(r.sums.d), __float_as_uint(r.sums.s),
+             __float_as_uint(r.sums.q)},
+            {__float_as_uint(r.spread), __float_as_uint(r.weight)}};
+  }
+
+  // kSmoothed: `smoothing` was sent as well.
+  template <bool kSmoothed>
+  __device__ __forceinline__ RowSums value() const {
+    RowSums r = RowSums::empty();
+    r.sums = {__uint_as_float(sums.x), __uint_as_float(sums.y), __uint_as_float(sums.z),
+              __uint_as_float(sums.w)};
+    if constexpr (kSmoothed) {
+      r.spread = __uint_as_float(smoothing.x);
+      r.weight = __uint_as_float(smoothing.y);
+    }
+    return r;
+  }
+};
+static_assert(sizeof(SharedSums) == kSumBytes);
+
+// How the only block of a row gathers the sums of its warps.
+struct BlockTeam {
+  __device__ __forceinline__ static unsigned rank() { return 0; }
+  __device__ __forceinline__ static void start() {}
+  template <bool kSmoothed>
+  __device__ __forceinline__ static void gather(const SharedSums& mine, SharedSums* set, int,
+                                                unsigned) {
+    if (threadIdx.x % 32 == 0) set[threadIdx.x / 32] = mine;
+    __syncthreads();
+  }
+};
+
+// How the blocks of a cluster gather the sums of all their warps, each for itself: every warp sends
+// its own to every block, whose barrier counts the bytes.
+struct ClusterTeam {
+  uint64_t* arrived;  // [kSumSets]
+
+#if EMP_FAST_BULK_COPIES
+  __device__ __forceinline__ static unsigned rank() { return cluster_rank(); }
+
+  // No block may send before all have initialised their barriers.
+  __device__ __forceinline__ void start() const {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < kSumSets; ++s) mbarrier_init(arrived + s, 1);
+      fence_proxy_async();
+    }
+    cluster_sync();
+  }
+
+  template <bool kSmoothed>
+  __device__ __forceinline__ void gather(const SharedSums& mine, SharedSums* set, int turn,
+                                         unsigned cluster) const {
+    uint64_t* barrier = arrived + turn % kSumSets;
+    __syncwarp();  // all lanes have read the other set, which another block may then overwrite
+    if (threadIdx.x == 0) {
+      constexpr unsigned bytes =
+          kRingWarps * (sizeof(mine.sums) + (kSmoothed ? sizeof(mine.smoothing) : 0));
+      mbarrier_arrive_expect_tx(barrier, cluster * bytes);
+    }
+    const unsigned to = threadIdx.x % 32;
+    if (to < cluster) {
+      SharedSums* place = set + rank() * kRingWarps + threadIdx.x / 32;
+      store_async(&place->sums, mine.sums, barrier, to);
+      if constexpr (kSmoothed) store_async(&place->smoothing, mine.smoothing, barrier, to);
+    }
+    mbarrier_wait_cluster(barrier, turn / kSumSets);
+  }
+#endif
+};
+
+// The turns of the rows, one after the other: the set of sums is turn % kSumSets, and the phase of
+// its barrier has the parity turn / kSumSets. A warp that is a row ahead fills the other set; it
+// can not be two ahead, because it waits for the sums of all.
+constexpr int kTurns = 2 * kSumSets;
+
+// The sums of the row from those of its threads, for all of them, in the order of blocks and warps.
+template <bool kSmoothed, class Team>
+__device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, SharedSums* sets,
+                                               int turn, unsigned cluster) {
+  SharedSums* set = sets + turn % kSumSets * kSetSums;
+  sums.reduce<32, kSmoothed>();
+  team.template gather<kSmoothed>(SharedSums::of(sums), set, turn, cluster);
+  RowSums all = RowSums::empty();
+  for (unsigned p = threadIdx.x % 32; p < cluster * kRingWarps; p += 32) {
+    all.merge(set[p].value<kSmoothed>());
+  }
+  all.reduce<32, kSmoothed>();
+  return all;
+}
+
+// ---- rows
+// ----------------------------------------------------------------------------------------------
+
+// Adds this warp's chunk, `count` vectors from `first` on, to its threads' sums.
+template <class T, bool kRare>
+__device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chunk, int first,
+                                             int count, const Window<kElements<T>>& window,
+                                             int target, RowSums& row) {
+  constexpr int kCount = kElements<T>;
+  if (count == 0) return;
+  const int lane = threadIdx.x % 32;
+  const int column = window.column(first);
+  if constexpr (kRare) {
+    for (int v = lane; v < count; v += 32) {
+      absorb_vector<T>(a, chunk[v], column + v * kCount, window, target, row);
+    }
+  } else {
+    const bool whole = column >= 0 && column + count * kCount <= window.classes;
+    const bool clean =
+        whole && offset_in_vector(column, target) >= static_cast<unsigned>(count * kCount);
+    constexpr int kBatch = 16 / kCount;  // 16 elements at once: more do not fit in registers
+#pragma unroll
+    for (int batch = 0; batch < kLaneVectors; batch += kBatch) {
+      uint4 raw[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int v = lane + (batch + u) * 32;
+        raw[u] = v < count ? chunk[v] : all_minus_infinity<T>();
+        if (!clean) raw[u] = leave_out<T>(raw[u], column + v * kCount, window, target);
+      }
+      absorb_vectors<T>(raw, row.sums);
+    }
+  }
+}
+
+// Every block of the launch calls it; rows go to teams of `cluster` blocks in turn. kRare: softcap
+// or label smoothing.
+template <class T, bool kRare, class Team, class Copies>
+__device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingShape& shape,
+                                                   uint4* rings, SharedSums* sets, const Team& team,
+                                                   const Copies& copies) {
+  constexpr int kCount = kElements<T>;
+  const auto cluster = static_cast<unsigned>(shape.cluster);
+  const auto rows = static_cast<int>(a.rows);
+  const unsigned rank = team.rank();
+  const int lane = threadIdx.x % 32;
+  int row = static_cast<int>(blockIdx.x / cluster);
+  uint4* memory = rings + threadIdx.x / 32 * shape.slots * kChunkVectors;
+  auto ring = Ring<T, Copies>::of(a, shape, memory, copies, rank, row);
+  int64_t y = __ldg(a.target + min(row, rows - 1));
+  team.start();
+  for (int turn = 0; row < rows; row += team_count(shape), turn = (turn + 1) % kTurns) {
+    const Target target = Target::from_class(a, y);
+    const auto part = RowPart<T>::of(a, shape, rank, row);
+    const int again = ring.again(a, shape);
+    const int passing = a.grad == nullptr ? shape.rounds : again;  // chunks that do not stay
+    RowSums sums = RowSums::empty();
+    for (int round = 0; round < shape.rounds; ++round) {
+      const uint4* chunk = ring.take(shape, max(0, round - passing));
+      const int first = part.first(round);
+      absorb_chunk<T, kRare>(a, chunk, first, part.count(first), part.window, target.column, sums);
+      if (round < passing) ring.release(a, shape, rank);
+    }
+    // On their way while the sums are gathered.
+    const T logit = part.logits[target.column];
+    y = __ldg(a.target + min(row + team_count(shape), rows - 1));
+    sums = gather_sums<kRare>(sums, team, sets, turn, cluster);
+
+    const RowResult result = finish_row(a, sums, capped(to_float(logit), a.softcap), target);
+    // Before the gradient, which then needs a few of the result's registers alone.
+    if (rank == 0) conclude<kRingThreads>(a, row, true, result);
+    if (a.grad == nullptr) continue;
+    T* out = static_cast<T*>(a.grad) + int64_t{row} * a.classes;
+    const auto gradient =
+        GradientRow::of(a, target, row_gradient(a, row), result.field[kMax], result.field[kInvSum],
+                        result.field[kConfidence], result.field[kMiss]);
+    const int kept = shape.rounds - again;
+    for (int i = 0; i < shape.rounds; ++i) {
+      const bool stayed = i < kept;
+      const uint4* chunk = stayed ? ring.oldest() : ring.take(shape, 0);
+      const int first = part.first(stayed ? again + i : shape.rounds - 1 - i);
+      const int count = part.count(first);
+#pragma unroll
+      for (int u = 0; u < kLaneVectors; ++u) {
+        const int v = lane + u * 32;
+        if (v >= count) continue;
+        emit_vector<kRare>(
+            a, chunk[v], part.window.column(first + v), out, part.window,
+            [&](int column, float (&x)[kCount]) { gradient.template apply<kRare>(a, column, x); });
+      }
+      ring.release(a, shape, rank);
+    }
+  }
+}
+
+}  // namespace emp_fast::cuda

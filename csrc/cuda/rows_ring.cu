@@ -1,0 +1,29 @@
+// Scores (and gradient, and the state's step) of long rows, a block a row, through a ring that
+// 16-byte asynchronous copies fill; compute capability 8.0 and up. row_ring.cuh tells the rest.
+#include "cuda/dispatch.cuh"
+#include "cuda/launcher.cuh"
+#include "cuda/row_ring.cuh"
+
+namespace emp_fast::cuda {
+namespace {
+
+template <class T, bool kRare>
+__global__ void __launch_bounds__(kRingThreads, kRare ? 1 : kRingBlocks)
+    rows_ring(const __grid_constant__ RowArgs a, const RingShape shape) {
+  uint4* rings = dynamic_shared<uint4>();
+  auto* sets = reinterpret_cast<SharedSums*>(rings + shape.slots * kRoundVectors);
+  score_through_ring<T, kRare>(a, shape, rings, sets, BlockTeam{}, LaneCopies{});
+}
+
+}  // namespace
+
+void score_in_ring(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto kernel = has_rare_options(args) ? rows_ring<T, true> : rows_ring<T, false>;
+    launch("rows_ring", kernel, static_cast<unsigned>(plan.grid), plan.threads, plan.shared_bytes,
+           stream, args, RingShape::of(plan));
+  });
+}
+
+}  // namespace emp_fast::cuda
