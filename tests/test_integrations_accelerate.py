@@ -10,7 +10,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from emp_fast import Pruner, with_indices
 from emp_fast.rules import EMP, Loss
 
-pytest.importorskip("accelerate", reason="needs accelerate: pip install 'emp_fast[accelerate]'")
+pytest.importorskip(
+    "accelerate",
+    exc_type=ModuleNotFoundError,
+    reason="needs accelerate: pip install 'emp_fast[accelerate]'",
+)
 
 from accelerate import Accelerator
 

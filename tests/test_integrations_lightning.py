@@ -12,7 +12,11 @@ from emp_fast import Pruner, with_indices
 from emp_fast.policies import BelowMean
 from emp_fast.rules import EMP
 
-pytest.importorskip("lightning", reason="needs lightning: pip install 'emp_fast[lightning]'")
+pytest.importorskip(
+    "lightning",
+    exc_type=ModuleNotFoundError,
+    reason="needs lightning: pip install 'emp_fast[lightning]'",
+)
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint

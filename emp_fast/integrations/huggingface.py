@@ -95,7 +95,9 @@ class PrunerMixin(_Base):
                 f"one process must use one device, got {self.args.n_gpu}: start one process a GPU "
                 "with torchrun"
             )
-        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        grouped = getattr(self.args, "group_by_length", False)  # what transformers 5.0 has
+        strategy = "group_by_length" if grouped else "random"
+        strategy = getattr(self.args, "train_sampling_strategy", strategy)
         if strategy != "random":
             raise ValueError(
                 "train_sampling_strategy must be 'random', the pruner orders the samples; "
