@@ -247,7 +247,6 @@ struct Module {
 };
 
 Schedule schedule{0, 1, 0};
-Counts count{};
 Grid* grid = nullptr;
 Thread* running = nullptr;
 Block* in_fixed_memory = nullptr;  // whose shared memory lies in the thread-local memory
@@ -299,7 +298,6 @@ std::string where(const Thread& t) {
 // ---- switching
 
 void leave() {
-  ++count.switches;
   if (*reinterpret_cast<uint64_t*>(running->stack) != kCanary) {
     std::fprintf(stderr, "emulator: a thread of %s overran its stack\n", grid->launch->name);
     std::abort();
@@ -553,7 +551,6 @@ void access_global(Range& range, uintptr_t address, size_t size, bool write, Acc
 // Every access to memory of the kernel that runs comes through here.
 void access(uintptr_t address, size_t size, bool write, Access kind) {
   if (address - reinterpret_cast<uintptr_t>(running->stack) < kStackBytes) return;
-  ++count.accesses;
   if (address % std::min<size_t>(size, 16) != 0) {
     fail("misaligned %s of %zu bytes at %#lx", name_of(write, kind), size, address);
   }
@@ -737,8 +734,6 @@ std::unique_ptr<Block> start_block(uint64_t number, std::vector<size_t>& free_st
     block->threads.push_back(thread);
     make_ready(thread);
   }
-  ++count.launches;
-  count.threads += threads;
   return block;
 }
 
@@ -1224,8 +1219,6 @@ void set_device(int index, int multiprocessors, int shared_bytes, int max_cluste
   devices[index] = {multiprocessors, shared_bytes, max_cluster};
   current_device = index;
 }
-
-Counts counts() { return count; }
 
 }  // namespace emulator
 

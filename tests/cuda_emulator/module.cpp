@@ -19,13 +19,4 @@ PYBIND11_MODULE(emp_fast_emulated, m) {
   e.def("set_device", &emulator::set_device);
   e.def("fault_names", &emp_fast::cuda::fault_names);
   e.def("run_fault", &emp_fast::cuda::run_fault);
-  e.def("counts", [] {
-    const emulator::Counts c = emulator::counts();
-    pybind11::dict d;
-    d["launches"] = c.launches;
-    d["threads"] = c.threads;
-    d["accesses"] = c.accesses;
-    d["switches"] = c.switches;
-    return d;
-  });
 }

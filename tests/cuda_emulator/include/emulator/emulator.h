@@ -98,9 +98,4 @@ void limit_blocks(const std::string& kernel, unsigned most);
 // The device that kernels run on from now on. max_cluster: 0 for one without clusters.
 void set_device(int index, int multiprocessors, int shared_bytes, int max_cluster);
 
-struct Counts {
-  uint64_t launches, threads, accesses, switches;
-};
-Counts counts();
-
 }  // namespace emulator
