@@ -10,6 +10,7 @@ import os
 
 import lightning
 import torch
+import torch.distributed as dist
 import typer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -42,6 +43,8 @@ def main(prune_rate: float = 0.5, epochs: int = 10, quick: bool = False) -> None
     digits = load("digits")
     for rate in (0.0, prune_rate):
         train(digits, rate, round((3 if quick else epochs) / (1 - rate)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def train(digits: ImageData, prune_rate: float, epochs: int) -> None:

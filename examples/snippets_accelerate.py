@@ -7,6 +7,7 @@ Both runs train on as many samples; the pruned one spends them on those of high 
 """
 
 import torch
+import torch.distributed as dist
 import typer
 from accelerate import Accelerator
 from stdlib_text import PACKAGES, WORDS, Snippets, snippets
@@ -36,6 +37,8 @@ def main(prune_rate: float = 0.5, epochs: int = 5, quick: bool = False) -> None:
     train_set, test_set = (tensors(part) for part in snippets(200 if quick else 1000))
     for rate in (0.0, prune_rate):
         train(train_set, test_set, rate, round(epochs / (1 - rate)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def tensors(part: Snippets) -> TensorDataset:

@@ -9,6 +9,7 @@ Both runs train on as many samples; the pruned one spends them on those of high 
 import tempfile
 
 import torch
+import torch.distributed as dist
 import typer
 from stdlib_text import LENGTH, PACKAGES, WORDS, Snippets, snippets
 from torch import Tensor
@@ -30,9 +31,11 @@ from emp_fast.integrations.huggingface import PrunedTrainer
 def main(prune_rate: float = 0.5, epochs: int = 4, quick: bool = False) -> None:
     """Trains from scratch twice and prints what it learnt."""
     logging.set_verbosity_error()
-    train_set, test_set = (rows(part) for part in snippets(100 if quick else 1000))
+    train_set, test_set = (rows(part) for part in snippets(50 if quick else 1000))
     for rate in (0.0, prune_rate):
         train(train_set, test_set, rate, round(epochs / (1 - rate)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rows(part: Snippets) -> list[dict]:

@@ -23,8 +23,8 @@ EXAMPLES = {
     "images_ddp": Example("sklearn", (3 * 1348, 6 * 674), 0.9),
     "images_lightning": Example("lightning", (3 * 1348, 6 * 674), 0.9),
     "snippets_accelerate": Example("accelerate", (5 * 960, 10 * 480), 0.5),
-    "snippets_huggingface": Example("transformers", (4 * 480, 8 * 240), None),
-    "manual_huggingface": Example("transformers", (3 * 128, 4 * 90), None),
+    "snippets_huggingface": Example("transformers", (4 * 240, 8 * 120), None),
+    "manual_huggingface": Example("transformers", (3 * 64, 4 * 45), None),
 }
 TOOLS = {"stdlib_text"}
 
