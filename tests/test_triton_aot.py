@@ -184,6 +184,25 @@ def test_a_stack_and_local_accesses_and_missing_vectors_are_problems(bad: sass.K
     assert "0 accesses of 128 bits" in problems
 
 
+def test_a_branch_on_a_uniform_predicate_falls_through_too() -> None:
+    """As the newest architectures have it: else the loop around it would end there."""
+    steps, labels = sass._steps(
+        "\n".join(
+            [
+                "test:",
+                ".L_x_0:",
+                "        /*0000*/                   LDG.E.128 R4, desc[UR26][R2.64] ;",
+                "        /*0010*/                   BRA.U !UP0, `(.L_x_1) ;",
+                "        /*0020*/                   STG.E.128 desc[UR26][R2.64], R4 ;",
+                ".L_x_1:",
+                "        /*0030*/                   BRA.U UP1, `(.L_x_0) ;",
+                "        /*0040*/                   EXIT ;",
+            ]
+        )
+    )
+    assert sass._depths(steps, labels) == [1, 1, 1, 1, 0]
+
+
 def access(opcode: str, source: str, depth: int = 1) -> sass.Access:
     return sass.Access(opcode, depth, source)
 
@@ -200,6 +219,15 @@ def kernel(*accesses: sass.Access) -> sass.Kernel:
 
 def test_a_kernel_as_it_should_be_has_no_problem() -> None:
     assert resources.check(kernel(WIDE, STORE)).problems == ()
+
+
+def test_a_few_bytes_on_the_stack_are_allowed_outside_loops_where_the_caller_says_so() -> None:
+    spilled = kernel(WIDE, STORE, access("STL", "", depth=0))._replace(stack=16)
+    assert resources.check(spilled, stack=16).problems == ()
+    assert resources.check(spilled, stack=8).problems == ("a stack frame of 16 bytes",)
+    assert len(resources.check(spilled).problems) == 2
+    looped = spilled._replace(accesses=(WIDE, STORE, access("STL", "")))
+    assert resources.check(looped, stack=16).problems == ("1 accesses to local memory",)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def _usage(report: str) -> dict[str, tuple[int, int, int]]:
 _INSTRUCTION = re.compile(
     r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*)"
 )
+_PREDICATE = re.compile(r"\s*!?U?P\d+,")
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
@@ -150,7 +151,9 @@ def _steps(section: str) -> tuple[list[_Step], dict[str, int]]:
         elif match := _INSTRUCTION.match(line):
             target = _TARGET.search(match.group(4))
             label = target.group(1) if target else None
-            steps.append(_Step(match.group(3), match.group(2) is not None, label, tuple(lines)))
+            # The newest architectures name a uniform predicate among the operands: BRA.U !UP0, ...
+            conditional = match.group(2) is not None or bool(_PREDICATE.match(match.group(4)))
+            steps.append(_Step(match.group(3), conditional, label, tuple(lines)))
             fresh = False
         elif match := _LABEL.match(line):
             labels[match.group(1)] = len(steps)
