@@ -23,10 +23,10 @@ MOST_TILE_WARPS = 16
 #: Elements below which a tile of several rows is not cut to occupy more multiprocessors.
 MIN_TILE_ELEMENTS = 1024
 
-#: Vectors that a thread has in flight in a walk, and where every class has a weight of its own in
-#: the loss (smoothing, soft targets) and what is known of it takes as many registers again.
+#: Vectors that a thread has in flight in a walk, and where each takes more registers: 16-bit logits
+#: are twice as many, and with smoothing or soft targets every class has a weight of its own.
 LOOP_UNROLL = 4
-LOOP_UNROLL_WEIGHTED = 2
+LOOP_UNROLL_CROWDED = 2
 #: Class counts from which a row is walked by 8 warps instead of 4.
 WIDE_CLASSES = 16384
 
@@ -144,7 +144,7 @@ def plan_loop(
         shift=shift,
         shifted=align < vector,
         shifted_alike=shift == 0 and row_stride % vector == num_classes % vector,
-        unroll=LOOP_UNROLL_WEIGHTED if weighted else LOOP_UNROLL,
+        unroll=LOOP_UNROLL_CROWDED if weighted or itemsize == 2 else LOOP_UNROLL,
         vector=vector,
         warps=8 if num_classes >= WIDE_CLASSES else 4,
         parts=1,

@@ -50,7 +50,7 @@ def walked(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
     monkeypatch.setattr(plan, "TILE_CLASSES", 0)
     monkeypatch.setattr(plan, "TILE_CLASSES_GRAD", 0)
     monkeypatch.setattr(plan, "LOOP_UNROLL", 1)
-    monkeypatch.setattr(plan, "LOOP_UNROLL_WEIGHTED", 1)
+    monkeypatch.setattr(plan, "LOOP_UNROLL_CROWDED", 1)
     monkeypatch.setattr(triton, "multiprocessors", lambda _: 1)
 
 

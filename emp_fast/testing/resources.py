@@ -91,13 +91,16 @@ EXPECTED = (
         )
         for align in (2, 4, 8, 16)
     ),
-    Expected(
-        r"^cross_entropy\.score_loop\((?!.*(SMOOTH=|SOFT=))",
-        r"^values = tl\.load\(origin \+ i \+ lanes\)",
-        128,
-        "logits move by 16 bytes",
-        4,
-        loops=1,
+    *(
+        Expected(
+            rf"^cross_entropy\.score_loop\({logits}(?!.*(SMOOTH=|SOFT=))",
+            r"^values = tl\.load\(origin \+ i \+ lanes\)",
+            128,
+            "logits move by 16 bytes",
+            vectors,
+            loops=1,
+        )
+        for logits, vectors in (("logits=fp32", 4), ("logits=(fp16|bf16)", 2))
     ),
     Expected(
         r"^cross_entropy\.score_loop\(",
