@@ -16,6 +16,7 @@ import test_selection
 import torch
 
 from emp_fast import use_backend
+from emp_fast.backends import resolve
 from emp_fast.backends._triton_launch import INTERPRETED
 from emp_fast.backends.base import Backend, LossOptions, Recurrence, State
 from emp_fast.backends.reference import ReferenceBackend
@@ -34,6 +35,7 @@ TRITON = triton.TritonBackend()
 @pytest.fixture(autouse=True)
 def _on_triton(poison: None) -> Iterator[None]:
     with use_backend("triton"):
+        resolve(torch.device("cpu"))  # the self-check has launches of its own, once a process
         yield
 
 
