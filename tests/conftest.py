@@ -11,19 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from serving import BACKENDS, CPU, require
 
 import emp_fast
-from emp_fast.backends import backend_status, resolve
+from emp_fast.backends import resolve
 
-CPU = torch.device("cpu")
-REQUIRE_NATIVE = os.environ.get("EMP_FAST_REQUIRE_NATIVE") == "1"
-
-# Triton serves the CPU through its interpreter alone, chosen before triton is imported.
-BACKENDS = ["reference", "cpu"]
-if os.environ.get("TRITON_INTERPRET") == "1":
+if "triton" in BACKENDS:
     from interpreter import _launches, _rounding_to_bfloat16, unlisted  # noqa: F401
-
-    BACKENDS.append("triton")
 
 try:
     import hypothesis
@@ -43,14 +37,6 @@ def _automatic_choice_made() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", emp_fast.EmpFastWarning)
         resolve(CPU)
-
-
-def require(name: str) -> None:
-    """Skips the test, or fails it in CI, when a backend cannot serve the CPU."""
-    reason = {status.name: status.reason for status in backend_status(CPU)}[name]
-    if reason is not None:
-        stop = pytest.fail if REQUIRE_NATIVE and name == "cpu" else pytest.skip
-        stop(f"the {name} backend cannot serve the CPU: {reason}")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, require
+from serving import CPU, require
 from torch import Tensor
 
 import emp_fast

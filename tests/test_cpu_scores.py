@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import require
+from serving import require
 from test_functional import FLOAT_FIELDS, assert_stats, gradient, incoming, torch_loss
 from torch import Tensor
 

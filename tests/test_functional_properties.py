@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import BACKENDS, CPU
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from serving import BACKENDS, CPU
 from test_functional import FLOAT_FIELDS, assert_stats
 from test_selection import grouped_oracle
 from test_selection import oracle as stable_sort

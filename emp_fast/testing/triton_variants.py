@@ -170,6 +170,9 @@ def _pairs(variants: Sequence[Variant]) -> npt.NDArray[np.int64]:
         if len(numbers) > 1:
             columns.append((np.array([numbers[value] for value in column]), len(numbers)))
     pairs, first = [np.zeros(len(rows), np.int64)], 1
+    for a, size in columns:  # with what all variants have alike
+        pairs.append(first + a)
+        first += size
     for (a, size), (b, other_size) in itertools.combinations(columns, 2):
         pairs.append(first + a * other_size + b)
         first += size * other_size
