@@ -101,7 +101,9 @@ class Run:
     def restore(self) -> None:
         if self.path.exists():
             saved = emp_fast.load_checkpoint(self.path, **self.parts)
-            self.step, self.epoch = saved["step"], saved["epoch"]
+            # A stateful loader that was at its epoch's end first ends it once more; others go on.
+            self.step = saved["step"]
+            self.epoch = saved["epoch"] if self.job.stateful else self.pruner.epoch
             torch.set_rng_state(saved["rng"][self.rank])
 
     def save(self) -> None:
