@@ -25,7 +25,7 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
-from emp_fast.backends.base import LossOptions, Recurrence, State, check_target_range
+from emp_fast.backends.base import Backend, LossOptions, Recurrence, State, check_target_range
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
@@ -91,6 +91,7 @@ def cross_entropy(
 
 
 def cross_entropy_step(
+    backend: Backend,
     logits: Tensor,  # [S, C]
     target: Tensor,
     indices: Tensor,  # [S] int64, on the device of the state
@@ -105,17 +106,17 @@ def cross_entropy_step(
 ) -> Tensor:
     """The mean of ``row_scale * loss`` over the rows that count; moves its samples' state.
 
-    What `cross_entropy`, a weighted mean and `ScoreStore.update` do, but on a backend whose
-    ``fuses_step`` is set the logits are read once and their gradient is written once.
+    What `cross_entropy`, a weighted mean and `ScoreStore.update` do, by a backend whose
+    ``fuses_step`` is set: the logits are read once and their gradient is written once. The
+    recurrence may read the float fields of SampleStats.
     """
-    *arguments, smoothing, cap = _rows(
+    logits, target, weight, ignore_index, smoothing, cap = _rows(
         logits, target, weight, ignore_index, label_smoothing, softcap, None
     )
     options = LossOptions(ignore_index, smoothing, cap)
-    mean: Tensor = ops.CrossEntropyStep.apply(  # type: ignore[no-untyped-call]
-        *arguments[:3], options, row_scale, indices, state, recurrence
+    return ops.cross_entropy_step(
+        backend, logits, target, weight, options, row_scale, indices, state, recurrence
     )
-    return mean
 
 
 def linear_cross_entropy(

@@ -1,8 +1,7 @@
 """The operations as torch.library ops: schema, kernel, fake and autograd of each.
 
-Nothing else dispatches. An op that writes into none of its arguments is called past the dispatcher
-where nothing looks at it (`_watched`): a small batch is scored in a few microseconds, of which the
-dispatcher would take as many again.
+Nothing else dispatches. Where nothing looks at an op (`_watched`) it is called past the dispatcher:
+a small batch is scored in a few microseconds, of which the dispatcher would take as many again.
 ``Library.define`` costs a third of what ``torch.library.custom_op`` does per call, which a training
 step of small batches feels. The autograd functions stand outside the ops, so ``torch.compile``
 traces through them.
@@ -22,7 +21,9 @@ from torch.compiler import is_compiling
 
 from emp_fast.backends import reference, resolve
 from emp_fast.backends.base import (
+    Backend,
     LossOptions,
+    MeanStep,
     Recurrence,
     RecurrenceKind,
     State,
@@ -42,7 +43,7 @@ _LOSS_OPTIONS = "int ignore_index, float label_smoothing, float softcap"
 def _define(
     schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Registers an op; returns how to call one that takes a tensor first and writes into none."""
+    """Registers an op; returns how to call one whose first argument is a tensor."""
     name = schema[: schema.index("(")]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -201,7 +202,7 @@ class CrossEntropy(torch.autograd.Function):
 # ---- scoring, gradient and state in one ---------------------------------------------------------
 
 
-def _cross_entropy_step(
+def _mean_step(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -209,7 +210,6 @@ def _cross_entropy_step(
     label_smoothing: float,
     softcap: float,
     row_scale: Tensor | None,
-    scale: float,
     indices: Tensor,
     scores: Tensor,
     memory: Tensor,
@@ -224,44 +224,33 @@ def _cross_entropy_step(
     direct_scale: float,
     memory_scale: float,
     variance_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    scored, grad = resolve(logits.device, logits.dtype).cross_entropy_step(
-        logits,
-        target,
-        weight,
-        LossOptions(ignore_index, label_smoothing, softcap),
-        row_scale,
-        scale,
-        indices,
-        State(scores, memory, visits, variance, claims, counters),
-        Recurrence(
-            _RECURRENCES[kind],
-            signal,
-            decay,
-            direct,
-            direct_scale,
-            memory_scale,
-            variance_scale,
-        ),
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = LossOptions(ignore_index, label_smoothing, softcap)
+    state = State(scores, memory, visits, variance, claims, counters)
+    scales = direct_scale, memory_scale, variance_scale
+    recurrence = Recurrence(_RECURRENCES[kind], signal, decay, direct, *scales)
+    mean, grad, factor = resolve(logits.device, logits.dtype).mean_step(
+        logits, target, weight, options, row_scale, indices, state, recurrence
     )
-    return (*scored, grad)
+    return mean, grad, torch.ones_like(mean) if factor is None else factor
 
 
-def _cross_entropy_step_fake(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return (*_cross_entropy_fake(logits), logits.new_empty(logits.shape))
+def _mean_step_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    mean, factor = (logits.new_empty((), dtype=torch.float32) for _ in range(2))
+    return mean, logits.new_empty(logits.shape), factor
 
 
 _define(
-    f"cross_entropy_step(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS}, "
-    f"Tensor? row_scale, float scale, Tensor indices, {_STATE}, int kind, str signal, str? direct, "
+    f"mean_step(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS}, "
+    f"Tensor? row_scale, Tensor indices, {_STATE}, int kind, str signal, str? direct, "
     "float decay, float direct_scale, float memory_scale, float variance_scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _cross_entropy_step,
-    _cross_entropy_step_fake,
+    " -> (Tensor, Tensor, Tensor)",
+    _mean_step,
+    _mean_step_fake,
 )
 
 
-_define(
+_scale_ = _define(
     "scale_(Tensor(a!) grad, Tensor factor) -> ()",
     lambda grad, factor: resolve(grad.device, grad.dtype).scale_(grad, factor),
     lambda grad, factor: None,
@@ -271,13 +260,14 @@ _define(
 class CrossEntropyStep(torch.autograd.Function):
     """Weighted mean loss of a batch, its gradient and the new state from one read of the logits.
 
-    The gradient is made in the forward pass, for a mean over all S rows; the backward pass scales
-    it by what it then knows. Both factors are mostly 1, and 1 costs no memory traffic (`scale_`).
+    The gradient is made in the forward pass; the backward pass scales it by what it then knows,
+    mostly 1, and 1 costs no memory traffic (`scale_`).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        backend: Backend | None,  # None: the op, which asks for it itself
         logits: Tensor,  # [S, C]
         target: Tensor,
         weight: Tensor | None,
@@ -287,44 +277,63 @@ class CrossEntropyStep(torch.autograd.Function):
         state: State,
         recurrence: Recurrence,
     ) -> Tensor:
-        scale = 1 / max(logits.shape[0], 1)
-        loss, rows, _, count, grad = torch.ops.emp_fast.cross_entropy_step(
-            logits,
-            target,
-            weight,
-            *options,
-            row_scale,
-            scale,
-            indices,
-            *state,
-            _RECURRENCES.index(recurrence.kind),
-            recurrence.signal,
-            recurrence.direct,
-            recurrence.decay,
-            recurrence.direct_scale,
-            recurrence.memory_scale,
-            recurrence.variance_scale,
-        )
-        counted = count.sum().clamp_min(1)
-        ctx.grad, ctx.scale, ctx.options = grad, scale, options
-        ctx.save_for_backward(logits, target, weight, rows, row_scale, counted)
-        weighted = loss if row_scale is None else loss * row_scale
-        mean: Tensor = weighted.sum() / counted
-        return mean
+        if backend is not None:
+            made = backend.mean_step(
+                logits, target, weight, options, row_scale, indices, state, recurrence
+            )
+        else:
+            made = MeanStep(
+                *torch.ops.emp_fast.mean_step(
+                    logits,
+                    target,
+                    weight,
+                    *options,
+                    row_scale,
+                    indices,
+                    *state,
+                    _RECURRENCES.index(recurrence.kind),
+                    recurrence.signal,
+                    recurrence.direct,
+                    recurrence.decay,
+                    recurrence.direct_scale,
+                    recurrence.memory_scale,
+                    recurrence.variance_scale,
+                )
+            )
+        ctx.options, ctx.made = options, made
+        ctx.save_for_backward(logits, target, weight, row_scale)
+        return made.mean
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, weight, rows, row_scale, counted = ctx.saved_tensors
-        if ctx.grad is None:  # a second pass through a retained graph: the first took the memory
-            grad_loss = (grad_mean / counted).expand(logits.shape[0])
+        logits, target, weight, row_scale = ctx.saved_tensors
+        if ctx.made is None:  # a second pass through a retained graph: the first took the memory
+            arguments = logits, target, weight, *ctx.options
+            _, rows, _, count = cross_entropy(*arguments)
+            grad_loss = (grad_mean / count.sum().clamp_min(1)).expand(logits.shape[0])
             grad_loss = grad_loss if row_scale is None else grad_loss * row_scale
             grad = cross_entropy_backward(
                 grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
             )
         else:
-            grad, ctx.grad = ctx.grad, None
-            torch.ops.emp_fast.scale_(grad, (grad_mean / (counted * ctx.scale)).float())
-        return _once(grad, grad_mean, logits), *(None,) * 7
+            (_, grad, factor), ctx.made = ctx.made, None
+            _scale_(grad, grad_mean if factor is None else grad_mean * factor)
+        return None, _once(grad, grad_mean, logits), *(None,) * 7
+
+
+#: `Function.apply` looks for functorch's transforms first, which takes longer than the rest of it.
+_apply_step = super(torch.autograd.Function, CrossEntropyStep).apply
+
+
+def cross_entropy_step(backend: Backend, logits: Tensor, *arguments: Any) -> Tensor:
+    """`CrossEntropyStep` by ``backend``."""
+    if _watched(logits):
+        watched: Tensor = CrossEntropyStep.apply(  # type: ignore[no-untyped-call]
+            None, logits, *arguments
+        )
+        return watched
+    mean: Tensor = _apply_step(backend, logits, *arguments)  # type: ignore[no-untyped-call]
+    return mean
 
 
 # ---- state --------------------------------------------------------------------------------------
@@ -376,7 +385,11 @@ def update_state(
     state: State,
     recurrence: Recurrence,
 ) -> None:
-    """`Backend.update_state` through the dispatcher."""
+    """`Backend.update_state`."""
+    if not _watched(indices):
+        backend = resolve(state.scores.device)
+        backend.update_state(indices, signal, direct, count, state, recurrence)
+        return
     torch.ops.emp_fast.update_state(
         indices,
         signal,

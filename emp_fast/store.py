@@ -37,6 +37,10 @@ class _Merged:
         self.unknown = False  # loaded before the process group existed: whose are the visits?
 
 
+#: What `loss_and_update` can hand to a rule.
+_FUSED_STATS = {"loss", "entropy", "el2n", "margin", "confidence"}
+
+
 class _RowCount:
     """Rows given to `ScoreStore.update`: in all, and in the largest update.
 
@@ -107,6 +111,7 @@ class ScoreStore:
         at = torch.device("cpu" if device is None else device)
         self._recurrence = rule.recurrence()
         spreads = self._recurrence is not None and self._recurrence.kind == "variance"
+        self._fusible = self._recurrence is not None and set(rule.reads) <= _FUSED_STATS
         float32: dict[str, Any] = {"dtype": torch.float32, "device": at}
         self._state = State(
             scores=torch.full((num_samples,), torch.inf, **float32),
@@ -216,16 +221,23 @@ class ScoreStore:
         """The mean loss of a batch and the update of its samples, in one launch.
 
         None where that is not possible, and nothing has been done then: the backend does not
-        fuse the step, the rule is tensor code, no gradient is wanted, or the logits are sequences.
+        fuse the step, the rule is tensor code or reads more than the float fields of SampleStats,
+        no gradient is wanted, or the logits are sequences or float16.
         """
         recurrence = self._recurrence
         if (
             recurrence is None
+            or not self._fusible
+            or not isinstance(logits, Tensor)
             or logits.dim() != 2
-            or not (torch.is_grad_enabled() and logits.requires_grad)
+            or not (logits.requires_grad and torch.is_grad_enabled())
+            # Made before the loss scale is known, its small gradients would already be gone.
+            or logits.dtype == torch.float16
             or torch.compiler.is_compiling()
-            or not resolve(logits.device, logits.dtype).fuses_step
         ):
+            return None
+        backend = resolve(logits.device, logits.dtype)
+        if not backend.fuses_step:
             return None
         indices = self._checked_indices(indices)
         if indices.shape[0] != logits.shape[0]:
@@ -233,13 +245,17 @@ class ScoreStore:
                 f"indices must have one index for each of {logits.shape[0]} rows of logits, "
                 f"got {indices.shape[0]}"
             )
-        if self._follows and logits.device != self.device:
-            self._move(logits.device)
         if logits.device != self.device:
-            return None
-        indices = indices.to(self.device, non_blocking=True)
+            if not self._follows:
+                return None
+            self._move(logits.device)
+        if indices.device != self.device:
+            indices = indices.to(self.device, non_blocking=True)
         mean = functional.cross_entropy_step(
-            logits, target, indices, self._state, recurrence, row_scale=row_scale, **options
+            backend,
+            *(logits, target, indices, self._state, recurrence),
+            row_scale=row_scale,
+            **options,
         )
         self._rows.add(indices.shape[0])
         return mean
@@ -311,11 +327,13 @@ class ScoreStore:
     def _checked_indices(self, indices: Tensor) -> Tensor:
         if not isinstance(indices, Tensor):
             indices = torch.as_tensor(indices)
-        if indices.dtype not in INTEGERS:
-            raise TypeError(f"indices must be integers, got {indices.dtype}")
         if indices.dim() != 1:
             raise ValueError(f"indices must have shape [S], got {tuple(indices.shape)}")
-        return indices.to(torch.int64).contiguous()
+        if indices.dtype != torch.int64:  # asking costs a tenth of a conversion to what it is
+            if indices.dtype not in INTEGERS:
+                raise TypeError(f"indices must be integers, got {indices.dtype}")
+            indices = indices.to(torch.int64)
+        return indices.contiguous()
 
     def _checked_stat(self, name: str, given: Mapping[str, Tensor], samples: int) -> Tensor:
         value = given.get(name)

@@ -74,6 +74,18 @@ def test_the_gradient_scales_and_a_retained_graph_gives_it_again(fuses):
         torch.testing.assert_close(got, wanted * factor, rtol=1e-5, atol=1e-7)
 
 
+def test_a_loss_scale_saves_small_float16_gradients(fuses, backend):
+    """Gradients made before the loss scale is known would already have underflowed."""
+    rows, scale = 512, 2.0**14
+    logits = torch.zeros(rows, 4)
+    logits[:, 1:] = torch.tensor([-8.0, -12.0, -13.0])
+    target = torch.zeros(rows, dtype=torch.int64)
+    half, full = (logits.to(t).requires_grad_() for t in (torch.float16, torch.float32))
+    (Pruner(rows).loss(half, target, torch.arange(rows)) * scale).backward()
+    (torch.nn.functional.cross_entropy(full, target) * scale).backward()
+    torch.testing.assert_close(half.grad.float(), full.grad, rtol=2e-3, atol=0)
+
+
 def test_a_bad_index_leaves_state_and_count_alone(fuses):
     pruner = Pruner(4)
     with pytest.raises(IndexError, match=r"\[0, 4\), got 9"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emp_fast
 from emp_fast import ops
+from emp_fast.backends import resolve
 from emp_fast.backends.base import LossOptions, Recurrence, State
 from emp_fast.functional import cross_entropy, info_nce, linear_cross_entropy, topk_indices
 from emp_fast.policies import BelowMean
@@ -80,13 +82,13 @@ def backward_arguments() -> list[tuple[Any, ...]]:
 ARGUMENTS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "cross_entropy": cross_entropy_arguments,
     "cross_entropy_backward": backward_arguments,
-    "cross_entropy_step": lambda: [
+    "mean_step": lambda: [
         (
-            *(normal(R, C), class_ids(), None, *LOSS_OPTIONS, normal(R).abs(), 0.5),
+            *(normal(R, C), class_ids(), None, *LOSS_OPTIONS, normal(R).abs()),
             *(torch.arange(R), *state(), 2, "entropy", "loss", 0.5, 1.0, 1.0, 0.5),
         ),
         (
-            *(normal(R, C), class_ids(), normal(C).abs(), *LOSS_OPTIONS, None, 1.0),
+            *(normal(R, C), class_ids(), normal(C).abs(), *LOSS_OPTIONS, None),
             *(torch.arange(R), *state(), 0, "loss", None, 0.0, 0.0, 1.0, 0.0),
         ),
     ],
@@ -364,11 +366,14 @@ def test_sizes_that_vary_compile_twice(name: str) -> None:
 # ---- twice through one graph --------------------------------------------------------------------
 
 
-def test_a_fused_step_gives_its_gradient_twice(backend: str) -> None:
+@pytest.mark.parametrize("watched", [False, True], ids=["direct", "op"])
+def test_a_fused_step_gives_its_gradient_twice(backend: str, watched: bool) -> None:
     """`CrossEntropyStep` hands out its buffer in the first pass, the second computes another."""
     logits, target, scale = leaf(R, C), class_ids(), normal(R).abs()
     arguments = (target, None, LossOptions(), scale, torch.arange(R), State(*state()))
-    mean = ops.CrossEntropyStep.apply(logits, *arguments, Recurrence("ema", "loss"))
+    by = resolve(logits.device)
+    with Seen() if watched else nullcontext():
+        mean = ops.cross_entropy_step(by, logits, *arguments, Recurrence("ema", "loss"))
     first = torch.autograd.grad(3 * mean, logits, retain_graph=True)[0].clone()
     second = torch.autograd.grad(3 * mean, logits)[0]
     x = logits.detach().requires_grad_()

@@ -6,10 +6,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <numeric>
 
 #include "cpu/bindings.h"
 #include "cpu/flush_to_zero.h"
 #include "cpu/parallel.h"
+#include "cpu/state.h"
 
 namespace emp_fast::cpu {
 
@@ -41,6 +44,9 @@ namespace py = pybind11;
 // So that a thread which another process holds up leaves its share to the others.
 constexpr int64_t kRangesPerThread = 8;
 
+// Logits that are scored before their gradient is made: they and it stay in the second-level cache.
+constexpr int64_t kStepBlockElements = 1 << 14;
+
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -57,6 +63,29 @@ int64_t rows_per_range(const Problem& problem, const ScoreKernels& kernels, int 
   const int64_t grain = split(even, ranges_in(even, kRangesPerThread));
   if (grain < kernels.lanes) return std::max<int64_t>(1, grain);
   return split(grain, kernels.lanes) * kernels.lanes;
+}
+
+// About as many rows as can be scored before their gradient is made, in whole vectors of rows where
+// those share one.
+int64_t rows_per_block(int64_t classes, const ScoreKernels& kernels) {
+  const int64_t rows = kStepBlockElements / classes;
+  return rows < kernels.lanes ? std::max<int64_t>(1, rows) : rows / kernels.lanes * kernels.lanes;
+}
+
+// In float64, by several accumulators that do not wait for each other, in one order whatever the
+// number of threads.
+double weighted_sum(const float* values, const float* scale, int64_t rows) {
+  constexpr int64_t kParts = 8;
+  double parts[kParts] = {};
+  const auto add = [&](int64_t r) {
+    parts[r % kParts] += scale ? double{values[r]} * scale[r] : double{values[r]};
+  };
+  int64_t r = 0;
+  for (; r + kParts <= rows; r += kParts) {
+    for (int64_t i = 0; i < kParts; ++i) add(r + i);
+  }
+  for (; r < rows; ++r) add(r);
+  return std::accumulate(parts, parts + kParts, 0.0);
 }
 
 Problem make_problem(uintptr_t logits, int storage, int64_t row_stride, int64_t rows,
@@ -123,6 +152,63 @@ void cross_entropy_backward(uintptr_t logits, int storage, int64_t row_stride, i
                   });
 }
 
+// The same arguments, then those of the update; see emp_fast.backends.base.Backend.mean_step.
+// Returns 0, or with nothing applied kWrongTarget or kWrongIndex.
+enum StepError { kNoError, kWrongTarget, kWrongIndex };
+
+int cross_entropy_step(uintptr_t logits, int storage, int64_t row_stride, int64_t rows,
+                       int64_t classes, uintptr_t target, bool soft, uintptr_t weight,
+                       int64_t ignore_index, double label_smoothing, double softcap,
+                       uintptr_t row_scale, uintptr_t indices, int signal, int direct,
+                       uintptr_t scores, uintptr_t memory, uintptr_t visits, uintptr_t variance,
+                       uintptr_t claims, uintptr_t counters, int64_t num_samples, int kind,
+                       double decay, double direct_scale, double memory_scale,
+                       double variance_scale, uintptr_t mean, uintptr_t grad, int threads) {
+  py::gil_scoped_release released;
+  const Problem problem = make_problem(logits, storage, row_stride, rows, classes, target, soft,
+                                       weight, ignore_index, label_smoothing, softcap);
+  // Row 0 is the loss, then come the fields: as `signal` and `direct` count them.
+  const std::unique_ptr<float[]> scored(new float[(2 + kNumFields) * rows]);
+  const std::unique_ptr<int32_t[]> count(new int32_t[rows]);
+  const std::unique_ptr<bool[]> correct(new bool[rows]);
+  const float* values = scored.get();
+  float* grad_loss = scored.get() + (1 + kNumFields) * rows;
+  const ScoreOutputs out{scored.get(), scored.get() + rows, correct.get(), count.get(), true};
+
+  int64_t counted = rows;
+  if (problem.target) counted -= std::count(problem.target, problem.target + rows, ignore_index);
+  const double divisor = static_cast<double>(std::max<int64_t>(counted, 1));
+  const float share = static_cast<float>(1 / divisor);
+  const float* scale = at<const float>(row_scale);
+  for (int64_t r = 0; r < rows; ++r) grad_loss[r] = scale ? share * scale[r] : share;
+
+  const ScoreKernels& kernels = score_kernels(active_isa());
+  const int64_t block = rows_per_block(classes, kernels);
+  std::atomic<bool> wrong{false};
+  parallel_ranges(
+      rows, rows_per_range(problem, kernels, threads), threads, [&](int64_t begin, int64_t end) {
+        const FlushToZero flush;
+        for (; begin < end && !wrong; begin += block) {
+          const int64_t stop = std::min(begin + block, end);
+          if (kernels.forward(problem, out, begin, stop) != kNone) wrong = true;
+          if (wrong) return;
+          kernels.backward(problem, {grad_loss, out.fields}, at<void>(grad), begin, stop);
+        }
+      });
+  if (wrong) return kWrongTarget;
+
+  const bool applied =
+      update_state(at<const int64_t>(indices), values + signal * rows,
+                   direct < 0 ? nullptr : values + direct * rows, count.get(), rows,
+                   {at<float>(scores), at<float>(memory), at<int32_t>(visits), at<float>(variance),
+                    at<int32_t>(claims), at<int64_t>(counters), num_samples},
+                   make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
+  if (!applied) return kWrongIndex;
+
+  *at<float>(mean) = static_cast<float>(weighted_sum(values, scale, rows) / divisor);
+  return kNoError;
+}
+
 }  // namespace
 
 void bind_scores(py::module_& m) {
@@ -139,6 +225,8 @@ void bind_scores(py::module_& m) {
   // Positional arguments alone: looking names up costs more than a small batch.
   m.def("cross_entropy", &cross_entropy);
   m.def("cross_entropy_backward", &cross_entropy_backward);
+  m.def("cross_entropy_step", &cross_entropy_step);
+  m.attr("WRONG_TARGET") = static_cast<int>(kWrongTarget);
 }
 
 }  // namespace emp_fast::cpu

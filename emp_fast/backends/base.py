@@ -73,11 +73,19 @@ class State(NamedTuple):
     counters: Tensor  # [2] int64: rows refused as non-finite, rows refused as out of range
 
 
+class MeanStep(NamedTuple):
+    """What a training step on S rows of logits leaves behind, apart from the moved state."""
+
+    mean: Tensor  # [] float32: the sum of row_scale * loss by the number of rows that count
+    grad: Tensor  # [S, C] contiguous in the dtype of the logits: its gradient, but for a factor
+    factor: Tensor | None  # [] float32: what the gradient is still to be multiplied by; None: 1
+
+
 class Backend(ABC):
     """One implementation of every operation, for the devices that `why_not` accepts."""
 
     name: ClassVar[str]
-    #: Whether `cross_entropy_step` is one launch that reads the logits once; else it is not used.
+    #: Whether `mean_step` reads the logits from memory once; else it is not used.
     fuses_step: ClassVar[bool] = False
 
     @abstractmethod
@@ -142,6 +150,30 @@ class Backend(ABC):
             recurrence,
         )
         return scores, grad
+
+    def mean_step(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        row_scale: Tensor | None,
+        indices: Tensor,
+        state: State,
+        recurrence: Recurrence,
+    ) -> MeanStep:
+        """`cross_entropy_step` for the mean of ``row_scale * loss`` over the rows that count.
+
+        How many those are is known only after it where the host must not wait: the gradient is
+        that of the mean over all rows then, and ``factor`` makes up for it.
+        """
+        scale = 1 / max(logits.shape[0], 1)
+        scored, grad = self.cross_entropy_step(
+            logits, target, weight, options, row_scale, scale, indices, state, recurrence
+        )
+        counted = scored.count.sum().clamp_min(1)
+        loss = scored.loss if row_scale is None else scored.loss * row_scale
+        return MeanStep(loss.sum() / counted, grad, 1 / (counted * scale))
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
         """Multiplies ``grad`` in place by the scalar tensor ``factor``.

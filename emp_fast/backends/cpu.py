@@ -14,27 +14,33 @@ from torch import Tensor
 from emp_fast.backends.base import (
     ROW_FIELDS,
     LossOptions,
+    MeanStep,
     Recurrence,
     RowScores,
     State,
     check_index_range,
     check_target_range,
 )
-from emp_fast.backends.native import load_native
+from emp_fast.backends.native import (
+    FORMATS,
+    MASK32,
+    MASK64,
+    VALUES,
+    load_native,
+    pointer,
+    state_arguments,
+)
 from emp_fast.backends.reference import ReferenceBackend
 
-#: As csrc/cpu/cross_entropy.h numbers them.
-_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FIELDS = len(ROW_FIELDS)
 _SCORES = ROW_FIELDS.index("max")  # those for the user come first
-_KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h numbers them
-_MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
 
 
 class CpuBackend(ReferenceBackend):
     """Serves CPU tensors; what has no kernel is the reference's."""
 
     name = "cpu"
+    fuses_step = True
 
     def __init__(self) -> None:
         loaded = load_native()
@@ -86,13 +92,13 @@ class CpuBackend(ReferenceBackend):
         count = torch.empty(rows, dtype=torch.int32, device=logits.device)
         wrong = self._native.cross_entropy(
             logits.data_ptr(),
-            _STORAGE[logits.dtype],
+            FORMATS[logits.dtype],
             logits.stride(0),
             rows,
             classes,
             target.data_ptr(),
             target.dtype is torch.float32,
-            0 if weight is None else weight.data_ptr(),
+            pointer(weight),
             *options,
             loss,
             fields,
@@ -118,12 +124,12 @@ class CpuBackend(ReferenceBackend):
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         self._native.cross_entropy_backward(
             logits.data_ptr(),
-            _STORAGE[logits.dtype],
+            FORMATS[logits.dtype],
             logits.stride(0),
             *logits.shape,
             target.data_ptr(),
             target.dtype is torch.float32,
-            0 if weight is None else weight.data_ptr(),
+            pointer(weight),
             *options,
             grad_loss.data_ptr(),
             rows.data_ptr(),
@@ -131,6 +137,54 @@ class CpuBackend(ReferenceBackend):
             torch.get_num_threads(),
         )
         return grad
+
+    def mean_step(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        row_scale: Tensor | None,
+        indices: Tensor,
+        state: State,
+        recurrence: Recurrence,
+    ) -> MeanStep:
+        """A block of rows after the other, scored and differentiated while it is in the cache."""
+        rows, classes = logits.shape
+        at = logits.device
+        mean = torch.empty((), dtype=torch.float32, device=at)
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=at)
+        direct = -1 if recurrence.direct is None else VALUES.index(recurrence.direct)
+        error = self._native.cross_entropy_step(
+            logits.data_ptr(),
+            FORMATS[logits.dtype],
+            logits.stride(0),
+            rows,
+            classes,
+            target.data_ptr(),
+            target.dtype is torch.float32,
+            pointer(weight),
+            *options,
+            pointer(row_scale),
+            indices.data_ptr(),
+            VALUES.index(recurrence.signal),
+            direct,
+            *state_arguments(state, recurrence),
+            mean.data_ptr(),
+            grad.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if error == self._native.WRONG_TARGET:
+            check_target_range(target, classes, options.ignore_index)
+        elif error:
+            check_index_range(indices, state.scores.shape[0])
+        return MeanStep(mean, grad, None)
+
+    def scale_(self, grad: Tensor, factor: Tensor) -> None:
+        """Touches no memory when the factor is 1."""
+        value = factor.item()
+        if value != 1:
+            grad.mul_(value)
 
     def update_state(
         self,
@@ -142,30 +196,16 @@ class CpuBackend(ReferenceBackend):
         recurrence: Recurrence,
     ) -> None:
         """Bit-identical to the reference; O(S)."""
-        if recurrence.kind == "variance" and state.variance is None:
-            raise ValueError("state.variance must be a tensor for the variance recurrence")
-        num_samples = state.scores.shape[0]
         applied = self._native.update_state(
             indices.data_ptr(),
             signal.data_ptr(),
-            _pointer(direct),
-            _pointer(count),
+            pointer(direct),
+            pointer(count),
             indices.shape[0],
-            state.scores.data_ptr(),
-            state.memory.data_ptr(),
-            state.visits.data_ptr(),
-            _pointer(state.variance),
-            state.claims.data_ptr(),
-            state.counters.data_ptr(),
-            num_samples,
-            _KINDS.index(recurrence.kind),
-            recurrence.decay,
-            recurrence.direct_scale,
-            recurrence.memory_scale,
-            recurrence.variance_scale,
+            *state_arguments(state, recurrence),
         )
         if not applied:
-            check_index_range(indices, num_samples)
+            check_index_range(indices, state.scores.shape[0])
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
         """One read of the scores; workspace of 1.3 bytes a score."""
@@ -211,14 +251,10 @@ class CpuBackend(ReferenceBackend):
         self._native.philox(
             words.data_ptr(),
             n,
-            start & _MASK64,
-            epoch & _MASK32,
-            stream & _MASK32,
-            seed & _MASK64,
+            start & MASK64,
+            epoch & MASK32,
+            stream & MASK32,
+            seed & MASK64,
             torch.get_num_threads(),
         )
         return words
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -22,16 +22,21 @@ from emp_fast.backends.base import (
     RowScores,
     State,
 )
-from emp_fast.backends.native import load_native
+from emp_fast.backends.native import (
+    FORMATS,
+    MASK32,
+    MASK64,
+    VALUES,
+    load_native,
+    pointer,
+    pointers,
+    state_arguments,
+)
 from emp_fast.backends.reference import ReferenceBackend
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/cuda/row_args.h
-_KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h
-_VALUES = ("loss", *ROW_FIELDS)  # as RowArgs::signal counts them
 _ROW_KERNELS = ("plain", "cluster", "ring")  # as RowKernels of csrc/cuda/launch_ring.h
 _ROW_KERNELS_ENVIRONMENT = "EMP_FAST_CUDA_ROWS"
 _OLDEST = (8, 0)
-_MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
 
 
 class CudaBackend(Backend):
@@ -106,8 +111,8 @@ class CudaBackend(Backend):
             self._native.score(
                 self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
-                *_pointers(*outputs),
-                _pointer(workspace),
+                *pointers(*outputs),
+                pointer(workspace),
                 _stream(logits.device),
             )
         return outputs
@@ -147,23 +152,22 @@ class CudaBackend(Backend):
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
         """One launch up to 1024 rows (256 of at most 32 classes), up to four beyond."""
-        _require_variance(state, recurrence)
         outputs, grad = _empty_scores(logits), _empty_gradient(logits)
-        direct = -1 if recurrence.direct is None else _VALUES.index(recurrence.direct)
+        direct = -1 if recurrence.direct is None else VALUES.index(recurrence.direct)
         with _on(logits.device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
             self._native.step(
                 self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
-                *_pointers(*outputs),
-                _pointer(workspace),
+                *pointers(*outputs),
+                pointer(workspace),
                 grad.data_ptr(),
-                _pointer(row_scale),
+                pointer(row_scale),
                 scale,
                 indices.data_ptr(),
-                _VALUES.index(recurrence.signal),
+                VALUES.index(recurrence.signal),
                 direct,
-                *_state_arguments(state, recurrence),
+                *state_arguments(state, recurrence),
                 _stream(logits.device),
             )
         return outputs, grad
@@ -175,7 +179,7 @@ class CudaBackend(Backend):
             return
         with _on(grad.device):
             self._native.scale(
-                _DTYPES[grad.dtype],
+                FORMATS[grad.dtype],
                 grad.data_ptr(),
                 grad.numel(),
                 factor.data_ptr(),
@@ -192,7 +196,6 @@ class CudaBackend(Backend):
         recurrence: Recurrence,
     ) -> None:
         """One launch up to 4096 rows, two beyond."""
-        _require_variance(state, recurrence)
         rows = indices.shape[0]
         if rows >= 2**31 - 1:
             raise ValueError(f"indices must have fewer than {2**31 - 1} entries, got {rows}")
@@ -200,10 +203,10 @@ class CudaBackend(Backend):
             self._native.update_state(
                 indices.data_ptr(),
                 signal.data_ptr(),
-                _pointer(direct),
-                _pointer(count),
+                pointer(direct),
+                pointer(count),
                 rows,
-                *_state_arguments(state, recurrence),
+                *state_arguments(state, recurrence),
                 _stream(indices.device),
             )
 
@@ -238,11 +241,11 @@ class CudaBackend(Backend):
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
             self._native.grouped_topk(
                 device.index,
-                *_pointers(scores, groups, quotas),
+                *pointers(scores, groups, quotas),
                 num_groups,
                 n,
                 k,
-                *_pointers(selected, workspace),
+                *pointers(selected, workspace),
                 _stream(device),
             )
         return selected
@@ -256,10 +259,10 @@ class CudaBackend(Backend):
             self._native.philox(
                 words.data_ptr(),
                 n,
-                seed & _MASK64,
-                epoch & _MASK32,
-                stream & _MASK32,
-                start & _MASK64,
+                seed & MASK64,
+                epoch & MASK32,
+                stream & MASK32,
+                start & MASK64,
                 _stream(words.device),
             )
         return words
@@ -280,7 +283,7 @@ class CudaBackend(Backend):
             n,
             k,
             sample_bits,
-            *_pointers(selected, status, workspace),
+            *pointers(selected, status, workspace),
             _stream(device),
         )
         return status
@@ -296,7 +299,7 @@ class CudaBackend(Backend):
         size = self._native.score_workspace(
             self._row_kernels,
             logits.device.index,
-            _DTYPES[logits.dtype],
+            FORMATS[logits.dtype],
             rows,
             classes,
             logits.stride(0),
@@ -318,14 +321,6 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _pointers(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def _empty_scores(logits: Tensor) -> RowScores:
@@ -359,35 +354,18 @@ def _inputs(
     soft = target.is_floating_point()
     return (
         logits.device.index,
-        _DTYPES[logits.dtype],
+        FORMATS[logits.dtype],
         logits.data_ptr(),
         logits.stride(0),
         rows,
         classes,
         0 if soft else target.data_ptr(),
         target.data_ptr() if soft else 0,
-        _pointer(weight),
-        _pointer(weight_sum),
+        pointer(weight),
+        pointer(weight_sum),
         options.ignore_index,
         options.label_smoothing,
         options.softcap,
-    )
-
-
-def _state_arguments(state: State, recurrence: Recurrence) -> tuple[int | float, ...]:
-    return (
-        state.scores.data_ptr(),
-        state.memory.data_ptr(),
-        state.visits.data_ptr(),
-        _pointer(state.variance),
-        state.claims.data_ptr(),
-        state.counters.data_ptr(),
-        state.scores.shape[0],
-        _KINDS.index(recurrence.kind),
-        recurrence.decay,
-        recurrence.direct_scale,
-        recurrence.memory_scale,
-        recurrence.variance_scale,
     )
 
 

@@ -1,4 +1,4 @@
-"""Loads ``emp_fast._native`` on first use and remembers why it could not be."""
+"""Loads ``emp_fast._native`` on first use; how both of its backends hand over their arguments."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  (first: both then share one OpenMP runtime)
+import torch  # before the module: both then share one OpenMP runtime
+from torch import Tensor
+
+from emp_fast.backends.base import ROW_FIELDS, Recurrence, State
 
 _BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 _ISA_ENVIRONMENT = "EMP_FAST_CPU_ISA"
+
+#: As Storage of csrc/cpu/cross_entropy.h and Dtype of csrc/cuda/row_args.h number them.
+FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: As the fused steps count what a recurrence reads.
+VALUES = ("loss", *ROW_FIELDS)
+_KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h
+MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 
 
 @functools.cache
@@ -38,3 +48,37 @@ def _build_failure() -> str | None:
     except (OSError, ValueError):
         return None
     return None if reason is None else str(reason)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of the first element, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pointers(*tensors: Tensor) -> tuple[int, ...]:
+    """The addresses of the first elements."""
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def state_arguments(state: State, recurrence: Recurrence) -> tuple[int | float, ...]:
+    """The state of N samples and how it moves.
+
+    Raises:
+        ValueError: the recurrence needs a variance and the state has none.
+    """
+    if recurrence.kind == "variance" and state.variance is None:
+        raise ValueError("state.variance must be a tensor for the variance recurrence")
+    return (
+        state.scores.data_ptr(),
+        state.memory.data_ptr(),
+        state.visits.data_ptr(),
+        pointer(state.variance),
+        state.claims.data_ptr(),
+        state.counters.data_ptr(),
+        state.scores.shape[0],
+        _KINDS.index(recurrence.kind),
+        recurrence.decay,
+        recurrence.direct_scale,
+        recurrence.memory_scale,
+        recurrence.variance_scale,
+    )
