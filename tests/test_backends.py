@@ -20,7 +20,7 @@ from torch import Tensor
 import emp_fast
 from emp_fast import backends
 from emp_fast.backends import BackendError, backend_status, load, resolve, use_backend
-from emp_fast.backends.base import LossOptions, Recurrence, RowScores, State
+from emp_fast.backends.base import LossOptions, MeanStep, Recurrence, RowScores, State
 from emp_fast.backends.reference import ReferenceBackend
 from emp_fast.backends.selfcheck import self_check
 from emp_fast.functional import cross_entropy, topk_indices
@@ -211,6 +211,21 @@ class WrongGradient(Fake):
         return super().cross_entropy_backward(torch.ones_like(grad_loss), *arguments)
 
 
+class WrongMean(Fake):
+    fuses_step = True
+
+    def mean_step(self, *arguments: Any) -> MeanStep:
+        made = super().mean_step(*arguments)
+        return made._replace(mean=made.mean * 4 / 5)  # as if the ignored row counted
+
+
+class WrongFactor(Fake):
+    fuses_step = True
+
+    def mean_step(self, *arguments: Any) -> MeanStep:
+        return super().mean_step(*arguments)._replace(factor=None)
+
+
 class FirstWins(Fake):
     def update_state(
         self, indices: Tensor, signal: Tensor, direct: Any, count: Any, *rest: Any
@@ -251,6 +266,8 @@ LIARS = {
     WrongCorrect: "cross_entropy output correct differs",
     WrongCount: "cross_entropy output count differs",
     WrongGradient: "cross_entropy output gradient differs",
+    WrongMean: "mean_step output mean differs",
+    WrongFactor: "mean_step output gradient differs",
     FirstWins: "update_state output scores differs",
     LastTie: "topk output k=2 differs",
     WrongGroups: "grouped_topk output indices differs",

@@ -8,6 +8,8 @@ from torch import Tensor
 from emp_fast.backends.base import Backend, LossOptions, Recurrence, State
 from emp_fast.backends.reference import ReferenceBackend
 
+_RECURRENCE = Recurrence("ema", "entropy", 0.5, "loss", direct_scale=1.0, memory_scale=0.3)
+
 
 def self_check(backend: Backend, device: torch.device) -> str | None:
     """Runs every operation of ``backend`` on a few samples.
@@ -18,7 +20,8 @@ def self_check(backend: Backend, device: torch.device) -> str | None:
     """
     reference = ReferenceBackend()
     try:
-        for operation in (_cross_entropy, _update_state, _topk, _grouped_topk, _philox):
+        steps = [_mean_step] if backend.fuses_step else []
+        for operation in (_cross_entropy, *steps, _update_state, _topk, _grouped_topk, _philox):
             got = operation(backend, device)
             wanted = operation(reference, device)
             for output, (a, b) in {name: (got[name], wanted[name]) for name in wanted}.items():
@@ -52,8 +55,31 @@ def _cross_entropy(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     return {**scores._asdict(), "rows": scores.rows[:4], "gradient": grad}
 
 
+def _mean_step(backend: Backend, device: torch.device) -> dict[str, Tensor]:
+    logits, state = _logits(device), _state(device)
+    target = torch.tensor([3, 36, -100, 0, 17], device=device)
+    row_scale = torch.linspace(0.5, 1.5, 5, dtype=torch.float32, device=device)
+    indices = torch.tensor([4, 1, 2, 3, 4], device=device)
+    step = logits, target, None, LossOptions(label_smoothing=0.1), row_scale, indices, state
+    mean, grad, factor = backend.mean_step(*step, _RECURRENCE)
+    if factor is not None:
+        backend.scale_(grad, factor)
+    return {"mean": mean, "gradient": grad, **_tensors(state)}
+
+
 def _update_state(backend: Backend, device: torch.device) -> dict[str, Tensor]:
-    state = State(
+    state = _state(device)
+    signal = torch.tensor([0.5, 1.5, torch.nan, 2.5, 3.5], dtype=torch.float32, device=device)
+    direct = signal.nan_to_num(1.0) * 2
+    count = torch.tensor([1, 1, 1, 0, 1], dtype=torch.int32, device=device)
+    indices = torch.tensor([4, 1, 2, 3, 4], device=device)
+    for _ in range(2):
+        backend.update_state(indices, signal, direct, count, state, _RECURRENCE)
+    return _tensors(state)
+
+
+def _state(device: torch.device) -> State:
+    return State(
         scores=torch.full((6,), torch.inf, dtype=torch.float32, device=device),
         memory=torch.zeros(6, dtype=torch.float32, device=device),
         visits=torch.zeros(6, dtype=torch.int32, device=device),
@@ -61,13 +87,9 @@ def _update_state(backend: Backend, device: torch.device) -> dict[str, Tensor]:
         claims=torch.zeros(6, dtype=torch.int32, device=device),
         counters=torch.zeros(2, dtype=torch.int64, device=device),
     )
-    recurrence = Recurrence("ema", "entropy", 0.5, "loss", direct_scale=1.0, memory_scale=0.3)
-    signal = torch.tensor([0.5, 1.5, torch.nan, 2.5, 3.5], dtype=torch.float32, device=device)
-    direct = signal.nan_to_num(1.0) * 2
-    count = torch.tensor([1, 1, 1, 0, 1], dtype=torch.int32, device=device)
-    indices = torch.tensor([4, 1, 2, 3, 4], device=device)
-    for _ in range(2):
-        backend.update_state(indices, signal, direct, count, state, recurrence)
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state._asdict().items() if tensor is not None}
 
 
