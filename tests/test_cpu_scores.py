@@ -1,7 +1,7 @@
 """The C++ row scores under every instruction set that this processor runs, and any thread count.
 
 Selection and random numbers are held to the same in test_selection.py and test_philox.py; the state
-update has one build and one thread.
+update by itself has one build and one thread.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from test_functional import FLOAT_FIELDS, assert_stats, gradient, incoming, torc
 from torch import Tensor
 
 import emp_fast
+from emp_fast.backends import load
+from emp_fast.backends.base import Backend, LossOptions, MeanStep, Recurrence, State
 from emp_fast.functional import cross_entropy
 from emp_fast.testing import Case, make, oracle
 
@@ -155,6 +157,64 @@ def test_options(name: str, classes: int, isa: str, poison: None) -> None:
     check(Case(f"{name}_{classes}", min(19, rows_for(classes)), classes, **OPTIONS[name]))
 
 
+STEPS: dict[str, Case] = {
+    # Several blocks of rows a thread, with a ragged end; a block a row; no row.
+    "many rows": Case("step_many", 20_011, 10, ignored="some"),
+    "many classes": Case("step_wide", 5, 33_001),
+    "soft": Case("step_soft", 401, 100, target="soft", label_smoothing=0.1),
+    "bfloat16": Case("step_half", 401, 129, dtype=torch.bfloat16, weighted=True, softcap=3.0),
+    "not finite": Case("step_nan", 37, 100, logits="nan_row"),
+    "ignored": Case("step_ignored", 21, 10, ignored="all"),
+    "empty": Case("step_empty", 0, 10),
+}
+
+
+@pytest.mark.parametrize("weighs", [False, True], ids=["even", "weighed"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_in_blocks_is_its_three_kernels_in_a_row(
+    name: str, weighs: bool, isa: str, poison: None
+) -> None:
+    logits, target, options = make(STEPS[name])
+    rows, cpu = logits.shape[0], load("cpu")
+    generator = torch.Generator().manual_seed(0)
+    row_scale = torch.rand(rows, generator=generator) if weighs else None
+    num_samples = rows // 2 + 1  # some samples are there twice
+    indices = torch.randint(num_samples, (rows,), generator=generator)
+    loss_options = LossOptions(
+        options.get("ignore_index", -100),
+        options.get("label_smoothing", 0.0),
+        options.get("softcap") or 0.0,
+    )
+
+    def step(mean_step: Callable[..., MeanStep]) -> list[Tensor]:
+        state = State(
+            *(torch.zeros(num_samples) for _ in range(2)),
+            *(torch.zeros(num_samples, dtype=torch.int32), torch.zeros(num_samples)),
+            *(torch.zeros(num_samples, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)),
+        )
+        recurrence = Recurrence("variance", "entropy", 0.5, "loss", 1.0, 0.3, 0.2)
+        mean, grad, factor = mean_step(
+            *(logits, target, options.get("weight"), loss_options, row_scale),
+            *(indices, state, recurrence),
+        )
+        if factor is not None:
+            cpu.scale_(grad, factor)
+        return [mean, grad, *(tensor for tensor in state if tensor is not None)]
+
+    torch.set_num_threads(1)
+    mean, grad, *state = step(cpu.mean_step)
+    wanted_mean, wanted_grad, *wanted_state = step(functools.partial(Backend.mean_step, cpu))
+    torch.testing.assert_close(mean, wanted_mean, rtol=1e-6, atol=0, equal_nan=True)
+    rounding = 4 * torch.finfo(logits.dtype).eps  # of the weights, which enter in another order
+    torch.testing.assert_close(grad, wanted_grad, rtol=rounding, atol=1e-12, equal_nan=True)
+    assert all(map(torch.equal, state, wanted_state))
+    for threads in THREADS[1:]:
+        torch.set_num_threads(threads)
+        again = step(cpu.mean_step)
+        for a, b in zip(again, (mean, grad, *state), strict=True):
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), f"{threads} threads"
+
+
 @pytest.mark.parametrize("classes", [1, 3, 10, 100, 1025])
 @pytest.mark.parametrize("threads", THREADS)
 def test_nothing_outside_the_outputs_is_written(classes: int, threads: int, isa: str) -> None:
@@ -221,13 +281,17 @@ def test_without_a_backward_pass_the_scores_are_the_same_and_nothing_else_is_wri
 
 
 def test_the_first_bad_class_is_the_one_reported(isa: str) -> None:
-    logits = torch.zeros(5000, 10)
+    logits = torch.zeros(5000, 10, requires_grad=True)
     target = torch.zeros(5000, dtype=torch.int64)
     target[[1234, 4000]] = torch.tensor([10, -3])
+    pruner = emp_fast.Pruner(5000)
     for threads in THREADS:
         torch.set_num_threads(threads)
         with pytest.raises(IndexError, match="got 10 at position 1234"):
             cross_entropy(logits, target)
+        with pytest.raises(IndexError, match="got 10 at position 1234"):
+            pruner.loss(logits, target, torch.arange(5000))
+    assert pruner.store.visits.sum() == 0
 
 
 def test_all_instruction_sets_agree() -> None:
