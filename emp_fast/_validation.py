@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def require_tensor(name: str, value: object) -> None:
@@ -33,6 +33,18 @@ def require_float(name: str, value: object) -> None:
     require_tensor(name, value)
     if isinstance(value, Tensor) and value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def checked_integers(name: str, values: object) -> Tensor:
+    """An integer tensor, made of a sequence or array where it is none."""
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be integers, got {values!r}") from error
+    if values.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be integers, got {values.dtype}")
+    return values
 
 
 def require_rows(name: str, tensor: Tensor, axis: str, packed: bool) -> None:
@@ -75,7 +87,7 @@ def checked_target(
                 f"got {tuple(target.shape)}"
             )
         return target.detach().to(carried_type(dtype)).contiguous()
-    if target.dtype not in _INTEGERS:
+    if target.dtype not in INTEGERS:
         raise TypeError(f"target must be integer class ids or probabilities, got {target.dtype}")
     if target.shape != shape[:-1]:
         raise ValueError(
@@ -137,7 +149,7 @@ def checked_groups(
 ) -> tuple[Tensor, Tensor]:
     """Groups as int64 beside the scores, quotas as int64 on the CPU; their values are unchecked."""
     require_tensor("groups", groups)
-    if groups.dtype not in _INTEGERS:
+    if groups.dtype not in INTEGERS:
         raise TypeError(f"groups must be integer class ids, got {groups.dtype}")
     if groups.shape != scores.shape:
         raise ValueError(f"groups must have shape {tuple(scores.shape)}, got {tuple(groups.shape)}")
@@ -149,7 +161,7 @@ def checked_groups(
         quotas = torch.as_tensor(group_k, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"group_k must be integers of shape [G], got {group_k!r}") from error
-    if quotas.dim() != 1 or (quotas.numel() and quotas.dtype not in _INTEGERS):
+    if quotas.dim() != 1 or (quotas.numel() and quotas.dtype not in INTEGERS):
         raise ValueError(f"group_k must be integers of shape [G], got {group_k!r}")
     return groups.to(scores.device, torch.int64).contiguous(), quotas.to(torch.int64).contiguous()
 

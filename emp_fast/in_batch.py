@@ -52,5 +52,7 @@ def select_in_batch(
         scores = single_visit_scores(rule, stats, **extra)
     else:
         require_float("stats", stats)
+        if extra:
+            raise TypeError(f"stats must be SampleStats to go with {sorted(extra)}, got scores")
         scores = stats
     return functional.topk_indices(scores, k)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, random
+from emp_fast._validation import checked_integers
 from emp_fast.collectives import world_size_of
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK
@@ -121,7 +122,7 @@ class Pruner:
                 f"full_epochs_first + full_epochs_last must be at most epochs={epochs}, "
                 f"got {full_epochs_first} + {full_epochs_last}"
             )
-        self._labels = None if labels is None else torch.as_tensor(labels)
+        self._labels = None if labels is None else checked_integers("labels", labels)
         if self._labels is not None:
             self.store._checked_labels(self._labels)
         self._digest: str | None = None  # of the labels
@@ -238,7 +239,7 @@ class Pruner:
 
     def weights(self, indices: Tensor) -> Tensor:
         """[S] float32 loss weights that the policy gives these samples in this epoch; mostly 1."""
-        indices = torch.as_tensor(indices)
+        indices = checked_integers("indices", indices)
         plan = self._plan
         if plan is None or plan.weights is None:
             return torch.ones(indices.shape, dtype=torch.float32, device=indices.device)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emp_fast._validation import checked_integers
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends.base import check_index_range
 from emp_fast.collectives import Ranks, rank_of, same_group, world_size_of
@@ -22,7 +23,6 @@ from emp_fast.selection import Selection
 from emp_fast.sharded_selection import ShardedCandidates
 from emp_fast.store import (
     FORMAT,
-    INTEGERS,
     ScoreStore,
     check_selection,
     check_store_arguments,
@@ -266,9 +266,7 @@ class ShardedScoreStore:
         return own._replace(indices=own.indices + self.owned_range.start)
 
     def _own_labels(self, labels: Tensor) -> Tensor:
-        labels = torch.as_tensor(labels)
-        if labels.dtype not in INTEGERS:
-            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        labels = checked_integers("labels", labels)
         own = self.owned_range
         if labels.shape == (self.num_samples,):
             labels = labels[own.start : own.stop]

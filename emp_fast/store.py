@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, ops
-from emp_fast._validation import require_tensor
+from emp_fast._validation import checked_integers, require_tensor
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import resolve
 from emp_fast.backends.base import State
@@ -24,7 +24,6 @@ from emp_fast.selection import Selection
 __all__ = ["ScoreStore", "Selection", "single_visit_scores"]
 
 FORMAT = 1
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class _Merged:
@@ -195,7 +194,7 @@ class ScoreStore:
 
         Raises:
             ValueError: shapes differ, or a stat that the rule reads is missing; TypeError: indices
-                are not integers.
+                are not integers, or the rule does not read an extra stat.
             IndexError: on the CPU, an index lies outside [0, N); nothing of the update is applied.
                 On a GPU that row is refused and the next `select` raises.
         """
@@ -309,6 +308,14 @@ class ScoreStore:
         extra: Mapping[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Indices, the stats that the rule reads, and the counts, all where the state lives."""
+        if not isinstance(stats, (SampleStats, Mapping)):
+            raise TypeError(f"stats must be SampleStats or a mapping of stats, got {stats!r}")
+        unread = set(extra) - {*self.rule.reads, "count"}
+        if unread:
+            raise TypeError(
+                f"unexpected argument {min(unread)!r}: {self.rule!r} reads the stats "
+                f"{list(self.rule.reads)}"
+            )
         given = {**(stats._asdict() if isinstance(stats, SampleStats) else stats), **extra}
         indices = self._checked_indices(indices)
         samples = indices.shape[0]
@@ -325,13 +332,10 @@ class ScoreStore:
         return indices, read, count
 
     def _checked_indices(self, indices: Tensor) -> Tensor:
-        if not isinstance(indices, Tensor):
-            indices = torch.as_tensor(indices)
+        indices = checked_integers("indices", indices)
         if indices.dim() != 1:
             raise ValueError(f"indices must have shape [S], got {tuple(indices.shape)}")
         if indices.dtype != torch.int64:  # asking costs a tenth of a conversion to what it is
-            if indices.dtype not in INTEGERS:
-                raise TypeError(f"indices must be integers, got {indices.dtype}")
             indices = indices.to(torch.int64)
         return indices.contiguous()
 
@@ -402,9 +406,7 @@ class ScoreStore:
         return Selection.of(*policy.choose(candidates, quotas))
 
     def _checked_labels(self, labels: Tensor) -> tuple[Tensor, int]:
-        labels = torch.as_tensor(labels)
-        if labels.dtype not in INTEGERS:
-            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        labels = checked_integers("labels", labels)
         if labels.shape != (self.num_samples,):
             raise ValueError(
                 f"labels must have shape [{self.num_samples}], got {tuple(labels.shape)}"

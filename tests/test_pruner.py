@@ -94,6 +94,14 @@ def test_extra_stats_reach_the_rule():
     assert pruner.store.visits[[5, 6]].tolist() == [1, 1]
 
 
+def test_a_misspelt_option_is_not_taken_for_a_stat():
+    pruner = Pruner(N)
+    logits = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(TypeError, match="unexpected argument 'label_smothing'"):
+        pruner.loss(logits, torch.tensor([0, 1]), torch.tensor([5, 6]), label_smothing=0.1)
+    assert pruner.store.rows_seen == 0
+
+
 def test_policy_weights_are_applied():
     pruner = Pruner(4, rule=Loss(), policy=BelowMean(0.5))
     pruner.store.update(torch.arange(4), {"loss": torch.tensor([1.0, 1.0, 5.0, 5.0])})

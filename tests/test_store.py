@@ -352,6 +352,21 @@ ONE = {"loss": torch.ones(1), "entropy": torch.ones(1)}
             "indices must be integers, got torch.float32",
         ),
         (
+            lambda: ScoreStore(2).update(None, ONE),
+            TypeError,
+            "indices must be integers, got None",
+        ),
+        (
+            lambda: ScoreStore(2).update([0], ONE, hidden=torch.ones(1)),
+            TypeError,
+            r"unexpected argument 'hidden': EMP.* reads the stats \['loss', 'entropy'\]",
+        ),
+        (
+            lambda: ScoreStore(2).update([0], 0.5),
+            TypeError,
+            "stats must be SampleStats or a mapping of stats, got 0.5",
+        ),
+        (
             lambda: ScoreStore(2).update(torch.tensor([[0]]), ONE),
             ValueError,
             r"indices must have shape \[S\], got \(1, 1\)",
