@@ -300,14 +300,14 @@ class CrossEntropyStep(torch.autograd.Function):
                     recurrence.variance_scale,
                 )
             )
-        ctx.options, ctx.made = options, made
+        ctx.options, ctx.grad, ctx.factor = options, made.grad, made.factor
         ctx.save_for_backward(logits, target, weight, row_scale)
         return made.mean
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, row_scale = ctx.saved_tensors
-        if ctx.made is None:  # a second pass through a retained graph: the first took the memory
+        if ctx.grad is None:  # a second pass through a retained graph: the first took the memory
             arguments = logits, target, weight, *ctx.options
             _, rows, _, count = cross_entropy(*arguments)
             grad_loss = (grad_mean / count.sum().clamp_min(1)).expand(logits.shape[0])
@@ -316,8 +316,8 @@ class CrossEntropyStep(torch.autograd.Function):
                 grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
             )
         else:
-            (_, grad, factor), ctx.made = ctx.made, None
-            _scale_(grad, grad_mean if factor is None else grad_mean * factor)
+            grad, ctx.grad = ctx.grad, None
+            _scale_(grad, grad_mean if ctx.factor is None else grad_mean * ctx.factor)
         return None, _once(grad, grad_mean, logits), *(None,) * 7
 
 

@@ -1,5 +1,8 @@
 """The step in one launch equals the step in three, on every backend that composes or fuses it."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -84,6 +87,18 @@ def test_a_loss_scale_saves_small_float16_gradients(fuses, backend):
     (Pruner(rows).loss(half, target, torch.arange(rows)) * scale).backward()
     (torch.nn.functional.cross_entropy(full, target) * scale).backward()
     torch.testing.assert_close(half.grad.float(), full.grad, rtol=2e-3, atol=0)
+
+
+def test_a_loss_that_is_dropped_takes_its_gradient_with_it(fuses):
+    """No cycle keeps a batch's memory until the collector runs."""
+    loss = Pruner(4).loss(torch.randn(4, 3, requires_grad=True), torch.zeros(4).long(), range(4))
+    dropped = weakref.ref(loss)
+    gc.disable()
+    try:
+        del loss
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_a_bad_index_leaves_state_and_count_alone(fuses):
