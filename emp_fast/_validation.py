@@ -18,9 +18,8 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: {value!r}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-    if type(value) is not Tensor and hasattr(
-        value, "to_local"
-    ):  # not isinstance: that would import torch.distributed.tensor
+    # Not isinstance: that would import torch.distributed.tensor.
+    if type(value) is not Tensor and hasattr(value, "to_local"):
         raise TypeError(
             f"{name} must be a plain tensor, got a {type(value).__name__}: pass {name}.to_local() "
             f"where every rank has its own samples (FSDP2), {name}.full_tensor() where the classes "
