@@ -15,6 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available() and not dist.is_initialized():
+    # Its functions have the default group of the moment of import as their default argument. Torch
+    # imports it with the first DistributedDataParallel, and then destroy_process_group cannot end
+    # Gloo's threads: one that still frees a tensor as Python exits aborts the process.
+    import torch.distributed.nn.functional
+
 __all__ = ["Ranks", "rank_of", "same_group", "world_size_of"]
 
 _WORDS = 4  # int64 of a SHA-256

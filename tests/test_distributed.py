@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -431,3 +434,29 @@ def test_data_travels_from_a_device_that_serves_every_rank(
     ranks = collectives.Ranks(None, torch.device(data), "test", {})
     assert met_on == [neutral]
     assert str(ranks._device) == chosen
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads threads from /proc")
+def test_no_thread_of_gloo_outlives_a_destroyed_group():
+    script = """
+import torch
+import torch.distributed as dist
+from pathlib import Path
+from torch.nn.parallel import DistributedDataParallel
+
+import emp_fast
+
+def gloo_threads():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+model = DistributedDataParallel(torch.nn.Linear(2, 2))
+model(torch.ones(1, 2)).sum().backward()
+during = gloo_threads()
+del model
+dist.destroy_process_group()
+print(during > 0, gloo_threads())
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True", "0"]
