@@ -7,6 +7,7 @@ The paragraphs of a batch are packed into one row without padding. Both runs tra
 paragraphs; the pruned one spends them on those of high score.
 """
 
+import gc
 import tempfile
 
 import torch.distributed as dist
@@ -38,6 +39,7 @@ def main(prune_rate: float = 0.3, epochs: int = 3, quick: bool = False) -> None:
     for rate in (0.0, prune_rate):
         train(train_set, test_set[:50], rate, round(epochs / (1 - rate)))
     if dist.is_initialized():
+        gc.collect()  # the trainers, whose models hold the process group
         dist.destroy_process_group()
 
 

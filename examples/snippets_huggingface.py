@@ -6,6 +6,7 @@
 Both runs train on as many samples; the pruned one spends them on those of high score.
 """
 
+import gc
 import tempfile
 
 import torch
@@ -35,6 +36,7 @@ def main(prune_rate: float = 0.5, epochs: int = 4, quick: bool = False) -> None:
     for rate in (0.0, prune_rate):
         train(train_set, test_set, rate, round(epochs / (1 - rate)))
     if dist.is_initialized():
+        gc.collect()  # the trainers, whose models hold the process group
         dist.destroy_process_group()
 
 
