@@ -251,9 +251,9 @@ _define(
 
 
 _scale_ = _define(
-    "scale_(Tensor(a!) grad, Tensor factor) -> ()",
-    lambda grad, factor: resolve(grad.device, grad.dtype).scale_(grad, factor),
-    lambda grad, factor: None,
+    "scale_(Tensor(a!) grad, Tensor factor, Tensor? also) -> ()",
+    lambda grad, *factors: resolve(grad.device, grad.dtype).scale_(grad, *factors),
+    lambda *_: None,
 )
 
 
@@ -317,7 +317,7 @@ class CrossEntropyStep(torch.autograd.Function):
             )
         else:
             grad, ctx.grad = ctx.grad, None
-            _scale_(grad, grad_mean if ctx.factor is None else grad_mean * ctx.factor)
+            _scale_(grad, grad_mean, ctx.factor)
         return None, _once(grad, grad_mean, logits), *(None,) * 7
 
 

@@ -217,7 +217,7 @@ class ScoreStore:
         row_scale: Tensor | None = None,  # [S] float32
         **options: Any,
     ) -> Tensor | None:
-        """The mean loss of a batch and the update of its samples, in one launch.
+        """The mean loss of a batch and the update of its samples, from one read of the logits.
 
         None where that is not possible, and nothing has been done then: the backend does not
         fuse the step, the rule is tensor code or reads more than the float fields of SampleStats,

@@ -226,6 +226,13 @@ class WrongFactor(Fake):
         return super().mean_step(*arguments)._replace(factor=None)
 
 
+class OneFactor(Fake):
+    fuses_step = True
+
+    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
+        super().scale_(grad, factor, None)
+
+
 class FirstWins(Fake):
     def update_state(
         self, indices: Tensor, signal: Tensor, direct: Any, count: Any, *rest: Any
@@ -268,6 +275,7 @@ LIARS = {
     WrongGradient: "cross_entropy output gradient differs",
     WrongMean: "mean_step output mean differs",
     WrongFactor: "mean_step output gradient differs",
+    OneFactor: "mean_step output gradient differs",
     FirstWins: "update_state output scores differs",
     LastTie: "topk output k=2 differs",
     WrongGroups: "grouped_topk output indices differs",

@@ -198,7 +198,7 @@ def test_a_step_in_blocks_is_its_three_kernels_in_a_row(
             *(indices, state, recurrence),
         )
         if factor is not None:
-            cpu.scale_(grad, factor)
+            cpu.scale_(grad, factor, None)
         return [mean, grad, *(tensor for tensor in state if tensor is not None)]
 
     torch.set_num_threads(1)

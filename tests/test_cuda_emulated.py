@@ -138,7 +138,7 @@ def test_an_input_cannot_be_written(emulated: EmulatedBackend) -> None:
         pytest.raises(RuntimeError, match="write of 4 bytes to an input"),
         emulated.watched([], [grad, factor]),
     ):
-        emulated._native.scale(0, grad.data_ptr(), 5, factor.data_ptr(), 0)
+        emulated._native.scale(0, grad.data_ptr(), 5, factor.data_ptr(), 0, 0)
 
 
 def test_the_self_check_passes(emulated: EmulatedBackend) -> None:
@@ -361,7 +361,8 @@ def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend)
             grad = emulated.cross_entropy_backward(
                 scores.loss, logits, target, weight, scores.rows, options
             )
-            outcomes.append((*scores, grad))
+            mean = emulated.mean_loss(scores.loss, scores.count, scores.rows[0])
+            outcomes.append((*scores, grad, *mean))
         for other in outcomes[1:]:
             for a, b in zip(outcomes[0], other, strict=True):
                 assert torch.equal(a, b)
@@ -411,19 +412,34 @@ def test_selection_and_random_bits_by_blocks_of_several_tiles(
     backend = EmulatedBackend(module, seed=seed)
     np.testing.assert_array_equal(backend.topk_indices(scores, 7000).numpy(), wanted)
     test_philox_equals_the_reference(seed, emulated)
-    test_scale(f16, 4097, -0.375, emulated)
+    test_scale(f16, 4097, None, emulated)
     test_a_sample_suffices_for_scores_without_ties(0.5, emulated, module)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, f16, bf16])
-@pytest.mark.parametrize("elements", [1, 5, 4097])
-@pytest.mark.parametrize("factor", [1.0, -0.375])
-def test_scale(dtype: torch.dtype, elements: int, factor: float, emulated: EmulatedBackend) -> None:
+@pytest.mark.parametrize("dtype", test_fused_step.DTYPES, ids=str)
+@pytest.mark.parametrize("elements", test_fused_step.ELEMENTS)
+@pytest.mark.parametrize("also", [None, -1.5])
+def test_scale(
+    dtype: torch.dtype, elements: int, also: float | None, emulated: EmulatedBackend
+) -> None:
     emulated.seed = elements
-    grad = torch.linspace(-2, 2, elements, dtype=dtype)
-    wanted = (grad.float() * factor).to(dtype)
-    emulated.scale_(grad, torch.tensor(factor))
-    assert torch.equal(grad, wanted)
+    test_fused_step.assert_scaled(emulated, dtype, elements, also)
+
+
+def test_scale_by_1_touches_no_memory(emulated: EmulatedBackend) -> None:
+    test_fused_step.assert_left_alone(emulated)
+
+
+@pytest.mark.parametrize("rows", test_fused_step.ROWS)
+@test_fused_step.each_count
+@test_fused_step.each_weighting
+def test_mean(rows: int, counted: str, weighted: bool, emulated: EmulatedBackend) -> None:
+    emulated.seed = rows % 3
+    test_fused_step.assert_mean(emulated, rows, counted, weighted)
+
+
+def test_mean_of_losses_that_are_not_finite(emulated: EmulatedBackend) -> None:
+    test_fused_step.assert_nonfinite_means(emulated)
 
 
 # ---- the state ----------------------------------------------------------------------------------

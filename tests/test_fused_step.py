@@ -8,6 +8,7 @@ import torch
 
 from emp_fast import Pruner
 from emp_fast.backends import load
+from emp_fast.backends.base import Backend
 from emp_fast.policies import BelowMean
 from emp_fast.rules import AUM, EMP, UCB, Forgetting, Loss
 
@@ -111,3 +112,84 @@ def test_a_bad_index_leaves_state_and_count_alone(fuses):
     assert pruner.store.rows_seen == 0
     with pytest.raises(ValueError, match=r"(must have 1 rows|each of 2 rows)"):
         pruner.loss(torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1]), torch.tensor([0]))
+
+
+# ---- the mean, and the scaling of its gradient --------------------------------------------------
+
+
+def assert_mean(by: Backend, rows: int, counted: str, weighted: bool) -> None:
+    """The mean within the tolerance of a float32 sum, the factor to the bit."""
+    generator = torch.Generator().manual_seed(rows)
+    every = torch.ones(rows, dtype=torch.int32)
+    count = {"all": every, "some": every * (torch.arange(rows) % 3 > 0), "none": every * 0}[counted]
+    loss = torch.rand(rows, generator=generator) * count
+    row_scale = torch.rand(rows, generator=generator) if weighted else None
+    mean, factor = by.mean_loss(loss, count, row_scale)
+    divisor = max(int(count.sum()), 1)
+    total = (loss.double() * (1 if row_scale is None else row_scale)).sum()
+    torch.testing.assert_close(mean, (total / divisor).float(), rtol=1e-5, atol=0)
+    assert torch.equal(factor, torch.tensor(max(rows, 1) / divisor))
+    if counted == "all":
+        assert factor == 1
+
+
+#: None, one, and about as many as the blocks of the kernels go through at once; 41 * (1 / 41) in
+#: float32 is not 1.
+ROWS = (0, 1, 41, 1024, 1025, 5000)
+each_count = pytest.mark.parametrize("counted", ["all", "some", "none"])
+each_weighting = pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@each_count
+@each_weighting
+def test_the_mean_is_that_of_the_rows_that_count(backend, rows, counted, weighted):
+    assert_mean(load(backend), rows, counted, weighted)
+
+
+def assert_nonfinite_means(by: Backend) -> None:
+    count = torch.ones(1500, dtype=torch.int32)
+    for value in (torch.nan, torch.inf):
+        loss = torch.ones(1500)
+        loss[1200] = value
+        mean, factor = by.mean_loss(loss, count, None)
+        torch.testing.assert_close(mean, torch.tensor(value), equal_nan=True)
+        assert factor == 1
+
+
+def test_a_loss_that_is_not_finite_shows_in_the_mean(backend):
+    assert_nonfinite_means(load(backend))
+
+
+def assert_scaled(by: Backend, dtype: torch.dtype, elements: int, also: float | None) -> None:
+    grad = torch.linspace(-2, 2, elements).to(dtype)
+    factor = -0.375
+    wanted = (grad.float() * (factor if also is None else factor * also)).to(dtype)
+    by.scale_(grad, torch.tensor(factor), None if also is None else torch.tensor(also))
+    assert torch.equal(grad, wanted)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+#: None, fewer than a vector, one that no vector divides, one that each does, and several blocks.
+ELEMENTS = (0, 1, 5, 4096, 4097)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("elements", ELEMENTS)
+@pytest.mark.parametrize("also", [None, 1.0, -1.5])
+def test_a_gradient_is_scaled_by_both_factors(backend, dtype, elements, also):
+    assert_scaled(load(backend), dtype, elements, also)
+
+
+def assert_left_alone(by: Backend) -> None:
+    """A signalling NaN stays one: any arithmetic would have made it a quiet one."""
+    for factor, also in ((1.0, None), (1.0, 1.0), (0.25, 4.0)):
+        grad = torch.full((9,), 0x7F800001, dtype=torch.int32)
+        factors = torch.tensor(factor), None if also is None else torch.tensor(also)
+        by.scale_(grad.view(torch.float32), *factors)
+        assert (grad == 0x7F800001).all()
+
+
+def test_factors_that_make_1_leave_the_gradient_alone(backend):
+    if backend != "reference":
+        assert_left_alone(load(backend))

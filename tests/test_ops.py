@@ -92,7 +92,10 @@ ARGUMENTS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
             *(torch.arange(R), *state(), 0, "loss", None, 0.0, 0.0, 1.0, 0.0),
         ),
     ],
-    "scale_": lambda: [(normal(R, C), torch.tensor(2.0)), (normal(R).half(), torch.tensor(1.0))],
+    "scale_": lambda: [
+        (normal(R, C), torch.tensor(2.0), None),
+        (normal(R).half(), torch.tensor(1.0), torch.tensor(0.5)),
+    ],
     "update_state": lambda: [
         (
             *(torch.arange(R), normal(R), normal(R), torch.ones(R, dtype=torch.int32)),

@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
 
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads)
-    scale_elements(T* grad, int64_t elements, const float* factor) {
+    scale_elements(T* grad, int64_t elements, const float* factor, const float* also) {
   constexpr int kCount = kElements<T>;
-  const float scale = __ldg(factor);
+  const float scale = also == nullptr ? __ldg(factor) : __ldg(factor) * __ldg(also);
   if (scale == 1.0f) return;
   const int64_t step = int64_t{gridDim.x} * kScaleThreads * kCount;
   // Whole vectors, then the last few elements: torch aligns what it allocates.
@@ -81,14 +81,14 @@ __global__ void __launch_bounds__(kScaleThreads)
 }  // namespace
 
 void scale_gradient(Dtype dtype, void* grad, int64_t elements, const float* factor,
-                    cudaStream_t stream) {
+                    const float* also, cudaStream_t stream) {
   if (elements == 0) return;
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t blocks = ceil_div(elements, int64_t{kScaleThreads} * kElements<T>);
     launch("scale_elements", scale_elements<T>,
            static_cast<unsigned>(std::min(blocks, kScaleBlocks)), kScaleThreads, 0, stream,
-           static_cast<T*>(grad), elements, factor);
+           static_cast<T*>(grad), elements, factor, also);
   });
 }
 

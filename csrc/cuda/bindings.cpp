@@ -356,9 +356,16 @@ void bind(py::module_& m) {
   cuda.def("backward", &backward);
   cuda.def("step", &step);
   cuda.def("update_state", &update);
-  cuda.def("scale", [](int dtype, Address grad, int64_t elements, Address factor, Address stream) {
+  cuda.def("mean_loss", [](Address loss, Address count, Address row_scale, int64_t rows,
+                           Address mean, Address factor, Address stream) {
+    mean_loss(pointer<const float>(loss), pointer<const int32_t>(count),
+              pointer<const float>(row_scale), rows, pointer<float>(mean), pointer<float>(factor),
+              stream_of(stream));
+  });
+  cuda.def("scale", [](int dtype, Address grad, int64_t elements, Address factor, Address also,
+                       Address stream) {
     scale_gradient(static_cast<Dtype>(dtype), pointer<void>(grad), elements,
-                   pointer<const float>(factor), stream_of(stream));
+                   pointer<const float>(factor), pointer<const float>(also), stream_of(stream));
   });
   cuda.def("philox", [](Address out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream_id,
                         uint64_t start, Address stream) {

@@ -37,8 +37,15 @@ void score_split(Dtype, const RowPlan&, const RowArgs&, float* partials, cudaStr
 // Gradients from the fields of the forward pass; the gradient of row r is scale * row_scale[r].
 void gradient(Dtype, const BackwardPlan&, const RowArgs&, cudaStream_t);
 
-// Multiplies a gradient by *factor in place; touches no memory when that is 1.
-void scale_gradient(Dtype, void* grad, int64_t elements, const float* factor, cudaStream_t);
+// *mean: the sum of row_scale * loss by the number of rows that count. *factor: what the gradient
+// of the sum by the number of all rows is to be multiplied by; exactly 1 when every row counts.
+void mean_loss(const float* loss, const int32_t* count, const float* row_scale, int64_t rows,
+               float* mean, float* factor, cudaStream_t);
+
+// Multiplies a gradient in place by *factor, times *also unless that is null; touches no memory
+// when they make 1.
+void scale_gradient(Dtype, void* grad, int64_t elements, const float* factor, const float* also,
+                    cudaStream_t);
 
 // Leaves in claims the number of rows of each sample, for Occurrences::kCounted.
 void count_occurrences(const RowArgs&, cudaStream_t);

@@ -171,17 +171,37 @@ class Backend(ABC):
         scored, grad = self.cross_entropy_step(
             logits, target, weight, options, row_scale, scale, indices, state, recurrence
         )
-        counted = scored.count.sum().clamp_min(1)
-        loss = scored.loss if row_scale is None else scored.loss * row_scale
-        return MeanStep(loss.sum() / counted, grad, 1 / (counted * scale))
+        mean, factor = self.mean_loss(scored.loss, scored.count, row_scale)
+        return MeanStep(mean, grad, factor)
 
-    def scale_(self, grad: Tensor, factor: Tensor) -> None:
-        """Multiplies ``grad`` in place by the scalar tensor ``factor``.
+    def mean_loss(
+        self,
+        loss: Tensor,  # [S] float32
+        count: Tensor,  # [S] int32
+        row_scale: Tensor | None,  # [S] float32
+    ) -> tuple[Tensor, Tensor]:
+        """`MeanStep.mean`, and the factor for a gradient of the mean over all S rows.
 
-        A GPU backend reads the factor on the device and leaves the memory alone when it is 1, as
-        it is when the loss itself is what ``backward`` was called on.
+        The factor is exactly 1 when every row counts, so that `scale_` has nothing to do.
         """
-        grad.mul_(factor)
+        counted = count.sum().clamp_min(1).to(loss.dtype)
+        weighted = loss if row_scale is None else loss * row_scale
+        # A number over a tensor would be its reciprocal times the number: not always 1 for n / n.
+        every = torch.full_like(counted, max(loss.shape[0], 1))
+        return weighted.sum() / counted, every / counted
+
+    def scale_(
+        self,
+        grad: Tensor,
+        factor: Tensor,  # [] float32
+        also: Tensor | None,  # [] float32; None: 1
+    ) -> None:
+        """Multiplies ``grad`` in place by ``factor`` times ``also``.
+
+        A GPU backend reads both on the device and leaves the memory alone when they make 1, as
+        they do when every row counts and the loss itself is what ``backward`` was called on.
+        """
+        grad.mul_(factor if also is None else factor * also)
 
     @abstractmethod
     def update_state(

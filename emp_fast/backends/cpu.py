@@ -180,9 +180,9 @@ class CpuBackend(ReferenceBackend):
             check_index_range(indices, state.scores.shape[0])
         return MeanStep(mean, grad, None)
 
-    def scale_(self, grad: Tensor, factor: Tensor) -> None:
-        """Touches no memory when the factor is 1."""
-        value = factor.item()
+    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
+        """Touches no memory when the factors make 1."""
+        value = factor.item() if also is None else factor.item() * also.item()
         if value != 1:
             grad.mul_(value)
 

@@ -172,10 +172,26 @@ class CudaBackend(Backend):
             )
         return outputs, grad
 
-    def scale_(self, grad: Tensor, factor: Tensor) -> None:
-        """One launch, which touches no memory when the factor is 1."""
-        if not grad.is_contiguous() or grad.data_ptr() % 16 or factor.dtype != torch.float32:
-            super().scale_(grad, factor)
+    def mean_loss(
+        self, loss: Tensor, count: Tensor, row_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One launch."""
+        # Two allocations: the mean goes to the user, who could not write into a view.
+        mean, factor = (loss.new_empty(()) for _ in range(2))
+        with _on(loss.device):
+            self._native.mean_loss(
+                *pointers(loss, count),
+                pointer(row_scale),
+                loss.shape[0],
+                *pointers(mean, factor),
+                _stream(loss.device),
+            )
+        return mean, factor
+
+    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
+        """One launch, which touches no memory when the factors make 1."""
+        if not grad.is_contiguous() or grad.data_ptr() % 16:
+            super().scale_(grad, factor, also)
             return
         with _on(grad.device):
             self._native.scale(
@@ -183,6 +199,7 @@ class CudaBackend(Backend):
                 grad.data_ptr(),
                 grad.numel(),
                 factor.data_ptr(),
+                pointer(also),
                 _stream(grad.device),
             )
 

@@ -62,8 +62,7 @@ def _mean_step(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     indices = torch.tensor([4, 1, 2, 3, 4], device=device)
     step = logits, target, None, LossOptions(label_smoothing=0.1), row_scale, indices, state
     mean, grad, factor = backend.mean_step(*step, _RECURRENCE)
-    if factor is not None:
-        backend.scale_(grad, factor)
+    backend.scale_(grad, torch.full_like(mean, -3.0), factor)
     return {"mean": mean, "gradient": grad, **_tensors(state)}
 
 

@@ -22,6 +22,7 @@ _OPERATIONS = (
     "cross_entropy",
     "cross_entropy_backward",
     "cross_entropy_step",
+    "mean_loss",
     "scale_",
     "update_state",
     "topk_indices",
