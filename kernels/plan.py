@@ -40,6 +40,12 @@ STEP_UPDATE_ROWS = 1024
 ONE_PROGRAM_ROWS = 4096
 UPDATE_BLOCK = 1024
 PHILOX_BLOCK = 1024
+#: Rows that the one program of mean_loss has in flight.
+MEAN_BLOCK = 4096
+MEAN_WARPS = 16
+SCALE_BLOCK = 2048
+#: Programs that scale a gradient: a few waves of any device.
+SCALE_PROGRAMS = 4096
 
 #: Words of a bitmap that one program of a selection kernel handles, and the scores they stand for.
 MARK_WORDS = 256

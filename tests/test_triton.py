@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import test_functional
+import test_fused_step
 import test_selection
 import torch
 
-from emp_fast import use_backend
+from emp_fast import Pruner, use_backend
 from emp_fast.backends import resolve
 from emp_fast.backends._triton_launch import INTERPRETED
 from emp_fast.backends.base import Backend, LossOptions, Recurrence, State
@@ -152,14 +153,31 @@ def test_every_path_takes_the_step_of_the_reference(
         for row_scale, scale in ((None, 0.125), (torch.linspace(0.1, 1.0, 9), 1.0)):
             arguments = (logits, target, weight, options, row_scale, scale, indices, state)
             scores, grad = backend.cross_entropy_step(*arguments, RULES[rule])
-        results.append((*scores, grad, *state))
+        made = backend.mean_step(
+            logits, target, weight, options, row_scale, indices, state, RULES[rule]
+        )
+        assert made.factor is not None
+        backend.scale_(made.grad, made.factor, None)
+        results.append((*scores, grad, made.mean, made.grad, *state))
 
     step(ReferenceBackend())
-    assert launched(lambda: step(TRITON)) == kernels
+    assert launched(lambda: step(TRITON)) == [*kernels, "mean_loss", "scale_gradient"]
     wanted, got = results
     if rule != "variance":
         wanted, got = ([*r[:-3], *r[-2:]] for r in (wanted, got))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_a_training_step_is_three_launches() -> None:
+    logits = torch.randn(9, 37, dtype=torch.bfloat16, requires_grad=True)
+    pruner, target = Pruner(9), torch.arange(9)
+    loss_and_gradient = launched(lambda: pruner.loss(logits, target, target).backward())
+    assert loss_and_gradient == ["score_tile", "mean_loss", "scale_gradient"]
+
+
+def test_a_program_scales_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "SCALE_PROGRAMS", 2)
+    test_fused_step.assert_scaled(TRITON, torch.bfloat16, 4 * plan.SCALE_BLOCK + 3, -1.5)
 
 
 # ---- selection ----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from emp_fast.backends.base import (
     check_target_range,
 )
 from emp_fast.kernels import cross_entropy as ce
+from emp_fast.kernels import mean_loss as mean_kernels
 from emp_fast.kernels import philox as philox_kernels
 from emp_fast.kernels import plan
 from emp_fast.kernels import update_state as state_kernels
@@ -36,6 +37,7 @@ class TritonBackend(Backend):
     """Launches the kernels of `emp_fast.kernels`."""
 
     name = "triton"
+    fuses_step = True
 
     def why_not(self, device: torch.device) -> str | None:
         if device.type == "cpu":
@@ -146,6 +148,30 @@ class TritonBackend(Backend):
             signal = fields[recurrence.signal]
             self.update_state(indices, signal, direct, scores.count, state, recurrence)
         return scores, grad
+
+    def mean_loss(
+        self, loss: Tensor, count: Tensor, row_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # Two allocations: the mean goes to the user, who could not write into a view.
+        mean, factor = (loss.new_empty(()) for _ in range(2))
+        pointers = (loss, count, row_scale, mean, factor)
+        numbers, constants = (loss.shape[0],), (plan.MEAN_BLOCK,)
+        with device_of(loss):
+            launch(mean_kernels.mean_loss, (1, 1, 1), pointers, numbers, constants, plan.MEAN_WARPS)
+        return mean, factor
+
+    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
+        n, itemsize = grad.numel(), grad.element_size()
+        if n == 0 or not grad.is_contiguous():
+            super().scale_(grad, factor, also)
+            return
+        align = plan.alignment(n, 0, grad.data_ptr(), itemsize)
+        programs = min(plan.ceil_div(n, plan.SCALE_BLOCK), plan.SCALE_PROGRAMS)
+        constants = (align, align * itemsize, plan.SCALE_BLOCK)
+        with device_of(grad):
+            pointers = (grad, factor, also)
+            grid = (programs, 1, 1)
+            launch(mean_kernels.scale_gradient, grid, pointers, (n // align,), constants, 4)
 
     def update_state(
         self,

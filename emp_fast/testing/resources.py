@@ -83,8 +83,8 @@ EXPECTED = (
     # Triton
     *(
         Expected(
-            rf"^cross_entropy\.score_tile\(.*ALIGN_BYTES={align},",
-            r"^(raw = tl\.load|tl\.store\(out,)",
+            rf"^(cross_entropy\.score_tile|mean_loss\.scale_gradient)\(.*ALIGN_BYTES={align},",
+            r"^(raw = tl\.load|tl\.store\(out,|grad = tl\.load|tl\.store\(address, grad)",
             8 * align,
             "logits and gradient move by the widest access that fits every row",
             1,

@@ -26,7 +26,7 @@ from torch import Tensor
 from emp_fast.backends import _triton_selection
 from emp_fast.backends import triton as triton_backend
 from emp_fast.backends.base import LossOptions, Recurrence, State
-from emp_fast.kernels import cross_entropy, philox, plan, selection, update_state
+from emp_fast.kernels import cross_entropy, mean_loss, philox, plan, selection, update_state
 
 #: How Triton writes the types of pointers.
 _POINTER_TYPES = {
@@ -116,7 +116,9 @@ def every_variant() -> tuple[Variant, ...]:
         recorded(then=_answer) as seen,
         mock.patch.object(triton_backend, "multiprocessors", multiprocessors),
     ):
-        for call in itertools.chain(_scoring_calls(), _state_calls(), _selection_calls()):
+        for call in itertools.chain(
+            _scoring_calls(), _mean_calls(), _state_calls(), _selection_calls()
+        ):
             multiprocessors.return_value = call.multiprocessors
             getattr(backend, call.method)(*call.arguments)
     return tuple(seen)
@@ -183,6 +185,7 @@ def _pairs(variants: Sequence[Variant]) -> npt.NDArray[np.int64]:
 
 #: The most rows whose state a scoring launch moves, and one more.
 _ROWS = (plan.STEP_UPDATE_ROWS, plan.STEP_UPDATE_ROWS + 1)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MANY = 10**6  # multiprocessors: enough to cut tiles and split rows as far as they go
 
 
@@ -202,6 +205,11 @@ class _Shape(NamedTuple):
     padding: int  # columns between the rows
     dtype: torch.dtype
     multiprocessors: int
+
+
+def _alignments(dtype: torch.dtype) -> Iterator[int]:
+    """Powers of two up to the elements of a vector."""
+    return (1 << i for i in range((plan.VECTOR_BYTES // dtype.itemsize).bit_length()))
 
 
 def _scoring_calls() -> Iterator[_Call]:
@@ -225,15 +233,24 @@ def _scoring_calls() -> Iterator[_Call]:
                 yield _Call(shape.multiprocessors, "cross_entropy_step", step)
 
 
+def _mean_calls() -> Iterator[_Call]:
+    """The mean of the losses, and the scaling of gradients of every alignment."""
+    loss, count, factor = torch.empty(4), torch.empty(4, dtype=torch.int32), torch.empty(())
+    for row_scale in (None, loss):
+        yield _Call(1, "mean_loss", (loss, count, row_scale))
+    for dtype, also in itertools.product(_DTYPES, (None, factor)):
+        for align in _alignments(dtype):
+            yield _Call(1, "scale_", (torch.empty(align, dtype=dtype), factor, also))
+
+
 #: Recurrences that take different binaries: without and with a variance.
 _RULES = (Recurrence("ema", "loss"), Recurrence("variance", "loss"))
 
 
 def _shapes() -> Iterator[_Shape]:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        vector = plan.VECTOR_BYTES // dtype.itemsize
-        for align in (1 << i for i in range(vector.bit_length())):  # up to a vector
-            ragged = align % vector
+    for dtype in _DTYPES:
+        for align in _alignments(dtype):
+            ragged = align % (plan.VECTOR_BYTES // dtype.itemsize)
             yield from _tile_shapes(dtype, ragged)
             yield from _loop_shapes(dtype, ragged)
 
@@ -314,7 +331,7 @@ def _answer(
 @functools.cache
 def _kernels() -> dict[str, Any]:
     """Every entry point of `emp_fast.kernels` by name."""
-    modules = (cross_entropy, philox, selection, update_state)
+    modules = (cross_entropy, mean_loss, philox, selection, update_state)
     functions = [function for module in modules for function in vars(module).values()]
     return {_name_of(f): f for f in functions if getattr(f, "do_not_specialize", None)}
 
