@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 #: Packages whose version a result needs beside it.
-_PACKAGES = ("torch", "numpy", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy")
+_PACKAGES = ("numpy", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -28,7 +28,10 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": {
+            "torch": torch.__version__,  # with its build, which the metadata may lack
+            **{name: version for name in _PACKAGES if (version := _version(name))},
+        },
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -275,7 +275,8 @@ def info_nce(
     if hidden is not None:
         features = hidden.detach()
         none = torch.zeros(samples, dtype=torch.int64, device=hidden.device)
-        stats = stats._replace(entropy=cross_entropy(features, none).entropy)
+        entropy = cross_entropy(features, none).entropy
+        stats = SampleStats(stats.loss, entropy, *stats[2:])  # torch 2.11 compiles no _replace
     return stats
 
 

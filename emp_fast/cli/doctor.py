@@ -28,7 +28,7 @@ NEVER_RUN_ON_A_GPU = ("triton", "cuda")
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
 #: The environment variables that choose kernels, and what holds without them.
 _SETTINGS = {"EMP_FAST_BACKEND": "auto", "EMP_FAST_CUDA_ROWS": "plain"}
-_PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "pyarrow")
+_PACKAGES = ("triton", "numpy", "scikit-learn", "matplotlib", "pyarrow")
 
 
 def doctor(
@@ -52,8 +52,9 @@ def examine() -> dict[str, Any]:
         "versions": {
             "emp_fast": emp_fast.__version__,
             "python": platform.python_version(),
-            **{package: _version(package) for package in _PACKAGES},
+            "torch": torch.__version__,  # with its build, which the metadata may lack
             "torch's CUDA": torch.version.cuda,
+            **{package: _version(package) for package in _PACKAGES},
         },
         "machine": {
             "system": platform.platform(),
