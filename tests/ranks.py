@@ -31,15 +31,18 @@ def run_ranks(
     folder: Path,
     *arguments: Any,
     timeout: timedelta = TIMEOUT,
+    grouped: bool = True,
 ) -> list[dict[str, Outcome]]:
     """Calls every function as ``function(rank, size, *arguments)`` on every rank, in order.
 
-    A rank ends at its first error, for the others would wait for it until the time-out.
+    A rank ends at its first error, for the others would wait for it until the time-out. Without
+    ``grouped`` the functions form a group themselves, or none.
 
     Returns:
         For each rank the outcomes by the functions' names, as far as it came.
     """
-    rendezvous = folder / f"rendezvous-{uuid.uuid4().hex}"  # a second run may use the folder
+    # A second run may use the folder.
+    rendezvous = folder / f"rendezvous-{uuid.uuid4().hex}" if grouped else None
     processes, pipes = [], []
     for rank in range(size):
         here, there = _context.Pipe(duplex=False)
@@ -67,7 +70,7 @@ def run_ranks(
 def _run(
     rank: int,
     size: int,
-    rendezvous: Path,
+    rendezvous: Path | None,
     timeout: timedelta,
     functions: Sequence[Callable[..., Any]],
     arguments: tuple[Any, ...],
@@ -75,9 +78,12 @@ def _run(
 ) -> None:
     torch.set_num_threads(1)
     os.environ["EMP_FAST_BACKEND"] = "reference"  # what is tested here is the same on any backend
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout
-    )
+    if rendezvous is not None:
+        method = f"file://{rendezvous}"
+        dist.init_process_group(
+            "gloo", init_method=method, rank=rank, world_size=size, timeout=timeout
+        )
+        dist.barrier()  # a rank that has done all would cut off those that still connect
     for function in functions:
         outcome = _outcome(function, rank, size, *arguments)
         pipe.send((function.__name__, outcome))

@@ -92,7 +92,8 @@ def run_on_ranks(block: Block, folder: Path) -> None:
     script = folder / "script.py"
     script.write_text(block.code)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    told = run_ranks(int(block.argument), [run_script], folder, script, store.port)
+    ranks = int(block.argument)
+    told = run_ranks(ranks, [run_script], folder, script, store.port, grouped=False)
     for rank, outcomes in enumerate(told):
         error = outcomes.get("run_script", (None, "it died, or took too long"))[1]
         assert error is None, f"line {block.line}, rank {rank}:\n{error}"
@@ -101,7 +102,6 @@ def run_on_ranks(block: Block, folder: Path) -> None:
 def run_script(rank: int, size: int, script: Path, port: int) -> None:
     """What torchrun does for one rank, in a process that has torch already."""
     signal.alarm(_RANKS_TIMEOUT)  # a rank whose peers have failed would wait for half an hour
-    dist.destroy_process_group()  # the script makes its own
     os.chdir(script.parent)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
