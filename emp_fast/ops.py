@@ -321,7 +321,7 @@ class CrossEntropyStep(torch.autograd.Function):
         return None, _once(grad, grad_mean, logits), *(None,) * 7
 
 
-#: `Function.apply` looks for functorch's transforms first, which takes longer than the rest of it.
+#: `Function.apply` looks for functorch's transforms first, which takes about as long as the rest.
 _apply_step = super(torch.autograd.Function, CrossEntropyStep).apply
 
 

@@ -13,7 +13,7 @@ from emp_fast import functional, ops
 from emp_fast._validation import checked_integers, require_tensor
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import resolve
-from emp_fast.backends.base import State
+from emp_fast.backends.base import ROW_FIELDS, State
 from emp_fast.collectives import Ranks, rank_of, world_size_of
 from emp_fast.functional import SampleStats
 from emp_fast.merging import merge_rows
@@ -37,7 +37,7 @@ class _Merged:
 
 
 #: What `loss_and_update` can hand to a rule.
-_FUSED_STATS = {"loss", "entropy", "el2n", "margin", "confidence"}
+_FUSED_STATS = {"loss", *ROW_FIELDS[: ROW_FIELDS.index("max")]}
 
 
 class _RowCount:

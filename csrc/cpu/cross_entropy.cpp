@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <numeric>
 
 #include "cpu/bindings.h"
@@ -153,8 +152,11 @@ void cross_entropy_backward(uintptr_t logits, int storage, int64_t row_stride, i
 }
 
 // The same arguments, then those of the update; see emp_fast.backends.base.Backend.mean_step.
-// Returns 0, or with nothing applied kWrongTarget or kWrongIndex.
+// `workspace`, step_workspace(rows) floats, holds the scores: nobody asks for them. Returns 0, or
+// with nothing applied kWrongTarget or kWrongIndex.
 enum StepError { kNoError, kWrongTarget, kWrongIndex };
+
+int64_t step_workspace(int64_t rows) { return (kNumFields + 3) * rows + (rows + 3) / 4; }
 
 int cross_entropy_step(uintptr_t logits, int storage, int64_t row_stride, int64_t rows,
                        int64_t classes, uintptr_t target, bool soft, uintptr_t weight,
@@ -163,17 +165,16 @@ int cross_entropy_step(uintptr_t logits, int storage, int64_t row_stride, int64_
                        uintptr_t scores, uintptr_t memory, uintptr_t visits, uintptr_t variance,
                        uintptr_t claims, uintptr_t counters, int64_t num_samples, int kind,
                        double decay, double direct_scale, double memory_scale,
-                       double variance_scale, uintptr_t mean, uintptr_t grad, int threads) {
+                       double variance_scale, uintptr_t mean, uintptr_t grad, uintptr_t workspace,
+                       int threads) {
   py::gil_scoped_release released;
   const Problem problem = make_problem(logits, storage, row_stride, rows, classes, target, soft,
                                        weight, ignore_index, label_smoothing, softcap);
   // Row 0 is the loss, then come the fields: as `signal` and `direct` count them.
-  const std::unique_ptr<float[]> scored(new float[(2 + kNumFields) * rows]);
-  const std::unique_ptr<int32_t[]> count(new int32_t[rows]);
-  const std::unique_ptr<bool[]> correct(new bool[rows]);
-  const float* values = scored.get();
-  float* grad_loss = scored.get() + (1 + kNumFields) * rows;
-  const ScoreOutputs out{scored.get(), scored.get() + rows, correct.get(), count.get(), true};
+  float* values = at<float>(workspace);
+  float* grad_loss = values + (1 + kNumFields) * rows;
+  int32_t* count = reinterpret_cast<int32_t*>(grad_loss + rows);
+  const ScoreOutputs out{values, values + rows, reinterpret_cast<bool*>(count + rows), count, true};
 
   int64_t counted = rows;
   if (problem.target) counted -= std::count(problem.target, problem.target + rows, ignore_index);
@@ -199,7 +200,7 @@ int cross_entropy_step(uintptr_t logits, int storage, int64_t row_stride, int64_
 
   const bool applied =
       update_state(at<const int64_t>(indices), values + signal * rows,
-                   direct < 0 ? nullptr : values + direct * rows, count.get(), rows,
+                   direct < 0 ? nullptr : values + direct * rows, count, rows,
                    {at<float>(scores), at<float>(memory), at<int32_t>(visits), at<float>(variance),
                     at<int32_t>(claims), at<int64_t>(counters), num_samples},
                    make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
@@ -225,6 +226,7 @@ void bind_scores(py::module_& m) {
   // Positional arguments alone: looking names up costs more than a small batch.
   m.def("cross_entropy", &cross_entropy);
   m.def("cross_entropy_backward", &cross_entropy_backward);
+  m.def("step_workspace", &step_workspace);
   m.def("cross_entropy_step", &cross_entropy_step);
   m.attr("WRONG_TARGET") = static_cast<int>(kWrongTarget);
 }

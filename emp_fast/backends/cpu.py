@@ -91,15 +91,7 @@ class CpuBackend(ReferenceBackend):
         correct = torch.empty(rows, dtype=torch.bool, device=logits.device)
         count = torch.empty(rows, dtype=torch.int32, device=logits.device)
         wrong = self._native.cross_entropy(
-            logits.data_ptr(),
-            FORMATS[logits.dtype],
-            logits.stride(0),
-            rows,
-            classes,
-            target.data_ptr(),
-            target.dtype is torch.float32,
-            pointer(weight),
-            *options,
+            *_inputs(logits, target, weight, options),
             loss,
             fields,
             correct.data_ptr(),
@@ -123,14 +115,7 @@ class CpuBackend(ReferenceBackend):
         """The gradient to the logits; see `Backend.cross_entropy_backward`."""
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         self._native.cross_entropy_backward(
-            logits.data_ptr(),
-            FORMATS[logits.dtype],
-            logits.stride(0),
-            *logits.shape,
-            target.data_ptr(),
-            target.dtype is torch.float32,
-            pointer(weight),
-            *options,
+            *_inputs(logits, target, weight, options),
             grad_loss.data_ptr(),
             rows.data_ptr(),
             grad.data_ptr(),
@@ -154,17 +139,11 @@ class CpuBackend(ReferenceBackend):
         at = logits.device
         mean = torch.empty((), dtype=torch.float32, device=at)
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=at)
+        size = self._native.step_workspace(rows)
+        workspace = torch.empty(size, dtype=torch.float32, device=at)
         direct = -1 if recurrence.direct is None else VALUES.index(recurrence.direct)
         error = self._native.cross_entropy_step(
-            logits.data_ptr(),
-            FORMATS[logits.dtype],
-            logits.stride(0),
-            rows,
-            classes,
-            target.data_ptr(),
-            target.dtype is torch.float32,
-            pointer(weight),
-            *options,
+            *_inputs(logits, target, weight, options),
             pointer(row_scale),
             indices.data_ptr(),
             VALUES.index(recurrence.signal),
@@ -172,6 +151,7 @@ class CpuBackend(ReferenceBackend):
             *state_arguments(state, recurrence),
             mean.data_ptr(),
             grad.data_ptr(),
+            workspace.data_ptr(),
             torch.get_num_threads(),
         )
         if error == self._native.WRONG_TARGET:
@@ -258,3 +238,18 @@ class CpuBackend(ReferenceBackend):
             torch.get_num_threads(),
         )
         return words
+
+
+def _inputs(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> tuple[int | float, ...]:
+    return (
+        logits.data_ptr(),
+        FORMATS[logits.dtype],
+        logits.stride(0),
+        *logits.shape,
+        target.data_ptr(),
+        target.dtype is torch.float32,
+        pointer(weight),
+        *options,
+    )
