@@ -283,7 +283,10 @@ class ScoreStore:
             "visits": self.visits[at],
             **{name: buffer[at] for name, buffer in self._buffers.items()},
         }
-        moved = self.rule.step({name: value[rows] for name, value in read.items()}, state)
+        stats = {name: value[rows] for name, value in read.items()}
+        if "correct" in stats:
+            stats["correct"] = stats["correct"].bool()
+        moved = self.rule.step(stats, state)
         unknown = set(moved) - {"score", "memory", *self._buffers}
         if unknown or "score" not in moved:
             raise ValueError(
@@ -320,6 +323,10 @@ class ScoreStore:
         indices = self._checked_indices(indices)
         samples = indices.shape[0]
         read = {name: self._checked_stat(name, given, samples) for name in self.rule.reads}
+        if "correct" in read and given.get("confidence") is not None:
+            # A bool cannot be NaN: that of a NaN row must be refused with it all the same.
+            undefined = torch.isnan(self._checked_stat("confidence", given, samples))
+            read["correct"] = read["correct"].float().masked_fill(undefined, torch.nan)
         count = given.get("count")
         if count is not None:
             count = self._checked_stat("count", given, samples).to(torch.int32)
@@ -350,6 +357,11 @@ class ScoreStore:
             raise ValueError(
                 f"stats[{name!r}] must have {samples} rows, one for each index, "
                 f"got shape {tuple(value.shape)}"
+            )
+        if value.dim() > 1 and name in SampleStats._fields:
+            raise ValueError(
+                f"stats[{name!r}] must have shape [{samples}], one value for each sample, "
+                f"got {tuple(value.shape)}"
             )
         return value.detach().contiguous()
 

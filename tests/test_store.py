@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emp_fast import EmpFastWarning, ScoreStore
+from emp_fast.backends.base import Recurrence
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, TopK
 from emp_fast.rules import (
@@ -165,6 +166,29 @@ def test_forgetting_counts_falls_from_right_to_wrong():
     assert score(False, False) == math.inf  # never learned
     assert score(True, True) == 0
     assert score(False, True, False, True, False) == 2
+
+
+class Learned(Rule):
+    """A recurrence of the bool."""
+
+    reads = ("correct",)
+
+    def recurrence(self):
+        return Recurrence("mean", "correct")
+
+
+@pytest.mark.parametrize("rule", [Forgetting(), Learned()])
+def test_a_row_of_nan_is_neither_right_nor_wrong(rule):
+    logits = torch.tensor([[5.0, 0.0], [5.0, 0.0]])
+    target = torch.tensor([0, 0])
+    store = ScoreStore(2, rule)
+    store.update(torch.arange(2), cross_entropy(logits, target))
+    before = store.scores.clone()
+    logits[1] = torch.nan
+    store.update(torch.arange(2), cross_entropy(logits, target))
+    assert torch.equal(store.scores, before)
+    assert store.visits.tolist() == [2, 1]
+    assert store.num_nonfinite == 1
 
 
 def test_a_sample_never_learned_ranks_below_one_never_visited():
@@ -375,6 +399,11 @@ ONE = {"loss": torch.ones(1), "entropy": torch.ones(1)}
             lambda: ScoreStore(2).update(torch.tensor([0, 1]), ONE),
             ValueError,
             r"stats\['loss'\] must have 2 rows.*got shape \(1,\)",
+        ),
+        (
+            lambda: ScoreStore(2, Loss()).update(torch.tensor([0, 1]), {"loss": torch.ones(2, 3)}),
+            ValueError,
+            r"stats\['loss'\] must have shape \[2\], one value for each sample, got \(2, 3\)",
         ),
         (
             lambda: ScoreStore(2).update(torch.tensor([0]), {"loss": torch.ones(1)}),
