@@ -430,6 +430,15 @@ class Pruner:
         """Whether anything was trained on since the iteration in progress began."""
         return self._position() > self._begun_at
 
+    def _handed_out(self) -> bool:
+        """Whether the last index of the epoch in progress is out, and nobody asks for more.
+
+        In the main process the loader holds the iterator until its last batch is done with. Worker
+        processes fetch ahead: a length asked for in their last batch is the next epoch's.
+        """
+        alive = self._iterator is not None and self._iterator() is not None
+        return self._exhausted and not alive
+
     def _go_back(self, epoch: int) -> _Plan | None:
         """Takes the beginning of this epoch back, if all of the one before was handed out and none
         of it trained on.
@@ -460,12 +469,12 @@ class Pruner:
         if self._plan is not None and self._requested is None and self._resume_at is None:
             left = len(self._plan) - self._position()
             # Less than a batch is left over when drop_last dropped it, or when it is still to be
-            # trained on. In the main process the loader then still holds the iterator; worker
-            # processes fetch ahead: a length asked for in their last batch is the next epoch's.
-            alive = self._iterator is not None and self._iterator() is not None
+            # trained on; all of it, after an epoch that scored nothing. (To size the next epoch can
+            # be collective, which this may be too early for.)
             batch = self.store.largest_update * self._world_size()
-            dropped = self._exhausted and left < batch and not alive
-            if left and not dropped:
+            alone = self.policy.takes_budget or self._world_size() == 1
+            skipped = alone and not self._trained()
+            if left and not (self._handed_out() and (left < batch or skipped)):
                 return len(self._plan)
         epoch = self._coming()
         if self._epochs is not None:  # loaders ask after the last epoch too
@@ -604,6 +613,10 @@ class Pruner:
                 f"state['weights'] must have shape {tuple(indices.shape)}, got {weights!r}"
             )
         return Selection(indices, weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, pickled or deep, has no iterator in progress."""
+        return {**vars(self), "_iterator": None}
 
     def __repr__(self) -> str:
         return (

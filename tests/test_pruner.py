@@ -1,7 +1,9 @@
 """The loop: budgets, epochs, order, weights, resuming."""
 
+import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -143,6 +145,15 @@ def test_the_length_holds_throughout_an_epoch():
         assert len(loader) == 4
         pruner.update(indices, loss=loss_of(indices))
     assert len(loader) == 2
+
+
+def test_epochs_that_score_nothing_have_the_right_length_too():
+    """A baseline that never looks at the scores, or a dry run of the loader."""
+    pruner = Pruner(N, lambda epoch: [0.5, 0.75, 0.0][epoch], policy=Random(), epochs=3)
+    loader = make_loader(pruner)
+    for epoch, batches in enumerate([4, 2, 8]):
+        assert len(loader) == batches == sum(1 for _ in loader)
+        assert pruner.epoch == epoch
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -430,6 +441,26 @@ def test_compiles_as_one_graph_around_the_model():
     pruner.update(indices, stats)
     pruner.mean_loss(stats, indices).backward()
     assert model.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda pruner: pickle.loads(pickle.dumps(pruner))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_goes_on_alike_and_apart(copied):
+    pruner = Pruner(N, 0.5, rule=Loss(), policy=EpsilonGreedy(0.3))
+    loader = make_loader(pruner)
+    run_epoch(pruner, loader)
+    iterator = iter(loader)
+    _, indices = next(iterator)
+    pruner.update(indices, loss=loss_of(indices, 1))
+    twin = copied(pruner)
+    assert twin.state_dict()["position"] == 8
+    assert list(twin.sampler) == list(copied(pruner).sampler)
+    assert (twin.epoch, pruner.epoch) == (2, 1)
+    twin.update(torch.tensor([0]), loss=torch.tensor([99.0]))
+    assert 99.0 not in pruner.store.scores
 
 
 def test_naming_the_epoch_that_has_begun_does_not_begin_it_again():
