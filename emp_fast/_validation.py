@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,17 +55,31 @@ def require_rows(name: str, tensor: Tensor, axis: str, packed: bool) -> None:
         raise ValueError(f"{name} must have shape {shapes}, got {tuple(tensor.shape)}")
 
 
+def checked_int(name: str, value: object) -> int:
+    """An int, made of NumPy's where it is one; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return int(value)
+
+
 def checked_number(name: str, value: float) -> float:
     """A positive finite number."""
-    _require_number(name, value)
+    value = _number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    return float(value)
+    return value
 
 
-def _require_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, Python's or NumPy's; a bool is none."""
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    return number and not isinstance(value, bool)
+
+
+def _number(name: str, value: object) -> float:
+    if not is_number(value):
         raise TypeError(f"{name} must be a float, got {value!r}")
+    return float(value)
 
 
 def checked_target(
@@ -114,17 +130,16 @@ def checked_weight(weight: Tensor | None, num_classes: int, like: Tensor) -> Ten
 
 def checked_options(
     ignore_index: int, label_smoothing: float, softcap: float | None
-) -> tuple[float, float]:
-    """The label smoothing and the softcap, 0 for none."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+) -> tuple[int, float, float]:
+    """The ignored class id, the label smoothing and the softcap, 0 for none."""
+    ignore_index = checked_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must lie in [-2**63, 2**63), got {ignore_index}")
-    _require_number("label_smoothing", label_smoothing)
+    label_smoothing = _number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
     cap = 0.0 if softcap is None else checked_number("softcap", softcap)
-    return float(label_smoothing), cap
+    return ignore_index, label_smoothing, cap
 
 
 def checked_offsets(offsets: Tensor | None, packed: Tensor) -> Tensor | None:

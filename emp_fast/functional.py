@@ -16,6 +16,7 @@ from emp_fast import ops
 from emp_fast._validation import (
     carried_type,
     checked_groups,
+    checked_int,
     checked_number,
     checked_offsets,
     checked_options,
@@ -182,7 +183,7 @@ def linear_cross_entropy(
     shape = (*hidden.shape[:-1], num_classes)
     target = checked_target(shape, hidden.dtype, hidden.device, target)
     class_weight = checked_weight(weight, num_classes, hidden)
-    smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)
+    ignore_index, smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)
     starts = checked_offsets(offsets, hidden)
     flat_hidden = hidden if hidden.dim() == 2 else hidden.flatten(0, 1)
     flat_target = target if hidden.dim() == 2 else target.flatten(0, 1)
@@ -306,8 +307,8 @@ def topk_indices(
     require_float("scores", scores)
     if scores.dim() != 1:
         raise ValueError(f"scores must have shape [N], got {tuple(scores.shape)}")
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k must be an int, got {k!r}")
+    if not isinstance(k, torch.SymInt):
+        k = checked_int("k", k)
     n = scores.shape[0]
     if not 0 <= k <= n:
         raise ValueError(f"k must lie in [0, {n}], the number of scores, got {k}")
@@ -365,7 +366,7 @@ def _rows(
         raise ValueError(f"logits must have at least one class, got {tuple(logits.shape)}")
     target = checked_target(logits.shape, logits.dtype, logits.device, target)
     class_weight = checked_weight(weight, num_classes, logits)
-    smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)
+    ignore_index, smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)
     rows = logits if logits.dim() == 2 else logits.flatten(0, 1)
     if rows.stride(-1) != 1 and num_classes > 1:
         rows = rows.contiguous()

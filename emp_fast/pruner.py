@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, random
-from emp_fast._validation import checked_integers
+from emp_fast._validation import checked_int, checked_integers, is_number
 from emp_fast.collectives import world_size_of
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK
@@ -105,10 +105,8 @@ class Pruner:
         self.store._process_group = process_group
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {seed!r}")
         self.policy = policy
-        self.seed = seed
+        self.seed = checked_int("seed", seed)
         self.process_group = process_group
         self._balance: Balance = balance
         self._prune_rate = prune_rate
@@ -127,7 +125,7 @@ class Pruner:
             self.store._checked_labels(self._labels)
         self._digest: str | None = None  # of the labels
         # Fail now, not in epoch 57.
-        for epoch in range(1 if callable(prune_rate) and epochs is None else epochs or 1):
+        for epoch in range(self._epochs or 1):
             self._budget(epoch)
         if not callable(prune_rate):
             self._pruned_budget(0)
@@ -266,7 +264,7 @@ class Pruner:
         A resumed epoch continues where it was when its own number is set, and is given up for
         another.
         """
-        _checked_count("epoch", epoch)
+        epoch = _checked_count("epoch", epoch)
         has_begun = epoch == self._epoch and self._untouched()
         self._requested = None if has_begun else epoch
 
@@ -280,7 +278,7 @@ class Pruner:
         if epoch < self._full_first or (last and self._full_last):
             return 0.0
         rate = self._prune_rate(epoch) if callable(self._prune_rate) else self._prune_rate
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        if not is_number(rate) or not 0 <= rate < 1:
             where = f" from prune_rate({epoch})" if callable(self._prune_rate) else ""
             raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}")
         return float(rate)
@@ -643,8 +641,7 @@ def _loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[A
 
 
 def _checked_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+    value = checked_int(name, value)
     if value < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
     return value

@@ -24,8 +24,8 @@ from emp_fast.sharded_selection import ShardedCandidates
 from emp_fast.store import (
     FORMAT,
     ScoreStore,
-    check_selection,
-    check_store_arguments,
+    checked_selection,
+    checked_store_arguments,
 )
 
 __all__ = ["ShardedScoreStore"]
@@ -79,7 +79,7 @@ class ShardedScoreStore:
         process_group: Any = None,
         device: torch.device | str | None = None,
     ) -> None:
-        check_store_arguments(num_samples, rule)
+        num_samples = checked_store_arguments(num_samples, rule)
         self.num_samples = num_samples
         self.rule = rule
         self._process_group = process_group
@@ -232,7 +232,7 @@ class ShardedScoreStore:
         """
         groups, num_groups, refused = None, 1, None
         try:
-            check_selection(self.num_samples, k, policy, epoch, seed)
+            k, epoch, seed = checked_selection(self.num_samples, k, policy, epoch, seed)
             labels = None if labels is None else self._own_labels(labels)
         except _REFUSALS as error:
             refused = error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, ops
-from emp_fast._validation import checked_integers, require_tensor
+from emp_fast._validation import checked_int, checked_integers, require_tensor
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import resolve
 from emp_fast.backends.base import ROW_FIELDS, State
@@ -91,7 +91,7 @@ class ScoreStore:
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        check_store_arguments(num_samples, rule)
+        num_samples = checked_store_arguments(num_samples, rule)
         self._allocate(num_samples, rule, device)
 
     @classmethod
@@ -406,7 +406,7 @@ class ScoreStore:
             ValueError: k or labels are impossible.
             IndexError: an earlier update on a GPU had indices out of range; raised once.
         """
-        check_selection(self.num_samples, k, policy, epoch, seed)
+        k, epoch, seed = checked_selection(self.num_samples, k, policy, epoch, seed)
         self._report_refused()
         groups, num_groups = None, 1
         if labels is not None:
@@ -651,38 +651,40 @@ class ScoreStore:
         return f"ScoreStore({self.num_samples}, {self.rule!r}, device={self.device})"
 
 
-def check_store_arguments(num_samples: int, rule: Rule) -> None:
-    """Raises TypeError or ValueError unless a store of them is possible."""
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-        raise TypeError(f"num_samples must be an int, got {num_samples!r}")
+def checked_store_arguments(num_samples: int, rule: Rule) -> int:
+    """The number of samples. Raises TypeError or ValueError unless a store of them is possible."""
+    num_samples = checked_int("num_samples", num_samples)
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+    return num_samples
 
 
-def check_selection(num_samples: int, k: int | None, policy: Policy, epoch: int, seed: int) -> None:
-    """Raises TypeError or ValueError for what `ScoreStore.select` cannot do."""
+def checked_selection(
+    num_samples: int, k: int | None, policy: Policy, epoch: int, seed: int
+) -> tuple[int | None, int, int]:
+    """k, epoch and seed. Raises TypeError or ValueError for what `select` cannot do."""
     if not isinstance(policy, Policy):
         raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
-    _check_budget(num_samples, k, policy)
-    if isinstance(epoch, bool) or not isinstance(epoch, int) or not 0 <= epoch < 2**32:
+    k = _checked_budget(num_samples, k, policy)
+    epoch = checked_int("epoch", epoch)
+    if not 0 <= epoch < 2**32:
         raise ValueError(f"epoch must be an int in [0, 2**32), got {epoch!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {seed!r}")
+    return k, epoch, checked_int("seed", seed)
 
 
-def _check_budget(num_samples: int, k: int | None, policy: Policy) -> None:
+def _checked_budget(num_samples: int, k: int | None, policy: Policy) -> int | None:
     if k is None:
         if not policy.sizes_itself:
             raise ValueError(f"k must be an int for {policy!r}, got None")
-        return
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {k!r}")
+        return None
+    k = checked_int("k", k)
     if not policy.takes_budget:
         raise ValueError(f"k must be None for {policy!r}, which fixes its own number; got {k}")
     if not 1 <= k <= num_samples:
         raise ValueError(f"k must lie in [1, {num_samples}], got {k}")
+    return k
 
 
 def single_visit_scores(rule: Rule, stats: SampleStats, **extra: Tensor) -> Tensor:

@@ -276,3 +276,16 @@ def test_a_refused_call_leaves_no_gradient_and_no_change(backend: str) -> None:
         functional.cross_entropy(logits, bad).loss.sum().backward()
     assert logits.grad is None
     assert torch.equal(logits.detach(), LOGITS)
+
+
+def test_numbers_may_be_numpys(backend: str) -> None:
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    options: dict[str, Any] = {"ignore_index": 1, "label_smoothing": 0.125, "softcap": 2.0}
+    numpys: dict[str, Any] = {
+        "ignore_index": np.int64(1),
+        "label_smoothing": np.float32(0.125),
+        "softcap": np.float16(2.0),
+    }
+    wanted = functional.cross_entropy(logits, target, **options)
+    assert torch.equal(functional.cross_entropy(logits, target, **numpys).loss, wanted.loss)
+    assert functional.topk_indices(logits[:, 0], np.int32(4)).tolist() == [0, 1, 2, 3]

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -180,6 +181,24 @@ def test_a_schedule_of_prune_rates():
     pruner = Pruner(N, lambda epoch: 0.1 * epoch, rule=Loss())
     loader = make_loader(pruner)
     assert [len(run_epoch(pruner, loader, e)) for e in range(4)] == [60, 54, 48, 42]
+
+
+def test_numbers_may_be_numpys():
+    plain = Pruner(N, 0.75, epochs=2, full_epochs_first=1, seed=3)
+    numpys = Pruner(
+        np.int64(N),
+        lambda epoch: np.float32(0.75),
+        epochs=np.int32(2),
+        full_epochs_first=np.uint8(1),
+        seed=np.int64(3),
+    )
+    for _ in range(2):
+        assert list(plain.sampler) == list(numpys.sampler)
+    numpys.set_epoch(np.int64(1))
+    state = io.BytesIO()
+    torch.save(numpys.state_dict(), state)
+    state.seek(0)
+    plain.load_state_dict(torch.load(state, weights_only=True))
 
 
 def test_epochs_differ_in_order_and_runs_do_not():

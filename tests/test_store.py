@@ -4,6 +4,7 @@ import io
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from emp_fast import EmpFastWarning, ScoreStore
 from emp_fast.backends.base import Recurrence
 from emp_fast.functional import cross_entropy
-from emp_fast.policies import BelowMean, TopK
+from emp_fast.policies import BelowMean, EpsilonGreedy, TopK
 from emp_fast.rules import (
     AUM,
     EL2N,
@@ -339,6 +340,17 @@ def test_any_integer_indices(dtype):
     store = ScoreStore(4, Loss())
     store.update(torch.tensor([2, 3], dtype=dtype), {"loss": torch.tensor([1.0, 2.0])})
     assert store.visits.tolist() == [0, 0, 1, 1]
+
+
+def test_numbers_may_be_numpys():
+    stats = stats_of(9)
+    plain, numpys = ScoreStore(9), ScoreStore(np.int64(9))
+    for store in (plain, numpys):
+        store.update(torch.arange(9), stats)
+    wanted = plain.select(4, EpsilonGreedy(0.5), epoch=2, seed=3).indices
+    selected = numpys.select(np.int64(4), EpsilonGreedy(0.5), epoch=np.uint8(2), seed=np.int16(3))
+    assert torch.equal(selected.indices, wanted)
+    assert type(numpys.state_dict()["num_samples"]) is int
 
 
 def test_strided_stats_and_indices():
