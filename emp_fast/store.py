@@ -103,6 +103,7 @@ class ScoreStore:
         store._allocate(num_samples, rule, device)
         return store
 
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be updated outside it
     def _allocate(self, num_samples: int, rule: Rule, device: torch.device | str | None) -> None:
         self.num_samples = num_samples
         self.rule = rule
@@ -366,15 +367,16 @@ class ScoreStore:
         return value.detach().contiguous()
 
     def _move(self, device: torch.device) -> None:
-        moved = {
-            name: tensor.to(device)
-            for name, tensor in self._state._asdict().items()
-            if tensor is not None
-        }
-        self._state = self._state._replace(**moved)
-        self._buffers = {name: buffer.to(device) for name, buffer in self._buffers.items()}
-        if self._merged.visits is not None:
-            self._merged.visits = self._merged.visits.to(device)
+        with torch.inference_mode(False):  # as in _allocate
+            moved = {
+                name: tensor.to(device)
+                for name, tensor in self._state._asdict().items()
+                if tensor is not None
+            }
+            self._state = self._state._replace(**moved)
+            self._buffers = {name: buffer.to(device) for name, buffer in self._buffers.items()}
+            if self._merged.visits is not None:
+                self._merged.visits = self._merged.visits.to(device)
 
     # ---- selecting ------------------------------------------------------------------------------
 

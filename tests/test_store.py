@@ -518,6 +518,19 @@ def test_updates_need_no_gradient_and_keep_none():
     assert not store.scores.requires_grad
 
 
+@pytest.mark.parametrize("rule", [EMP(), DynUnc()], ids=repr)
+def test_a_store_that_began_in_inference_mode_goes_on_outside(backend, rule):
+    with torch.inference_mode():
+        store = ScoreStore(4, rule)
+        store.update(torch.arange(4), stats_of(4))
+        moved = ScoreStore(4, rule)
+        moved._move(torch.device("meta"))
+    store.update(torch.arange(4), stats_of(4))
+    store.load_state_dict(store.state_dict())
+    assert store.visits.tolist() == [2, 2, 2, 2]
+    assert not moved.scores.is_inference()
+
+
 def test_selections_default_to_the_highest_scores():
     store = ScoreStore(4, Loss())
     store.update(torch.arange(4), {"loss": torch.tensor([3.0, 1.0, 4.0, 2.0])})
