@@ -50,7 +50,9 @@ PART_FIELDS = tl.constexpr(6)
 
 @triton.jit
 def _capped(raw, softcap, SOFTCAP: tl.constexpr):
-    return softcap * tanh(raw / softcap) if SOFTCAP else raw
+    # Fused with a zero, the product is rounded. Else the compiler may fuse it with a difference
+    # from the row's maximum, which is rounded, and the largest logit would differ from itself.
+    return tl.fma(tanh(raw / softcap), softcap, 0.0) if SOFTCAP else raw
 
 
 @triton.jit

@@ -162,6 +162,35 @@ def test_gradient_errs_at_most_twice_as_much_as_torch(
         assert float(error.max()) <= 2 * float(torch_error.max()) + floor
 
 
+@pytest.mark.parametrize("classes", [2, 40])
+def test_a_softcap_adds_no_more_error_to_the_gradient_than_in_torch(
+    backend: str, classes: int
+) -> None:
+    """All mass on one wrong class: its gradient is the slope of the cap, if p is 1 to the last bit.
+
+    A p from an unrounded capped logit and its row's rounded maximum is not.
+    """
+    cap = 30.0
+    logits = torch.full((512, classes), -1000.0)
+    logits[:, 0] = torch.linspace(0, 3 * cap, 512)
+    target = torch.ones(512, dtype=torch.int64)
+
+    def gradient(dtype: torch.dtype, ours: bool) -> Tensor:
+        x = logits.to(dtype).requires_grad_()
+        capped = cap * torch.tanh(x / cap)
+        loss = (
+            cross_entropy(x, target, softcap=cap).loss
+            if ours
+            else torch.nn.functional.cross_entropy(capped, target, reduction="none")
+        )
+        return torch.autograd.grad(loss.sum(), x)[0][:, 0].double()
+
+    wanted = gradient(torch.float64, ours=False)
+    error = (gradient(torch.float32, ours=True) - wanted).abs().max()
+    torch_error = (gradient(torch.float32, ours=False) - wanted).abs().max()
+    assert float(error) <= 2 * float(torch_error)
+
+
 @pytest.mark.parametrize("target", ["ids", "soft"])
 def test_gradient_agrees_with_finite_differences(target: Any) -> None:
     logits, t, options = make(

@@ -27,8 +27,7 @@ struct Logits {
 
   EMP_FAST_INLINE Floats capped(Floats x) const {
     if constexpr (kCapped) {
-      const Floats cap = broadcast(problem.softcap);
-      return cap * tanh_with_slope(x / cap).value;
+      return capped_with_slope(x).value;
     } else {
       return x;
     }
@@ -39,7 +38,9 @@ struct Logits {
     if constexpr (kCapped) {
       const Floats cap = broadcast(problem.softcap);
       const Tanh tanh = tanh_with_slope(x / cap);
-      return {cap * tanh.value, tanh.slope};
+      // Fused with a zero, the product is rounded. Else the compiler may fuse it with a difference
+      // from the row's maximum, which is rounded, and the largest logit would differ from itself.
+      return {fused(cap, tanh.value, broadcast(0.0f)), tanh.slope};
     } else {
       return {x, broadcast(1.0f)};
     }

@@ -215,10 +215,11 @@ EMP_FAST_INLINE Floats log1p_nonnegative(Floats u) {
 
 struct Tanh {
   Floats value;
-  Floats slope;  // 1 - tanh^2, as 4 e / (1 + e)^2 with e = e^(-2 |z|): no cancellation
+  Floats slope;  // 1 - tanh^2
 };
 
-// The polynomial near 0 is that of Cephes' tanhf.
+// The polynomial near 0 is that of Cephes' tanhf. Far from 0, where 1 - tanh^2 would cancel, the
+// slope is 4 e / (1 + e)^2 with e = e^(-2 |z|).
 EMP_FAST_INLINE Tanh tanh_with_slope(Floats z) {
   const Floats one = broadcast(1.0f);
   const Floats magnitude = absolute(z);
@@ -231,8 +232,9 @@ EMP_FAST_INLINE Tanh tanh_with_slope(Floats z) {
   p = fused(p, square, broadcast(-3.33332819422e-1f));
   const Floats near = fused(p * square, z, z);
   const Floats far = with_sign_of(one - (e + e) * inverse, z);
-  return {choose(magnitude < broadcast(0.625f), near, far),
-          (broadcast(4.0f) * e) * (inverse * inverse)};
+  const Floats value = choose(magnitude < broadcast(0.625f), near, far);
+  const Floats slope = (broadcast(4.0f) * e) * (inverse * inverse);
+  return {value, choose(magnitude < broadcast(2.0f), one - value * value, slope)};
 }
 
 // ---- across lanes ----

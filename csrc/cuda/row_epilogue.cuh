@@ -206,8 +206,10 @@ struct SoftGradientRow {
 // ---- softcap
 // ---------------------------------------------------------------------------------------
 
+// Fused with a zero, the product is rounded. Else the compiler may fuse it with a difference from
+// the row's maximum, which is rounded, and the largest logit would differ from itself.
 __device__ __forceinline__ float capped(float x, float softcap) {
-  return softcap > 0.0f ? softcap * tanhf(x / softcap) : x;
+  return softcap > 0.0f ? fmaf(softcap, tanhf(x / softcap), 0.0f) : x;
 }
 
 __device__ __forceinline__ float cap_derivative(float x, float softcap) {
