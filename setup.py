@@ -7,12 +7,14 @@ and ``emp-fast doctor`` repeats the reason recorded here. Environment:
     EMP_FAST_CUDA=0|1           leave CUDA out | fail when it cannot be built; default: build it
                                 when nvcc works
     EMP_FAST_CUDA_ARCHS=...     CMake architecture list in place of every one that nvcc knows
+    CMAKE_ARGS=...              more arguments for CMake's configuration
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -90,6 +92,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DEMP_FAST_CUDA={os.environ.get('EMP_FAST_CUDA', 'AUTO')}",
             f"-DEMP_FAST_CUDA_ARCHS={os.environ.get('EMP_FAST_CUDA_ARCHS', '')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
