@@ -170,6 +170,12 @@ def _once(grad: Tensor, *inputs: Tensor | None) -> Tensor:
     return grad
 
 
+def _only_loss_carries_gradient(ctx: Any, *others: Tensor) -> None:
+    """Marks the other outputs, for which autograd would else make gradients of zeros."""
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+
+
 class CrossEntropy(torch.autograd.Function):
     """Row scores with a differentiable loss: (loss [R], rows [7, R], correct [R], count [R])."""
 
@@ -187,11 +193,13 @@ class CrossEntropy(torch.autograd.Function):
         loss, rows, correct, count = cross_entropy(logits, target, weight, *options)
         ctx.save_for_backward(logits, target, weight, rows)
         ctx.options = options
-        ctx.mark_non_differentiable(rows, correct, count)
+        _only_loss_carries_gradient(ctx, rows, correct, count)
         return loss, rows, correct, count
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 6
         logits, target, weight, rows = ctx.saved_tensors
         grad = cross_entropy_backward(
             grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
@@ -551,11 +559,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss, rows, correct, count = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, classifier, bias, target, weight, rows)
         ctx.options, ctx.chunk = options, chunk
-        ctx.mark_non_differentiable(rows, correct, count)
+        _only_loss_carries_gradient(ctx, rows, correct, count)
         return loss, rows, correct, count
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 9
         hidden, classifier, bias = ctx.saved_tensors[:3]
         with torch.no_grad():
             grads = LinearCrossEntropy._gradients(ctx, grad_loss.detach())

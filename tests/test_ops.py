@@ -386,6 +386,29 @@ def test_a_fused_step_gives_its_gradient_twice(backend: str, watched: bool) -> N
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
 
 
+class Nothing(torch.autograd.Function):
+    """Passes values on and no gradient back, as the backward pass of an unused branch does."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_of_the_loss_is_none_of_the_logits() -> None:
+    logits, classifier = leaf(R, C), leaf(C, C)
+    for stats in (
+        cross_entropy(logits, class_ids()),
+        linear_cross_entropy(logits, classifier, class_ids()),
+    ):
+        Nothing.apply(stats.loss).sum().backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is None
+    assert classifier.grad is None
+
+
 # ---- past the dispatcher ------------------------------------------------------------------------
 
 
