@@ -14,6 +14,35 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def is_int(value: object) -> bool:
+    """Whether ``value`` is an int of Python's own, as settings are that are compared by their repr;
+    a bool is none.
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_plain_number(value: object) -> bool:
+    """The same of an int or a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """The device, of which tensors can be made here; None is the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or this process has none.
+    """
+    try:
+        found = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"device must be one that torch can use here, got {device!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return found
+
+
 def require_tensor(name: str, value: object) -> None:
     """Raises TypeError unless ``value`` is a tensor, dense, and whole in this process."""
     if not isinstance(value, Tensor):

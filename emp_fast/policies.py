@@ -15,12 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from emp_fast import functional, random
+from emp_fast._validation import is_int, is_plain_number
 from emp_fast.random import Stream
 
 __all__ = [
@@ -317,7 +318,7 @@ class GumbelTopK(Policy):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
+        if not (is_plain_number(self.temperature) and 0 < self.temperature < math.inf):
             raise ValueError(
                 f"temperature must be a positive finite number, got {self.temperature!r}"
             )
@@ -353,7 +354,7 @@ class BelowMean(Policy):
     takes_budget: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.keep, (int, float)) and 0 < self.keep <= 1):
+        if not (is_plain_number(self.keep) and 0 < self.keep <= 1):
             raise ValueError(f"keep must lie in (0, 1], got {self.keep!r}")
 
     def choose(
@@ -391,9 +392,9 @@ class Stratified(Policy):
     cutoff: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.bins, bool) or not isinstance(self.bins, int) or self.bins < 1:
+        if not is_int(self.bins) or self.bins < 1:
             raise ValueError(f"bins must be an int of at least 1, got {self.bins!r}")
-        if not (isinstance(self.cutoff, (int, float)) and 0 <= self.cutoff < 1):
+        if not (is_plain_number(self.cutoff) and 0 <= self.cutoff < 1):
             raise ValueError(f"cutoff must lie in [0, 1), got {self.cutoff!r}")
 
     def choose(
@@ -502,6 +503,36 @@ class Window(Policy):
         return [math.floor(low * n) for n in visited], [math.ceil(high * n) for n in visited]
 
 
+def choose(
+    policy: Policy, candidates: Candidates, k: int | None, balance: Balance
+) -> tuple[Tensor, Tensor | None]:
+    """What ``policy`` makes of a budget of k samples; None leaves the number to it.
+
+    Raises:
+        ValueError: it cannot choose so many, or its `Policy.choose` did not return a mask and
+            weights of the samples.
+    """
+    quotas = None if k is None else policy.quotas(candidates, k, balance)
+    chosen = policy.choose(candidates, quotas)
+    where = f"{type(policy).__name__}.choose()"
+    if not isinstance(chosen, tuple) or len(chosen) != 2:
+        raise ValueError(f"{where} must return a mask, and weights or None; got {chosen!r}")
+    mask, weights = chosen
+    _require_vector(f"{where}[0], the mask,", mask, torch.bool, len(candidates))
+    if weights is not None:
+        _require_vector(f"{where}[1], the weights,", weights, torch.float32, len(candidates))
+    return mask, weights
+
+
+def _require_vector(name: str, value: object, dtype: torch.dtype, length: int) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {value!r}")
+    if value.dtype != dtype or value.shape != (length,):
+        raise ValueError(
+            f"{name} must be {dtype} of shape [{length}], got {value.dtype} {tuple(value.shape)}"
+        )
+
+
 def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[int]:
     """Divides a budget of k over classes of the given sizes; the quotas sum to exactly k.
 
@@ -511,16 +542,21 @@ def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[i
         balance: "equal" gives every class the same, and what a small class cannot use goes to the
             others; "proportional" keeps the same fraction of each (largest remainders).
     """
+    check_balance(balance)
     if balance == "equal":
         return fair_shares(sizes, k)
-    if balance != "proportional":
-        raise ValueError(f"balance must be 'equal' or 'proportional', got {balance!r}")
     total = max(sum(sizes), 1)
     quotas = [k * size // total for size in sizes]
     remainders = sorted(range(len(sizes)), key=lambda c: (-(k * sizes[c] % total), c))
     for c in remainders[: k - sum(quotas)]:
         quotas[c] += 1
     return quotas
+
+
+def check_balance(balance: Balance) -> None:
+    """Raises ValueError unless there is such a balance."""
+    if balance not in get_args(Balance):
+        raise ValueError(f"balance must be 'equal' or 'proportional', got {balance!r}")
 
 
 def fair_shares(sizes: list[int], k: int) -> list[int]:
@@ -560,5 +596,5 @@ def _required(quotas: list[int] | None) -> list[int]:
 
 
 def _require_share(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+    if not (is_plain_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")

@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from emp_fast._validation import is_int, is_plain_number
 from emp_fast.backends.base import Recurrence
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Loss",
     "Margin",
     "Mean",
+    "Recurrence",
     "Rule",
 ]
 
@@ -197,7 +199,7 @@ class Mean(Rule):
     stat: str = "loss"
 
     def __post_init__(self) -> None:
-        if self.stat not in _MEAN_SIGNS:
+        if self.stat not in tuple(_MEAN_SIGNS):  # of a tuple, so that a list may be asked for
             raise ValueError(f"stat must be one of {', '.join(_MEAN_SIGNS)}, got {self.stat!r}")
 
     @property
@@ -290,7 +292,7 @@ class DynUnc(Rule):
     reads: ClassVar[tuple[str, ...]] = ("confidence",)
 
     def __post_init__(self) -> None:
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 2:
+        if not is_int(self.window) or self.window < 2:
             raise ValueError(f"window must be an int of at least 2, got {self.window!r}")
 
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
@@ -372,10 +374,10 @@ class RHO(Rule):
 
 
 def _require_decay(decay: float) -> None:
-    if not (isinstance(decay, (int, float)) and 0 <= decay < 1):
+    if not (is_plain_number(decay) and 0 <= decay < 1):
         raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
 
 
 def _require_finite(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value)):
+    if not (is_plain_number(value) and math.isfinite(value)):
         raise ValueError(f"{name} must be a finite number, got {value!r}")

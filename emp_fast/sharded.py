@@ -17,7 +17,7 @@ from emp_fast.backends.base import check_index_range
 from emp_fast.collectives import Ranks, rank_of, same_group, world_size_of
 from emp_fast.exchange import Layout, layout_of, pack_rows, row_bytes, unpack_rows
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Balance, Policy, TopK
+from emp_fast.policies import Balance, Policy, TopK, choose
 from emp_fast.rules import EMP, Rule
 from emp_fast.selection import Selection
 from emp_fast.sharded_selection import ShardedCandidates
@@ -232,7 +232,7 @@ class ShardedScoreStore:
         """
         groups, num_groups, refused = None, 1, None
         try:
-            k, epoch, seed = checked_selection(self.num_samples, k, policy, epoch, seed)
+            k, epoch, seed = checked_selection(self.num_samples, k, policy, epoch, seed, balance)
             labels = None if labels is None else self._own_labels(labels)
         except _REFUSALS as error:
             refused = error
@@ -261,8 +261,7 @@ class ShardedScoreStore:
             epoch=epoch,
             start=self.owned_range.start,
         )
-        quotas = None if k is None else policy.quotas(candidates, k, balance)
-        own = Selection.of(*policy.choose(candidates, quotas))
+        own = Selection.of(*choose(policy, candidates, k, balance))
         return own._replace(indices=own.indices + self.owned_range.start)
 
     def _own_labels(self, labels: Tensor) -> Tensor:

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, ops
-from emp_fast._validation import checked_int, checked_integers, require_tensor
+from emp_fast._validation import (
+    checked_device,
+    checked_int,
+    checked_integers,
+    require_tensor,
+)
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import resolve
 from emp_fast.backends.base import ROW_FIELDS, State
 from emp_fast.collectives import Ranks, rank_of, world_size_of
 from emp_fast.functional import SampleStats
 from emp_fast.merging import merge_rows
-from emp_fast.policies import Balance, Candidates, Policy, TopK
+from emp_fast.policies import Balance, Candidates, Policy, TopK, check_balance, choose
 from emp_fast.rules import EMP, Rule
 from emp_fast.selection import Selection
 
@@ -81,7 +86,8 @@ class ScoreStore:
         device: where the state lives; None follows the stats of the first update.
 
     Raises:
-        ValueError: num_samples is below 1, or the rule does not fit it.
+        ValueError: num_samples is below 1, the rule does not fit it, or there is no such device;
+            TypeError: an argument is of the wrong type.
     """
 
     def __init__(
@@ -108,7 +114,7 @@ class ScoreStore:
         self.num_samples = num_samples
         self.rule = rule
         self._follows = device is None
-        at = torch.device("cpu" if device is None else device)
+        at = checked_device(device)
         self._recurrence = rule.recurrence()
         spreads = self._recurrence is not None and self._recurrence.kind == "variance"
         self._fusible = self._recurrence is not None and set(rule.reads) <= _FUSED_STATS
@@ -121,13 +127,7 @@ class ScoreStore:
             claims=torch.zeros(num_samples, dtype=torch.int32, device=at),
             counters=torch.zeros(2, dtype=torch.int64, device=at),
         )
-        self._buffers = rule.buffers(num_samples, at)
-        for name, buffer in self._buffers.items():
-            if buffer.shape[:1] != (num_samples,):
-                raise ValueError(
-                    f"rule.buffers()[{name!r}] must have {num_samples} rows, "
-                    f"got shape {tuple(buffer.shape)}"
-                )
+        self._buffers = _checked_buffers(rule, num_samples, at)
         self._warned = 0
         self._rows = _RowCount()
         self._merged = _Merged()
@@ -264,12 +264,8 @@ class ScoreStore:
         """The update of a rule that is tensor code."""
         finite = torch.ones_like(indices, dtype=torch.bool)
         for value in read.values():
-            if value.is_floating_point():
-                finite &= (
-                    torch.isfinite(value).flatten(1).all(1)
-                    if value.dim() > 1
-                    else (torch.isfinite(value))
-                )
+            each = value if value.dim() > 1 else value[:, None]
+            finite &= torch.isfinite(each).flatten(1).all(1)
         chosen = ops.winners(
             indices,
             torch.where(finite, 0.0, torch.nan),
@@ -288,12 +284,7 @@ class ScoreStore:
         if "correct" in stats:
             stats["correct"] = stats["correct"].bool()
         moved = self.rule.step(stats, state)
-        unknown = set(moved) - {"score", "memory", *self._buffers}
-        if unknown or "score" not in moved:
-            raise ValueError(
-                f"{type(self.rule).__name__}.step() must return 'score', and of 'memory' and its "
-                f"buffers {sorted(self._buffers)} what changed; got {sorted(moved)}"
-            )
+        self._check_moved(moved, state)
         score = moved["score"].float()
         applied = chosen.applied & ~torch.isnan(score)
         once = torch.ones_like(applied)  # a sample's rows all stand for its last one
@@ -305,6 +296,25 @@ class ScoreStore:
             chosen.write(targets[name], values.to(targets[name].dtype))
         chosen.write(self._state.visits, state["visits"] + 1)
 
+    def _check_moved(self, moved: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Raises unless a rule's ``step`` returned rows that can take the place of ``state``'s."""
+        step = f"{type(self.rule).__name__}.step()"
+        if not isinstance(moved, Mapping):
+            raise TypeError(f"{step} must return a dict of tensors, got {type(moved).__name__}")
+        unknown = set(moved) - {"score", "memory", *self._buffers}
+        if unknown or "score" not in moved:
+            raise ValueError(
+                f"{step} must return 'score', and of 'memory' and its buffers "
+                f"{sorted(self._buffers)} what changed; got {sorted(moved)}"
+            )
+        for name, rows in moved.items():
+            require_tensor(f"{step}[{name!r}]", rows)
+            if rows.shape != state[name].shape:  # else it would be broadcast over the samples
+                raise ValueError(
+                    f"{step}[{name!r}] must have shape {tuple(state[name].shape)}, "
+                    f"got {tuple(rows.shape)}"
+                )
+
     def _checked_batch(
         self,
         indices: Tensor,
@@ -312,15 +322,13 @@ class ScoreStore:
         extra: Mapping[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Indices, the stats that the rule reads, and the counts, all where the state lives."""
-        if not isinstance(stats, (SampleStats, Mapping)):
-            raise TypeError(f"stats must be SampleStats or a mapping of stats, got {stats!r}")
+        given = {**by_name(stats), **extra}
         unread = set(extra) - {*self.rule.reads, "count"}
         if unread:
             raise TypeError(
                 f"unexpected argument {min(unread)!r}: {self.rule!r} reads the stats "
                 f"{list(self.rule.reads)}"
             )
-        given = {**(stats._asdict() if isinstance(stats, SampleStats) else stats), **extra}
         indices = self._checked_indices(indices)
         samples = indices.shape[0]
         read = {name: self._checked_stat(name, given, samples) for name in self.rule.reads}
@@ -354,15 +362,17 @@ class ScoreStore:
                 f"stats must have {name!r}, which {self.rule!r} reads; got {sorted(given)}"
             )
         require_tensor(f"stats[{name!r}]", value)
+        if value.is_complex():
+            raise TypeError(f"stats[{name!r}] must be real, got {value.dtype}")
         if value.shape[:1] != (samples,):
             raise ValueError(
                 f"stats[{name!r}] must have {samples} rows, one for each index, "
                 f"got shape {tuple(value.shape)}"
             )
-        if value.dim() > 1 and name in SampleStats._fields:
+        if value.dim() > 1 and (self._recurrence is not None or name in SampleStats._fields):
             raise ValueError(
-                f"stats[{name!r}] must have shape [{samples}], one value for each sample, "
-                f"got {tuple(value.shape)}"
+                f"stats[{name!r}] must have shape [{samples}], one value for each sample, such as "
+                f"the mean over its positions; got {tuple(value.shape)}"
             )
         return value.detach().contiguous()
 
@@ -405,10 +415,11 @@ class ScoreStore:
             Selection of K samples, ascending.
 
         Raises:
-            ValueError: k or labels are impossible.
+            ValueError: k, labels or balance are impossible, or a policy of the user's did not
+                choose k samples; TypeError: an argument is of the wrong type.
             IndexError: an earlier update on a GPU had indices out of range; raised once.
         """
-        k, epoch, seed = checked_selection(self.num_samples, k, policy, epoch, seed)
+        k, epoch, seed = checked_selection(self.num_samples, k, policy, epoch, seed, balance)
         self._report_refused()
         groups, num_groups = None, 1
         if labels is not None:
@@ -416,8 +427,12 @@ class ScoreStore:
         candidates = Candidates(
             self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
         )
-        quotas = None if k is None else policy.quotas(candidates, k, balance)
-        return Selection.of(*policy.choose(candidates, quotas))
+        selection = Selection.of(*choose(policy, candidates, k, balance))
+        chosen = len(selection.indices)
+        if chosen != k and (k is not None or chosen == 0):
+            wanted = "at least one sample" if k is None else f"{k} samples"
+            raise ValueError(f"policy must choose {wanted}, but {policy!r} chose {chosen}")
+        return selection
 
     def _checked_labels(self, labels: Tensor) -> tuple[Tensor, int]:
         labels = checked_integers("labels", labels)
@@ -546,9 +561,10 @@ class ScoreStore:
         """Restores a snapshot, whole or not at all.
 
         Raises:
-            ValueError: it is of another format, size or rule, or a tensor does not fit. Nothing is
-                changed then.
+            ValueError: it is of another format, size or rule, or a tensor does not fit; TypeError:
+                it is no mapping. Nothing is changed then.
         """
+        require_state(state)
         wanted = {
             "format": FORMAT,
             "num_samples": self.num_samples,
@@ -660,16 +676,63 @@ def checked_store_arguments(num_samples: int, rule: Rule) -> int:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+    if isinstance(rule.reads, str):
+        raise TypeError(f"rule.reads must be a tuple of names, got {rule.reads!r}")
+    recurrence = rule.recurrence()
+    if recurrence is not None:
+        unread = {recurrence.signal, recurrence.direct} - {None, *rule.reads}
+        if unread:
+            raise ValueError(
+                f"rule.reads must name what rule.recurrence() reads, {sorted(map(str, unread))}, "
+                f"got {rule.reads!r} of {rule!r}"
+            )
     return num_samples
 
 
+def _checked_buffers(rule: Rule, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+    """What ``rule.buffers`` makes, [N, ...] each."""
+    buffers = rule.buffers(num_samples, device)
+    if not isinstance(buffers, dict):
+        raise TypeError(f"rule.buffers() must return a dict, got {type(buffers).__name__}")
+    for name, buffer in buffers.items():
+        require_tensor(f"rule.buffers()[{name!r}]", buffer)
+        if name in ("score", "memory", "visits"):
+            raise ValueError(f"rule.buffers() must not have {name!r}, which every rule has")
+        if buffer.shape[:1] != (num_samples,):
+            raise ValueError(
+                f"rule.buffers()[{name!r}] must have {num_samples} rows, "
+                f"got shape {tuple(buffer.shape)}"
+            )
+    return buffers
+
+
+def by_name(stats: SampleStats | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The stats of a batch by their names.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if isinstance(stats, SampleStats):
+        return stats._asdict()
+    if not isinstance(stats, Mapping):
+        raise TypeError(f"stats must be SampleStats or a mapping of stats, got {stats!r}")
+    return stats
+
+
+def require_state(state: object) -> None:
+    """Raises TypeError unless ``state`` is a mapping, as ``state_dict`` returns it."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be what state_dict() returned, got {state!r}")
+
+
 def checked_selection(
-    num_samples: int, k: int | None, policy: Policy, epoch: int, seed: int
+    num_samples: int, k: int | None, policy: Policy, epoch: int, seed: int, balance: Balance
 ) -> tuple[int | None, int, int]:
     """k, epoch and seed. Raises TypeError or ValueError for what `select` cannot do."""
     if not isinstance(policy, Policy):
         raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
     k = _checked_budget(num_samples, k, policy)
+    check_balance(balance)
     epoch = checked_int("epoch", epoch)
     if not 0 <= epoch < 2**32:
         raise ValueError(f"epoch must be an int in [0, 2**32), got {epoch!r}")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import emp_fast
-from emp_fast import ScoreStore
+from emp_fast import Policy, ScoreStore
 from emp_fast.policies import (
     BelowMean,
     Candidates,
@@ -391,8 +391,43 @@ def test_labels_may_be_any_integers():
         (lambda: Stratified(5, 1.0), r"cutoff must lie in \[0, 1\), got 1.0"),
         (lambda: Window(0.5, 0.5), "low must be below high, got low=0.5 and high=0.5"),
         (lambda: Window(-0.1, 0.5), r"low must lie in \[0, 1\], got -0.1"),
+        (lambda: EpsilonGreedy(True), r"eps must lie in \[0, 1\], got True"),
     ],
 )
 def test_bad_policies_name_the_argument_and_the_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (torch.ones(4, dtype=torch.bool), "must return a mask, and weights or None"),
+        (
+            (torch.arange(2), None),
+            r"mask, must be torch.bool of shape \[4\], got torch.int64 \(2,\)",
+        ),
+        ((None, None), "mask, must be a tensor, got None"),
+        ((torch.ones(4, dtype=torch.bool), torch.ones(2)), r"weights, must be.*got torch.float32"),
+        ((torch.ones(4, dtype=torch.bool), None), r"must choose 2 samples, but .* chose 4"),
+        ((torch.zeros(4, dtype=torch.bool), None), r"must choose 2 samples, but .* chose 0"),
+    ],
+)
+def test_what_a_users_own_policy_chose_is_checked(chosen, message):
+    class Own(Policy):
+        def choose(self, candidates, quotas):
+            return chosen
+
+    with pytest.raises(ValueError, match=message):
+        ScoreStore(4).select(2, Own())
+
+
+def test_a_users_own_policy_that_fixes_its_number_must_choose_something():
+    class Nothing(Policy):
+        sizes_itself = True
+
+        def choose(self, candidates, quotas):
+            return torch.zeros(len(candidates), dtype=torch.bool), None
+
+    with pytest.raises(ValueError, match=r"must choose at least one sample, but .* chose 0"):
+        ScoreStore(4).select(None, Nothing())

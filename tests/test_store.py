@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emp_fast import EmpFastWarning, ScoreStore
-from emp_fast.backends.base import Recurrence
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, EpsilonGreedy, TopK
 from emp_fast.rules import (
@@ -26,6 +25,7 @@ from emp_fast.rules import (
     GraNd,
     Loss,
     Margin,
+    Recurrence,
     Rule,
 )
 
@@ -283,6 +283,47 @@ def test_a_rule_that_returns_an_unknown_name_changes_nothing():
     assert store.visits.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda loss: loss, TypeError, "must return a dict of tensors, got Tensor"),
+        (lambda loss: {"score": loss.mean()}, ValueError, r"'score'\] must have shape \(2,\)"),
+        (lambda loss: {"score": loss[:1]}, ValueError, r"must have shape \(2,\), got \(1,\)"),
+        (lambda loss: {"score": 1.0}, TypeError, r"'score'\] must be a torch.Tensor, got float"),
+    ],
+)
+def test_a_rule_that_returns_no_row_for_each_sample_changes_nothing(returned, error, message):
+    class Broken(Focal):
+        def step(self, stats, state):
+            return returned(stats["loss"])
+
+    store = ScoreStore(2, Broken())
+    with pytest.raises(error, match=message):
+        store.update([0, 1], {"loss": torch.ones(2), "confidence": torch.ones(2)})
+    assert store.scores.tolist() == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        ({"reads": "loss"}, TypeError, "rule.reads must be a tuple of names, got 'loss'"),
+        (
+            {"recurrence": lambda self: Recurrence("ema", "margin", direct="loss")},
+            ValueError,
+            r"rule.reads must name what rule.recurrence\(\) reads, \['margin'\]",
+        ),
+        ({"buffers": lambda *_: [torch.zeros(2)]}, TypeError, "must return a dict, got list"),
+        ({"buffers": lambda *_: {"a": 1}}, TypeError, r"buffers\(\)\['a'\] must be a torch.Tensor"),
+        ({"buffers": lambda *_: {"a": torch.zeros(3)}}, ValueError, "must have 2 rows"),
+        ({"buffers": lambda *_: {"score": torch.zeros(2)}}, ValueError, "must not have 'score'"),
+    ],
+)
+def test_a_rule_that_cannot_work_is_refused_at_once(named, error, message):
+    rule = type("Broken", (Focal,), named)()
+    with pytest.raises(error, match=message):
+        ScoreStore(2, rule)
+
+
 def test_tensor_code_and_kernels_resolve_repeats_alike(backend):
     class Plain(Rule):
         def step(self, stats, state):
@@ -415,7 +456,19 @@ ONE = {"loss": torch.ones(1), "entropy": torch.ones(1)}
         (
             lambda: ScoreStore(2, Loss()).update(torch.tensor([0, 1]), {"loss": torch.ones(2, 3)}),
             ValueError,
-            r"stats\['loss'\] must have shape \[2\], one value for each sample, got \(2, 3\)",
+            r"stats\['loss'\] must have shape \[2\], one value for each sample.*got \(2, 3\)",
+        ),
+        (
+            lambda: ScoreStore(2, Focal()).update(
+                [0], {"loss": torch.ones(1), "confidence": torch.ones(1, 1)}
+            ),
+            ValueError,
+            r"stats\['confidence'\] must have shape \[1\]",
+        ),
+        (
+            lambda: ScoreStore(2, Loss()).update([0], {"loss": torch.ones(1) * 1j}),
+            TypeError,
+            r"stats\['loss'\] must be real, got torch.complex64",
         ),
         (
             lambda: ScoreStore(2).update(torch.tensor([0]), {"loss": torch.ones(1)}),
@@ -450,6 +503,9 @@ ONE = {"loss": torch.ones(1), "entropy": torch.ones(1)}
             ValueError,
             "balance must be 'equal' or 'proportional', got 'even'",
         ),
+        (lambda: ScoreStore(2).select(1, balance="even"), ValueError, "balance must be"),
+        (lambda: ScoreStore(2, device="gpu"), ValueError, "device must be.*got 'gpu'"),
+        (lambda: ScoreStore(2).load_state_dict([]), TypeError, r"state must be.*got \[\]"),
     ],
 )
 def test_bad_input_names_the_argument_and_the_value(make, error, message):

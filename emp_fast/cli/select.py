@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from emp_fast import policies
 from emp_fast.cli.console import InputError
 from emp_fast.files import check_writable, read_vector
-from emp_fast.policies import Balance, Candidates, Policy
+from emp_fast.policies import Balance, Candidates, Policy, choose
 from emp_fast.selection import WRITABLE, Selection, load_dataset
 
 __all__ = ["select"]
@@ -143,8 +143,7 @@ def select(
         values, torch.ones_like(values, dtype=torch.bool), groups, num_groups, seed=seed
     )
     try:
-        quotas = None if budget is None else chosen.quotas(candidates, budget, balance)  # type: ignore[arg-type]
-        kept = Selection.of(*chosen.choose(candidates, quotas))
+        kept = Selection.of(*choose(chosen, candidates, budget, cast(Balance, balance)))
     except ValueError as error:  # a window narrower than the budget
         raise InputError(str(error)) from error
     if dataset is None:
