@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from emp_fast import functional, random
 from emp_fast._validation import checked_int, checked_integers, is_number
+from emp_fast._warnings import EmpFastWarning
 from emp_fast.collectives import world_size_of
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Balance, Policy, TopK
+from emp_fast.policies import Balance, Policy, TopK, check_balance
 from emp_fast.random import Stream
 from emp_fast.rules import EMP, Rule
 from emp_fast.samplers import DistributedEpochSampler, EpochIterator, EpochSampler
-from emp_fast.store import ScoreStore, Selection
+from emp_fast.selection import Selection
+from emp_fast.store import ScoreStore, by_name, require_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,12 +108,13 @@ class Pruner:
         self.store._process_group = process_group
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
+        check_balance(balance)
         self.policy = policy
         self.seed = checked_int("seed", seed)
         self.process_group = process_group
         self._balance: Balance = balance
         self._prune_rate = prune_rate
-        self._epochs = _checked_count("epochs", epochs) if epochs is not None else None
+        self._epochs = _checked_count("epochs", epochs, 1) if epochs is not None else None
         self._full_first = _checked_count("full_epochs_first", full_epochs_first)
         self._full_last = _checked_count("full_epochs_last", full_epochs_last)
         if self._full_last and self._epochs is None:
@@ -139,6 +143,7 @@ class Pruner:
         self._iterator: weakref.ref[EpochIterator] | None = None  # the last that was made
         self._exhausted = False  # it has handed out its last index
         self._unused: _Plan | None = None  # the plan before, if it was handed out and never used
+        self._told_unpruned = False  # that nothing is pruned
         self.sampler = EpochSampler(self)
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ class Pruner:
         }
         if offsets is None and not extra:
             row_scale = self.weights(indices) if self._weighs() else None
-            mean = self.store.loss_and_update(
+            mean = self.store._loss_and_update(
                 logits, target, indices, row_scale=row_scale, **options
             )
             if mean is not None:
@@ -195,7 +200,23 @@ class Pruner:
         return self.mean_loss(stats, indices)
 
     def mean_loss(self, stats: SampleStats, indices: Tensor) -> Tensor:
-        """The mean over the samples that count of (policy weight) * loss; scores nothing."""
+        """The mean over the samples that count of (policy weight) * loss; scores nothing.
+
+        Args:
+            stats: of S samples.
+            indices: [S] which samples these are.
+
+        Raises:
+            ValueError: the two differ in length; TypeError: one of them is something else.
+        """
+        if not isinstance(stats, SampleStats):
+            raise TypeError(f"stats must be SampleStats, got {stats!r}")
+        indices = checked_integers("indices", indices)
+        if indices.shape != stats.loss.shape:
+            raise ValueError(
+                f"indices must have shape {tuple(stats.loss.shape)} to go with stats, "
+                f"got {tuple(indices.shape)}"
+            )
         counted = stats.count.clamp_max(1).sum().clamp_min(1)
         loss = stats.loss
         if self._weighs():
@@ -205,7 +226,7 @@ class Pruner:
     def update(
         self,
         indices: Tensor,
-        stats: SampleStats | None = None,
+        stats: SampleStats | Mapping[str, Tensor] | None = None,
         *,
         loss: Tensor | None = None,
         memory: Tensor | None = None,
@@ -215,35 +236,43 @@ class Pruner:
 
         Args:
             indices: [S] which samples.
-            stats: SampleStats, as `functional.info_nce` returns them.
+            stats: SampleStats, as `functional.info_nce` returns them, or a mapping of those that
+                the rule reads.
             loss: [S], in place of ``stats``.
-            memory: [S] memory term, for rules that read the entropy.
+            memory: [S] memory term, in place of the entropy; a rule that reads none ignores it.
             **extra: further stats by name.
 
         Raises:
             ValueError, TypeError, IndexError: as `ScoreStore.update`.
         """
-        if (stats is None) == (loss is None):
-            raise ValueError(f"either stats or loss must be given, got {stats!r} and {loss!r}")
-        if stats is not None:
-            if memory is not None:
-                stats = stats._replace(entropy=memory)
-            self.store.update(indices, stats, **extra)
-            return
-        given = {"loss": loss, "entropy": memory}
-        self.store.update(
-            indices, {name: value for name, value in given.items() if value is not None}, **extra
-        )
+        if stats is not None and loss is None:
+            given = by_name(stats)
+        elif stats is None and loss is not None:
+            given = {"loss": loss}
+        else:
+            told = "neither" if stats is None else "both"
+            raise ValueError(f"either stats or loss must be given, got {told}")
+        if memory is not None:
+            given = {**given, "entropy": memory}
+        self.store.update(indices, given, **extra)
 
     def weights(self, indices: Tensor) -> Tensor:
-        """[S] float32 loss weights that the policy gives these samples in this epoch; mostly 1."""
+        """[S] float32 loss weights that the policy gives these samples in this epoch; mostly 1.
+
+        Raises:
+            TypeError: the indices are not integers; IndexError: on the CPU, one is beyond N. On a
+                GPU it gets some weight, and `update` refuses it.
+        """
         indices = checked_integers("indices", indices)
         plan = self._plan
         if plan is None or plan.weights is None:
             return torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
         if plan.weights.device != self.store.device:  # the state has followed the logits meanwhile
             plan.weights = plan.weights.to(self.store.device)
-        return plan.weights[indices.to(self.store.device, torch.int64, non_blocking=True)]
+        at = indices.to(self.store.device, torch.int64, non_blocking=True)
+        if at.device.type != "cpu":  # where a bad index would end the process's use of the device
+            at = at.clamp(0, self.store.num_samples - 1)
+        return plan.weights[at]
 
     @property
     def epoch(self) -> int:
@@ -274,13 +303,14 @@ class Pruner:
         Raises:
             ValueError: the function given as ``prune_rate`` returned something outside [0, 1).
         """
-        last = self._epochs is not None and epoch >= self._epochs - self._full_last
-        if epoch < self._full_first or (last and self._full_last):
+        _checked_count("epoch", epoch)
+        if self._is_full(epoch):
             return 0.0
         rate = self._prune_rate(epoch) if callable(self._prune_rate) else self._prune_rate
         if not is_number(rate) or not 0 <= rate < 1:
             where = f" from prune_rate({epoch})" if callable(self._prune_rate) else ""
-            raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}")
+            hint = "" if is_number(rate) else ": a float, or a function of the epoch to a float"
+            raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}{hint}")
         return float(rate)
 
     # ---- several ranks --------------------------------------------------------------------------
@@ -294,6 +324,8 @@ class Pruner:
             drop_last: leave out the samples that do not make one for every rank, instead of
                 repeating the epoch's first ones.
         """
+        if not isinstance(drop_last, bool):
+            raise TypeError(f"drop_last must be a bool, got {drop_last!r}")
         return DistributedEpochSampler(self, drop_last)
 
     def merge(self) -> None:
@@ -332,6 +364,24 @@ class Pruner:
 
     def _world_size(self) -> int:
         return world_size_of(self.process_group)
+
+    def _check_that_it_prunes(self) -> None:
+        """Warns once where a loader was made without the sampler, and so trains on everything.
+
+        Where epochs begin and end, not in the step: a step by itself is used without a sampler too.
+        """
+        if self._plan is not None or self._told_unpruned:
+            return
+        made_otherwise = self._epoch or self._requested is not None or self._next is not None
+        if made_otherwise or self.store.rows_seen <= 2 * self.store.num_samples:
+            return  # resumed, or `selection` is what is trained on; or scored by hand beforehand
+        self._told_unpruned = True
+        warnings.warn(
+            f"{self.store.rows_seen} rows of {self.store.num_samples} samples were scored and the "
+            "pruner has selected none of them: give the loader sampler=pruner.sampler",
+            EmpFastWarning,
+            stacklevel=3,
+        )
 
     # ---- epochs ---------------------------------------------------------------------------------
 
@@ -485,7 +535,13 @@ class Pruner:
     # ---- seeing it ------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, float]:
-        """Where the run stands, as plain numbers for any logger. Reads from the device."""
+        """Where the run stands, as plain numbers for any logger. Reads from the device.
+
+        Warns:
+            EmpFastWarning: once, when more than 2 N rows have been scored and the sampler has not
+                been asked for any: the loader was made without it.
+        """
+        self._check_that_it_prunes()
         store, plan = self.store, self._plan
         visited = store.visits > 0
         scores = store.scores[visited & torch.isfinite(store.scores)]
@@ -548,7 +604,11 @@ class Pruner:
         weights_only-loadable.
 
         Take it between steps: what has been given to `loss` or `update` counts as trained.
+
+        Warns:
+            EmpFastWarning: as `stats`.
         """
+        self._check_that_it_prunes()
         position, plan = self._position(), self._plan
         finished = plan is not None and position == len(plan)
         selection = None if plan is None or finished else plan.selection
@@ -569,8 +629,10 @@ class Pruner:
         """Restores a snapshot, whole or not at all; the next iteration continues inside its epoch.
 
         Raises:
-            ValueError: it is of another format, data set, rule, policy or seed, or damaged.
+            ValueError: it is of another format, data set, rule, policy or seed, or damaged;
+                TypeError: it is no mapping.
         """
+        require_state(state)
         wanted = {"format": _FORMAT, "seed": self.seed, "policy": repr(self.policy)}
         for name, value in wanted.items():
             if state.get(name) != value:
@@ -640,8 +702,9 @@ def _loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[A
     return loss.cpu().numpy(), entropy.cpu().numpy()
 
 
-def _checked_count(name: str, value: int) -> int:
+def _checked_count(name: str, value: int, least: int = 0) -> int:
     value = checked_int(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
+    if value < least:
+        bound = f"be at least {least}" if least else "not be negative"
+        raise ValueError(f"{name} must {bound}, got {value}")
     return value

@@ -44,6 +44,9 @@ class EpochSampler(Sampler[int]):
         """See `Pruner.set_epoch`."""
         self._pruner.set_epoch(epoch)
 
+    def __repr__(self) -> str:
+        return f"<sampler of {self._pruner!r}>"
+
 
 class DistributedEpochSampler(DistributedSampler[int]):
     """This rank's share of each epoch: every R-th sample of the global order.
@@ -95,6 +98,9 @@ class DistributedEpochSampler(DistributedSampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
         self._pruner.set_epoch(epoch)
+
+    def __repr__(self) -> str:
+        return f"<distributed sampler of {self._pruner!r}, drop_last={self.drop_last}>"
 
 
 class EpochIterator(Iterator[int]):

@@ -26,7 +26,7 @@ from emp_fast.policies import Balance, Candidates, Policy, TopK, check_balance, 
 from emp_fast.rules import EMP, Rule
 from emp_fast.selection import Selection
 
-__all__ = ["ScoreStore", "Selection", "single_visit_scores"]
+__all__ = ["ScoreStore", "single_visit_scores"]
 
 FORMAT = 1
 
@@ -41,7 +41,7 @@ class _Merged:
         self.unknown = False  # loaded before the process group existed: whose are the visits?
 
 
-#: What `loss_and_update` can hand to a rule.
+#: What `ScoreStore._loss_and_update` can hand to a rule.
 _FUSED_STATS = {"loss", *ROW_FIELDS[: ROW_FIELDS.index("max")]}
 
 
@@ -209,7 +209,7 @@ class ScoreStore:
             self._step(indices, read, count)
         self._rows.add(indices.shape[0])
 
-    def loss_and_update(
+    def _loss_and_update(
         self,
         logits: Tensor,  # [S, C]
         target: Tensor,

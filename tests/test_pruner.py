@@ -118,6 +118,15 @@ def test_policy_weights_are_applied():
     assert torch.equal(pruner.selection.weights, weights[indices.argsort()])
 
 
+def test_a_memory_term_takes_the_place_of_the_entropy_of_given_stats():
+    loss, memory = torch.tensor([1.0]), torch.tensor([0.5])
+    stats = cross_entropy(torch.zeros(1, 3), torch.tensor([0]))
+    for given in ({"loss": loss}, stats._replace(loss=loss)):
+        pruner = Pruner(N)
+        pruner.update(torch.tensor([3]), given, memory=memory)
+        assert pruner.store.scores[3] == 1.5
+
+
 def test_any_per_sample_loss_with_its_own_memory_term():
     pruner = Pruner(N, rule=EMP(beta=2.0))
     pruner.update(torch.tensor([3]), loss=torch.tensor([1.0]), memory=torch.tensor([0.5]))
@@ -406,6 +415,34 @@ def test_stats_are_plain_numbers():
     assert stats["score_max"] == pruner.store.scores[pruner.store.visits > 0].max().item()
 
 
+def test_a_loader_without_the_sampler_is_told_once():
+    pruner = Pruner(N, rule=Loss())
+    dataset = TensorDataset(torch.arange(N, dtype=torch.float32))
+    loader = DataLoader(with_indices(dataset), batch_size=8, shuffle=True)
+    for _ in range(2):  # all samples: they may be scored by hand before the first selection
+        run_epoch(pruner, loader)
+        pruner.stats()
+    run_epoch(pruner, loader)
+    with pytest.warns(emp_fast.EmpFastWarning, match=r"180 rows of 60.*sampler=pruner\.sampler"):
+        pruner.state_dict()
+    pruner.stats()
+
+
+def test_training_on_the_selection_by_hand_is_no_missing_sampler():
+    pruner = Pruner(N, rule=Loss())
+    for epoch in range(6):
+        pruner.set_epoch(epoch)
+        indices = pruner.selection.indices
+        pruner.update(indices, loss=loss_of(indices))
+        pruner.stats()
+
+
+def test_samplers_say_what_they_are_of():
+    pruner = Pruner(N)
+    assert repr(pruner.sampler) == f"<sampler of {pruner!r}>"
+    assert "drop_last=True" in repr(pruner.distributed_sampler(drop_last=True))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -434,7 +471,36 @@ def test_stats_are_plain_numbers():
         (lambda: Pruner(N, labels=torch.zeros(3).long()), ValueError, r"labels.*got \(3,\)"),
         (lambda: Pruner(N, 0.2, policy=Window(0.3, 0.6)), ValueError, "at least 0.7.*got 0.2"),
         (lambda: Pruner(N).set_epoch(-1), ValueError, "epoch must not be negative, got -1"),
-        (lambda: Pruner(N).update(torch.tensor([0])), ValueError, "either stats or loss"),
+        (lambda: Pruner(N).set_epoch("1"), TypeError, "epoch must be an int, got '1'"),
+        (lambda: Pruner(N, None), ValueError, "got None: a float, or a function of the epoch"),
+        (lambda: Pruner(N, epochs=0), ValueError, "epochs must be at least 1, got 0"),
+        (lambda: Pruner(N, balance="even"), ValueError, "balance must be.*got 'even'"),
+        (lambda: Pruner(N, device="gpu"), ValueError, "device must be.*got 'gpu'"),
+        (lambda: Pruner(N).distributed_sampler(drop_last=1), TypeError, "drop_last.*got 1"),
+        (lambda: Pruner(N).load_state_dict(None), TypeError, "state must be.*got None"),
+        (lambda: Pruner(N).update(torch.tensor([0])), ValueError, "stats or loss.*got neither"),
+        (
+            lambda: Pruner(N).update(torch.tensor([0]), {}, loss=torch.ones(1)),
+            ValueError,
+            "either stats or loss must be given, got both",
+        ),
+        (
+            lambda: Pruner(N).update(torch.tensor([0]), torch.ones(1), memory=torch.ones(1)),
+            TypeError,
+            "stats must be SampleStats or a mapping",
+        ),
+        (
+            lambda: Pruner(N).mean_loss(torch.ones(2), torch.arange(2)),
+            TypeError,
+            "stats must be SampleStats",
+        ),
+        (
+            lambda: Pruner(N).mean_loss(
+                cross_entropy(torch.zeros(2, 3), torch.arange(2)), torch.arange(1)
+            ),
+            ValueError,
+            r"indices must have shape \(2,\) to go with stats, got \(1,\)",
+        ),
         (
             lambda: Pruner(N).loss(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([N])),
             IndexError,
