@@ -88,7 +88,12 @@ def collate_with_indices(
 
     Returns:
         A picklable function that yields ``(collate_fn(samples), indices)``, indices int64 [S].
+
+    Raises:
+        TypeError: it cannot be called.
     """
+    if not callable(collate_fn):
+        raise TypeError(f"collate_fn must be a function, got {collate_fn!r}")
     return _IndexedCollate(collate_fn)
 
 

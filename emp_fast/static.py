@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from emp_fast._validation import checked_device, is_int, is_number
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.batches import moved, rebatched, score_by_logits
 from emp_fast.collectives import Ranks, rank_of
@@ -33,6 +34,7 @@ __all__ = ["score_dataset"]
 
 _WRITABLE = (".npy", ".parquet")
 _CAUSAL = ("ForCausalLM", "LMHeadModel")  # how transformers and peft name such models
+_OPTIONS = ("weight", "ignore_index", "label_smoothing", "softcap")  # of a batch's cross-entropy
 _SAVING_SHARE = 0.05  # of the time goes into partial results at most
 
 ScoreBatch = Callable[[Any, Any], tuple[Tensor, SampleStats]]
@@ -100,15 +102,17 @@ def score_dataset(
     Raises:
         ValueError: an argument is impossible, the loader did not deliver every sample, or a file
             cannot be read or written (emp_fast.FileProblem).
-        TypeError: batches or logits are not of a kind that is understood.
+        TypeError: an argument is of the wrong type, or batches or logits are not of a kind that is
+            understood.
 
     Warns:
         EmpFastWarning: samples without a finite score, NaN in the output.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
-    scored_on = _device_of(bare) if device is None else torch.device(device)
+    scored_on = _device_of(bare) if device is None else checked_device(device)
     out = None if output is None else Path(output)
     with _together(process_group, "the arguments"):
+        _check_callables(model, score_batch)
         n = _checked_num_samples(num_samples, loader)
         columns = _checked_columns(stats)
         _check_passes(passes)
@@ -198,7 +202,7 @@ class _Partial:
     def __init__(
         self, path: Path | None, tally: Tally, facts: dict[str, Any], ranks: Ranks, every: float
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, (int, float)) or not every >= 0:
+        if not is_number(every) or not every >= 0:
             raise ValueError(f"save_every must be a number of seconds, got {every!r}")
         self.tally = tally
         self._path = self._own = path
@@ -259,19 +263,26 @@ def _checked_num_samples(num_samples: int | None, loader: Iterable[Any]) -> int:
         if known is None:
             raise ValueError(
                 "num_samples must be given for a loader whose data set is not "
-                f"emp_fast.with_indices(...), got {type(loader).__name__} of "
+                f"emp_fast.with_indices(dataset), got {type(loader).__name__} of "
                 f"{type(dataset).__name__}"
             )
         num_samples = known
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+    if not is_int(num_samples) or num_samples < 1:
         raise ValueError(f"num_samples must be an int of at least 1, got {num_samples!r}")
     if known is not None and num_samples != known:
         raise ValueError(f"num_samples must be {known}, the loader's, got {num_samples}")
     return num_samples
 
 
+def _check_callables(model: Any, score_batch: Any) -> None:
+    if not callable(model):
+        raise TypeError(f"model must be callable, got {model!r}")
+    if score_batch is not None and not callable(score_batch):
+        raise TypeError(f"score_batch must be a function or None, got {score_batch!r}")
+
+
 def _check_passes(passes: int) -> None:
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+    if not is_int(passes) or passes < 1:
         raise ValueError(f"passes must be an int of at least 1, got {passes!r}")
 
 
@@ -281,6 +292,11 @@ def _checked_shift(
     options: dict[str, Any],
     model: Any,
 ) -> bool:
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"unexpected argument {name!r}: the options are {', '.join(_OPTIONS)}")
+    if not isinstance(shift_labels, bool | None):
+        raise TypeError(f"shift_labels must be a bool or None, got {shift_labels!r}")
     given = [*options, *([] if shift_labels is None else ["shift_labels"])]
     if score_batch is not None and given:
         raise ValueError(f"score_batch makes the stats: {', '.join(given)} would have no effect")

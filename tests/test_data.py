@@ -88,6 +88,11 @@ def test_what_has_no_index_is_refused(dataset):
         with_indices(dataset)
 
 
+def test_a_collate_function_must_be_one():
+    with pytest.raises(TypeError, match="collate_fn must be a function, got None"):
+        collate_with_indices(None)
+
+
 def add_up(samples):
     return sum(samples)
 

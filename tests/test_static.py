@@ -595,7 +595,10 @@ def test_ranks(tmp_path, size):
             ValueError,
             "softcap, shift_labels would have no effect",
         ),
-        ({"wieght": 1}, TypeError, "wieght"),
+        ({"wieght": 1}, TypeError, "unexpected argument 'wieght': the options are weight, ignore"),
+        ({"shift_labels": "no"}, TypeError, "shift_labels must be a bool or None, got 'no'"),
+        ({"score_batch": 3}, TypeError, "score_batch must be a function or None, got 3"),
+        ({"device": "gpu"}, ValueError, "device must be.*got 'gpu'"),
     ],
 )
 def test_bad_arguments(options, error, message):
@@ -607,6 +610,8 @@ def test_bad_loaders():
     model = make_model()
     data = make_data()
     x, y = data.tensors
+    with pytest.raises(TypeError, match="model must be callable, got None"):
+        quiet(None, make_loader())
     with pytest.raises(ValueError, match="num_samples must be given for a loader"):
         quiet(model, DataLoader(data, batch_size=8))
     with pytest.raises(TypeError, match=r"as of emp_fast.with_indices\(dataset\); got Tensor"):
