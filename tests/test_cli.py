@@ -391,6 +391,15 @@ def test_select_refuses_labels_that_do_not_fit(file):
         assert message in refused("select", file, output, "--k", 3, "--labels", labels)
 
 
+def test_select_keeps_the_whole_window_without_a_budget(tmp_path):
+    np.save(tmp_path / "scores.npy", np.arange(10, dtype=np.float32))
+    output = tmp_path / "kept.npy"
+    run(
+        "select", tmp_path / "scores.npy", output, "--policy", "window", "--low", 0.2, "--high", 0.5
+    )
+    assert np.load(output).tolist() == [2, 3, 4]
+
+
 def test_select_never_loses_a_file(file, scores):
     output = file.parent / "kept.npy"
     output.write_bytes(b"precious")
@@ -398,7 +407,11 @@ def test_select_never_loses_a_file(file, scores):
     assert output.read_bytes() == b"precious"
     run("select", file, output, "--k", 3, "--overwrite")
     assert np.load(output).tolist() == expected(scores, 3)
-    assert "exists already" in refused("select", file, file, "--k", 3)
+    labels = file.parent / "labels.npy"
+    np.save(labels, np.zeros(N, dtype=np.int64))
+    for read in (file, file.parent / ".." / file.parent.name / file.name, labels):
+        options = ("--k", 3, "--overwrite", "--labels", labels)
+        assert "OUTPUT must be another file" in refused("select", file, read, *options)
     assert np.load(file).tolist() == scores.tolist()
 
 

@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Fast, drop-in scoring and selection for dynamic data pruning.",
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 for command in (doctor, demo, bench, select):
     app.command()(command)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from emp_fast._validation import checked_device
 from emp_fast.files import FileProblem
 
 __all__ = ["InputError", "OneLineErrors", "chosen_device", "stderr", "stdout"]
@@ -66,10 +67,10 @@ def chosen_device(name: str) -> torch.device:
         InputError: it does not exist here.
     """
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name!r} cannot be used: {str(error).split('.')[0]}") from error
+        device = checked_device(name)
+    except ValueError as error:
+        problem = str(error.__cause__).split(".")[0]
+        raise InputError(f"--device {name!r} cannot be used: {problem}") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {name!r}")
     return device

@@ -48,7 +48,9 @@ def demo(
     seeds: Annotated[
         int | None, typer.Option("--seeds", min=1, help="Runs of every method, seeds 0, 1, ...")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Samples a step.")
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="Where to train: cpu, cuda, cuda:1, ...")
     ] = "cpu",

@@ -56,7 +56,9 @@ def select(
     ] = None,
     column: Annotated[
         str | None,
-        typer.Option("--column", metavar="NAME", help="Column of a .parquet with several."),
+        typer.Option(
+            "--column", metavar="NAME", help='Column of a .parquet with several; else "score".'
+        ),
     ] = None,
     labels: Annotated[
         Path | None,
@@ -64,7 +66,9 @@ def select(
     ] = None,
     label_column: Annotated[
         str | None,
-        typer.Option("--label-column", metavar="NAME", help="The same, of the .parquet of labels."),
+        typer.Option(
+            "--label-column", metavar="NAME", help='The same, of the labels; else "label".'
+        ),
     ] = None,
     balance: Annotated[
         str | None,
@@ -111,7 +115,8 @@ def select(
     """Select the samples to keep from a file of scores, exactly and reproducibly.
 
     Ties go to the lowest index. With below-mean, --keep is the share kept of the samples below the
-    mean, and a .parquet or data set output gets the column "weight".
+    mean, and a .parquet or data set output gets the column "weight". With window and neither --keep
+    nor --k, everything between the quantiles is kept.
     """
     if labels is None and (balance, label_column) != (None, None):
         option = "--balance" if balance is not None else "--label-column"
@@ -123,6 +128,9 @@ def select(
         )
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"--seed must fit 64 bits, got {seed}")
+    for given in (scores, labels):
+        if given is not None and output.resolve() == given.resolve():
+            raise InputError(f"OUTPUT must be another file than {given}, which is read")
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists already; --overwrite replaces it")
     if dataset is None:
@@ -137,7 +145,7 @@ def select(
     }
     chosen = _policy(policy, numbers, keep, k)
     values = _scores(scores, column, policy, allow_nan)
-    budget = _budget(len(values), keep, k) if chosen.takes_budget else None
+    budget = _budget(len(values), keep, k, chosen) if chosen.takes_budget else None
     groups, num_groups = (None, 1) if labels is None else _labels(labels, label_column, len(values))
     candidates = Candidates(
         values, torch.ones_like(values, dtype=torch.bool), groups, num_groups, seed=seed
@@ -195,11 +203,13 @@ def _named(given: dict[str, _Number], *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := given.pop(name)) is not None}
 
 
-def _budget(num_samples: int, keep: float | None, k: int | None) -> int:
+def _budget(num_samples: int, keep: float | None, k: int | None, policy: Policy) -> int | None:
     if keep is not None and k is not None:
         raise InputError(f"give --keep or --k, not both; got --keep {keep} and --k {k}")
     if k is None:
         if keep is None:
+            if policy.sizes_itself:
+                return None
             raise InputError("either --keep or --k must say how many samples to keep")
         if not 0 < keep <= 1:
             raise InputError(f"--keep must lie in (0, 1], got {keep}")
