@@ -120,3 +120,11 @@ def test_a_loader_with_another_sampler_is_refused():
     for sampler in (range(N), pruner.distributed_sampler(), Pruner(N, 0.5).sampler):
         with pytest.raises(ValueError, match=r"loader must have sampler=pruner\.sampler"):
             prepare_loader(Accelerator(cpu=True), pruner, make_loader(sampler))
+
+
+def test_a_pruner_of_other_samples_and_what_is_none_are_refused():
+    pruner = Pruner(N + 1, 0.5)
+    with pytest.raises(ValueError, match="must have the 23 samples of the pruner, got 22"):
+        prepare_loader(Accelerator(cpu=True), pruner, make_loader(pruner.sampler))
+    with pytest.raises(TypeError, match=r"pruner must be an emp_fast\.Pruner, got None"):
+        prepare_loader(Accelerator(cpu=True), None, make_loader(pruner.sampler))

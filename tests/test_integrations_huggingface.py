@@ -188,6 +188,11 @@ def test_every_epoch_keeps_its_budget_and_the_schedule_completes(tmp_path):
     assert pruner.store.visits.sum() == 33
 
 
+def test_what_is_no_pruner_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"pruner must be an emp_fast\.Pruner, got None"):
+        trainer_of(CLASSES, tmp_path, None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -160,3 +160,11 @@ def test_another_sampler_is_refused_before_the_first_step(tmp_path):
         with pytest.raises(ValueError, match=r"sampler=pruner\.distributed_sampler\(\) of this"):
             fit(tmp_path, pruner, loader=loader)
     assert pruner.store.rows_seen == 0
+
+
+def test_a_pruner_of_other_samples_and_what_is_none_are_refused(tmp_path):
+    pruner = Pruner(N + 1, 0.5)
+    with pytest.raises(ValueError, match="must have the 23 samples of the pruner, got 22"):
+        fit(tmp_path, pruner)
+    with pytest.raises(TypeError, match=r"pruner must be an emp_fast\.Pruner, got None"):
+        PrunerCallback(None)

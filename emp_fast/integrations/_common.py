@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 from emp_fast.pruner import Pruner
 
-__all__ = ["missing", "require_one_length"]
+__all__ = ["missing", "require_data_of", "require_one_length", "require_pruner"]
 
 
 def missing(module: str, library: str, extra: str) -> str:
@@ -13,6 +15,25 @@ def missing(module: str, library: str, extra: str) -> str:
         f"emp_fast.integrations.{module} needs {library}, which is not installed: "
         f"pip install 'emp_fast[{extra}]'"
     )
+
+
+def require_pruner(pruner: object) -> None:
+    """Raises TypeError unless ``pruner`` is one."""
+    if not isinstance(pruner, Pruner):
+        raise TypeError(f"pruner must be an emp_fast.Pruner, got {pruner!r}")
+
+
+def require_data_of(pruner: Pruner, dataset: object, name: str) -> None:
+    """Raises ValueError unless ``dataset`` has the pruner's number of samples, or no length.
+
+    Args:
+        pruner: whose samples.
+        dataset: the training set.
+        name: what the message calls it.
+    """
+    known = pruner.store.num_samples
+    if isinstance(dataset, Sized) and len(dataset) != known:
+        raise ValueError(f"{name} must have the {known} samples of the pruner, got {len(dataset)}")
 
 
 def require_one_length(pruner: Pruner, epochs: int, remedy: str) -> None:

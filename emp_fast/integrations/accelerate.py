@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from emp_fast.integrations._common import missing
+from emp_fast.integrations._common import missing, require_data_of, require_pruner
 from emp_fast.pruner import Pruner
 from emp_fast.samplers import EpochSampler
 
@@ -39,14 +39,17 @@ def prepare_loader(accelerator: Accelerator, pruner: Pruner, loader: Any) -> Pru
         loader: a DataLoader with ``sampler=pruner.sampler``.
 
     Raises:
-        ValueError: the loader has another sampler.
+        ValueError: the loader has another sampler, or its data set another length; TypeError:
+            ``pruner`` is no Pruner.
     """
+    require_pruner(pruner)
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, EpochSampler) or sampler._pruner is not pruner:
         raise ValueError(
             "loader must have sampler=pruner.sampler, the global order, which Accelerate shards "
             f"itself; got {sampler!r}"
         )
+    require_data_of(pruner, getattr(loader, "dataset", None), "the data set of loader")
     sampler.whole = True  # Accelerate skips what a resumed epoch has been trained on
     prepared = PrunedLoader(accelerator, pruner, accelerator.prepare(loader))
     accelerator.register_for_checkpointing(prepared)

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from emp_fast import functional
 from emp_fast.checkpoints import load_checkpoint, save_checkpoint
 from emp_fast.data import SAMPLE_INDEX, IndexedDataset, with_indices
-from emp_fast.integrations._common import missing, require_one_length
+from emp_fast.integrations._common import missing, require_one_length, require_pruner
 from emp_fast.pruner import Pruner
 from emp_fast.samplers import EpochSampler
 
@@ -84,6 +84,7 @@ class PrunerMixin(_Base):
     data_collator: Any
 
     def __init__(self, *args: Any, pruner: Pruner, **kwargs: Any) -> None:
+        require_pruner(pruner)
         super().__init__(*args, **kwargs)
         if self.compute_loss_func is not None:
             raise ValueError(

@@ -15,7 +15,12 @@ from typing import Any
 
 from torch.utils._pytree import tree_leaves
 
-from emp_fast.integrations._common import missing, require_one_length
+from emp_fast.integrations._common import (
+    missing,
+    require_data_of,
+    require_one_length,
+    require_pruner,
+)
 from emp_fast.pruner import Pruner
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
 
@@ -42,11 +47,13 @@ class PrunerCallback(Callback):
         log: send `Pruner.stats` to the trainer's loggers, as "pruner/..."
 
     Raises:
-        ValueError: by ``fit``, before the first step: the sampler is not the pruner's, or epochs
-            differ in length and the trainer would not notice.
+        TypeError: ``pruner`` is no Pruner.
+        ValueError: by ``fit``, before the first step: the sampler is not the pruner's, the data set
+            has another length, or epochs differ in length and the trainer would not notice.
     """
 
     def __init__(self, pruner: Pruner, *, log: bool = True) -> None:
+        require_pruner(pruner)
         self.pruner = pruner
         self._log = log
 
@@ -60,19 +67,22 @@ class PrunerCallback(Callback):
             )
 
     def _check_sampler(self, trainer: Any) -> None:
-        samplers = [
-            loader.sampler
-            for loader in tree_leaves(trainer.train_dataloader)
-            if hasattr(loader, "sampler")
-        ]
+        loaders = [one for one in tree_leaves(trainer.train_dataloader) if hasattr(one, "sampler")]
         sharded = (DistributedEpochSampler,)
         wanted = sharded if trainer.world_size > 1 else (*sharded, EpochSampler)
-        ours = [s for s in samplers if isinstance(s, wanted) and s._pruner is self.pruner]
+        ours = [
+            one
+            for one in loaders
+            if isinstance(one.sampler, wanted) and one.sampler._pruner is self.pruner
+        ]
         if not ours:
             raise ValueError(
                 "the training loader must have sampler=pruner.distributed_sampler() of this "
-                f"callback's pruner, on {trainer.world_size} processes got {samplers!r}"
+                f"callback's pruner, on {trainer.world_size} processes got "
+                f"{[one.sampler for one in loaders]!r}"
             )
+        for loader in ours:
+            require_data_of(self.pruner, getattr(loader, "dataset", None), "the training set")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self._log:
