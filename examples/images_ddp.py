@@ -19,7 +19,8 @@ from emp_fast.demo.datasets import ImageData, load
 
 def main(prune_rate: float = 0.5, epochs: int = 10, quick: bool = False) -> None:
     """Trains a small network twice and prints what it learnt."""
-    dist.init_process_group("gloo") if dist.is_torchelastic_launched() else None
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
     digits = load("digits")
     for rate in (0.0, prune_rate):
         train(digits, rate, round((3 if quick else epochs) / (1 - rate)))
