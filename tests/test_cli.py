@@ -120,6 +120,14 @@ def test_doctor_says_that_a_chosen_backend_cannot_serve(monkeypatch):
     assert "got 'magic'" in report["automatic_choice"]["cpu"]
 
 
+@pytest.mark.parametrize("loads", [True, False])
+def test_doctor_believes_its_eyes_where_no_build_was_recorded(tmp_path, monkeypatch, loads):
+    module = sys.modules[doctor.__module__]
+    monkeypatch.setattr(module.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(module, "load_native", lambda: object() if loads else "no module")
+    assert module._build_info()["native"] is loads
+
+
 def test_doctor_shows_which_row_kernels_are_chosen(monkeypatch):
     monkeypatch.delenv("EMP_FAST_CUDA_ROWS", raising=False)
     settings = json.loads(run("doctor", "--json").stdout)["settings"]

@@ -156,7 +156,8 @@ def _build_info() -> dict[str, Any]:
     try:
         info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {"native": False, "reason": "no build has run in this source tree"}
+        built = not isinstance(load_native(), str)  # elsewhere, and copied here
+        return {"native": built, "reason": "no build has run in this source tree"}
     except (OSError, ValueError) as error:
         return {"native": False, "reason": f"_build_info.json cannot be read: {error}"}
     return info
