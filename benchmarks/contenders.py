@@ -130,43 +130,30 @@ def forward(device: torch.device, *, compile: bool) -> list[Contender]:
 
 def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
     """The same, and the gradient of the mean loss to the logits."""
-
-    def with_gradient(score: Callable[..., Any]) -> Callable[..., Any]:
-        def call(logits: Tensor, target: Tensor) -> tuple[Any, Tensor]:
-            result = score(logits, target)
-            loss = result if isinstance(result, Tensor) else result[0]
-            (grad,) = torch.autograd.grad(loss.mean(), logits)
-            return result, grad
-
-        return call
-
-    def and_gradient(
-        outputs: Callable[[Any], Mapping[str, Tensor]],
-    ) -> Callable[[Any], Mapping[str, Tensor]]:
-        return lambda pair: {**outputs(pair[0]), "gradient": pair[1] * pair[1].shape[0]}
-
     compiled_scores = compiled(baselines.five_scores_to_compile, wanted=compile)
     peers = [
-        Contender("eager", with_gradient(baselines.five_scores), and_gradient(_five)),
-        Contender("torch.compile", with_gradient(compiled_scores), and_gradient(_five)),
+        Contender("eager", _with_gradients(baselines.five_scores), _and_gradient(_five)),
+        Contender("torch.compile", _with_gradients(compiled_scores), _and_gradient(_five)),
         Contender(
-            "F.cross_entropy", with_gradient(_torch_loss), and_gradient(_loss), note=ONLY_LOSS
+            "F.cross_entropy", _with_gradients(_torch_loss), _and_gradient(_loss), note=ONLY_LOSS
         ),
     ]
     if device.type == "cuda":
         peers += [
             Contender(
                 "Liger",
-                _on_a_copy(with_gradient(baselines.liger)),
-                and_gradient(_loss),
+                _on_a_copy(_with_gradients(baselines.liger)),
+                _and_gradient(_loss),
                 note=ONLY_LOSS,
             ),
-            Contender("quack", with_gradient(baselines.quack), and_gradient(_loss), note=ONLY_LOSS),
+            Contender(
+                "quack", _with_gradients(baselines.quack), _and_gradient(_loss), note=ONLY_LOSS
+            ),
         ]
     return [
         *ours(
-            with_gradient(cross_entropy),
-            and_gradient(_stats),
+            _with_gradients(cross_entropy),
+            _and_gradient(_stats),
             device,
             OUR_GRADIENT,
             every_row_kernel=True,
@@ -178,33 +165,19 @@ def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
 def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contender]:
     """Loss, scores and both gradients of ``hidden @ classifier.T``."""
 
-    def with_gradients(score: Callable[..., Any]) -> Callable[..., Any]:
-        def call(hidden: Tensor, classifier: Tensor, target: Tensor) -> tuple[Any, Tensor]:
-            result = score(hidden, classifier, target)
-            loss = result if isinstance(result, Tensor) else result[0]
-            grad, _ = torch.autograd.grad(loss.mean(), (hidden, classifier))
-            return result, grad
-
-        return call
-
     def of_logits(score: Callable[..., Any]) -> Callable[..., Any]:
         return lambda hidden, classifier, target: score(hidden @ classifier.T, target)
-
-    def and_gradient(
-        outputs: Callable[[Any], Mapping[str, Tensor]],
-    ) -> Callable[[Any], Mapping[str, Tensor]]:
-        return lambda pair: {**outputs(pair[0]), "gradient": pair[1] * pair[1].shape[0]}
 
     scored = compiled(of_logits(baselines.five_scores_to_compile), wanted=compile)
     peers = [
         Contender(
-            "eager", with_gradients(of_logits(baselines.five_scores)), and_gradient(_five), bound
+            "eager", _with_gradients(of_logits(baselines.five_scores)), _and_gradient(_five), bound
         ),
-        Contender("torch.compile", with_gradients(scored), and_gradient(_five), bound),
+        Contender("torch.compile", _with_gradients(scored), _and_gradient(_five), bound),
         Contender(
             "F.cross_entropy",
-            with_gradients(of_logits(_torch_loss)),
-            and_gradient(_loss),
+            _with_gradients(of_logits(_torch_loss)),
+            _and_gradient(_loss),
             bound,
             note=ONLY_LOSS,
         ),
@@ -214,10 +187,30 @@ def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contend
             ("cut-cross-entropy", baselines.cut_cross_entropy),
             ("Liger", baselines.liger_linear),
         ):
-            call = with_gradients(peer)
-            peers.append(Contender(name, call, and_gradient(_loss), bound, note=ONLY_LOSS))
-    call = with_gradients(linear_cross_entropy)
-    return [*ours(call, and_gradient(_stats), device, bound), *peers]
+            call = _with_gradients(peer)
+            peers.append(Contender(name, call, _and_gradient(_loss), bound, note=ONLY_LOSS))
+    call = _with_gradients(linear_cross_entropy)
+    return [*ours(call, _and_gradient(_stats), device, bound), *peers]
+
+
+def _with_gradients(score: Callable[..., Any]) -> Callable[..., Any]:
+    """``score(*inputs, target)``, then the gradients of the mean loss to all inputs; gives the
+    first of them.
+    """
+
+    def call(*arguments: Tensor) -> tuple[Any, Tensor]:
+        result = score(*arguments)
+        loss = result if isinstance(result, Tensor) else result[0]
+        return result, torch.autograd.grad(loss.mean(), arguments[:-1])[0]
+
+    return call
+
+
+def _and_gradient(
+    outputs: Callable[[Any], Mapping[str, Tensor]],
+) -> Callable[[Any], Mapping[str, Tensor]]:
+    """Of what `_with_gradients` returns; the gradient of the mean as that of a single sample."""
+    return lambda pair: {**outputs(pair[0]), "gradient": pair[1] * pair[1].shape[0]}
 
 
 def selection(device: torch.device, values: Callable[[Tensor], Tensor]) -> list[Contender]:
