@@ -77,7 +77,8 @@ def with_indices(dataset: Any) -> IndexedDataset:
         hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     ):
         raise TypeError(
-            f"dataset must be map-style, with __getitem__ and __len__, got {type(dataset).__name__}"
+            "dataset must be map-style, with __getitem__ and __len__, for its samples to have an "
+            f"index; got {type(dataset).__name__}"
         )
     return dataset if isinstance(dataset, IndexedDataset) else IndexedDataset(dataset)
 

@@ -541,8 +541,13 @@ def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[i
         k: at most their sum.
         balance: "equal" gives every class the same, and what a small class cannot use goes to the
             others; "proportional" keeps the same fraction of each (largest remainders).
+
+    Raises:
+        ValueError: k or the balance is impossible.
     """
     check_balance(balance)
+    if not 0 <= k <= sum(sizes):
+        raise ValueError(f"k must lie in [0, {sum(sizes)}], the samples of all classes, got {k}")
     if balance == "equal":
         return fair_shares(sizes, k)
     total = max(sum(sizes), 1)

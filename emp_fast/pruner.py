@@ -84,6 +84,10 @@ class Pruner:
         process_group: the ranks that train together; None is the default group, where one exists.
         balance: of the classes, with labels; see `ScoreStore.select`.
 
+    Attributes:
+        sampler: for the loader; every iteration of it is the next epoch.
+        store: the `ScoreStore`, with scores, memory and visits of every sample.
+
     Raises:
         ValueError: an argument is impossible; TypeError: or of the wrong type.
     """

@@ -24,6 +24,7 @@ from emp_fast.sharded_selection import ShardedCandidates
 from emp_fast.store import (
     FORMAT,
     ScoreStore,
+    check_chosen,
     checked_selection,
     checked_store_arguments,
 )
@@ -262,6 +263,7 @@ class ShardedScoreStore:
             start=self.owned_range.start,
         )
         own = Selection.of(*choose(policy, candidates, k, balance))
+        check_chosen(policy, k, int(ranks.all_reduce(torch.tensor(len(own.indices)))))
         return own._replace(indices=own.indices + self.owned_range.start)
 
     def _own_labels(self, labels: Tensor) -> Tensor:
@@ -355,8 +357,11 @@ class ShardedScoreStore:
 
         Raises:
             ValueError: a snapshot is of another format, size or rule, or damaged; or they do not
-                go together, or do not hold all samples. Nothing is changed then.
+                go together, or do not hold all samples; TypeError: it is something else. Nothing
+                is changed then.
         """
+        if not isinstance(state, (Mapping, Sequence)):
+            raise TypeError(f"state must be of state_dict(), or a list of such, got {state!r}")
         states = [state] if isinstance(state, Mapping) else list(state)
         pieces = sorted(
             (self._checked_piece(position, piece) for position, piece in enumerate(states)),

@@ -310,6 +310,8 @@ def _checked_shift(
 
 
 def _checked_columns(stats: Sequence[str]) -> list[str]:
+    if not isinstance(stats, Sequence):
+        raise TypeError(f"stats must be names of SampleStats fields, got {stats!r}")
     names = [stats] if isinstance(stats, str) else list(stats)
     unknown = [name for name in names if name not in SampleStats._fields]
     if unknown or len(set(names)) < len(names):

@@ -428,10 +428,7 @@ class ScoreStore:
             self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
         )
         selection = Selection.of(*choose(policy, candidates, k, balance))
-        chosen = len(selection.indices)
-        if chosen != k and (k is not None or chosen == 0):
-            wanted = "at least one sample" if k is None else f"{k} samples"
-            raise ValueError(f"policy must choose {wanted}, but {policy!r} chose {chosen}")
+        check_chosen(policy, k, len(selection.indices))
         return selection
 
     def _checked_labels(self, labels: Tensor) -> tuple[Tensor, int]:
@@ -737,6 +734,13 @@ def checked_selection(
     if not 0 <= epoch < 2**32:
         raise ValueError(f"epoch must be an int in [0, 2**32), got {epoch!r}")
     return k, epoch, checked_int("seed", seed)
+
+
+def check_chosen(policy: Policy, k: int | None, chosen: int) -> None:
+    """Raises ValueError unless a policy has chosen its budget, or something where it has none."""
+    if chosen != k and (k is not None or chosen == 0):
+        wanted = "at least one sample" if k is None else f"{k} samples"
+        raise ValueError(f"policy must choose {wanted}, but {policy!r} chose {chosen}")
 
 
 def _checked_budget(num_samples: int, k: int | None, policy: Policy) -> int | None:

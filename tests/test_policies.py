@@ -374,6 +374,12 @@ def test_a_small_class_gives_the_rest_of_its_quota_away():
     assert class_quotas([5, 500, 500], 300) == [5, 147, 148]
 
 
+@pytest.mark.parametrize("k", [-1, 4])
+def test_quotas_of_more_than_there_is_are_refused(k):
+    with pytest.raises(ValueError, match=rf"k must lie in \[0, 3\], .* got {k}"):
+        class_quotas([1, 2], k)
+
+
 def test_labels_may_be_any_integers():
     store = visited_store(torch.arange(6.0))
     labels = torch.tensor([-7, 40, -7, 40, -7, 40])

@@ -390,6 +390,13 @@ def snapshots_of_different_moments_are_found_out(rank: int, size: int, group: An
 # ---- bad input ----------------------------------------------------------------------------------
 
 
+class All(Policy):
+    """A user's policy that minds no budget."""
+
+    def choose(self, candidates, quotas):
+        return torch.ones(len(candidates), dtype=torch.bool), None
+
+
 @group_check(2, 3)
 def bad_rows_of_one_rank_raise_on_all(rank: int, size: int, group: Any) -> None:
     """Nothing is applied anywhere, and the group goes on."""
@@ -426,6 +433,10 @@ def bad_rows_of_one_rank_raise_on_all(rank: int, size: int, group: Any) -> None:
     filled.update(every, stats_of(every, 0))
     with pytest.raises(ValueError, match=r"never-visited samples are [12] samples, got 5"):
         filled.select(5, Window(0.5, 0.501))
+    with pytest.raises(ValueError, match=rf"must choose 5 samples, but All\(\) chose {N}"):
+        store.select(5, All())
+    with pytest.raises(TypeError, match=r"state must be of state_dict\(\).*got None"):
+        store.load_state_dict(None)
     store.update(batch, stats)
     assert store.select(5).indices.numel() <= 5
 

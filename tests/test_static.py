@@ -596,6 +596,7 @@ def test_ranks(tmp_path, size):
             "softcap, shift_labels would have no effect",
         ),
         ({"wieght": 1}, TypeError, "unexpected argument 'wieght': the options are weight, ignore"),
+        ({"stats": None}, TypeError, "stats must be names of SampleStats fields, got None"),
         ({"shift_labels": "no"}, TypeError, "shift_labels must be a bool or None, got 'no'"),
         ({"score_batch": 3}, TypeError, "score_batch must be a function or None, got 3"),
         ({"device": "gpu"}, ValueError, "device must be.*got 'gpu'"),
