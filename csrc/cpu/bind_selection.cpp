@@ -12,11 +12,6 @@ namespace {
 
 namespace py = pybind11;
 
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void bind_topk(py::module_& m) {
   m.def("topk_workspace", &topk_workspace, py::arg("n"), "Bytes of workspace of `topk`.");
   m.def(

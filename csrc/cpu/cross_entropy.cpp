@@ -46,11 +46,6 @@ constexpr int64_t kRangesPerThread = 8;
 // Logits that are scored before their gradient is made: they and it stay in the second-level cache.
 constexpr int64_t kStepBlockElements = 1 << 14;
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 // Rows a range: enough work for a thread, several ranges for each thread where there is more, whole
 // vectors of rows where those share one.
 int64_t rows_per_range(const Problem& problem, const ScoreKernels& kernels, int threads) {
@@ -91,14 +86,14 @@ Problem make_problem(uintptr_t logits, int storage, int64_t row_stride, int64_t 
                      int64_t classes, uintptr_t target, bool soft, uintptr_t weight,
                      int64_t ignore_index, double label_smoothing, double softcap) {
   Problem problem{};
-  problem.logits = at<const void>(logits);
+  problem.logits = pointer<const void>(logits);
   problem.storage = static_cast<Storage>(storage);
   problem.row_stride = row_stride;
   problem.rows = rows;
   problem.classes = classes;
-  problem.target = soft ? nullptr : at<const int64_t>(target);
-  problem.soft_target = soft ? at<const float>(target) : nullptr;
-  problem.weight = at<const float>(weight);
+  problem.target = soft ? nullptr : pointer<const int64_t>(target);
+  problem.soft_target = soft ? pointer<const float>(target) : nullptr;
+  problem.weight = pointer<const float>(weight);
   problem.weight_sum = static_cast<double>(classes);
   if (problem.weight && label_smoothing > 0) {
     problem.weight_sum = 0;
@@ -119,8 +114,8 @@ int64_t cross_entropy(uintptr_t logits, int storage, int64_t row_stride, int64_t
   py::gil_scoped_release released;
   const Problem problem = make_problem(logits, storage, row_stride, rows, classes, target, soft,
                                        weight, ignore_index, label_smoothing, softcap);
-  const ScoreOutputs out{at<float>(loss), at<float>(fields), at<bool>(correct), at<int32_t>(count),
-                         for_backward};
+  const ScoreOutputs out{pointer<float>(loss), pointer<float>(fields), pointer<bool>(correct),
+                         pointer<int32_t>(count), for_backward};
   const ScoreKernels& kernels = score_kernels(active_isa());
   std::atomic<int64_t> wrong{kNone};
   parallel_ranges(rows, rows_per_range(problem, kernels, threads), threads,
@@ -142,12 +137,12 @@ void cross_entropy_backward(uintptr_t logits, int storage, int64_t row_stride, i
   py::gil_scoped_release released;
   const Problem problem = make_problem(logits, storage, row_stride, rows, classes, target, soft,
                                        weight, ignore_index, label_smoothing, softcap);
-  const GradientInputs in{at<const float>(grad_loss), at<const float>(fields)};
+  const GradientInputs in{pointer<const float>(grad_loss), pointer<const float>(fields)};
   const ScoreKernels& kernels = score_kernels(active_isa());
   parallel_ranges(rows, rows_per_range(problem, kernels, threads), threads,
                   [&](int64_t begin, int64_t end) {
                     const FlushToZero flush;
-                    kernels.backward(problem, in, at<void>(grad), begin, end);
+                    kernels.backward(problem, in, pointer<void>(grad), begin, end);
                   });
 }
 
@@ -171,7 +166,7 @@ int cross_entropy_step(uintptr_t logits, int storage, int64_t row_stride, int64_
   const Problem problem = make_problem(logits, storage, row_stride, rows, classes, target, soft,
                                        weight, ignore_index, label_smoothing, softcap);
   // Row 0 is the loss, then come the fields: as `signal` and `direct` count them.
-  float* values = at<float>(workspace);
+  float* values = pointer<float>(workspace);
   float* grad_loss = values + (1 + kNumFields) * rows;
   int32_t* count = reinterpret_cast<int32_t*>(grad_loss + rows);
   const ScoreOutputs out{values, values + rows, reinterpret_cast<bool*>(count + rows), count, true};
@@ -180,7 +175,7 @@ int cross_entropy_step(uintptr_t logits, int storage, int64_t row_stride, int64_
   if (problem.target) counted -= std::count(problem.target, problem.target + rows, ignore_index);
   const double divisor = static_cast<double>(std::max<int64_t>(counted, 1));
   const float share = static_cast<float>(1 / divisor);
-  const float* scale = at<const float>(row_scale);
+  const float* scale = pointer<const float>(row_scale);
   for (int64_t r = 0; r < rows; ++r) grad_loss[r] = scale ? share * scale[r] : share;
 
   const ScoreKernels& kernels = score_kernels(active_isa());
@@ -193,20 +188,20 @@ int cross_entropy_step(uintptr_t logits, int storage, int64_t row_stride, int64_
           const int64_t stop = std::min(begin + block, end);
           if (kernels.forward(problem, out, begin, stop) != kNone) wrong = true;
           if (wrong) return;
-          kernels.backward(problem, {grad_loss, out.fields}, at<void>(grad), begin, stop);
+          kernels.backward(problem, {grad_loss, out.fields}, pointer<void>(grad), begin, stop);
         }
       });
   if (wrong) return kWrongTarget;
 
-  const bool applied =
-      update_state(at<const int64_t>(indices), values + signal * rows,
-                   direct < 0 ? nullptr : values + direct * rows, count, rows,
-                   {at<float>(scores), at<float>(memory), at<int32_t>(visits), at<float>(variance),
-                    at<int32_t>(claims), at<int64_t>(counters), num_samples},
-                   make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
+  const bool applied = update_state(
+      pointer<const int64_t>(indices), values + signal * rows,
+      direct < 0 ? nullptr : values + direct * rows, count, rows,
+      {pointer<float>(scores), pointer<float>(memory), pointer<int32_t>(visits),
+       pointer<float>(variance), pointer<int32_t>(claims), pointer<int64_t>(counters), num_samples},
+      make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
   if (!applied) return kWrongIndex;
 
-  *at<float>(mean) = static_cast<float>(weighted_sum(values, scale, rows) / divisor);
+  *pointer<float>(mean) = static_cast<float>(weighted_sum(values, scale, rows) / divisor);
   return kNoError;
 }
 
