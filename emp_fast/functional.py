@@ -63,7 +63,7 @@ def cross_entropy(
 
     A sample with several positions gets the mean over its valid ones in every field; it is
     ``correct`` when all of them are. For soft targets y is the class of the largest probability,
-    the lowest such.
+    the lowest such. The gradient of the loss flows to the logits alone, to no target and no weight.
 
     Args:
         logits: float16, bfloat16, float32 or float64 (the last through the reference), any strides.
