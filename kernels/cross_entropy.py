@@ -2,8 +2,11 @@
 
 Contract: `Backend.cross_entropy`, `cross_entropy_backward` and `cross_entropy_step`. Three kernels:
 
-    score_tile    a program holds whole rows in registers as a tile [ROWS, BLOCK] with BLOCK >= C.
-                  Reads the logits once, writes the gradient once if asked.
+    score_tile    a program holds whole rows in registers as a tile [SEGMENTS, ROWS, SEGMENT], where
+                  the segments of a row make BLOCK >= C elements. Few threads share a row and each
+                  holds its part of every segment, so sums over the classes are mostly sums within
+                  a thread; then one thread a row folds the target in and writes the scores. Reads
+                  the logits once, writes the gradient once if asked.
     score_loop    a program walks over one row in tiles [UNROLL, LANES, VECTOR] of 16-byte loads.
                   Each lane keeps its own running statistics, so that the loop needs no shuffle and
                   no barrier, and the lanes meet once at the end. The gradient takes a second pass
@@ -145,11 +148,10 @@ def _store_scores(
 @triton.jit
 def _gradient(
     raw,
-    x,
+    e,
+    inv_sum,
     is_target,
     c,
-    largest,
-    inv_sum,
     miss,
     sharp,
     total,
@@ -161,16 +163,19 @@ def _gradient(
 ):
     """The gradient to the raw logits: total p - c + sharp (p - [j == y]), with p_y - 1 = -miss.
 
-    A soft target is all sharp: total (p - [j == y]) - (c - total [j == y]).
+    A soft target is all sharp: total (p - [j == y]) - (c - total [j == y]). The probabilities are
+    p = e inv_sum; what else is the same for all classes of a row is multiplied once.
     """
-    p = exp(x - largest) * inv_sum
-    if SOFT:
-        value = total * tl.where(is_target, -miss, p) - tl.where(is_target, c - total, c)
+    if MASS:
+        p = e * inv_sum
+        if SOFT:
+            value = total * tl.where(is_target, -miss, p) - tl.where(is_target, c - total, c)
+        else:
+            value = (total * p - c) + sharp * tl.where(is_target, -miss, p)
+        value = value * scale
     else:
-        value = sharp * tl.where(is_target, -miss, p)
-        if MASS:
-            value = (total * p - c) + value
-    value = value * scale
+        share = sharp * scale
+        value = tl.where(is_target, -miss * share, e * (inv_sum * share))
     if SOFTCAP:
         value = value * softcap_slope(raw, softcap)
     return value
@@ -255,6 +260,26 @@ def _update_if_last(
             )
 
 
+@triton.jit
+def _total(tile):
+    """The sums over the classes of a tile [SEGMENTS, ROWS, SEGMENT]."""
+    return tl.sum(tl.sum(tile, axis=0), axis=1)
+
+
+@triton.jit
+def _highest(tile):
+    return tl.max(tl.max(tile, axis=0), axis=1)
+
+
+@triton.jit
+def _spread(values):
+    """The same values, one row a thread: what all threads of a row would compute alike, one does.
+
+    Triton would keep them where the reduction left them, in every thread of their row.
+    """
+    return tl.gather(values, tl.arange(0, values.shape[0]), axis=0)
+
+
 @kernel
 def score_tile(
     logits_ptr,  # [R, C]
@@ -300,37 +325,51 @@ def score_tile(
     UPDATE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Rows that fit a tile. Grid: ceil(R / ROWS)."""
     WEIGHTED: tl.constexpr = weight_ptr is not None
     MASS: tl.constexpr = SOFT or SMOOTH
     num_classes = class_units * ALIGN
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    SEGMENTS: tl.constexpr = BLOCK // SEGMENT
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS)
     row_ok = row < num_rows
-    col = tl.arange(0, BLOCK)[None, :]
-    tile_ok = row_ok[:, None] & (col < num_classes)
+    segment = tl.arange(0, SEGMENTS)[:, None, None] * SEGMENT
+    in_segment = tl.arange(0, SEGMENT)[None, None, :]
+    col = segment + in_segment
+    tile_ok = row_ok[None, :, None] & (col < num_classes)
     row_start = row * (row_units * ALIGN)
-    address = logits_ptr + row_start[:, None] + col
-    raw = tl.load(tl.multiple_of(address, [1, ALIGN_BYTES]), mask=tile_ok, other=float("-inf"))
-    raw = raw.to(tl.float32)
+    # Memory is read and written as pieces, segment after segment of all rows: so neighbouring
+    # threads share a segment, then take the next rows, and a thread has all segments of its rows.
+    piece = tl.arange(0, SEGMENTS * ROWS)[:, None]
+    piece_row = first_row + piece % ROWS
+    piece_col = piece // ROWS * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+    piece_ok = (piece_row < num_rows) & (piece_col < num_classes)
+    address = logits_ptr + piece_row * (row_units * ALIGN) + piece_col
+    raw = tl.load(tl.multiple_of(address, [1, ALIGN_BYTES]), mask=piece_ok, other=float("-inf"))
+    raw = tl.reshape(raw, [SEGMENTS, ROWS, SEGMENT]).to(tl.float32)
     x = _capped(raw, softcap, SOFTCAP)
     if SOFTCAP:
         x = tl.where(col < num_classes, x, float("-inf"))
 
     t = tl.zeros_like(x)
     if SOFT:
-        t = tl.load(
-            target_ptr + row[:, None] * num_classes + col, mask=tile_ok, other=float("-inf")
-        )
-        # A row of NaN may name a lane of the padding.
-        y = tl.minimum(tl.argmax(t, axis=1, tie_break_left=True), num_classes - 1)
+        address = target_ptr + piece_row * num_classes + piece_col
+        t = tl.load(address, mask=piece_ok, other=float("-inf"))
+        t = tl.reshape(t, [SEGMENTS, ROWS, SEGMENT])
+        t_y = _highest(t)
+        # The lowest such class. A row of NaN has none.
+        y = tl.min(tl.min(tl.where(t == t_y[None, :, None], col, 0x7FFFFFFF), axis=0), axis=1)
+        y = tl.minimum(y, num_classes - 1)
         valid = row_ok
         bad = row_ok & (row_ok == 0)
     else:
         y, valid, bad = _class_ids(target_ptr, row, row_ok, ignore_index, num_classes)
-    is_target = col == y[:, None]
-    w = tl.full([1, BLOCK], 1.0, tl.float32)
+    # Of col == y the part that is the same for all segments of a row, once.
+    is_target = segment == y[None, :, None] - in_segment
+    w = tl.full([1, 1, 1], 1.0, tl.float32)
     w_y = tl.full([ROWS], 1.0, tl.float32)
     if WEIGHTED:
         w = tl.load(weight_ptr + col, mask=col < num_classes, other=0.0)
@@ -344,29 +383,32 @@ def score_tile(
         x_y = tl.load(logits_ptr + row_start + y, mask=row_ok, other=0.0).to(tl.float32)
         x_y = _capped(x_y, softcap, SOFTCAP)
         others = tl.where(is_target, float("-inf"), x)
-        peak = tl.maximum(tl.max(others, axis=1), EMPTY_PEAK)
-        diff = others - peak[:, None]
+        peak = tl.maximum(_highest(others), EMPTY_PEAK)
+        diff = others - peak[None, :, None]
         e = exp(diff)
-        d = tl.sum(e, axis=1)
-        s = tl.sum(tl.maximum(diff, EXP_IS_ZERO) * e, axis=1)
-        q = tl.sum(e * e, axis=1)
+        d = _total(e)
+        s = _total(tl.maximum(diff, EXP_IS_ZERO) * e)
+        q = _total(e * e)
         mass = tl.zeros_like(d)
         tilt = tl.zeros_like(d)
         c_y = tl.zeros_like(d)
         if MASS:
             others_c = tl.where(is_target, 0.0, c)
-            c_y = tl.sum(tl.where(is_target, c, 0.0), axis=1)
-            mass = tl.sum(others_c, axis=1)
-            tilt = tl.sum(weighted_difference(others_c, diff), axis=1)
+            c_y = _total(tl.where(is_target, c, 0.0))
+            mass = _total(others_c)
+            tilt = _total(weighted_difference(others_c, diff))
+        if ROWS > 1:
+            peak, d, s, q = _spread(peak), _spread(d), _spread(s), _spread(q)
+            if MASS:
+                mass, tilt, c_y = _spread(mass), _spread(tilt), _spread(c_y)
         nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss = (
             fold_target(x_y, peak, d, s, q, mass, tilt)
         )
         loss = _loss(nll, log_total, mass, tilt, w_y, c_y, smoothing, WEIGHTED, SOFT, SMOOTH)
         if SOFT:
-            t_y = tl.max(t, axis=1)
-            off = exp(x - largest[:, None]) * inv_sum[:, None] - t
-            off = tl.where(is_target, (1.0 - t_y - miss)[:, None], off)
-            el2n = tl.sqrt(tl.sum(tl.where(tile_ok, off * off, 0.0), axis=1))
+            off = exp(x - largest[None, :, None]) * inv_sum[None, :, None] - t
+            off = tl.where(is_target, (1.0 - t_y - miss)[None, :, None], off)
+            el2n = tl.sqrt(_total(tl.where(tile_ok, off * off, 0.0)))
         spoiled = bad | (loss != loss) | (inv_sum != inv_sum)
         _store_scores(
             loss_ptr,
@@ -400,32 +442,36 @@ def score_tile(
             g = g * tl.load(row_scale_ptr + row, mask=row_ok, other=0.0)
         total = tl.zeros_like(g)
         if SOFT:
-            total = tl.sum(c, axis=1)
+            total = _total(c)
         elif SMOOTH:
             total = total + smoothing
             if WEIGHTED:
                 total = total * (tl.load(weight_sum_ptr) / num_classes.to(tl.float32))
         sharp = w_y * (1.0 - smoothing)
+        if STATS and not MASS:
+            inv_sum = inv_sum * exp(peak - largest)  # e is relative to the peak
+        else:
+            e = exp(x - largest[None, :, None])
         value = _gradient(
             raw,
-            x,
+            e,
+            inv_sum[None, :, None],
             is_target,
             c,
-            largest[:, None],
-            inv_sum[:, None],
-            miss[:, None],
-            sharp[:, None],
-            total[:, None],
-            g[:, None],
+            miss[None, :, None],
+            sharp[None, :, None],
+            total[None, :, None],
+            g[None, :, None],
             softcap,
             SOFT,
             MASS,
             SOFTCAP,
         )
-        value = tl.where(valid[:, None], value, 0.0)
+        value = tl.where(valid[None, :, None], value, 0.0)
         value = value.to(grad_ptr.dtype.element_ty)
-        out = tl.multiple_of(grad_ptr + (row * num_classes)[:, None] + col, [1, ALIGN_BYTES])
-        tl.store(out, value, mask=tile_ok)
+        value = tl.reshape(value, [SEGMENTS * ROWS, SEGMENT])
+        out = grad_ptr + piece_row * num_classes + piece_col
+        tl.store(tl.multiple_of(out, [1, ALIGN_BYTES]), value, mask=piece_ok)
     if UPDATE:
         _update_if_last(
             loss_ptr,
@@ -453,14 +499,27 @@ def score_tile(
 
 
 @triton.jit
-def _tile(origin, i, lanes, head, end, fill, SPAN: tl.constexpr):
-    """One tile of a row as float32: unmasked 16-byte loads where it lies inside the row."""
+def _tile(
+    origin,
+    i,
+    head,
+    end,
+    fill,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One tile of a row as float32: unmasked 16-byte loads where it lies inside the row.
+
+    Read in one dimension: of three, versions of Triton would share out the threads in other ways.
+    """
+    SPAN: tl.constexpr = UNROLL * LANES * VECTOR
+    at = i + tl.arange(0, SPAN)
     if (i >= head) & (i + SPAN <= end):
-        values = tl.load(origin + i + lanes)
+        values = tl.load(origin + at)
     else:
-        at = i + lanes
         values = tl.load(origin + at, mask=(at >= head) & (at < end), other=fill)
-    return values.to(tl.float32)
+    return tl.reshape(values, [UNROLL, LANES, VECTOR]).to(tl.float32)
 
 
 @kernel
@@ -553,7 +612,7 @@ def score_loop(
         sums = tl.zeros([LANES], tl.float32)
         for i in range(begin, stop, SPAN):
             at = i + lanes
-            t = _tile(target_row, i, lanes, head, end, float("-inf"), SPAN)
+            t = _tile(target_row, i, head, end, float("-inf"), UNROLL, LANES, VECTOR)
             high = tl.max(tl.max(t, axis=2), axis=0)
             first = tl.where(t == high[None, :, None], at, 0x7FFFFFFF)
             first = tl.min(tl.min(first, axis=2), axis=0)
@@ -561,7 +620,7 @@ def score_loop(
             best = tl.maximum(best, high)
             w = ones
             if WEIGHTED:
-                w = _tile(weight_ptr - head, i, lanes, head, end, 0.0, SPAN)
+                w = _tile(weight_ptr - head, i, head, end, 0.0, UNROLL, LANES, VECTOR)
             c = _class_weights(t, w, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
             c = tl.where((at >= head) & (at < end), c, 0.0)
             sums += tl.sum(tl.sum(c, axis=2), axis=0)
@@ -586,7 +645,9 @@ def score_loop(
         tilt = tl.zeros([LANES], tl.float32)
         for i in range(begin, stop, SPAN):
             at = i + lanes
-            x = _capped(_tile(origin, i, lanes, head, end, float("-inf"), SPAN), softcap, SOFTCAP)
+            x = _capped(
+                _tile(origin, i, head, end, float("-inf"), UNROLL, LANES, VECTOR), softcap, SOFTCAP
+            )
             if SOFTCAP:
                 x = tl.where((at >= head) & (at < end), x, float("-inf"))
             if (y_at >= i) & (y_at < i + SPAN):
@@ -602,10 +663,10 @@ def score_loop(
             if MASS:
                 w = ones
                 if WEIGHTED:
-                    w = _tile(weight_ptr - head, i, lanes, head, end, 0.0, SPAN)
+                    w = _tile(weight_ptr - head, i, head, end, 0.0, UNROLL, LANES, VECTOR)
                 t = x
                 if SOFT:
-                    t = _tile(target_row, i, lanes, head, end, 0.0, SPAN)
+                    t = _tile(target_row, i, head, end, 0.0, UNROLL, LANES, VECTOR)
                 c = _class_weights(t, w, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
                 counts = (at >= head) & (at < end) & (at != y_at)
                 c = tl.where(counts, c, 0.0)
@@ -656,17 +717,17 @@ def score_loop(
             i = begin + (tiles - 1 - step) * SPAN
             at = i + lanes
             inside = (at >= head) & (at < end)
-            raw = _tile(origin, i, lanes, head, end, float("-inf"), SPAN)
+            raw = _tile(origin, i, head, end, float("-inf"), UNROLL, LANES, VECTOR)
             x = _capped(raw, softcap, SOFTCAP)
             is_target = at == y_at
             c = x
             if MASS:
                 w = ones
                 if WEIGHTED:
-                    w = _tile(weight_ptr - head, i, lanes, head, end, 0.0, SPAN)
+                    w = _tile(weight_ptr - head, i, head, end, 0.0, UNROLL, LANES, VECTOR)
                 t = x
                 if SOFT:
-                    t = _tile(target_row, i, lanes, head, end, 0.0, SPAN)
+                    t = _tile(target_row, i, head, end, 0.0, UNROLL, LANES, VECTOR)
                     if STATS:
                         off = exp(x - largest) * inv_sum - t
                         off = tl.where(is_target, 1.0 - t_y - miss, off)
@@ -676,11 +737,10 @@ def score_loop(
             if GRAD:
                 value = _gradient(
                     raw,
-                    x,
+                    exp(x - largest),
+                    inv_sum,
                     is_target,
                     c,
-                    largest,
-                    inv_sum,
                     miss,
                     sharp,
                     total,
@@ -693,11 +753,12 @@ def score_loop(
                 value = tl.where(valid, value, 0.0)
                 if STATS:
                     value = tl.where(valid & (bad | (loss != loss)), float("nan"), value)
-                value = value.to(grad_ptr.dtype.element_ty)
+                value = tl.reshape(value.to(grad_ptr.dtype.element_ty), [SPAN])
+                out = i + tl.arange(0, SPAN)
                 if (i >= head) & (i + SPAN <= end):
-                    tl.store(grad_row + i + lanes, value)
+                    tl.store(grad_row + out, value)
                 else:
-                    tl.store(grad_row + at, value, mask=inside)
+                    tl.store(grad_row + out, value, mask=(out >= head) & (out < end))
         if SOFT and STATS:
             el2n = tl.sqrt(tl.sum(spread, axis=0))
 

@@ -15,13 +15,18 @@ VECTOR_BYTES = 16
 #: do those longer than the first where every class has a weight of its own in the loss.
 TILE_CLASSES = 4096
 TILE_CLASSES_GRAD = 8192
-#: Elements of a tile of several rows, and of a thread: one 16-byte load of 16-bit logits. Twice as
-#: many a thread spill registers where neither rows nor addresses line up.
-TILE_ELEMENTS = 2048
-THREAD_ELEMENTS = 8
-MOST_TILE_WARPS = 16
-#: Elements below which a tile of several rows is not cut to occupy more multiprocessors.
-MIN_TILE_ELEMENTS = 1024
+#: Elements of a row that one thread reads. Fewer, and what every thread does once for its row is
+#: most of the work; more take registers that other warps would use to have reads in flight. With
+#: smoothing, soft targets or a softcap each takes several.
+THREAD_ELEMENTS = 32
+THREAD_ELEMENTS_CROWDED = 16
+#: Threads of a tile, if one row does not need more, and its rows: one a thread for the epilogue.
+TILE_THREADS = 128
+TILE_ROWS = 128
+#: Bytes of a row that neighbouring threads read at a time: a sector. Of the shortest rows they read
+#: less; several of those share a cache line.
+SEGMENT_BYTES = 32
+SHORT_CLASSES = 16
 
 #: Vectors that a thread has in flight in a walk, and where each takes more registers: 16-bit logits
 #: are twice as many, and with smoothing or soft targets every class has a weight of its own.
@@ -40,7 +45,8 @@ STEP_UPDATE_ROWS = 1024
 ONE_PROGRAM_ROWS = 4096
 UPDATE_BLOCK = 1024
 PHILOX_BLOCK = 1024
-#: Rows that the one program of mean_loss has in flight.
+#: Rows that a program of mean_loss or sum_losses has in flight; the most that one program sums, for
+#: which another launch is not worth while; and the most programs that share more.
 MEAN_BLOCK = 4096
 MEAN_WARPS = 16
 SCALE_BLOCK = 2048
@@ -65,7 +71,8 @@ class TilePlan(NamedTuple):
     """Launch of `score_tile`."""
 
     rows: int  # a program
-    block: int  # lanes of a row, a power of two >= C
+    block: int  # elements of a row, a power of two >= C
+    segment: int  # of those, what the threads of a row read at a time
     align: int  # elements
     warps: int
     grid: int
@@ -104,23 +111,26 @@ def alignment(num_classes: int, row_stride: int, address: int, itemsize: int) ->
 
 
 def plan_tile(
-    num_rows: int,
-    num_classes: int,
-    row_stride: int,
-    address: int,
-    itemsize: int,
-    multiprocessors: int,
+    num_rows: int, num_classes: int, row_stride: int, address: int, itemsize: int, crowded: bool
 ) -> TilePlan:
-    """A tile of whole rows; as many rows as leave every multiprocessor some tiles."""
-    block = max(16, next_power_of_two(num_classes))
-    rows = max(1, TILE_ELEMENTS // block)
-    while rows * block > MIN_TILE_ELEMENTS and num_rows < 2 * multiprocessors * rows and rows > 1:
-        rows //= 2
+    """A tile of whole rows, each shared by the fewest threads that read it well.
+
+    ``crowded`` says whether the elements take more registers than their value and its exponential.
+    """
+    elements = THREAD_ELEMENTS_CROWDED if crowded else THREAD_ELEMENTS
+    block = max(SHORT_CLASSES, next_power_of_two(num_classes))
+    align = alignment(num_classes, row_stride, address, itemsize)
+    threads = max(2, block // elements)  # of a row
+    segment = threads * align
+    if block > SHORT_CLASSES:
+        segment = max(segment, SEGMENT_BYTES // itemsize)
+    rows = max(1, min(TILE_ROWS, TILE_THREADS * elements // block))
     return TilePlan(
         rows=rows,
         block=block,
-        align=alignment(num_classes, row_stride, address, itemsize),
-        warps=min(rows * block // (32 * THREAD_ELEMENTS), MOST_TILE_WARPS),
+        segment=segment,
+        align=align,
+        warps=max(TILE_THREADS, threads) // 32,
         grid=ceil_div(num_rows, rows),
     )
 

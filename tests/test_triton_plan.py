@@ -36,20 +36,22 @@ def test_every_row_starts_and_ends_on_the_alignment(itemsize: int) -> None:
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_hold_every_row_and_class(itemsize: int) -> None:
-    for rows, classes, multiprocessors in itertools.product(
-        ROWS, [*CLASSES, 5000, plan.TILE_CLASSES_GRAD], MULTIPROCESSORS
+    for rows, classes, address, crowded in itertools.product(
+        ROWS, [*CLASSES, 5000, plan.TILE_CLASSES_GRAD], addresses(itemsize), (False, True)
     ):
-        tile = plan.plan_tile(rows, classes, classes, BASE, itemsize, multiprocessors)
-        shape = (rows, classes, multiprocessors, tile)
+        tile = plan.plan_tile(rows, classes, classes, address, itemsize, crowded)
+        shape = (rows, classes, address, crowded, tile)
         assert classes <= tile.block, shape
         assert tile.block < 2 * max(classes, 9), shape
-        assert math.log2(tile.block).is_integer(), shape
+        assert tile.segment <= tile.block, shape
+        assert all(
+            math.log2(n).is_integer() for n in (tile.rows, tile.block, tile.segment, tile.warps)
+        ), shape
         assert (tile.grid - 1) * tile.rows < rows <= tile.grid * tile.rows, shape
-        assert math.log2(tile.warps).is_integer(), shape
-        # A thread reads at least 16 bytes of 16-bit logits at once, and does not spill.
-        assert 8 <= tile.rows * tile.block // (32 * tile.warps) <= 16, shape
-        if tile.rows * tile.block > plan.MIN_TILE_ELEMENTS and tile.rows > 1:
-            assert tile.grid >= 2 * multiprocessors, shape
+        threads = 32 * tile.warps
+        # No thread has nothing to read, and none so much that it spills.
+        assert threads <= tile.rows * tile.block // tile.align, shape
+        assert tile.rows * tile.block <= threads * (16 if crowded else 32), shape
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -238,10 +238,11 @@ def _score_tile(
     tile = plan.plan_tile(
         num_rows,
         num_classes,
+    flags = _flags(target, options)
         logits.stride(0),
         logits.data_ptr(),
         logits.element_size(),
-        multiprocessors(logits.device),
+        crowded=any(flags),
     )
     weight_sum = _weight_sum(weight, target, options, grad)
     indices, state, rule, num_samples = _update_arguments(update)
@@ -260,7 +261,7 @@ def _score_tile(
     constants = (
         tile.align,
         tile.align * logits.element_size(),
-        *_flags(target, options),
+        *flags,
         stats,
         grad is not None,
         update is not None,
@@ -269,6 +270,7 @@ def _score_tile(
         32 * tile.warps,
     )
     launch(ce.score_tile, (tile.grid, 1, 1), pointers, numbers, constants, tile.warps)
+        tile.segment,
 
 
 def _score_loop(

@@ -94,7 +94,7 @@ EXPECTED = (
     *(
         Expected(
             rf"^cross_entropy\.score_loop\({logits}(?!.*(SMOOTH=|SOFT=))",
-            r"^values = tl\.load\(origin \+ i \+ lanes\)",
+            r"^values = tl\.load\(origin \+ at\)",
             128,
             "logits move by 16 bytes",
             vectors,
@@ -104,17 +104,17 @@ EXPECTED = (
     ),
     Expected(
         r"^cross_entropy\.score_loop\(",
-        r"^values = tl\.load\(origin \+ i \+ lanes\)",
+        r"^values = tl\.load\(origin \+ at\)",
         128,
         "logits move by 16 bytes; weights and soft targets have an alignment of their own",
         2,
         loops=1,
         every=False,
     ),
-    Expected("", r"^values = tl\.load\(origin \+ at", 16, "the ends of a row"),
+    Expected("", r"^values = tl\.load\(origin \+ at, mask", 16, "the ends of a row"),
     Expected(
         r"^cross_entropy\.score_loop\((?=.*SHIFTED_ALIKE=).*GRAD=",
-        r"^tl\.store\(grad_row \+ i \+ lanes",
+        r"^tl\.store\(grad_row \+ out, value\)",
         128,
         "the gradient moves by 16 bytes where its rows lie as those of the logits do",
         2,

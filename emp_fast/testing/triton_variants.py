@@ -186,7 +186,7 @@ def _pairs(variants: Sequence[Variant]) -> npt.NDArray[np.int64]:
 #: The most rows whose state a scoring launch moves, and one more.
 _ROWS = (plan.STEP_UPDATE_ROWS, plan.STEP_UPDATE_ROWS + 1)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MANY = 10**6  # multiprocessors: enough to cut tiles and split rows as far as they go
+_MANY = 10**6  # multiprocessors: enough to split rows as far as they go
 
 
 class _Call(NamedTuple):
@@ -258,11 +258,8 @@ def _shapes() -> Iterator[_Shape]:
 def _tile_shapes(dtype: torch.dtype, ragged: int) -> Iterator[_Shape]:
     block = 16
     while block <= plan.TILE_CLASSES_GRAD:
-        most = max(1, plan.TILE_ELEMENTS // block)  # rows of a tile
-        # Tiles of the most rows, of half as many, and of as few as there are.
-        for rows, multiprocessors in itertools.product(_ROWS, sorted({1, _ROWS[0] // most, _MANY})):
-            if multiprocessors == 1 or most > plan.MIN_TILE_ELEMENTS // block:
-                yield _Shape(rows, block - ragged, 0, dtype, multiprocessors)
+        for rows in _ROWS:
+            yield _Shape(rows, block - ragged, 0, dtype, 1)
         block *= 2
 
 
