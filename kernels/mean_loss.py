@@ -1,34 +1,32 @@
 """What a fused step leaves to do: the mean of its losses, and the scaling of its gradient.
 
-Contracts: `Backend.mean_loss` and `Backend.scale_`. Two kernels:
+Contracts: `Backend.mean_loss` and `Backend.scale_`. Three kernels:
 
-    mean_loss       one program walks over all rows, so the order of the sums is fixed. Millions of
-                    rows go at one multiprocessor's pace, and lose no digits: it sums in float64.
+    sum_losses      of many rows: a program sums blocks of its own into one total and one count
+    mean_loss       one program sums all rows, or the totals of sum_losses, and divides
     scale_gradient  a program scales block after block, and none when the factors make 1.
+
+The number of rows alone decides how many programs there are and what each of them sums, in which
+order, so a run repeats bit for bit, on any device; sums are float64.
 
 Traffic: 8 bytes a row, 12 with weights. The gradient read and written once, or not at all.
 """
 
+import triton
 import triton.language as tl
 
 from ._jit import kernel
 
 
-@kernel
-def mean_loss(
-    loss_ptr,  # [S] float32
-    count_ptr,  # [S] int32
-    row_scale_ptr,  # [S] float32 or None
-    mean_ptr,  # [] float32
-    factor_ptr,  # [] float32
-    num_rows: tl.int64,
-    BLOCK: tl.constexpr,
-):
-    """Grid: 1."""
+@triton.jit
+def _sums(loss_ptr, count_ptr, row_scale_ptr, num_rows, BLOCK: tl.constexpr):
+    """The sums of the losses and of the counts over every `num_programs`-th block."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     counted = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, num_rows, BLOCK):
+    for start in range(first, num_rows, step):
         row = start + lane
         row_ok = row < num_rows
         loss = tl.load(loss_ptr + row, mask=row_ok, other=0.0).to(tl.float64)
@@ -36,9 +34,41 @@ def mean_loss(
             loss *= tl.load(row_scale_ptr + row, mask=row_ok, other=0.0)
         total += loss
         counted += tl.load(count_ptr + row, mask=row_ok, other=0)
-    divisor = tl.maximum(tl.sum(counted, axis=0), 1).to(tl.float64)
+    return tl.sum(total, axis=0), tl.sum(counted, axis=0)
+
+
+@kernel
+def sum_losses(
+    loss_ptr,  # [S] float32
+    count_ptr,  # [S] int32
+    row_scale_ptr,  # [S] float32 or None
+    totals_ptr,  # [programs] float64
+    counts_ptr,  # [programs] int64
+    num_rows: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """Grid: any."""
+    total, counted = _sums(loss_ptr, count_ptr, row_scale_ptr, num_rows, BLOCK)
+    tl.store(totals_ptr + tl.program_id(0), total)
+    tl.store(counts_ptr + tl.program_id(0), counted)
+
+
+@kernel
+def mean_loss(
+    loss_ptr,  # [S] float32, or the totals of sum_losses
+    count_ptr,  # [S] int32, or its counts
+    row_scale_ptr,  # [S] float32 or None
+    mean_ptr,  # [] float32
+    factor_ptr,  # [] float32
+    num_sums: tl.int64,  # S, or the programs of sum_losses
+    num_rows: tl.int64,  # S
+    BLOCK: tl.constexpr,
+):
+    """Grid: 1."""
+    total, counted = _sums(loss_ptr, count_ptr, row_scale_ptr, num_sums, BLOCK)
+    divisor = tl.maximum(counted, 1).to(tl.float64)
     rows = tl.maximum(num_rows, 1).to(tl.float64)
-    tl.store(mean_ptr, (tl.sum(total, axis=0) / divisor).to(tl.float32))
+    tl.store(mean_ptr, (total / divisor).to(tl.float32))
     tl.store(factor_ptr, (rows / divisor).to(tl.float32))
 
 

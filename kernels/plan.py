@@ -48,6 +48,8 @@ PHILOX_BLOCK = 1024
 #: Rows that a program of mean_loss or sum_losses has in flight; the most that one program sums, for
 #: which another launch is not worth while; and the most programs that share more.
 MEAN_BLOCK = 4096
+MEAN_ROWS = 4 * MEAN_BLOCK
+MEAN_PROGRAMS = 256
 MEAN_WARPS = 16
 SCALE_BLOCK = 2048
 #: Programs that scale a gradient: a few waves of any device.

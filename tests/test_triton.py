@@ -175,6 +175,20 @@ def test_a_training_step_is_three_launches() -> None:
     assert loss_and_gradient == ["score_tile", "mean_loss", "scale_gradient"]
 
 
+@pytest.mark.parametrize("counted", ["all", "some", "none"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("programs", [2, 256])
+def test_several_programs_share_many_rows(
+    counted: str, weighted: bool, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MEAN_PROGRAMS", programs)
+    rows = plan.MEAN_ROWS + 1
+    share = launched(lambda: test_fused_step.assert_mean(TRITON, rows, counted, weighted))
+    assert share == ["sum_losses", "mean_loss"]
+    alone = launched(lambda: test_fused_step.assert_mean(TRITON, rows - 1, counted, weighted))
+    assert alone == ["mean_loss"]
+
+
 def test_a_program_scales_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "SCALE_PROGRAMS", 2)
     test_fused_step.assert_scaled(TRITON, torch.bfloat16, 4 * plan.SCALE_BLOCK + 3, -1.5)

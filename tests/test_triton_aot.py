@@ -71,6 +71,7 @@ def test_the_few_show_every_pair_of_choices(variants: tuple[Variant, ...]) -> No
 def test_signatures_are_those_that_a_launch_makes(variants: tuple[Variant, ...]) -> None:
     """Triton's own binder, given arguments of these types, asks for the same binary."""
     of_type = {
+        "*fp64": torch.float64,
         "*fp32": torch.float32,
         "*fp16": torch.float16,
         "*bf16": torch.bfloat16,

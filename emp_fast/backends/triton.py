@@ -154,9 +154,12 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         # Two allocations: the mean goes to the user, who could not write into a view.
         mean, factor = (loss.new_empty(()) for _ in range(2))
-        pointers = (loss, count, row_scale, mean, factor)
-        numbers, constants = (loss.shape[0],), (plan.MEAN_BLOCK,)
+        num_rows = loss.shape[0]
         with device_of(loss):
+            if num_rows > plan.MEAN_ROWS:
+                (loss, count), row_scale = _sum_losses(loss, count, row_scale), None
+            pointers, numbers = (loss, count, row_scale, mean, factor), (loss.shape[0], num_rows)
+            constants = (plan.MEAN_BLOCK,)
             launch(mean_kernels.mean_loss, (1, 1, 1), pointers, numbers, constants, plan.MEAN_WARPS)
         return mean, factor
 
@@ -235,10 +238,10 @@ def _score_tile(
     update: tuple[Tensor, State, Recurrence] | None = None,
 ) -> None:
     num_rows, num_classes = logits.shape
+    flags = _flags(target, options)
     tile = plan.plan_tile(
         num_rows,
         num_classes,
-    flags = _flags(target, options)
         logits.stride(0),
         logits.data_ptr(),
         logits.element_size(),
@@ -267,10 +270,10 @@ def _score_tile(
         update is not None,
         tile.rows,
         tile.block,
+        tile.segment,
         32 * tile.warps,
     )
     launch(ce.score_tile, (tile.grid, 1, 1), pointers, numbers, constants, tile.warps)
-        tile.segment,
 
 
 def _score_loop(
@@ -399,6 +402,18 @@ def _weight_sum(
 def _check_target(logits: Tensor, target: Tensor, options: LossOptions) -> None:
     if target.device.type == "cpu" and not target.is_floating_point():
         check_target_range(target, logits.shape[1], options.ignore_index)
+
+
+def _sum_losses(loss: Tensor, count: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sums of the losses and of the counts that each of several programs takes."""
+    programs = min(plan.ceil_div(loss.shape[0], plan.MEAN_BLOCK), plan.MEAN_PROGRAMS)
+    totals = loss.new_empty(programs, dtype=torch.float64)
+    counts = loss.new_empty(programs, dtype=torch.int64)
+    pointers, numbers = (loss, count, row_scale, totals, counts), (loss.shape[0],)
+    constants = (plan.MEAN_BLOCK,)
+    grid = (programs, 1, 1)
+    launch(mean_kernels.sum_losses, grid, pointers, numbers, constants, plan.MEAN_WARPS)
+    return totals, counts
 
 
 # ---- state --------------------------------------------------------------------------------------

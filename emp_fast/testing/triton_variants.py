@@ -30,6 +30,7 @@ from emp_fast.kernels import cross_entropy, mean_loss, philox, plan, selection, 
 
 #: How Triton writes the types of pointers.
 _POINTER_TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -235,9 +236,11 @@ def _scoring_calls() -> Iterator[_Call]:
 
 def _mean_calls() -> Iterator[_Call]:
     """The mean of the losses, and the scaling of gradients of every alignment."""
-    loss, count, factor = torch.empty(4), torch.empty(4, dtype=torch.int32), torch.empty(())
-    for row_scale in (None, loss):
-        yield _Call(1, "mean_loss", (loss, count, row_scale))
+    factor = torch.empty(())
+    for rows in (plan.MEAN_ROWS, plan.MEAN_ROWS + 1):
+        loss, count = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+        for row_scale in (None, loss):
+            yield _Call(1, "mean_loss", (loss, count, row_scale))
     for dtype, also in itertools.product(_DTYPES, (None, factor)):
         for align in _alignments(dtype):
             yield _Call(1, "scale_", (torch.empty(align, dtype=dtype), factor, also))
