@@ -36,10 +36,9 @@ BINS = tl.constexpr(256)
 def order_key(score):
     """The unsigned key of a float32 score, by its bits alone: denormals are told apart."""
     bits = score.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    bits = tl.where(magnitude == 0, 0, bits)  # -0.0 equals 0.0
+    bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)  # -0.0 equals 0.0
     key = bits ^ ((bits >> 31) | -0x80000000)
-    return tl.where(magnitude > 0x7F800000, 0, key).to(tl.uint32, bitcast=True)
+    return tl.where(score != score, 0, key).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -62,13 +61,40 @@ def _unpack(words, bit):
 
 
 @triton.jit
-def _rank(flags):
-    """For each flag of [WORDS, 32] the number of set flags before it."""
-    ones = flags.to(tl.int32)
-    in_word = tl.cumsum(ones, axis=1)
-    words = tl.sum(ones, axis=1)
-    before = tl.cumsum(words, axis=0) - words
-    return before[:, None] + in_word - ones
+def _count(words):
+    """The number of bits set in each word, in the form that LLVM makes one instruction of."""
+    x = words.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _lower(bit):
+    """The bits below ``bit``, which is less than 32; none if it is negative."""
+    return tl.where(bit < 0, 0, (1 << tl.maximum(bit, 0)) - 1)
+
+
+@triton.jit
+def _rank(words, bit):
+    """For each bit of the words [WORDS] the number of bits set before it: [WORDS, 32]."""
+    counts = _count(words)
+    before = tl.cumsum(counts, axis=0) - counts
+    return before[:, None] + _count(words[:, None] & _lower(bit))
+
+
+@triton.jit
+def _first(words, wanted):
+    """The words [WORDS] with the first ``wanted`` of their bits alone; none if that is negative."""
+    counts = _count(words)
+    left = wanted - (tl.cumsum(counts, axis=0) - counts)  # of the bits from each word on
+    below = tl.zeros_like(words)  # the longest run of lower bits with no more than those
+    for step in tl.static_range(5):
+        longer = below + (16 >> step)
+        fits = _count(words & _lower(longer)) <= left
+        below = tl.where(fits, longer, below)
+    return tl.where(counts <= left, words, words & _lower(below))
 
 
 @kernel
@@ -80,23 +106,30 @@ def mark_scores(
     n: tl.int64,
     low: tl.int64,
     high: tl.int64,
+    ALIGN_BYTES: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Grid: blocks."""
+    """Grid: blocks. A slice may lie off the 16-byte grid, which `ALIGN_BYTES` says."""
     block = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)[None, :]
-    index = block * (WORDS * 32) + word[:, None] * 32 + bit
-    # A slice may lie off the 16-byte grid: 4 bytes a lane, 128 bytes in a row all the same.
-    score = tl.load(scores_ptr + index, mask=index < n, other=0.0)
-    key = order_key(score)
-    above = (key > high.to(tl.uint32)) & (index < n)
-    inside = (key >= low.to(tl.uint32)) & (key <= high.to(tl.uint32)) & (index < n)
-    tl.store(above_ptr + block * WORDS + word, _pack(above, bit))
-    tl.store(inside_ptr + block * WORDS + word, _pack(inside, bit))
-    tl.store(counts_ptr + block, tl.sum(tl.sum(above.to(tl.int32), axis=1), axis=0))
+    start = block * (WORDS * 32)
+    at = word[:, None] * 32 + bit
+    address = tl.multiple_of(scores_ptr + start + at, [1, ALIGN_BYTES])
+    left = tl.minimum(n - start, WORDS * 32).to(tl.int32)
+    if left == WORDS * 32:
+        score = tl.load(address)
+    else:
+        score = tl.load(address, mask=at < left, other=float("nan"))
+    key = order_key(score)  # the lowest there is beyond the last score
+    above = _pack(key > high.to(tl.uint32), bit)
+    inside = _pack((key >= low.to(tl.uint32)) & (key <= high.to(tl.uint32)), bit)
+    inside = tl.where(word * 32 + 32 <= left, inside, inside & _lower(left - word * 32))
+    tl.store(above_ptr + block * WORDS + word, above)
+    tl.store(inside_ptr + block * WORDS + word, inside)
+    tl.store(counts_ptr + block, tl.sum(_count(above), axis=0))
     blocks = tl.num_programs(0)
-    tl.store(counts_ptr + blocks + block, tl.sum(tl.sum(inside.to(tl.int32), axis=1), axis=0))
+    tl.store(counts_ptr + blocks + block, tl.sum(_count(inside), axis=0))
 
 
 @kernel
@@ -111,10 +144,11 @@ def collect_marked(
     block = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)[None, :]
-    inside = _unpack(tl.load(inside_ptr + block * WORDS + word), bit)
+    words = tl.load(inside_ptr + block * WORDS + word)
+    inside = _unpack(words, bit)
     index = block * (WORDS * 32) + word[:, None] * 32 + bit
     score = tl.load(scores_ptr + index, mask=inside, other=0.0)
-    at = tl.load(before_ptr + block) + _rank(inside)
+    at = tl.load(before_ptr + block) + _rank(words, bit)
     tl.store(collected_ptr + at, score, mask=inside)
 
 
@@ -149,6 +183,7 @@ def resolve_marked(
     inside_ptr,  # [words] int32, changed
     counts_ptr,  # [2, blocks] int32, changed
     threshold: tl.int64,
+    ALIGN_BYTES: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """Leaves inside only the keys equal to the threshold; those higher move above. Grid: blocks."""
@@ -158,16 +193,15 @@ def resolve_marked(
         at = block * WORDS + tl.arange(0, WORDS)
         bit = tl.arange(0, 32)[None, :]
         inside = _unpack(tl.load(inside_ptr + at), bit)
-        index = at[:, None] * 32 + bit
-        key = order_key(tl.load(scores_ptr + index, mask=inside, other=0.0))
-        higher = inside & (key > threshold.to(tl.uint32))
-        equal = inside & (key == threshold.to(tl.uint32))
-        tl.store(above_ptr + at, tl.load(above_ptr + at) | _pack(higher, bit))
-        tl.store(inside_ptr + at, _pack(equal, bit))
-        more = tl.sum(tl.sum(higher.to(tl.int32), axis=1), axis=0)
+        address = tl.multiple_of(scores_ptr + (at[:, None] * 32 + bit), [1, ALIGN_BYTES])
+        key = order_key(tl.load(address, mask=inside, other=0.0))
+        higher = _pack(inside & (key > threshold.to(tl.uint32)), bit)
+        equal = _pack(inside & (key == threshold.to(tl.uint32)), bit)
+        tl.store(above_ptr + at, tl.load(above_ptr + at) | higher)
+        tl.store(inside_ptr + at, equal)
+        more = tl.sum(_count(higher), axis=0)
         tl.store(counts_ptr + block, tl.load(counts_ptr + block) + more)
-        left = tl.sum(tl.sum(equal.to(tl.int32), axis=1), axis=0)
-        tl.store(counts_ptr + blocks + block, left)
+        tl.store(counts_ptr + blocks + block, tl.sum(_count(equal), axis=0))
 
 
 @kernel
@@ -184,15 +218,15 @@ def expand_marked(
     block = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)[None, :]
-    chosen = _unpack(tl.load(above_ptr + block * WORDS + word), bit)
+    chosen = tl.load(above_ptr + block * WORDS + word)
     at = tl.load(above_before_ptr + block)
     if ties_ptr is not None:
         ties_before = tl.load(ties_before_ptr + block)
-        ties = _unpack(tl.load(ties_ptr + block * WORDS + word), bit)
-        chosen = chosen | (ties & (ties_before + _rank(ties) < ties_wanted))
+        ties = tl.load(ties_ptr + block * WORDS + word)
+        chosen = chosen | _first(ties, ties_wanted - ties_before)
         at += tl.minimum(ties_before, ties_wanted)
     index = block * (WORDS * 32) + word[:, None] * 32 + bit
-    tl.store(indices_ptr + at + _rank(chosen), index, mask=chosen)
+    tl.store(indices_ptr + at + _rank(chosen, bit), index, mask=_unpack(chosen, bit))
 
 
 @kernel
@@ -241,6 +275,6 @@ def mark_groups(
     group = tl.load(groups_ptr + index, mask=mask, other=0)
     score = tl.load(scores_ptr + index, mask=mask, other=0.0)
     threshold = tl.load(threshold_ptr + group, mask=mask, other=0).to(tl.uint64, bitcast=True)
-    keep = mask & (_composite_key(score, index, index_bits) >= threshold)
-    tl.store(above_ptr + block * WORDS + word, _pack(keep, bit))
-    tl.store(counts_ptr + block, tl.sum(tl.sum(keep.to(tl.int32), axis=1), axis=0))
+    keep = _pack(mask & (_composite_key(score, index, index_bits) >= threshold), bit)
+    tl.store(above_ptr + block * WORDS + word, keep)
+    tl.store(counts_ptr + block, tl.sum(_count(keep), axis=0))

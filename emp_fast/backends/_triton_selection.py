@@ -132,7 +132,7 @@ def _mark(scores: Tensor, found: bracket.Bracket) -> _Marks:
         (blocks, 1, 1),
         (scores, above, inside, counts),
         (n, found.low, found.high),
-        (plan.MARK_WORDS,),
+        (_align_bytes(scores), plan.MARK_WORDS),
         plan.MARK_WARPS,
     )
     return _counted(above, inside, counts)
@@ -144,10 +144,15 @@ def _resolve(scores: Tensor, marks: _Marks, threshold: int) -> _Marks:
         (marks.counts.shape[1], 1, 1),
         (scores, marks.above, marks.inside, marks.counts),
         (threshold,),
-        (plan.MARK_WORDS,),
+        (_align_bytes(scores), plan.MARK_WORDS),
         plan.MARK_WARPS,
     )
     return _counted(marks.above, marks.inside, marks.counts)
+
+
+def _align_bytes(scores: Tensor) -> int:
+    """How wide the kernels may load scores; a slice may lie off the 16-byte grid."""
+    return 4 if scores.data_ptr() % plan.VECTOR_BYTES else plan.VECTOR_BYTES
 
 
 def _counted(above: Tensor, inside: Tensor, counts: Tensor) -> _Marks:

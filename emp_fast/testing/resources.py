@@ -124,8 +124,15 @@ EXPECTED = (
     Expected("", r"^tl\.store\(scores_ptr \+ index, score, mask=won", 32, "one sample's state"),
     Expected("", r"^x_y = tl\.load|_capped\(tl\.load\(logits_ptr", 16, "one logit a row"),
     Expected(
+        r"^selection\.mark_scores\(.*ALIGN_BYTES=16",
+        r"^score = tl\.load\(address\)",
+        128,
+        "scores move by 16 bytes",
+        8,
+    ),
+    Expected(
         r"^selection\.",
-        r"scores_ptr \+",
+        r"scores_ptr \+|^score = tl\.load\(address|^key = order_key\(tl\.load\(address",
         32,
         "a slice may lie off the 16-byte grid; 32 lanes read 128 bytes in a row all the same",
     ),

@@ -304,6 +304,7 @@ def _selection_calls() -> Iterator[_Call]:
     for n in (1000, plan.SAMPLE_FROM):
         scores, groups = torch.arange(float(n)), torch.zeros(n, dtype=torch.int64)
         yield _Call(1, "topk_indices", (scores, 1))
+        yield _Call(1, "topk_indices", (torch.arange(-1, float(n))[1:], 1))  # off the 16-byte grid
         yield _Call(1, "grouped_topk_indices", (scores, groups, torch.tensor([1])))
     yield _Call(1, "philox", (5, 0, 0, 0, 0, torch.device("cpu")))
 
