@@ -298,6 +298,24 @@ def test_a_backend_that_lies_is_refused_and_it_is_said_where(
         assert resolve(CPU).name == "reference"
 
 
+def test_a_first_use_that_would_be_captured_is_refused_and_not_remembered(
+    fresh: pytest.MonkeyPatch,
+) -> None:
+    class OnCuda(Fake):
+        def why_not(self, device: torch.device) -> str | None:
+            return None
+
+    install(fresh, OnCuda)
+    fresh.setattr("emp_fast.backends.selfcheck.self_check", lambda *_: None)
+    device = torch.device("cuda", 0)
+    with use_backend("cpu"):
+        fresh.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(BackendError, match="take one step before"):
+            resolve(device)
+        fresh.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert isinstance(resolve(device), OnCuda)
+
+
 def test_the_self_check_runs_once(fresh: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 

@@ -114,6 +114,11 @@ def _refusal(name: str, device: torch.device) -> str | None:
         return loaded
     reason = loaded.why_not(device)
     if reason is None and name != "reference":
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise BackendError(  # not a reason: it would be remembered
+                f"a CUDA graph cannot capture the first use of the {name} backend on {device}, "
+                "which compares it with the reference: take one step before"
+            )
         from emp_fast.backends.selfcheck import self_check
 
         reason = self_check(loaded, device)
