@@ -438,6 +438,23 @@ def test_mean(rows: int, counted: str, weighted: bool, emulated: EmulatedBackend
     test_fused_step.assert_mean(emulated, rows, counted, weighted)
 
 
+@pytest.mark.parametrize("rows", [8192, 8193, 3 * 8192 + 5])
+def test_the_mean_is_the_same_bits_whatever_the_grid(
+    rows: int, emulated: EmulatedBackend, module: Any
+) -> None:
+    loss = torch.randn(rows, generator=torch.Generator().manual_seed(rows)).exp()
+    count = (torch.arange(rows) % 3 > 0).int()
+    means = []
+    for blocks in (1, 2, 3, 2**32 - 1):
+        module.emulator.limit_blocks("mean_of_rows", blocks)
+        emulated.seed = blocks % 3
+        means.append(emulated.mean_loss(loss, count, loss))
+    test_fused_step.assert_mean(emulated, rows, "some", True)
+    for mean, factor in means:
+        assert torch.equal(mean, means[0][0])
+        assert torch.equal(factor, means[0][1])
+
+
 def test_mean_of_losses_that_are_not_finite(emulated: EmulatedBackend) -> None:
     test_fused_step.assert_nonfinite_means(emulated)
 

@@ -356,11 +356,12 @@ void bind(py::module_& m) {
   cuda.def("backward", &backward);
   cuda.def("step", &step);
   cuda.def("update_state", &update);
+  cuda.def("mean_workspace", &mean_workspace);
   cuda.def("mean_loss", [](Address loss, Address count, Address row_scale, int64_t rows,
-                           Address mean, Address factor, Address stream) {
+                           Address mean, Address factor, Address workspace, Address stream) {
     mean_loss(pointer<const float>(loss), pointer<const int32_t>(count),
               pointer<const float>(row_scale), rows, pointer<float>(mean), pointer<float>(factor),
-              stream_of(stream));
+              pointer<double>(workspace), stream_of(stream));
   });
   cuda.def("scale", [](int dtype, Address grad, int64_t elements, Address factor, Address also,
                        Address stream) {

@@ -39,8 +39,9 @@ void gradient(Dtype, const BackwardPlan&, const RowArgs&, cudaStream_t);
 
 // *mean: the sum of row_scale * loss by the number of rows that count. *factor: what the gradient
 // of the sum by the number of all rows is to be multiplied by; exactly 1 when every row counts.
+// `workspace` holds mean_workspace(rows) bytes.
 void mean_loss(const float* loss, const int32_t* count, const float* row_scale, int64_t rows,
-               float* mean, float* factor, cudaStream_t);
+               float* mean, float* factor, double* workspace, cudaStream_t);
 
 // Multiplies a gradient in place by *factor, times *also unless that is null; touches no memory
 // when they make 1.

@@ -169,6 +169,17 @@ inline StepPlan plan_step(const RowPlan& plan, int64_t rows) {
   return rows <= kCountedRows ? StepPlan::kCounted : StepPlan::kApart;
 }
 
+// ---- mean
+// ------------------------------------------------------------------------------------------
+
+constexpr int64_t kMeanRows = 8192;  // that a block adds up, whatever the grid
+
+// Bytes of the sums of the blocks; 0 where one block does all.
+inline int64_t mean_workspace(int64_t rows) {
+  const int64_t parts = ceil_div(rows, kMeanRows);
+  return parts > 1 ? 2 * parts * int64_t{sizeof(double)} : 0;
+}
+
 // ---- selection
 // -------------------------------------------------------------------------------------
 

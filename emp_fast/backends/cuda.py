@@ -175,16 +175,20 @@ class CudaBackend(Backend):
     def mean_loss(
         self, loss: Tensor, count: Tensor, row_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One launch."""
+        """One launch up to 8192 rows, two beyond."""
+        rows, device = loss.shape[0], loss.device
         # Two allocations: the mean goes to the user, who could not write into a view.
         mean, factor = (loss.new_empty(()) for _ in range(2))
-        with _on(loss.device):
+        size = self._native.mean_workspace(rows)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        with _on(device):
             self._native.mean_loss(
                 *pointers(loss, count),
                 pointer(row_scale),
-                loss.shape[0],
+                rows,
                 *pointers(mean, factor),
-                _stream(loss.device),
+                pointer(workspace),
+                _stream(device),
             )
         return mean, factor
 
