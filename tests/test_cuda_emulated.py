@@ -269,6 +269,9 @@ def test_every_kernel_scores_and_differentiates(
 
     scores = emulated.cross_entropy(logits, target, weight, options)
     assert_scores(scores, wanted)
+    alone = emulated.scores(logits, target, weight, options)
+    for a, b in zip(alone, (scores.loss, *scores.rows[:4], *scores[2:]), strict=True):
+        assert torch.equal(a, b)
     grad = emulated.cross_entropy_backward(
         row_scale * 0.5, logits, target, weight, scores.rows, options
     )

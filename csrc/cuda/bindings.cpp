@@ -125,7 +125,7 @@ int64_t score_workspace(int kernels, int device, int dtype, int64_t rows, int64_
 void score(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
            int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
            int64_t ignore_index, double smoothing, double softcap, Address loss, Address fields,
-           Address correct, Address count, Address workspace, Address stream) {
+           Address correct, Address count, bool for_backward, Address workspace, Address stream) {
   if (rows == 0) return;
   const auto type = static_cast<Dtype>(dtype);
   RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
@@ -134,6 +134,7 @@ void score(int kernels, int device, int dtype, Address logits, int64_t stride, i
   a.fields = pointer<float>(fields);
   a.correct = pointer<bool>(correct);
   a.count = pointer<int32_t>(count);
+  a.for_backward = for_backward;
   const auto chosen = static_cast<RowKernels>(kernels);
   const RowPlan plan = plan_rows_with(chosen, shape_of(a, type, false), device_for(chosen, device));
   run_scores(type, plan, a, workspace, stream_of(stream));
@@ -158,11 +159,11 @@ void backward(int device, int dtype, Address logits, int64_t stride, int64_t row
 void step(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
           int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
           int64_t ignore_index, double smoothing, double softcap, Address loss, Address fields,
-          Address correct, Address count, Address workspace, Address grad, Address row_scale,
-          double scale, Address indices, int signal, int direct, Address scores, Address memory,
-          Address visits, Address variance, Address claims, Address counters, int64_t samples,
-          int kind, double decay, double direct_scale, double memory_scale, double variance_scale,
-          Address stream_handle) {
+          Address correct, Address count, bool for_backward, Address workspace, Address grad,
+          Address row_scale, double scale, Address indices, int signal, int direct, Address scores,
+          Address memory, Address visits, Address variance, Address claims, Address counters,
+          int64_t samples, int kind, double decay, double direct_scale, double memory_scale,
+          double variance_scale, Address stream_handle) {
   if (rows == 0) return;
   const auto type = static_cast<Dtype>(dtype);
   const cudaStream_t stream = stream_of(stream_handle);
@@ -172,6 +173,7 @@ void step(int kernels, int device, int dtype, Address logits, int64_t stride, in
   a.fields = pointer<float>(fields);
   a.correct = pointer<bool>(correct);
   a.count = pointer<int32_t>(count);
+  a.for_backward = for_backward;
   a.grad = pointer<void>(grad);
   a.row_scale = pointer<const float>(row_scale);
   a.scale = static_cast<float>(scale);

@@ -43,10 +43,11 @@ struct RowArgs {
   float smoothing;
   float softcap;  // 0: none
 
-  float* loss;     // [R]
-  float* fields;   // [7, R]
-  bool* correct;   // [R]
-  int32_t* count;  // [R]
+  float* loss;        // [R]
+  float* fields;      // [7, R]; [4, R] unless for_backward
+  bool* correct;      // [R] or null
+  int32_t* count;     // [R]
+  bool for_backward;  // whether the last three fields are wanted
 
   void* grad;              // [R, C] contiguous, or null
   const float* row_scale;  // [R] or null

@@ -78,10 +78,12 @@ __device__ __forceinline__ RowResult finish_row(const RowArgs& a, const RowSums&
 
 __device__ __forceinline__ void write_row(const RowArgs& a, int64_t row, const RowResult& r) {
   a.loss[row] = r.loss;
-#pragma unroll
-  for (int f = 0; f < kFields; ++f) a.fields[f * a.rows + row] = r.field[f];
-  a.correct[row] = r.correct;
   a.count[row] = r.valid ? 1 : 0;
+  if (a.correct != nullptr) a.correct[row] = r.correct;
+#pragma unroll
+  for (int f = 0; f < kFields; ++f) {
+    if (f < kMax || a.for_backward) a.fields[f * a.rows + row] = r.field[f];
+  }
 }
 
 // ---- gradient

@@ -18,6 +18,7 @@ from emp_fast.backends.base import (
     ROW_FIELDS,
     Backend,
     LossOptions,
+    MeanStep,
     Recurrence,
     RowScores,
     State,
@@ -37,6 +38,7 @@ from emp_fast.backends.reference import ReferenceBackend
 _ROW_KERNELS = ("plain", "cluster", "ring")  # as RowKernels of csrc/cuda/launch_ring.h
 _ROW_KERNELS_ENVIRONMENT = "EMP_FAST_CUDA_ROWS"
 _OLDEST = (8, 0)
+_SCORES = ROW_FIELDS.index("max")  # of ROW_FIELDS; the rest is kept for the backward pass
 
 
 class CudaBackend(Backend):
@@ -105,17 +107,44 @@ class CudaBackend(Backend):
     ) -> RowScores:
         """One launch; two for few rows of very many classes."""
         outputs = _empty_scores(logits)
+        self._score(logits, target, weight, options, pointers(*outputs), for_backward=True)
+        return outputs
+
+    def scores(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+    ) -> tuple[Tensor, ...]:
+        """Writes nothing for a backward pass; see `Backend.scores`."""
+        rows, device = logits.shape[0], logits.device
+        fields = torch.empty((1 + _SCORES, rows), dtype=torch.float32, device=device)
+        correct = torch.empty(rows, dtype=torch.bool, device=device)
+        count = torch.empty(rows, dtype=torch.int32, device=device)
+        loss = fields.data_ptr()
+        outputs = loss, loss + 4 * rows, *pointers(correct, count)
+        self._score(logits, target, weight, options, outputs, for_backward=False)
+        return (*fields.unbind(0), correct, count)
+
+    def _score(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        outputs: tuple[int, ...],
+        *,
+        for_backward: bool,
+    ) -> None:
+        """Writes to the addresses of `RowScores`, without the last fields unless for_backward."""
         with _on(logits.device):
             # Named, so that no tensor behind a pointer goes away before the launch.
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
             self._native.score(
                 self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
-                *pointers(*outputs),
+                *outputs,
+                for_backward,
                 pointer(workspace),
                 _stream(logits.device),
             )
-        return outputs
 
     def cross_entropy_backward(
         self,
@@ -153,24 +182,82 @@ class CudaBackend(Backend):
     ) -> tuple[RowScores, Tensor]:
         """One launch up to 1024 rows (256 of at most 32 classes), up to four beyond."""
         outputs, grad = _empty_scores(logits), _empty_gradient(logits)
-        direct = -1 if recurrence.direct is None else VALUES.index(recurrence.direct)
         with _on(logits.device):
-            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
-            self._native.step(
-                self._row_kernels,
-                *_inputs(logits, target, weight, weight_sum, options),
-                *pointers(*outputs),
-                pointer(workspace),
-                grad.data_ptr(),
-                pointer(row_scale),
-                scale,
-                indices.data_ptr(),
-                VALUES.index(recurrence.signal),
-                direct,
-                *state_arguments(state, recurrence),
-                _stream(logits.device),
+            self._step(
+                *(logits, target, weight, options, row_scale, scale, indices, state, recurrence),
+                *(pointers(*outputs), grad, _stream(logits.device)),
+                for_backward=True,
             )
         return outputs, grad
+
+    def mean_step(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        row_scale: Tensor | None,
+        indices: Tensor,
+        state: State,
+        recurrence: Recurrence,
+    ) -> MeanStep:
+        """`cross_entropy_step` and `mean_loss`, with all scores in one workspace."""
+        rows, device = logits.shape[0], logits.device
+        grad = _empty_gradient(logits)
+        mean, factor = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+        sums = self._native.mean_workspace(rows)
+        size = sums + 4 * (2 + len(ROW_FIELDS)) * rows
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        loss = workspace.data_ptr() + sums
+        count, fields = loss + 4 * rows, loss + 8 * rows
+        with _on(device):
+            stream = _stream(device)
+            self._step(
+                *(logits, target, weight, options, row_scale, 1 / max(rows, 1), indices, state),
+                *(recurrence, (loss, fields, 0, count), grad, stream),
+                for_backward=not {recurrence.signal, recurrence.direct}.isdisjoint(
+                    ROW_FIELDS[_SCORES:]
+                ),
+            )
+            self._native.mean_loss(
+                *(loss, count, pointer(row_scale), rows, *pointers(mean, factor, workspace), stream)
+            )
+        return MeanStep(mean, grad, factor)
+
+    def _step(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        row_scale: Tensor | None,
+        scale: float,
+        indices: Tensor,
+        state: State,
+        recurrence: Recurrence,
+        outputs: tuple[int, ...],
+        grad: Tensor,
+        stream: int,
+        *,
+        for_backward: bool,
+    ) -> None:
+        """Writes to the addresses of `RowScores`, without the last fields unless for_backward."""
+        weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+        self._native.step(
+            self._row_kernels,
+            *_inputs(logits, target, weight, weight_sum, options),
+            *outputs,
+            for_backward,
+            pointer(workspace),
+            grad.data_ptr(),
+            pointer(row_scale),
+            scale,
+            indices.data_ptr(),
+            VALUES.index(recurrence.signal),
+            -1 if recurrence.direct is None else VALUES.index(recurrence.direct),
+            *state_arguments(state, recurrence),
+            stream,
+        )
 
     def mean_loss(
         self, loss: Tensor, count: Tensor, row_scale: Tensor | None
@@ -341,7 +428,9 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    """``torch.cuda.current_stream(device).cuda_stream``, without the object around it."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream
 
 
 def _empty_scores(logits: Tensor) -> RowScores:

@@ -20,8 +20,10 @@ _DEVICES = itertools.count(DEVICE + 1)
 _UNFILLED = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
 _OPERATIONS = (
     "cross_entropy",
+    "scores",
     "cross_entropy_backward",
     "cross_entropy_step",
+    "mean_step",
     "mean_loss",
     "scale_",
     "update_state",
