@@ -191,6 +191,7 @@ class Shape:
     smoothing: float = 0.0
     weighted: bool = False
     cached: bool = True  # shared memory for the looped kernel's rows
+    multiprocessors: int = 4  # of the device; the fewer, the more are the rows
 
     def make(self) -> tuple[Tensor, Tensor, Tensor | None, LossOptions]:
         generator = torch.Generator().manual_seed(self.rows * 1009 + self.classes)
@@ -209,11 +210,20 @@ class Shape:
 
 f16, bf16 = torch.float16, torch.bfloat16
 SHAPES = [
-    Shape(("threads", 1), 131, 10),
-    Shape(("threads", 1), 257, 7, bf16, offset=3),
-    Shape(("threads", 1), 9, 31, f16, offset=1, smoothing=0.1),
+    Shape(("shared", 1), 131, 10),
+    Shape(("shared", 1), 257, 7, bf16, offset=3),
+    Shape(("shared", 1), 9, 31, f16, offset=1, smoothing=0.1),
+    Shape(("shared", 1), 41, 16, bf16, smoothing=0.1),
+    Shape(("shared", 1), 267, 64, multiprocessors=1),
+    Shape(("shared", 1), 2100, 10, bf16, weighted=True, multiprocessors=1),  # two groups a tile
+    Shape(("shared", 4), 70, 200, multiprocessors=1),
+    Shape(("shared", 4), 69, 301, bf16, offset=1, smoothing=0.1, multiprocessors=1),
+    Shape(("shared", 16), 17, 1104, bf16, smoothing=0.1, multiprocessors=1),
+    Shape(("shared", 16), 18, 521, offset=2, multiprocessors=1),
+    Shape(("shared", 32), 9, 2052, multiprocessors=1),
+    Shape(("shared", 32), 9, 4099, f16, smoothing=0.1, multiprocessors=1),
     Shape(("registers", 8), 37, 100),
-    Shape(("registers", 8), 19, 16, bf16),
+    Shape(("registers", 8), 19, 40, bf16),
     Shape(("registers", 8), 19, 33, f16, padding=3, offset=1),
     Shape(("registers", 32), 6, 500, offset=2),
     Shape(("registers", 32), 5, 1000, bf16, smoothing=0.1),
@@ -242,7 +252,7 @@ def test_every_kernel_scores_and_differentiates(
 ) -> None:
     """Forward, backward and the fused step, values and gradient, of every row path."""
     emulated.seed, emulated.poison = seed, (0xFF, 0xA5, 0x00)[seed]
-    device = (4, 227 * 1024) if shape.cached else (4, 4096 + 16 * 500)
+    device = (shape.multiprocessors, 227 * 1024 if shape.cached else 4096 + 16 * 500)
     emulated.set_device(*device)
     logits, target, weight, options = shape.make()
     aligned = logits.data_ptr() % 16 == 0
@@ -312,18 +322,19 @@ def test_special_values_in_every_kernel(
 ) -> None:
     """NaN, infinities, masks and a lone class, each in a row of its own."""
     emulated.seed = shape.classes % 3
-    emulated.set_device(4, 227 * 1024)
-    shape = dataclasses.replace(shape, rows=9)
+    emulated.set_device(shape.multiprocessors, 227 * 1024)
+    count = shape.rows if shape.plan[0] == "shared" else 9  # fewer would be other kernels'
+    shape = dataclasses.replace(shape, rows=count)
     logits, target, weight, options = shape.make()
     soft, last = shape.soft, shape.classes - 1
     if soft:
         target[:, 0] = 2.0 / shape.classes  # the class of the target, for what follows
         target[:, 0] += target.amax(1)
-        y = torch.zeros(9, dtype=torch.int64)
+        y = torch.zeros(count, dtype=torch.int64)
     else:
         y = target.clamp_min(0)
         target[:7] = y[:7]
-    rows = torch.arange(9)
+    rows = torch.arange(count)
     kept = logits[rows, y].clone()
     for row, column in ((0, 0), (1, last), (2, last // 2)):
         logits[row, column] = torch.nan
@@ -336,15 +347,15 @@ def test_special_values_in_every_kernel(
     exact = (target.double() if soft else target, weight if weight is None else weight.double())
     wanted = REFERENCE.cross_entropy(logits.double(), *exact, options)
     wanted_grad = REFERENCE.cross_entropy_backward(
-        torch.ones(9).double(), logits.double(), *exact, wanted.rows.double(), options
+        torch.ones(count).double(), logits.double(), *exact, wanted.rows.double(), options
     )
-    state = make_state(9)
+    state = make_state(count)
     stepped, fused_grad = emulated.cross_entropy_step(
         *(logits, target, weight, options, None, 1.0, rows, state, RECURRENCES["ema"])
     )
     scores = emulated.cross_entropy(logits, target, weight, options)
     grad = emulated.cross_entropy_backward(
-        torch.ones(9), logits, target, weight, scores.rows, options
+        torch.ones(count), logits, target, weight, scores.rows, options
     )
     for got, got_grad in ((scores, grad), (stepped, fused_grad)):
         assert_scores(got, wanted)
@@ -355,7 +366,7 @@ def test_special_values_in_every_kernel(
 
 
 def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend) -> None:
-    for shape in (SHAPES[0], SHAPES[5], SHAPES[11], SHAPES[15], SHAPES[-1]):
+    for shape in (SHAPES[0], SHAPES[14], SHAPES[20], SHAPES[24], SHAPES[-1]):
         logits, target, weight, options = shape.make()
         outcomes = []
         for seed in range(4):
@@ -372,8 +383,22 @@ def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend)
 
 
 #: Kernels whose blocks loop over tiles, which takes grids beyond 2^31 blocks on a GPU.
-LOOPING = ["rows_in_threads", "rows_in_registers", "rows_looped", "row_gradients", "expand"]
-LOOPING += ["mark_selected", "mark_bracket", "scale_elements", "sample_bits_of"]
+LOOPING = [
+    "rows_in_shared",
+    "mean_of_rows",
+    "rows_in_registers",
+    "rows_looped",
+    "row_gradients",
+    "expand",
+]
+LOOPING += [
+    "count_grouped",
+    "count_few_groups",
+    "mark_selected",
+    "mark_bracket",
+    "scale_elements",
+    "sample_bits_of",
+]
 
 
 @pytest.fixture
@@ -388,8 +413,9 @@ def few_blocks(module: Any) -> Iterator[None]:
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(("threads", 1), 700, 10),
-        Shape(("threads", 1), 650, 7, bf16, offset=3),
+        Shape(("shared", 1), 700, 10),
+        Shape(("shared", 1), 650, 7, bf16, offset=3),
+        Shape(("shared", 4), 80, 200, multiprocessors=1),
         Shape(("registers", 8), 100, 100),
         Shape(("registers", 64), 7, 1000),
         Shape(("registers", 256), 7, 2100),

@@ -77,6 +77,8 @@ def test_row_plans_cover_every_row_and_column(
         # Static reductions need a little of the shared memory as well.
         assert plan["shared_bytes"] <= max(48 * 1024, device[1] - 1024), shape
         tiles = math.ceil(rows / (plan["threads"] // plan["lanes"]))
+        if plan["path"] == "shared":
+            tiles = math.ceil(rows / (plan["threads"] // 32 * plan["tile_rows"]))
         if plan["path"] == "split":
             assert plan["grid"] == rows, shape
             assert 1 < plan["parts"] <= MAX_GRID_Y, shape
@@ -90,16 +92,20 @@ def test_row_plans_cover_every_row_and_column(
             assert plan["grid"] == min(tiles, MAX_GRID_X), shape
             assert plan["parts"] == 1, shape
             assert plan["workspace_bytes"] == 0, shape
-        if plan["path"] == "threads":
-            assert plan["lanes"] == 1, shape
-            assert classes <= 32, shape
+        if plan["path"] == "shared":
+            assert plan["lanes"] in (1, 4, 16, 32), shape
             assert rows == 1 or stride == classes, shape
-            block = plan["threads"] * classes
-            assert plan["shared_bytes"] >= 16 * most_vectors(block, element_bytes, False), shape
-            assert plan["shared_bytes"] <= 48 * 1024, shape
+            assert plan["threads"] <= 128, shape
+            assert plan["tile_rows"] % (32 // plan["lanes"]) == 0, shape
+            tile, rest = divmod(plan["shared_bytes"], plan["threads"] // 32)
+            assert rest == 0, shape
+            assert tile % 16 == 0, shape
+            held = most_vectors(plan["tile_rows"] * classes, element_bytes, False)
+            assert tile >= 16 * held, shape
+            assert plan["shared_bytes"] <= 48 * 1024, shape  # with no leave asked of the driver
         if plan["path"] == "registers":
             assert plan["lanes"] * cuda.REGISTER_VECTORS >= vectors, shape
-        if plan["path"] in ("threads", "registers", "split"):
+        if plan["path"] in ("shared", "registers", "split"):
             assert not soft, shape
             assert not general, shape
         if plan["path"] == "looped":

@@ -79,8 +79,8 @@ RowShape shape_of(const RowArgs& a, Dtype dtype, bool grad) {
 void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address workspace,
                 cudaStream_t stream) {
   switch (plan.path) {
-    case RowPath::kThreads:
-      return score_in_threads(dtype, plan, a, stream);
+    case RowPath::kShared:
+      return score_in_shared(dtype, plan, a, stream);
     case RowPath::kRegisters:
       return score_in_registers(dtype, plan, a, stream);
     case RowPath::kLooped:
@@ -234,13 +234,14 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
       plan_rows_with(static_cast<RowKernels>(kernels),
                      {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
                      {multiprocessors, shared, max_cluster});
-  constexpr const char* names[] = {"threads", "registers", "looped", "split", "cluster", "ring"};
+  constexpr const char* names[] = {"shared", "registers", "looped", "split", "cluster", "ring"};
   constexpr const char* updates[] = {"scan", "counted", "apart"};
   py::dict d;
   d["path"] = names[static_cast<int>(p.path)];
   d["lanes"] = p.lanes;
   d["threads"] = p.threads;
   d["grid"] = p.grid;
+  d["tile_rows"] = p.tile_rows;
   d["parts"] = p.parts;
   d["vectors_per_part"] = p.vectors_per_part;
   d["cached_vectors"] = p.cached_vectors;

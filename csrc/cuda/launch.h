@@ -25,7 +25,7 @@ struct Device {
 // ------------------------------------------------------------------------------------------
 
 enum class RowPath : int {
-  kThreads,    // a thread a row, the block's rows through shared memory
+  kShared,     // a few lanes a row, each warp's rows through a tile of shared memory
   kRegisters,  // lanes a row, the row in registers
   kLooped,     // lanes a row, any class count
   kSplit,      // several blocks a row, partial sums merged by a second launch
@@ -38,6 +38,7 @@ struct RowPlan {
   int lanes;             // threads that share a row
   int threads;           // a block
   int64_t grid;          // blocks; each loops over tiles of threads / lanes rows
+  int tile_rows;         // that a warp has on chip at once (kShared)
   int parts;             // of a row (kSplit)
   int vectors_per_part;  // of a row (kSplit); that a block owns (kCluster, kRing)
   int cached_vectors;    // of a row kept in shared memory for the gradient (kLooped)
@@ -56,13 +57,18 @@ struct RowShape {
   int element_bytes;
   bool base_aligned;  // the first logit lies at a multiple of 16 bytes
   bool soft;
-  bool general;   // a softcap, or label smoothing with class weights: not in threads or registers
+  bool general;   // a softcap, or label smoothing with class weights: not in shared or registers
   bool smoothed;  // label smoothing
   bool grad;
 };
 
-constexpr int kThreadRowClasses = 32;  // at most, a thread a row
-constexpr int kThreadRowBlock = 128;   // rows a block there
+constexpr int kSharedRowThreads = 128;       // a block at most: fewer where their tiles do not fit
+constexpr int64_t kSharedBytes = 34 * 1024;  // of a block at most, but for one warp's tile
+constexpr int64_t kSharedTileBytes = 4096;   // of several groups of rows; one alone may take more
+constexpr int64_t kSharedRowBytes = 16384;   // at most
+constexpr int64_t kSharedLoneBytes = 512;    // a thread a row up to here; then 4, 16 and 32
+constexpr int kSharedFewClasses = 32;        // however few the rows are; longer rows need
+constexpr int64_t kSharedGroups = 8;         // so many groups of rows a multiprocessor
 constexpr int kLoopedThreads = 512;
 constexpr int kWarpLoopedVectors = 512;  // rows up to this are a warp's in the looped kernel
 constexpr int64_t kStaticShared = 4096;  // kept free for the reductions of the looped kernel
@@ -89,13 +95,26 @@ inline RowPlan plan_rows(const RowShape& s, const Device& device) {
     return plan;
   };
   if (!s.soft && !s.general) {
-    // A stride of a multiple of 8 words puts too many of a warp's rows into one bank of shared
-    // memory.
     const int64_t row_bytes = s.classes * s.element_bytes;
-    if (s.classes <= kThreadRowClasses && (s.stride == s.classes || s.rows <= 1) &&
-        row_bytes % 32 != 0) {
-      rows_of(RowPath::kThreads, 1, kThreadRowBlock);
-      plan.shared_bytes = (ceil_div(kThreadRowBlock * row_bytes, kVectorBytes) + 1) * kVectorBytes;
+    const int lanes = row_bytes <= kSharedLoneBytes        ? 1
+                      : row_bytes <= 4 * kSharedLoneBytes  ? 4
+                      : row_bytes <= 16 * kSharedLoneBytes ? 16
+                                                           : 32;
+    const int at_once = 32 / lanes;
+    const int64_t groups = ceil_div(s.rows, at_once) / device.multiprocessors;
+    if ((s.stride == s.classes || s.rows <= 1) && row_bytes <= kSharedRowBytes &&
+        (groups >= kSharedGroups || s.classes <= kSharedFewClasses)) {
+      // Few bytes a row need many rows in flight, and cost less a tile.
+      const int64_t most = std::min(kSharedTileBytes / (at_once * std::max<int64_t>(row_bytes, 1)),
+                                    groups / (4 * kSharedGroups));
+      plan.tile_rows = at_once * static_cast<int>(std::max<int64_t>(most, 1));
+      const int64_t tile = (plan.tile_rows * row_bytes / kVectorBytes + 2) * kVectorBytes;
+      const auto warps = static_cast<int>(std::clamp<int64_t>(kSharedBytes / tile, 1, 4));
+      plan.path = RowPath::kShared;
+      plan.lanes = lanes;
+      plan.threads = 32 * warps;
+      plan.shared_bytes = warps * tile;
+      plan.grid = std::min(ceil_div(s.rows, int64_t{warps} * plan.tile_rows), kMaxGridX);
       return plan;
     }
     for (const int lanes : kRegisterLanes) {

@@ -92,11 +92,10 @@ __device__ __forceinline__ void write_row(const RowArgs& a, int64_t row, const R
 // d (g loss) / d x_j = g (scale p_j - spread w_j) off the target, with p_j = exp(x_j - max)
 // inv_sum.
 struct GradientRow {
-  float g;  // gradient of the loss of this row
-  float max, inv_sum;
-  float scale;      // sum of what the row's targets weigh
-  float spread;     // of label smoothing, a class; times w_j with class weights
-  float at_target;  // the value at the target without g, from `miss`: p_y - 1 would lose its digits
+  float max;
+  float slope;      // g inv_sum, times what the row's targets weigh in all
+  float spread;     // g times that of label smoothing, a class; times w_j with class weights
+  float at_target;  // the value at the target, from `miss`: p_y - 1 would lose its digits
   int target;
   bool valid;
 
@@ -111,12 +110,10 @@ struct GradientRow {
                         : a.weight == nullptr ? a.smoothing
                                               : share * a.weight_sum[0];
     GradientRow r;
-    r.g = g;
     r.max = max;
-    r.inv_sum = inv_sum;
-    r.scale = sharp + total;
-    r.spread = share;
-    r.at_target = (smooth ? total * confidence - share * w_y : 0.0f) - sharp * miss;
+    r.slope = g * (sharp + total) * inv_sum;
+    r.spread = g * share;
+    r.at_target = g * ((smooth ? total * confidence - share * w_y : 0.0f) - sharp * miss);
     r.target = target.column;
     r.valid = target.valid;
     return r;
@@ -134,19 +131,29 @@ struct GradientRow {
     const bool weighted = kWeighted && a.weight != nullptr && a.smoothing > 0.0f;
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      const float p = exp_flushed(x[e] - max) * inv_sum;
       float off = spread;
       if (weighted) {
         const int j = column + e;
         off = j >= 0 && j < a.classes ? spread * __ldg(a.weight + j) : 0.0f;
       }
-      x[e] = g * fmaf(scale, p, -off);
+      x[e] = fmaf(slope, exp_flushed(x[e] - max), -off);
     }
     const unsigned at = offset_in_vector(column, target);
     if (at >= kCount) return;
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) x[e] = e == static_cast<int>(at) ? g * at_target : x[e];
+    for (int e = 0; e < kCount; ++e) x[e] = e == static_cast<int>(at) ? at_target : x[e];
   }
+
+  // The same of logits none of which is the target's, without class weights.
+  template <int kCount>
+  __device__ __forceinline__ void off_target(float (&x)[kCount]) const {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      x[e] = valid ? fmaf(slope, exp_flushed(x[e] - max), -spread) : 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ float value_at_target() const { return valid ? at_target : 0.0f; }
 };
 
 __device__ __forceinline__ float row_gradient(const RowArgs& a, int64_t row) {

@@ -153,6 +153,15 @@ __device__ __forceinline__ void store_vector(T* row, int column, const Window<kE
   }
 }
 
+// The larger elements of two pairs of 16-bit elements, NaN where either is.
+template <class T>
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+  using Pair = typename PairOf<T>::Type;
+  const Pair max =
+      __hmax2_nan(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&max);
+}
+
 // The largest element of kVectors vectors (at least kLowest), NaN if one is; 16-bit elements two at
 // a time.
 template <class T, int kVectors>

@@ -43,7 +43,7 @@ class Expected(NamedTuple):
 
 
 _LOAD_VECTOR = r"static_cast<const uint4\*>\(address\)"
-_ROW_KERNELS = r"^(rows_in_registers|rows_in_threads|rows_looped|row_parts|row_gradients)\b"
+_ROW_KERNELS = r"^(rows_in_registers|rows_looped|row_parts|row_gradients)\b"
 
 #: The first that fits an access decides. One that none fits is of a few bytes a row or a sample, or
 #: of a table that stays in the cache, and may have any width, unless `BULK` says otherwise.
@@ -54,6 +54,22 @@ EXPECTED = (
     Expected("", r"logits\[target\.column\]", 16, "one logit a row"),
     Expected(
         r"^rows_ring\b", r"cp_async16\(slot", 128, "logits are copied by 16 bytes", 1, loops=1
+    ),
+    Expected(
+        r"^rows_in_shared\b",
+        r"cp_async16\(staged",
+        128,
+        "logits are copied by 16 bytes",
+        1,
+        loops=1,
+    ),
+    Expected(
+        r"^rows_in_shared\b",
+        r"__stcs\(reinterpret_cast<uint4\*>\(out \+ column",
+        128,
+        "whole vectors of the gradient move by 16 bytes",
+        1,
+        loops=1,
     ),
     Expected(
         r"^(rows_in_registers|rows_looped|rows_cluster|rows_ring|row_gradients)\b",

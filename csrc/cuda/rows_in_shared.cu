@@ -1,0 +1,288 @@
+// Scores (and gradient, and the state's step) of many short rows, staged in shared memory.
+//
+// Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: the
+// rows of a warp are one contiguous piece of memory, its own tile; it comes in by asynchronous
+// copies of 16 bytes, kLanes threads walk each row, and the gradient goes out from where the logits
+// were. What a row costs besides its logits, the end of its sums and its scores, takes a hundred
+// instructions and more: a warp takes them for 32 / kLanes rows at once, and no lane has vectors to
+// mask.
+//
+// The target is overwritten by -inf in the tile: then the loops need not look for it.
+#include <type_traits>
+
+#include "cuda/async_copy.cuh"
+#include "cuda/dispatch.cuh"
+#include "cuda/launcher.cuh"
+#include "cuda/row_epilogue.cuh"
+
+namespace emp_fast::cuda {
+namespace {
+
+// What a thread reads of its row at once: kBytes, which divide the bytes of a row and its address.
+template <class T, int kBytes>
+struct Piece {
+  static constexpr int kCount = kBytes / static_cast<int>(sizeof(T));
+  using Raw = std::conditional_t<
+      kBytes == 16, uint4,
+      std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+
+  Raw raw;
+
+  __device__ __forceinline__ static Piece at(const T* x) {
+    return {*reinterpret_cast<const Raw*>(x)};
+  }
+
+  // The words of a vector that begins with the piece.
+  __device__ __forceinline__ uint4 vector() const {
+    if constexpr (kBytes == 16) {
+      return raw;
+    } else if constexpr (kBytes == 8) {
+      return {raw.x, raw.y, 0u, 0u};
+    } else {
+      return {raw, 0u, 0u, 0u};
+    }
+  }
+
+  __device__ __forceinline__ void unpack(float (&x)[kCount]) const {
+    float every[kElements<T>];
+    emp_fast::cuda::unpack<T>(vector(), every);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) x[e] = every[e];
+  }
+
+  __device__ __forceinline__ static void store(T* to, const float (&x)[kCount]) {
+    float every[kElements<T>] = {};
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) every[e] = x[e];
+    const uint4 packed = pack<T>(every);
+    if constexpr (kBytes == 16) {
+      *reinterpret_cast<uint4*>(to) = packed;
+    } else if constexpr (kBytes == 8) {
+      *reinterpret_cast<uint2*>(to) = {packed.x, packed.y};
+    } else {
+      *reinterpret_cast<Raw*>(to) = static_cast<Raw>(packed.x);
+    }
+  }
+};
+
+// The largest of the elements seen, NaN if one was; 16-bit elements two at a time.
+template <class T, int kBytes>
+struct Largest {
+  static constexpr bool kPairs = sizeof(T) == 2 && kBytes >= 4;
+  using Value = std::conditional_t<kPairs, uint32_t, float>;
+
+  Value max;
+
+  __device__ __forceinline__ static Largest none() {
+    if constexpr (kPairs) {
+      return {kMinusInfinity<T>};
+    } else {
+      return {kLowest};
+    }
+  }
+
+  __device__ __forceinline__ void see(const Piece<T, kBytes>& piece) {
+    if constexpr (kPairs) {
+      const uint4 v = piece.vector();
+      max = larger_pair<T>(max, v.x);
+      if constexpr (kBytes >= 8) max = larger_pair<T>(max, v.y);
+      if constexpr (kBytes >= 16) max = larger_pair<T>(max, larger_pair<T>(v.z, v.w));
+    } else {
+      float x[Piece<T, kBytes>::kCount];
+      piece.unpack(x);
+#pragma unroll
+      for (int e = 0; e < Piece<T, kBytes>::kCount; ++e) max = max_or_nan(max, x[e]);
+    }
+  }
+
+  // At least kLowest.
+  __device__ __forceinline__ float value() const {
+    if constexpr (kPairs) {
+      float x[kElements<T>];
+      unpack<T>({max, 0u, 0u, 0u}, x);
+      return max_or_nan(kLowest, max_or_nan(x[0], x[1]));
+    } else {
+      return max;
+    }
+  }
+};
+
+// The pieces of a row that one of its kLanes threads walks, each by its first column. kRotated:
+// where a thread has a row to itself, neighbours start at different pieces; rows of a multiple of
+// 32 bytes would else put theirs into the same banks.
+template <int kLanes, int kCount, bool kRotated>
+struct Walk {
+  int classes, start;
+
+  __device__ __forceinline__ static Walk of(int classes) {
+    if constexpr (!kRotated) return {classes, static_cast<int>(threadIdx.x) % kLanes * kCount};
+    const int pieces = classes / kCount;
+    const int alike = min(pieces & -pieces, 8);  // of eight rows, those that begin in one bank
+    return {classes, static_cast<int>(threadIdx.x) % 8 * alike / 8 * kCount};
+  }
+
+  template <class Visit>
+  __device__ __forceinline__ void each(const Visit& visit) const {
+    constexpr int kUnroll = kCount >= 4 ? 2 : 4;
+    if constexpr (kRotated) {
+      int at = start;
+#pragma unroll kUnroll
+      for (int left = classes; left > 0; left -= kCount) {
+        visit(at);
+        at += kCount;
+        if (at == classes) at = 0;
+      }
+    } else {
+#pragma unroll kUnroll
+      for (int at = start; at < classes; at += kLanes * kCount) visit(at);
+    }
+  }
+};
+
+template <class T, int kBytes, int kLanes>
+__global__ void __launch_bounds__(kSharedRowThreads, 1024 / kSharedRowThreads)
+    rows_in_shared(const __grid_constant__ RowArgs a, int tile_rows, int tile_vectors) {
+  using P = Piece<T, kBytes>;
+  using G = Group<kLanes>;
+  constexpr int kCount = P::kCount;
+  constexpr int kRows = 32 / kLanes;  // at a time
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int warps = blockDim.x / 32;
+  uint4* staged = dynamic_shared<uint4>() + warp * tile_vectors;
+  const auto walk = Walk < kLanes, kCount, kLanes == 1 && kBytes == kVectorBytes > ::of(a.classes);
+  for (int64_t tile = int64_t{blockIdx.x} * warps + warp; tile * tile_rows < a.rows;
+       tile += int64_t{gridDim.x} * warps) {
+    const int64_t first = tile * tile_rows;
+    const int rows = static_cast<int>(min(int64_t{tile_rows}, a.rows - first));
+    const T* logits = static_cast<const T*>(a.logits) + first * a.classes;
+    const auto window =
+        Window<kElements<T>>::of(reinterpret_cast<uintptr_t>(logits), rows * a.classes);
+    for (int v = lane; v < window.vectors; v += 32) {
+      cp_async16(staged + v, logits + window.column(v));
+    }
+    cp_async_commit();
+    int64_t y = __ldg(a.target + first + min(lane / kLanes, rows - 1));
+    cp_async_wait_group<0>();
+    __syncwarp();
+    for (int begin = 0; begin < rows; begin += kRows) {
+      // Groups past the end do the last row again and keep it to themselves: the shuffles need
+      // them.
+      const int wanted = begin + lane / kLanes;
+      const bool active = wanted < rows;
+      const int mine = min(wanted, rows - 1);
+      const int64_t row = first + mine;
+      const Target target = Target::from_class(a, y);
+      y = __ldg(a.target + first + min(wanted + kRows, rows - 1));  // on its way for the next rows
+      T* x = reinterpret_cast<T*>(staged) + window.shift + mine * a.classes;
+      const float x_y = to_float(x[target.column]);
+      __syncwarp();
+      const bool writer = active && lane % kLanes == 0;
+      if (writer) x[target.column] = from_float<T>(-INFINITY);
+      __syncwarp();
+
+      RowSums sums = RowSums::empty();
+      auto largest = Largest<T, kBytes>::none();
+      walk.each([&](int at) { largest.see(P::at(x + at)); });
+      sums.sums.m = G::warp_reduce(largest.value(), Max{});
+      walk.each([&](int at) {
+        float values[kCount];
+        P::at(x + at).unpack(values);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) add_logit(sums.sums, values[e]);
+      });
+      sums.sums.d = G::warp_reduce(sums.sums.d, Add{});
+      sums.sums.s = G::warp_reduce(sums.sums.s, Add{});
+      sums.sums.q = G::warp_reduce(sums.sums.q, Add{});
+      if (a.smoothing > 0.0f) {
+#pragma unroll 1
+        for (int j = lane % kLanes; j < a.classes; j += kLanes) {
+          if (j != target.column) sums.spread += to_float(x[j]) - sums.sums.m;
+        }
+        sums.spread = G::warp_reduce(sums.spread, Add{});
+        sums.weight = static_cast<float>(a.classes - 1);
+      }
+
+      const RowResult result = finish_row(a, sums, x_y, target);
+      if (a.grad != nullptr) {
+        const auto gradient =
+            GradientRow::of(a, target, row_gradient(a, row), result.field[kMax],
+                            result.field[kInvSum], result.field[kConfidence], result.field[kMiss]);
+        __syncwarp();  // a group past the end has read the row
+        if (active) {
+          walk.each([&](int at) {
+            float values[kCount];
+            P::at(x + at).unpack(values);
+            gradient.off_target(values);
+            P::store(x + at, values);
+          });
+        }
+        __syncwarp();
+        if (writer) x[target.column] = from_float<T>(gradient.value_at_target());
+      }
+      conclude<kLanes>(a, row, active, result);
+    }
+    __syncwarp();
+    if (a.grad == nullptr) continue;
+    T* out = static_cast<T*>(a.grad) + first * a.classes;
+    for (int v = lane; v < window.vectors; v += 32) {
+      const int column = window.column(v);
+      const bool whole =
+          window.interior(column) && reinterpret_cast<uintptr_t>(out + column) % kVectorBytes == 0;
+      if (whole) {
+        __stcs(reinterpret_cast<uint4*>(out + column), staged[v]);
+      } else {
+        const T* elements = reinterpret_cast<const T*>(staged + v);
+        for (int e = 0; e < kElements<T>; ++e) {
+          if (window.holds(column + e)) out[column + e] = elements[e];
+        }
+      }
+    }
+    __syncwarp();  // before the next tile overwrites this one
+  }
+}
+
+// The widest piece that divides every row's address.
+int piece_bytes(const void* logits, int row_bytes) {
+  const auto bits = reinterpret_cast<uintptr_t>(logits) | static_cast<uintptr_t>(row_bytes);
+  int bytes = kVectorBytes;
+  while (bits % bytes != 0) bytes /= 2;
+  return bytes;
+}
+
+}  // namespace
+
+void score_in_shared(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = [&](auto kernel) {
+      launch("rows_in_shared", kernel, static_cast<unsigned>(plan.grid), plan.threads,
+             plan.shared_bytes, stream, args, plan.tile_rows,
+             static_cast<int>(plan.shared_bytes / kVectorBytes) / (plan.threads / 32));
+    };
+    constexpr int kSmallest = sizeof(T);
+    const int bytes = piece_bytes(args.logits, args.classes * kSmallest);
+    switch (plan.lanes) {
+      case 4:
+        return bytes == 16 ? run(rows_in_shared<T, 16, 4>) : run(rows_in_shared<T, kSmallest, 4>);
+      case 16:
+        return bytes == 16 ? run(rows_in_shared<T, 16, 16>) : run(rows_in_shared<T, kSmallest, 16>);
+      case 32:
+        return bytes == 16 ? run(rows_in_shared<T, 16, 32>) : run(rows_in_shared<T, kSmallest, 32>);
+      default:
+        break;
+    }
+    switch (bytes) {
+      case 16:
+        return run(rows_in_shared<T, 16, 1>);
+      case 8:
+        return run(rows_in_shared<T, 8, 1>);
+      case 4:
+        return run(rows_in_shared<T, 4, 1>);
+      default:
+        return run(rows_in_shared<T, kSmallest, 1>);
+    }
+  });
+}
+
+}  // namespace emp_fast::cuda
