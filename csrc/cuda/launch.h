@@ -70,9 +70,10 @@ constexpr int64_t kSharedLoneBytes = 512;    // a thread a row up to here; then 
 constexpr int kSharedFewClasses = 32;        // however few the rows are; longer rows need
 constexpr int64_t kSharedGroups = 8;         // so many groups of rows a multiprocessor
 constexpr int kLoopedThreads = 512;
-constexpr int kWarpLoopedVectors = 512;  // rows up to this are a warp's in the looped kernel
-constexpr int64_t kStaticShared = 4096;  // kept free for the reductions of the looped kernel
-constexpr int kMinPartVectors = 2048;    // 32 KiB: less a part costs more to merge than it saves
+constexpr int kLoneLoopedThreads = 1024;  // where a multiprocessor holds one block alone
+constexpr int kWarpLoopedVectors = 512;   // rows up to this are a warp's in the looped kernel
+constexpr int64_t kStaticShared = 4096;   // kept free for the reductions of the looped kernel
+constexpr int kMinPartVectors = 2048;     // 32 KiB: less a part costs more to merge than it saves
 constexpr int kMaxParts = 64;
 constexpr int kPartialFloats = 6;  // m, d, s, q, spread, weight
 
@@ -140,6 +141,10 @@ inline RowPlan plan_rows(const RowShape& s, const Device& device) {
     const int64_t room = (device.shared_bytes - kStaticShared) / kVectorBytes;
     plan.cached_vectors = static_cast<int>(std::clamp<int64_t>(room, 0, vectors));
     plan.shared_bytes = int64_t{plan.cached_vectors} * kVectorBytes;
+    // A block that leaves no room for another has the loads of both in flight.
+    if (!s.soft && 2 * (plan.shared_bytes + kStaticShared) > device.shared_bytes) {
+      plan.lanes = plan.threads = kLoneLoopedThreads;
+    }
   }
   return plan;
 }

@@ -88,7 +88,7 @@ inline RowPlan plan_rows_with(RowKernels kernels, const RowShape& s, const Devic
   const RowPlan plain = plan_rows(s, device);
   const int widest = kernels == RowKernels::kRing ? 1 : device.max_cluster;
   const bool long_rows = plain.path == RowPath::kSplit ||
-                         (plain.path == RowPath::kLooped && plain.lanes == kLoopedThreads);
+                         (plain.path == RowPath::kLooped && plain.lanes >= kLoopedThreads);
   if (kernels == RowKernels::kPlain || s.soft || !long_rows || widest == 0) return plain;
   if (ring_slots(device, 1) < kMinSlots || s.rows > kMaxRingRows) return plain;
   if (plain.path == RowPath::kSplit && s.rows * widest < device.multiprocessors) return plain;

@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     RowSums sums = RowSums::empty();
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+      if (i > 0 && i * kLanes >= window.vectors) continue;
       const int column = window.column(lane + i * kLanes);
       if (!window.interior(column) || offset_in_vector(column, target.column) < kCount) {
         raw[i] = leave_out<T>(raw[i], column, window, target.column);
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     sums.sums.m = G::reduce(largest<T>(raw), Max{});
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+      if (i > 0 && i * kLanes >= window.vectors) continue;  // no thread of the row has any
       float x[kCount];
       unpack<T>(raw[i], x);
 #pragma unroll
@@ -90,6 +92,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
       sums.weight = static_cast<float>(a.classes - 1);
     }
 
+    if (kLanes > 32 && a.grad == nullptr && threadIdx.x >= 32) continue;  // the first warp's alone
     const RowResult result = finish_row(a, sums, x_y, target);
     if (a.grad != nullptr && active) {
       const auto gradient =

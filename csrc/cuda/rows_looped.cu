@@ -76,6 +76,8 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
       result = score_soft<T, kLanes>(a, logits, window, soft, sums, x_y, target, cache,
                                      cached_vectors, total);
     } else {
+      if (kLanes > 32 && a.grad == nullptr && threadIdx.x >= 32)
+        continue;  // the first warp's alone
       result = finish_row(a, sums, x_y, target);
     }
     if (a.grad != nullptr && active) {
@@ -110,11 +112,14 @@ void score_looped(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStr
       launch("rows_looped", kernel, static_cast<unsigned>(plan.grid), plan.threads,
              plan.shared_bytes, stream, args, plan.cached_vectors);
     };
-    if (plan.lanes == 32) {
-      args.soft ? run(rows_looped<T, 32, true>) : run(rows_looped<T, 32, false>);
-    } else {
-      args.soft ? run(rows_looped<T, kLoopedThreads, true>)
-                : run(rows_looped<T, kLoopedThreads, false>);
+    switch (plan.lanes) {
+      case 32:
+        return args.soft ? run(rows_looped<T, 32, true>) : run(rows_looped<T, 32, false>);
+      case kLoopedThreads:
+        return args.soft ? run(rows_looped<T, kLoopedThreads, true>)
+                         : run(rows_looped<T, kLoopedThreads, false>);
+      default:
+        return run(rows_looped<T, kLoneLoopedThreads, false>);
     }
   });
 }
