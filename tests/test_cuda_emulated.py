@@ -731,7 +731,9 @@ def test_topk_over_several_blocks_of_the_scan(emulated: EmulatedBackend, module:
 
 
 @pytest.mark.parametrize("distribution", test_selection.DISTRIBUTIONS)
-@pytest.mark.parametrize(("n", "num_groups"), [(1, 1), (64, 3), (4097, 10), (6001, 40)])
+@pytest.mark.parametrize(
+    ("n", "num_groups"), [(1, 1), (64, 3), (4097, 10), (6001, 40), (3000, 300)]
+)
 def test_grouped_topk_is_a_stable_sort_of_each_group(
     distribution: str, n: int, num_groups: int, emulated: EmulatedBackend
 ) -> None:

@@ -21,6 +21,7 @@ static_assert(sizeof(SelectState) == kStateBytes);
 
 constexpr int kThreads = 256;
 constexpr int kPerThread = 4;  // scores in a 16-byte load
+constexpr int kFewGroupsThreads = 512;
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 struct Control {
@@ -139,6 +140,38 @@ __global__ void __launch_bounds__(kThreads)
     if (state.status == SelectStatus::kOpen && state.agrees(element, digit)) {
       atomicAdd(histograms + (group << kGroupDigitBits) + digit.of(element), 1ull);
     }
+  }
+}
+
+// The same where the histograms of all groups fit in shared memory: with a handful of groups most
+// scores would wait for each other at a few places in global memory.
+__global__ void __launch_bounds__(kFewGroupsThreads)
+    count_few_groups(const float* scores, const int64_t* groups, int64_t n, int index_bits,
+                     Digit digit, const SelectState* states, int problems,
+                     unsigned long long* histograms) {
+  uint32_t* bins = dynamic_shared<uint32_t>();
+  __shared__ int open;
+  if (threadIdx.x == 0) open = 0;
+  __syncthreads();
+  for (int p = threadIdx.x; p < problems; p += kFewGroupsThreads) {
+    if (states[p].status == SelectStatus::kOpen) atomicOr(&open, 1);
+  }
+  __syncthreads();
+  if (open == 0) return;
+  for (int b = threadIdx.x; b < problems << kGroupDigitBits; b += kFewGroupsThreads) bins[b] = 0;
+  __syncthreads();
+  const int64_t step = int64_t{gridDim.x} * kFewGroupsThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kFewGroupsThreads + threadIdx.x; i < n; i += step) {
+    const auto group = static_cast<int>(groups[i]);
+    const SelectState state = states[group];
+    const Element element{order_key(__float_as_uint(scores[i])), countdown_of(i, index_bits)};
+    if (state.status == SelectStatus::kOpen && state.agrees(element, digit)) {
+      atomicAdd(bins + (group << kGroupDigitBits) + digit.of(element), 1u);
+    }
+  }
+  __syncthreads();
+  for (int b = threadIdx.x; b < problems << kGroupDigitBits; b += kFewGroupsThreads) {
+    if (bins[b] != 0) atomicAdd(histograms + b, static_cast<unsigned long long>(bins[b]));
   }
 }
 
@@ -573,10 +606,20 @@ void grouped_topk(const SelectionPlan& plan, const Device& device, const float* 
   clear(plan, workspace, stream);
   start(w.states, plan.problems, group_k, 0, 0, stream);
   const unsigned grid = grid_of(n, kThreads * 4, int64_t{8} * device.multiprocessors);
+  // Two blocks a multiprocessor hide each other's waits.
+  const int64_t bins_bytes = (plan.problems << kGroupDigitBits) * int64_t{sizeof(uint32_t)};
+  const bool few = bins_bytes <= device.shared_bytes / 2 - 1024;
+  const unsigned few_grid = grid_of(n, kFewGroupsThreads * 4, int64_t{2} * device.multiprocessors);
   Digit digit;
   for (int pass = 0; nth_digit(pass, kGroupDigitBits, plan.index_bits, digit); ++pass) {
-    launch("count_grouped", count_grouped, grid, kThreads, 0, stream, scores, groups, n,
-           plan.index_bits, digit, w.states, w.histograms);
+    if (few) {
+      launch("count_few_groups", count_few_groups, few_grid, kFewGroupsThreads, bins_bytes, stream,
+             scores, groups, n, plan.index_bits, digit, w.states, static_cast<int>(plan.problems),
+             w.histograms);
+    } else {
+      launch("count_grouped", count_grouped, grid, kThreads, 0, stream, scores, groups, n,
+             plan.index_bits, digit, w.states, w.histograms);
+    }
     fix(w, 0, plan.problems, kGroupDigitBits, digit, stream);
   }
   launch("mark_selected", mark_selected<true>, grid_of(plan.tiles, 1, kMaxGridX), kThreads, 0,

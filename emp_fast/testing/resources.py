@@ -93,7 +93,12 @@ EXPECTED = (
     ),
     Expected("", r"if \(first \+ [0-3] < n\)", 32, "the last scores, and those of a slice"),
     Expected("", r"^s\.scores\[sample\] = ", 32, "one sample's state"),
-    Expected("^count_grouped", r"scores\[i\]", 32, "each score comes with a group of 8 bytes"),
+    Expected(
+        "^count_(grouped|few_groups)",
+        r"scores\[i\]",
+        32,
+        "each score comes with a group of 8 bytes",
+    ),
     Expected("^sample_keys", r"scores\[at\]", 32, "a random sample"),
     Expected("^scale_elements", r"for \(int64_t i = at; i < elements", 16, "the last elements"),
     # Triton
