@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(kSharedRowThreads, 1024 / kSharedRowThreads)
   const int warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
   uint4* staged = dynamic_shared<uint4>() + warp * tile_vectors;
-  const auto walk = Walk < kLanes, kCount, kLanes == 1 && kBytes == kVectorBytes > ::of(a.classes);
+  constexpr bool kRotated = kLanes == 1 && kBytes == kVectorBytes;
+  const auto walk = Walk<kLanes, kCount, kRotated>::of(a.classes);
   for (int64_t tile = int64_t{blockIdx.x} * warps + warp; tile * tile_rows < a.rows;
        tile += int64_t{gridDim.x} * warps) {
     const int64_t first = tile * tile_rows;
