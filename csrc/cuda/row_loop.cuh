@@ -93,20 +93,41 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
     }
     return;
   }
+  // Almost every step takes vectors of which all elements count: one question for all of them.
+  constexpr int kReach = (kUnrolled - 1) * kLanes;  // from the first vector of a step to its last
+  const int whole = min(end, window.vectors - 1);
+  const int with_target = (target + window.shift) / kCount;
   for (int v = begin + lane; v < end; v += kLanes * kUnrolled) {
     uint4 raw[kUnrolled];
+    const bool inside = v > 0 && v + kReach < whole;
+    const bool off_target = static_cast<unsigned>(with_target - v) > unsigned{kReach};
+    if (inside && off_target) {
+      const T* from = logits + window.column(v);
 #pragma unroll
-    for (int u = 0; u < kUnrolled; ++u) {
-      const int at = v + u * kLanes;
-      raw[u] = at < end ? load_vector(logits + window.column(at)) : all_minus_infinity<T>();
-    }
+      for (int u = 0; u < kUnrolled; ++u) raw[u] = load_vector(from + u * (kLanes * kCount));
+      if (v + kReach < cached) {
 #pragma unroll
-    for (int u = 0; u < kUnrolled; ++u) {
-      const int at = v + u * kLanes;
-      if (at < min(end, cached)) cache[at] = raw[u];
-      const int column = window.column(at);
-      if (!window.interior(column) || offset_in_vector(column, target) < kCount) {
-        raw[u] = leave_out<T>(raw[u], column, window, target);
+        for (int u = 0; u < kUnrolled; ++u) cache[v + u * kLanes] = raw[u];
+      } else if (v < cached) {
+#pragma unroll
+        for (int u = 0; u < kUnrolled; ++u) {
+          if (v + u * kLanes < cached) cache[v + u * kLanes] = raw[u];
+        }
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnrolled; ++u) {
+        const int at = v + u * kLanes;
+        raw[u] = at < end ? load_vector(logits + window.column(at)) : all_minus_infinity<T>();
+      }
+#pragma unroll
+      for (int u = 0; u < kUnrolled; ++u) {
+        const int at = v + u * kLanes;
+        const int column = window.column(at);
+        if (at < min(end, cached)) cache[at] = raw[u];
+        if (!window.interior(column) || offset_in_vector(column, target) < kCount) {
+          raw[u] = leave_out<T>(raw[u], column, window, target);
+        }
       }
     }
     absorb_vectors<T>(raw, row.sums);
