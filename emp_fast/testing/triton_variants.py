@@ -128,9 +128,9 @@ def every_variant() -> tuple[Variant, ...]:
 def covering(variants: Sequence[Variant]) -> list[Variant]:
     """Few of ``variants`` in which every pair of choices that any of them makes occurs.
 
-    The rows and the lanes of a tile count as one choice: its shape. Those with the most options of
-    each shape and dtype come first, since registers are spilled where options meet; then greedily
-    always the one that shows the most pairs not seen before.
+    The rows and the columns of a tile count as one choice: its shape. Those with the most options of
+    each shape and width of the logits come first, since registers are spilled where options meet;
+    then greedily always the one that shows the most pairs not seen before.
     """
     chosen: list[Variant] = []
     for kernel in sorted({variant.kernel for variant in variants}):
@@ -149,11 +149,12 @@ def covering(variants: Sequence[Variant]) -> list[Variant]:
 
 
 def _heaviest(variants: Sequence[Variant]) -> list[int]:
-    """Where the variants with the most options of each shape and dtype are."""
+    """Where the variants with the most options of each shape and width of the logits are."""
     most: dict[tuple[Any, ...], tuple[int, int]] = {}
     for index, variant in enumerate(variants):
         choices = variant.choices()
-        shape = (choices.get("ROWS"), choices.get("BLOCK"), variant.warps, variant.pointers[0])
+        width = str(variant.pointers[0])[-2:]  # of *bf16 and *fp16 the same
+        shape = (choices.get("ROWS"), choices.get("BLOCK"), variant.warps, width)
         options = sum(value is not None and value is not False for value in choices.values())
         weight = 100 * options - int(choices.get("ALIGN", 0))
         most[shape] = max(most.get(shape, (-1, 0)), (weight, -index))
