@@ -21,7 +21,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,7 +239,7 @@ def check_cuda(module: Path) -> list[Finding]:
     return [check(kernel) for kernel in kernels_of(module, [ROOT])]
 
 
-def check_triton(every: bool, capabilities: Sequence[int], jobs: int) -> list[Finding]:
+def check_triton(every: bool, capabilities: Sequence[int], pool: Executor) -> list[Finding]:
     """The findings of every Triton variant, or of few that show every pair of choices."""
     from emp_fast.testing.triton_variants import covering, every_variant
 
@@ -251,9 +251,7 @@ def check_triton(every: bool, capabilities: Sequence[int], jobs: int) -> list[Fi
         flush=True,
     )
     work = [(variant, capability) for capability in capabilities for variant in chosen]
-    context = multiprocessing.get_context("spawn")  # a forked torch has no threads
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        return list(pool.map(_check_variant, work, chunksize=8))
+    return list(pool.map(_check_variant, work, chunksize=4))
 
 
 def _check_variant(work: tuple[Any, int]) -> Finding:
@@ -335,19 +333,21 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table and every problem; returns the exit code."""
     options = _parser().parse_args(arguments)
+    module = None if options.cuda == "none" else _native_module()
+    if module is None and options.cuda == "require":
+        print("the native module has no CUDA kernels", file=sys.stderr)
+        return 1
     findings = []
-    if options.cuda != "none":
-        module = _native_module()
-        if module is not None:
-            findings += check_cuda(module)
-        elif options.cuda == "require":
-            print("the native module has no CUDA kernels", file=sys.stderr)
-            return 1
-    if options.triton != "none":
-        from emp_fast.testing.triton_compile import CAPABILITIES
+    context = multiprocessing.get_context("spawn")  # a forked torch has no threads
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        cuda = None if module is None else pool.submit(check_cuda, module)
+        if options.triton != "none":
+            from emp_fast.testing.triton_compile import CAPABILITIES
 
-        capabilities = options.capability or CAPABILITIES
-        findings += check_triton(options.triton == "every", capabilities, options.jobs)
+            capabilities = options.capability or CAPABILITIES
+            findings += check_triton(options.triton == "every", capabilities, pool)
+        if cuda is not None:
+            findings += cuda.result()
     report = table(findings)
     print(report)
     if options.output is not None:

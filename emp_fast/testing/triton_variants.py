@@ -128,9 +128,9 @@ def every_variant() -> tuple[Variant, ...]:
 def covering(variants: Sequence[Variant]) -> list[Variant]:
     """Few of ``variants`` in which every pair of choices that any of them makes occurs.
 
-    The rows and the columns of a tile count as one choice: its shape. Those with the most options of
-    each shape and width of the logits come first, since registers are spilled where options meet;
-    then greedily always the one that shows the most pairs not seen before.
+    The rows and the columns of a tile count as one choice: its shape. Those with the most options
+    of each shape and width of the logits come first, since registers are spilled where options
+    meet; then greedily always the one that shows the most pairs not seen before.
     """
     chosen: list[Variant] = []
     for kernel in sorted({variant.kernel for variant in variants}):
