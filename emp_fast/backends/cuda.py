@@ -477,8 +477,3 @@ def _inputs(
         options.label_smoothing,
         options.softcap,
     )
-
-
-def _require_variance(state: State, recurrence: Recurrence) -> None:
-    if recurrence.kind == "variance" and state.variance is None:
-        raise ValueError("state.variance must be a tensor for the variance recurrence")
