@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, random
-from emp_fast._validation import is_int, is_plain_number
+from emp_fast._validation import is_plain_int, is_plain_number
 from emp_fast.random import Stream
 
 __all__ = [
@@ -392,7 +392,7 @@ class Stratified(Policy):
     cutoff: float = 0.0
 
     def __post_init__(self) -> None:
-        if not is_int(self.bins) or self.bins < 1:
+        if not is_plain_int(self.bins) or self.bins < 1:
             raise ValueError(f"bins must be an int of at least 1, got {self.bins!r}")
         if not (is_plain_number(self.cutoff) and 0 <= self.cutoff < 1):
             raise ValueError(f"cutoff must lie in [0, 1), got {self.cutoff!r}")

@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from emp_fast._validation import is_int, is_plain_number
+from emp_fast._validation import is_plain_int, is_plain_number
 from emp_fast.backends.base import Recurrence
 
 __all__ = [
@@ -292,7 +292,7 @@ class DynUnc(Rule):
     reads: ClassVar[tuple[str, ...]] = ("confidence",)
 
     def __post_init__(self) -> None:
-        if not is_int(self.window) or self.window < 2:
+        if not is_plain_int(self.window) or self.window < 2:
             raise ValueError(f"window must be an int of at least 2, got {self.window!r}")
 
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:

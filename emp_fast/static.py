@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from emp_fast._validation import checked_device, is_int, is_number
+from emp_fast._validation import checked_device, is_number, is_plain_int
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.batches import moved, rebatched, score_by_logits
 from emp_fast.collectives import Ranks, rank_of
@@ -267,7 +267,7 @@ def _checked_num_samples(num_samples: int | None, loader: Iterable[Any]) -> int:
                 f"{type(dataset).__name__}"
             )
         num_samples = known
-    if not is_int(num_samples) or num_samples < 1:
+    if not is_plain_int(num_samples) or num_samples < 1:
         raise ValueError(f"num_samples must be an int of at least 1, got {num_samples!r}")
     if known is not None and num_samples != known:
         raise ValueError(f"num_samples must be {known}, the loader's, got {num_samples}")
@@ -282,7 +282,7 @@ def _check_callables(model: Any, score_batch: Any) -> None:
 
 
 def _check_passes(passes: int) -> None:
-    if not is_int(passes) or passes < 1:
+    if not is_plain_int(passes) or passes < 1:
         raise ValueError(f"passes must be an int of at least 1, got {passes!r}")
 
 

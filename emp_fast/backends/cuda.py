@@ -184,8 +184,17 @@ class CudaBackend(Backend):
         outputs, grad = _empty_scores(logits), _empty_gradient(logits)
         with _on(logits.device):
             self._step(
-                *(logits, target, weight, options, row_scale, scale, indices, state, recurrence),
-                *(pointers(*outputs), grad, _stream(logits.device)),
+                logits,
+                target,
+                weight,
+                options,
+                row_scale,
+                scale,
+                indices,
+                state,
+                recurrence,
+                pointers(*outputs),
+                grad,
                 for_backward=True,
             )
         return outputs, grad
@@ -211,16 +220,29 @@ class CudaBackend(Backend):
         loss = workspace.data_ptr() + sums
         count, fields = loss + 4 * rows, loss + 8 * rows
         with _on(device):
-            stream = _stream(device)
             self._step(
-                *(logits, target, weight, options, row_scale, 1 / max(rows, 1), indices, state),
-                *(recurrence, (loss, fields, 0, count), grad, stream),
+                logits,
+                target,
+                weight,
+                options,
+                row_scale,
+                1 / max(rows, 1),
+                indices,
+                state,
+                recurrence,
+                (loss, fields, 0, count),
+                grad,
                 for_backward=not {recurrence.signal, recurrence.direct}.isdisjoint(
                     ROW_FIELDS[_SCORES:]
                 ),
             )
             self._native.mean_loss(
-                *(loss, count, pointer(row_scale), rows, *pointers(mean, factor, workspace), stream)
+                loss,
+                count,
+                pointer(row_scale),
+                rows,
+                *pointers(mean, factor, workspace),
+                _stream(device),
             )
         return MeanStep(mean, grad, factor)
 
@@ -237,7 +259,6 @@ class CudaBackend(Backend):
         recurrence: Recurrence,
         outputs: tuple[int, ...],
         grad: Tensor,
-        stream: int,
         *,
         for_backward: bool,
     ) -> None:
@@ -256,7 +277,7 @@ class CudaBackend(Backend):
             VALUES.index(recurrence.signal),
             -1 if recurrence.direct is None else VALUES.index(recurrence.direct),
             *state_arguments(state, recurrence),
-            stream,
+            _stream(logits.device),
         )
 
     def mean_loss(
