@@ -102,7 +102,7 @@ def test_step(race: Race, workload: Workload, device: torch.device, quick: bool)
         clock=WallClock(torch.cuda.synchronize) if device.type == "cuda" else WallClock(),
         # A GPU's queue runs ahead of the host; only a stretch of steps shows what one costs.
         burst_seconds=0.1 if device.type == "cuda" else 0.0,
-        seconds=15.0,
+        patience=7.5,
     )
     case.facts["overhead_percent"] = _overhead(contest, steps)
 

@@ -29,6 +29,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Ends the process once a kernel has broken its CUDA context: all later tests would fail."""
+    if not report.failed or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # a new worker takes the place of one that is gone
+        pytest.exit(f"{report.nodeid} broke the CUDA context: {error}", returncode=1)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     if DRY_RUN:

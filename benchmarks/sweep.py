@@ -1,0 +1,312 @@
+"""Times our own GPU kernels and their variants, without peers: what kernels get tuned by.
+
+python -m benchmarks.sweep [-o FILE.json] [--only WORD ...] [--warm PART/PARTS]
+
+Every number is the median time of a call behind a flushed cache, as a share of the measured copy
+bandwidth where the work has a floor in bytes. A variant is a backend with a choice of kernels or
+with other launch arithmetic (`emp_fast.kernels.plan`). `--warm` compiles a share of what the same
+command would launch, and times nothing: several such processes fill Triton's cache side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch.nn import functional
+
+import emp_fast
+from benchmarks import contenders, machine
+from benchmarks.cases import scores as drawn_scores
+from emp_fast.backends import load
+from emp_fast.backends.base import LossOptions, Recurrence, State
+from emp_fast.kernels import plan
+from emp_fast.rules import EMP
+
+#: Rows are as many as make a launch long beside its start.
+_SHAPES = (
+    (2**20, 10),
+    (65536, 10),
+    (2**18, 32),
+    (2**18, 100),
+    (65536, 100),
+    (65536, 256),
+    (65536, 1000),
+    (512, 1000),
+    (16384, 4096),
+    (8192, 8192),
+    (4096, 32000),
+    (8192, 128256),
+    (2048, 262144),
+)
+_SELECTED = (10**6, 10**7, 10**8, 10**9)
+_NUM_SAMPLES = 2**21
+_REPEATS = 12
+_NO_OPTIONS = LossOptions(-100, 0.0, 0.0)
+_EMP = Recurrence("ema", "entropy", 0.9, "loss", 1.0, 0.5)
+
+
+class Variant(NamedTuple):
+    """A backend as it is entered."""
+
+    name: str
+    backend: str
+    enter: Callable[[], AbstractContextManager[Any]]
+    serves: Callable[[int, int], bool] = lambda rows, classes: True
+
+
+def variants() -> list[Variant]:
+    """Every choice of kernels of the cuda backend, and launch arithmetic of the triton one."""
+
+    def planned(serves: Callable[[int, int], bool], **constants: int) -> Variant:
+        @contextmanager
+        def enter() -> Iterator[None]:
+            with ExitStack() as stack:
+                for name, value in constants.items():
+                    stack.enter_context(mock.patch.object(plan, name, value))
+                yield
+
+        name = ", ".join(f"{name.lower()} {value}" for name, value in constants.items())
+        return Variant(f"triton, {name}", "triton", enter, serves)
+
+    def short(rows: int, classes: int) -> bool:
+        return classes <= plan.TILE_CLASSES
+
+    def long(rows: int, classes: int) -> bool:
+        return classes > plan.TILE_CLASSES
+
+    entered, _ = contenders.backends(torch.device("cuda"), every_row_kernel=True)
+    return [
+        *(Variant(name, name.split(",")[0], enter) for name, enter in entered.items()),
+        *(planned(short, THREAD_ELEMENTS=n) for n in (8, 16, 64)),
+        *(planned(short, TILE_THREADS=n) for n in (64, 256)),
+        *(
+            planned(long, LOOP_UNROLL=n, LOOP_UNROLL_CROWDED=n, WIDE_CLASSES=wide)
+            for n, wide in itertools.product((1, 2, 4, 8), (16384, 2**30))
+        ),
+    ]
+
+
+class Timer:
+    """Median kernel time of a call behind a flushed cache, in seconds."""
+
+    def __init__(self) -> None:
+        size = 2 * machine.cache_bytes(torch.device("cuda"))
+        self._flush = torch.empty(size, dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        pairs = []
+        call()
+        for _ in range(_REPEATS):
+            for _ in range(2):  # keeps the device busy while the host launches
+                self._flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize()
+        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e-3
+
+
+def _state() -> State:
+    floats = [torch.zeros(_NUM_SAMPLES, device="cuda") for _ in range(3)]
+    integers = [torch.zeros(_NUM_SAMPLES, dtype=torch.int32, device="cuda") for _ in range(2)]
+    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
+    return State(floats[0], floats[1], integers[0], floats[2], integers[1], counters)
+
+
+class Case(NamedTuple):
+    """Work that every variant does alike."""
+
+    name: str
+    shape: tuple[int, int]
+    floor_bytes: int
+    call: Callable[[Any], Any]  # of the backend
+
+
+def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bool) -> list[Case]:
+    """Scores; scores, gradient, state and mean; the backward pass."""
+    rows, classes = shape
+    held = min(rows, 1024) if warm else rows
+    generator = torch.Generator("cuda").manual_seed(classes)
+    logits = torch.empty(held, classes, dtype=dtype, device="cuda")
+    for part in logits.split(max(1, 2**28 // classes)):
+        part.copy_(torch.randn(part.shape, generator=generator, device="cuda").mul_(3))
+    target = torch.randint(classes, (held,), generator=generator, device="cuda")
+    indices = torch.randperm(_NUM_SAMPLES, generator=generator, device="cuda")[:held]
+    grad_loss = torch.ones(held, device="cuda")
+    fields = load("reference").cross_entropy(logits[:1], target[:1], None, _NO_OPTIONS).rows
+    fields = fields.expand(-1, held).contiguous()
+    name = f"{rows} x {classes} {str(dtype).removeprefix('torch.')}"
+    nbytes = classes * dtype.itemsize
+    return [
+        Case(
+            f"scores {name}",
+            shape,
+            rows * (nbytes + 28),
+            lambda b: b.scores(logits, target, None, _NO_OPTIONS),
+        ),
+        Case(
+            f"step {name}",
+            shape,
+            rows * (2 * nbytes + 56),
+            lambda b: b.mean_step(logits, target, None, _NO_OPTIONS, None, indices, state, _EMP),
+        ),
+        Case(
+            f"backward {name}",
+            shape,
+            rows * (2 * nbytes + 28),
+            lambda b: b.cross_entropy_backward(
+                grad_loss, logits, target, None, fields, _NO_OPTIONS
+            ),
+        ),
+    ]
+
+
+def selection_cases(n: int, warm: bool) -> list[Case]:
+    """Shares of ``n`` scores."""
+    scores = drawn_scores(10**6 if warm else n, "random", torch.device("cuda"))
+
+    def case(share: float) -> Case:
+        k = int(share * scores.shape[0])
+        return Case(
+            f"select {share:.0%} of {n:.0e}",
+            (n, 1),
+            4 * n + 8 * k,
+            lambda b: b.topk_indices(scores, k),
+        )
+
+    return [case(share) for share in (0.1, 0.3, 0.7)]
+
+
+def update_case(rows: int, state: State) -> Case:
+    """The state's update by given values."""
+    values = torch.rand(2, rows, device="cuda")
+    indices = torch.randperm(_NUM_SAMPLES, device="cuda")[:rows]
+    return Case(
+        f"update {rows}",
+        (rows, 1),
+        36 * rows,
+        lambda b: b.update_state(indices, values[0], values[1], None, state, _EMP),
+    )
+
+
+def cases(warm: bool) -> Iterator[Case]:
+    """All of them; the inputs of one exist at a time."""
+    state = _state()
+    for shape, dtype in itertools.product(_SHAPES, (torch.bfloat16, torch.float32)):
+        yield from row_cases(shape, dtype, state, warm)
+    for n in _SELECTED:
+        yield from selection_cases(n, warm)
+    for rows in (128, 4096, 16384, 2**20):
+        yield update_case(rows, state)
+
+
+def host_times(rows: int, classes: int) -> Iterator[tuple[str, float]]:
+    """Seconds a call where the host is the bottleneck: many calls in a row, ours and torch's."""
+    logits = torch.randn(rows, classes, device="cuda", requires_grad=True)
+    target = torch.randint(classes, (rows,), device="cuda")
+    indices = torch.arange(rows, device="cuda")
+
+    def measure(call: Callable[[], Any], calls: int = 200) -> float:
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize()
+        taken = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            torch.cuda.synchronize()
+            taken.append((time.perf_counter() - start) / calls)
+        return statistics.median(taken)
+
+    def each(score: Callable[..., Any], loss: Callable[..., Any]) -> dict[str, float]:
+        with torch.no_grad():
+            forward = measure(lambda: score(logits, target))
+        return {
+            "forward": forward,
+            "loss": measure(loss),
+            "loss and gradient": measure(lambda: torch.autograd.grad(loss(), logits)),
+        }
+
+    found = {
+        "torch": each(functional.cross_entropy, lambda: functional.cross_entropy(logits, target))
+    }
+    for backend in ("cuda", "triton"):
+        pruner = emp_fast.Pruner(_NUM_SAMPLES, rule=EMP(0.5, 0.9), device="cuda")
+        with emp_fast.use_backend(backend):
+            loss = functools.partial(pruner.loss, logits, target, indices)
+            found[backend] = each(emp_fast.functional.cross_entropy, loss)
+    for who, times in found.items():
+        for what, seconds in times.items():
+            yield f"host {rows} x {classes} {what} {who}", seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a line a case, a column a variant."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for all numbers")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases that begin so")
+    parser.add_argument("--warm", metavar="PART/PARTS", help="compile, time nothing")
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("error: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    part, parts = map(int, (given.warm or "0/1").split("/"))
+    every, timer = variants(), Timer()
+    rate = machine.copy_bandwidth(torch.device("cuda"), 2**20 if given.warm else 2**30)["median"]
+    results: dict[str, Any] = {"machine": machine.describe(torch.device("cuda")), "copy": rate}
+    print(f"copy {rate / 1e9:.0f} GB/s", flush=True)
+    for place, case in enumerate(cases(bool(given.warm))):
+        if case.name.startswith(tuple(given.only)) and place % parts == part:
+            results[case.name] = _measured(case, every, None if given.warm else timer)
+            shares = (
+                f"{name} {1e6 * seconds:.1f} us = {100 * case.floor_bytes / seconds / rate:.0f} %"
+                for name, seconds in results[case.name].items()
+            )
+            print(f"{case.name}: " + " | ".join(shares), flush=True)
+        torch.cuda.empty_cache()
+    if not given.warm and "host".startswith(tuple(given.only)):
+        for rows, classes in ((128, 10), (512, 10), (128, 100), (128, 1000), (512, 1000)):
+            for name, seconds in host_times(rows, classes):
+                results[name] = seconds
+                print(f"{name}: {1e6 * seconds:.1f} us", flush=True)
+    if given.output is not None:
+        given.output.write_text(json.dumps(results, indent=1))
+    return 0
+
+
+def _measured(case: Case, every: Sequence[Variant], timer: Timer | None) -> dict[str, float]:
+    """Seconds of each variant; without a timer each is only compiled."""
+    found = {}
+    scoring = case.name.split()[0] in ("scores", "step", "backward")
+    for variant in every:
+        if not variant.serves(*case.shape) or (not scoring and "," in variant.name):
+            continue
+        call = functools.partial(case.call, load(variant.backend))
+        try:
+            with variant.enter():
+                if timer is None:
+                    call()
+                else:
+                    found[variant.name] = timer(call)
+        except Exception as error:  # the others go on
+            print(f"{case.name}, {variant.name}: {type(error).__name__}: {error}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
