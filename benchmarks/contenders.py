@@ -33,8 +33,8 @@ def backends(
     """The kernel backends of ``device`` with how to enter each, and why the others cannot serve.
 
     The automatic choice is entered by doing nothing, as users do. Where no kernel serves, the
-    reference stands in, under its own name. every_row_kernel: the cuda backend also with the
-    kernels for long rows that are not its default (docs/kernels.md).
+    reference stands in, under its own name. every_row_kernel: the cuda backend also with each
+    choice of its row kernels (docs/kernels.md).
     """
     status = [s for s in backend_status(device) if s.name != "reference"]
     names = [s.name for s in status if s.available] or ["reference"]
@@ -45,7 +45,7 @@ def backends(
     if automatic == "reference":
         entered["reference"] = _entering("reference")
     if every_row_kernel and "cuda" in entered:
-        for kernels in ("cluster", "ring"):
+        for kernels in ("plain", "shared", "cluster", "ring"):
             entered[f"cuda, {kernels}"] = _with_row_kernels(kernels)
     wanted = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[device.type]
     refused = {s.name: s.reason or "" for s in status if not s.available and s.name in wanted}
@@ -57,7 +57,7 @@ def _entering(name: str) -> Callable[[], AbstractContextManager[Any]]:
 
 
 def _with_row_kernels(kernels: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The cuda backend with other kernels for long rows."""
+    """The cuda backend with these kernels for rows."""
 
     @contextmanager
     def enter() -> Iterator[None]:

@@ -131,7 +131,7 @@ def test_doctor_believes_its_eyes_where_no_build_was_recorded(tmp_path, monkeypa
 def test_doctor_shows_which_row_kernels_are_chosen(monkeypatch):
     monkeypatch.delenv("EMP_FAST_CUDA_ROWS", raising=False)
     settings = json.loads(run("doctor", "--json").stdout)["settings"]
-    assert settings["EMP_FAST_CUDA_ROWS"] == "plain"
+    assert settings["EMP_FAST_CUDA_ROWS"] == "auto"
     monkeypatch.setenv("EMP_FAST_CUDA_ROWS", "cluster")
     settings = json.loads(run("doctor", "--json").stdout)["settings"]
     assert settings["EMP_FAST_CUDA_ROWS"] == "cluster"
@@ -144,7 +144,8 @@ def test_doctor_says_that_no_row_kernels_have_that_name(monkeypatch):
     monkeypatch.setenv("EMP_FAST_CUDA_ROWS", "magic")
     report = json.loads(run("doctor", "--json").stdout)
     reasons = {line["backend"]: line["reason"] for line in report["backends"]}
-    assert "EMP_FAST_CUDA_ROWS must be one of ['plain', 'cluster', 'ring']" in reasons["cuda"]
+    names = "['auto', 'plain', 'shared', 'cluster', 'ring']"
+    assert f"EMP_FAST_CUDA_ROWS must be one of {names}" in reasons["cuda"]
     assert "got 'magic'" in reasons["cuda"]
     with pytest.raises(ValueError, match="EMP_FAST_CUDA_ROWS"):
         backends.load("cuda")

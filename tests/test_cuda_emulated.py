@@ -44,6 +44,8 @@ each_case = pytest.mark.parametrize(
     "case", [c for c in CASES if c.dtype != torch.float64], ids=lambda case: case.name
 )
 each_seed = pytest.mark.parametrize("seed", [0, 1, 2])
+#: The choices that differ in rows as short as these.
+each_choice = pytest.mark.parametrize("kernels", ["plain", "shared"])
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +143,9 @@ def test_an_input_cannot_be_written(emulated: EmulatedBackend) -> None:
         emulated._native.scale(0, grad.data_ptr(), 5, factor.data_ptr(), 0, 0)
 
 
-def test_the_self_check_passes(emulated: EmulatedBackend) -> None:
+@each_choice
+def test_the_self_check_passes(kernels: str, emulated: EmulatedBackend) -> None:
+    emulated.row_kernels = kernels
     assert self_check(emulated, CPU) is None
 
 
@@ -149,18 +153,22 @@ def test_the_self_check_passes(emulated: EmulatedBackend) -> None:
 
 
 @each_case
-def test_every_field_agrees_with_the_oracle(case: Case, emulated: EmulatedBackend) -> None:
-    emulated.seed = len(case.name) % 3
+@each_choice
+def test_every_field_agrees_with_the_oracle(
+    kernels: str, case: Case, emulated: EmulatedBackend
+) -> None:
+    emulated.row_kernels, emulated.seed = kernels, len(case.name) % 3
     logits, target, options = make(case)
     got = cross_entropy(logits, target, **options)
     test_functional.assert_stats(got, oracle(logits, target, **options)[0])
 
 
 @each_case
+@each_choice
 def test_gradient_errs_at_most_twice_as_much_as_torch(
-    case: Case, emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch
+    kernels: str, case: Case, emulated: EmulatedBackend
 ) -> None:
-    emulated.seed = len(case.name) % 3
+    emulated.row_kernels, emulated.seed = kernels, len(case.name) % 3
     test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "cuda", None)
 
 
@@ -192,6 +200,11 @@ class Shape:
     weighted: bool = False
     cached: bool = True  # shared memory for the looped kernel's rows
     multiprocessors: int = 4  # of the device; the fewer, the more are the rows
+
+    @property
+    def kernels(self) -> str:
+        """The choice that serves these rows by that plan."""
+        return "shared" if self.plan[0] == "shared" else "plain"
 
     def make(self) -> tuple[Tensor, Tensor, Tensor | None, LossOptions]:
         generator = torch.Generator().manual_seed(self.rows * 1009 + self.classes)
@@ -244,6 +257,11 @@ SHAPES = [
     Shape(("split", 512), 2, 16500, offset=1),
     Shape(("split", 512), 3, 33001, bf16),
 ]
+# What is in shared memory there, in registers.
+SHAPES += [
+    dataclasses.replace(shape, plan=("registers", lanes))
+    for shape, lanes in zip(SHAPES, (8, 8, 8, 8, 8, 8, 32, 32, 64, 64, 256, 256), strict=False)
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -255,12 +273,13 @@ def test_every_kernel_scores_and_differentiates(
     emulated.seed, emulated.poison = seed, (0xFF, 0xA5, 0x00)[seed]
     device = (shape.multiprocessors, 227 * 1024 if shape.cached else 4096 + 16 * 500)
     emulated.set_device(*device)
+    emulated.row_kernels = shape.kernels
     logits, target, weight, options = shape.make()
     aligned = logits.data_ptr() % 16 == 0
     general = shape.softcap > 0 or (shape.smoothing > 0 and shape.weighted)
     plan = module.cuda.plan_rows(
         *(shape.rows, shape.classes, logits.stride(0), logits.element_size(), aligned),
-        *(shape.soft, general, shape.smoothing > 0, True, *device, 0, 0),
+        *(shape.soft, general, shape.smoothing > 0, True, *device, 0, emulated._row_kernels),
     )
     assert (plan["path"], plan["lanes"]) == shape.plan
     if shape.plan[0] == "looped" and shape.plan[1] > 32:
@@ -302,6 +321,7 @@ def test_every_kernel_scores_and_differentiates(
 def test_a_class_that_does_not_exist_spoils_its_row_alone(
     shape: Shape, emulated: EmulatedBackend
 ) -> None:
+    emulated.row_kernels = shape.kernels
     logits, target, weight, options = shape.make()
     safe = target.clone()
     for row, bad in ((1, shape.classes), (shape.rows - 1, -1)):
@@ -324,6 +344,7 @@ def test_special_values_in_every_kernel(
     """NaN, infinities, masks and a lone class, each in a row of its own."""
     emulated.seed = shape.classes % 3
     emulated.set_device(shape.multiprocessors, 227 * 1024)
+    emulated.row_kernels = shape.kernels
     count = shape.rows if shape.plan[0] == "shared" else 9  # fewer would be other kernels'
     shape = dataclasses.replace(shape, rows=count)
     logits, target, weight, options = shape.make()
@@ -367,7 +388,8 @@ def test_special_values_in_every_kernel(
 
 
 def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend) -> None:
-    for shape in (SHAPES[0], SHAPES[14], SHAPES[20], SHAPES[24], SHAPES[-1]):
+    for shape in (SHAPES[0], SHAPES[14], SHAPES[20], SHAPES[24], SHAPES[32]):
+        emulated.row_kernels = shape.kernels
         logits, target, weight, options = shape.make()
         outcomes = []
         for seed in range(4):
@@ -417,6 +439,7 @@ def few_blocks(module: Any) -> Iterator[None]:
         Shape(("shared", 1), 700, 10),
         Shape(("shared", 1), 650, 7, bf16, offset=3),
         Shape(("shared", 4), 80, 200, multiprocessors=1),
+        Shape(("registers", 8), 700, 10),
         Shape(("registers", 8), 100, 100),
         Shape(("registers", 64), 7, 1000),
         Shape(("registers", 256), 7, 2100),
@@ -550,24 +573,32 @@ def test_update_refuses_indices_out_of_range(rows: int, emulated: EmulatedBacken
 
 #: Rows and classes for each way to move the state, by threads and by groups of lanes.
 STEPS = [
-    (name, plan, rows, classes, seed)
-    for plan, rows, classes in (
-        ("scan", 9, 10),
-        ("scan", 250, 5),
-        ("scan", 300, 33),
-        ("counted", 300, 10),
-        ("counted", 1100, 40),
+    (name, kernels, plan, rows, classes, seed)
+    for kernels, plan, rows, classes in (
+        ("shared", "scan", 9, 10),
+        ("shared", "scan", 250, 5),
+        ("shared", "scan", 300, 33),
+        ("shared", "counted", 300, 10),
+        ("shared", "counted", 1100, 40),
+        ("plain", "scan", 9, 10),
+        ("plain", "scan", 300, 10),
+        ("plain", "counted", 1100, 10),
     )
     for name in RECURRENCES
     for seed in range(3)
 ]
 # The launches after it are those of update_state, above.
-STEPS += [("ema", "apart", 32768, 2, 0), ("variance and direct", "apart", 32768, 2, 1)]
+STEPS += [
+    (name, kernels, "apart", 32768, 2, seed)
+    for kernels in ("plain", "shared")
+    for seed, name in enumerate(("ema", "variance and direct"))
+]
 
 
-@pytest.mark.parametrize(("name", "plan", "rows", "classes", "seed"), STEPS)
+@pytest.mark.parametrize(("name", "kernels", "plan", "rows", "classes", "seed"), STEPS)
 def test_a_fused_step_moves_the_state_as_the_reference_does(
     name: str,
+    kernels: str,
     plan: str,
     rows: int,
     classes: int,
@@ -576,9 +607,10 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
     module: Any,
 ) -> None:
     """From the scores that the kernel itself wrote, the state is the reference's, bit for bit."""
-    emulated.seed = seed
+    emulated.row_kernels, emulated.seed = kernels, seed
     chosen = module.cuda.plan_rows(
-        *(rows, classes, classes, 4, True, False, False, False, True, 4, 227 * 1024, 0, 0)
+        *(rows, classes, classes, 4, True, False, False, False, True, 4, 227 * 1024, 0),
+        emulated._row_kernels,
     )
     assert chosen["update"] == plan
     recurrence = RECURRENCES[name]
@@ -615,10 +647,15 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
 
 @pytest.mark.parametrize("options", test_fused_step.OPTIONS, ids=lambda o: ",".join(o) or "plain")
 @each_seed
+@each_choice
 def test_a_training_step_equals_that_of_the_reference(
-    options: dict[str, Any], seed: int, emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch
+    kernels: str,
+    options: dict[str, Any],
+    seed: int,
+    emulated: EmulatedBackend,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    emulated.seed = seed
+    emulated.row_kernels, emulated.seed = kernels, seed
     for rule in (EMP(0.5, 0.9), UCB()):
         got, store = test_fused_step.train(rule, **options)
         with monkeypatch.context() as patch:

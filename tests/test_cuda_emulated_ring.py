@@ -195,7 +195,7 @@ def test_streamed_rows_keep_what_spoils_them_to_themselves(
     assert_same_state(got_state, wanted_state)
 
 
-@pytest.mark.parametrize("kernels", ["cluster", "ring"])
+@pytest.mark.parametrize("kernels", ["shared", "cluster", "ring"])
 def test_what_a_choice_cannot_serve_the_plain_kernels_do(
     kernels: str,
     emulated: EmulatedBackend,  # noqa: F811

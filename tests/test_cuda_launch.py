@@ -32,7 +32,7 @@ A100 = (108, 163 * 1024, 0)
 RTX5090 = (170, 99 * 1024, 8)
 NARROW = (60, 227 * 1024, 2)  # no such device: clusters of two blocks at most
 SMALL = (1, 48 * 1024, 0)
-PLAIN, CLUSTER, RING = range(3)
+AUTO, PLAIN, SHARED, CLUSTER, RING = range(5)
 MAX_GRID_X, MAX_GRID_Y = 2**31 - 1, 65535
 #: The register and thread kernels' reach, and where vectors and warps end.
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 16, 31, 32, 33, 100, 127, 128, 129, 249, 255, 256, 257, 1000]
@@ -53,19 +53,19 @@ def plan_rows(*shape: Any, kernels: int = PLAIN) -> dict[str, Any]:
     return plan
 
 
+@pytest.mark.parametrize("kernels", [PLAIN, SHARED])
 @pytest.mark.parametrize("device", [H200, SMALL])
 @pytest.mark.parametrize("element_bytes", [2, 4])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_row_plans_cover_every_row_and_column(
-    device: tuple[int, int, int], element_bytes: int, aligned: bool
+    kernels: int, device: tuple[int, int, int], element_bytes: int, aligned: bool
 ) -> None:
     elements = 16 // element_bytes
     options = itertools.product(ROWS, CLASSES, (0, 3), (False, True), (False, True), (False, True))
     for rows, classes, padding, soft, general, grad in options:
         stride = classes + padding
-        plan = plan_rows(
-            rows, classes, stride, element_bytes, aligned, soft, general, general, grad, device
-        )
+        numbers = (rows, classes, stride, element_bytes, aligned, soft, general, general, grad)
+        plan = plan_rows(*numbers, device, kernels=kernels)
         shape = (rows, classes, stride, soft, general, grad, plan)
         every_row_aligned = aligned and (rows == 1 or stride % elements == 0)
         vectors = most_vectors(classes, element_bytes, every_row_aligned)
@@ -92,7 +92,12 @@ def test_row_plans_cover_every_row_and_column(
             assert plan["grid"] == min(tiles, MAX_GRID_X), shape
             assert plan["parts"] == 1, shape
             assert plan["workspace_bytes"] == 0, shape
+        if kernels == PLAIN:
+            assert plan["path"] in ("registers", "looped", "split"), shape
+        elif plan["path"] != "shared":
+            assert plan == plan_rows(*numbers, device, kernels=PLAIN), shape
         if plan["path"] == "shared":
+            assert classes * element_bytes <= 16384, shape
             assert plan["lanes"] in (1, 4, 16, 32), shape
             assert rows == 1 or stride == classes, shape
             assert plan["threads"] <= 128, shape
@@ -114,23 +119,51 @@ def test_row_plans_cover_every_row_and_column(
             assert grad or plan["cached_vectors"] == 0, shape
 
 
-def test_workspace_asked_for_covers_any_alignment() -> None:
+@pytest.mark.parametrize("device", [H200, SMALL])
+def test_auto_is_what_has_been_measured_to_be_fastest(device: tuple[int, int, int]) -> None:
+    # Nothing has been measured yet, hence the plain kernels.
+    options = itertools.product(ROWS, CLASSES, (0, 3), (2, 4), *[(False, True)] * 4)
+    for rows, classes, padding, element_bytes, *flags, grad in options:
+        aligned, soft, rare = flags
+        shape = (rows, classes, classes + padding, element_bytes, aligned, soft, rare, rare, grad)
+        auto = plan_rows(*shape, device, kernels=AUTO)
+        assert auto == plan_rows(*shape, device, kernels=PLAIN), shape
+
+
+def test_shared_serves_the_short_rows_that_occupy_the_device() -> None:
+    def path(rows: int, classes: int, padding: int = 0) -> str:
+        shape = (rows, classes, classes + padding, 4, True, False, False, False, True)
+        return str(plan_rows(*shape, H200, kernels=SHARED)["path"])
+
+    assert [path(rows, 32) for rows in (1, 128, 10**6)] == ["shared"] * 3
+    assert [path(rows, 128) for rows in (1, 128, 10**6)] == ["registers", "registers", "shared"]
+    assert path(10**6, 4096) == "shared"  # 16 KiB
+    assert path(10**6, 4097) == "looped"
+    assert path(10**6, 128, padding=3) == "registers"
+
+
+@pytest.mark.parametrize("kernels", [AUTO, PLAIN, SHARED, CLUSTER, RING])
+def test_workspace_asked_for_covers_any_alignment(kernels: int) -> None:
     # `score_workspace` asks the driver for the device, so its rule is repeated here.
     for rows, classes, element_bytes in itertools.product(ROWS[:8], CLASSES, (2, 4)):
         sizes = {
-            plan_rows(
-                rows, classes, classes, element_bytes, aligned, False, False, False, grad, H200
+            (aligned, rare, grad): plan_rows(
+                *(rows, classes, classes, element_bytes, aligned, False, rare, rare, grad, H200),
+                kernels=kernels,
             )["workspace_bytes"]
-            for aligned in (False, True)
-            for grad in (False, True)
+            for aligned, rare, grad in itertools.product((False, True), repeat=3)
         }
+        asked = max(sizes[aligned, False, False] for aligned in (False, True))
+        assert asked == max(sizes.values())
         if classes * element_bytes < cuda.SPLIT_BYTES:
-            assert sizes == {0}
+            assert asked == 0
 
 
-def test_state_moves_where_counts_fit() -> None:
+@pytest.mark.parametrize("kernels", [PLAIN, SHARED])
+def test_state_moves_where_counts_fit(kernels: int) -> None:
     for rows, classes in itertools.product(ROWS, CLASSES):
-        plan = plan_rows(rows, classes, classes, 2, True, False, False, False, True, H200)
+        shape = (rows, classes, classes, 2, True, False, False, False, True)
+        plan = plan_rows(*shape, H200, kernels=kernels)
         assert (plan["update"] == "apart") == (rows > 32767)  # half of an int32 claim, signed
         if plan["update"] == "scan":
             assert rows <= (256 if plan["lanes"] == 1 else 1024)
@@ -325,8 +358,9 @@ def test_digits_select_what_a_stable_sort_does(name: str, digit_bits: int) -> No
 
 def test_row_kernels_are_chosen_by_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMP_FAST_CUDA_ROWS", raising=False)
-    assert CudaBackend().row_kernels == "plain"  # the others have not been measured
-    assert CudaBackend("ring").row_kernels == "ring"
+    assert CudaBackend().row_kernels == "auto"
+    for name in ("auto", "plain", "shared", "cluster", "ring"):
+        assert CudaBackend(name).row_kernels == name
     with pytest.raises(ValueError, match=r"row_kernels must be one of .*'ring'\], got 'magic'"):
         CudaBackend("magic")
     backend = CudaBackend("plain")

@@ -97,7 +97,7 @@ void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address work
 // The device as a choice of kernels needs to know it; the current one must be `device`.
 Device device_for(RowKernels kernels, int device) {
   Device properties = device_properties(device);
-  if (kernels != RowKernels::kCluster) return properties;
+  if (!may_use_clusters(kernels)) return properties;
   static std::mutex mutex;
   static std::unordered_map<int, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -117,7 +117,7 @@ int64_t score_workspace(int kernels, int device, int dtype, int64_t rows, int64_
   for (const bool aligned : {false, true}) {
     const RowShape shape{rows,  classes, stride, element_bytes(type), aligned, false,
                          false, false,   false};
-    most = std::max(most, plan_rows_with(chosen, shape, properties).workspace_bytes);
+    most = std::max(most, plan_rows(chosen, shape, properties).workspace_bytes);
   }
   return most;
 }
@@ -136,7 +136,7 @@ void score(int kernels, int device, int dtype, Address logits, int64_t stride, i
   a.count = pointer<int32_t>(count);
   a.for_backward = for_backward;
   const auto chosen = static_cast<RowKernels>(kernels);
-  const RowPlan plan = plan_rows_with(chosen, shape_of(a, type, false), device_for(chosen, device));
+  const RowPlan plan = plan_rows(chosen, shape_of(a, type, false), device_for(chosen, device));
   run_scores(type, plan, a, workspace, stream_of(stream));
 }
 
@@ -186,7 +186,7 @@ void step(int kernels, int device, int dtype, Address logits, int64_t stride, in
   const auto chosen = static_cast<RowKernels>(kernels);
   const Device properties = device_for(chosen, device);
   const RowShape shape = shape_of(a, type, true);
-  const RowPlan plan = plan_rows_with(chosen, shape, properties);
+  const RowPlan plan = plan_rows(chosen, shape, properties);
   const StepPlan update = plan_step(plan, rows);
   if (update == StepPlan::kScan) a.occurrences = Occurrences::kScan;
   if (update == StepPlan::kCounted) {
@@ -231,9 +231,9 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
                       bool soft, bool general, bool smoothed, bool grad, int multiprocessors,
                       int64_t shared, int max_cluster, int kernels) {
   const RowPlan p =
-      plan_rows_with(static_cast<RowKernels>(kernels),
-                     {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
-                     {multiprocessors, shared, max_cluster});
+      plan_rows(static_cast<RowKernels>(kernels),
+                {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
+                {multiprocessors, shared, max_cluster});
   constexpr const char* names[] = {"shared", "registers", "looped", "split", "cluster", "ring"};
   constexpr const char* updates[] = {"scan", "counted", "apart"};
   py::dict d;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
 #include "cuda/window.h"
 
@@ -82,7 +83,37 @@ constexpr int kPartialFloats = 6;  // m, d, s, q, spread, weight
 constexpr int kRegisterLanes[] = {8, 32, 64, 256};
 constexpr int kRegisterVectors = 4;
 
-inline RowPlan plan_rows(const RowShape& s, const Device& device) {
+// The plan of rows_in_shared, where it serves the rows and has enough of them.
+inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& device) {
+  const int64_t row_bytes = s.classes * s.element_bytes;
+  if (s.soft || s.general || (s.stride != s.classes && s.rows > 1) || row_bytes > kSharedRowBytes) {
+    return std::nullopt;
+  }
+  const int lanes = row_bytes <= kSharedLoneBytes        ? 1
+                    : row_bytes <= 4 * kSharedLoneBytes  ? 4
+                    : row_bytes <= 16 * kSharedLoneBytes ? 16
+                                                         : 32;
+  const int at_once = 32 / lanes;
+  const int64_t groups = ceil_div(s.rows, at_once) / device.multiprocessors;
+  if (groups < kSharedGroups && s.classes > kSharedFewClasses) return std::nullopt;
+  // Few bytes a row need many rows in flight, and cost less a tile.
+  const int64_t most = std::min(kSharedTileBytes / (at_once * std::max<int64_t>(row_bytes, 1)),
+                                groups / (4 * kSharedGroups));
+  RowPlan plan{};
+  plan.parts = 1;
+  plan.tile_rows = at_once * static_cast<int>(std::max<int64_t>(most, 1));
+  const int64_t tile = (plan.tile_rows * row_bytes / kVectorBytes + 2) * kVectorBytes;
+  const auto warps = static_cast<int>(std::clamp<int64_t>(kSharedBytes / tile, 1, 4));
+  plan.path = RowPath::kShared;
+  plan.lanes = lanes;
+  plan.threads = 32 * warps;
+  plan.shared_bytes = warps * tile;
+  plan.grid = std::min(ceil_div(s.rows, int64_t{warps} * plan.tile_rows), kMaxGridX);
+  return plan;
+}
+
+// The plan of the simplest kernels. They serve every shape on every device.
+inline RowPlan plan_plain(const RowShape& s, const Device& device) {
   const int elements = kVectorBytes / s.element_bytes;
   const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
   const int64_t vectors = window_vectors(s.classes, elements, aligned);
@@ -96,28 +127,6 @@ inline RowPlan plan_rows(const RowShape& s, const Device& device) {
     return plan;
   };
   if (!s.soft && !s.general) {
-    const int64_t row_bytes = s.classes * s.element_bytes;
-    const int lanes = row_bytes <= kSharedLoneBytes        ? 1
-                      : row_bytes <= 4 * kSharedLoneBytes  ? 4
-                      : row_bytes <= 16 * kSharedLoneBytes ? 16
-                                                           : 32;
-    const int at_once = 32 / lanes;
-    const int64_t groups = ceil_div(s.rows, at_once) / device.multiprocessors;
-    if ((s.stride == s.classes || s.rows <= 1) && row_bytes <= kSharedRowBytes &&
-        (groups >= kSharedGroups || s.classes <= kSharedFewClasses)) {
-      // Few bytes a row need many rows in flight, and cost less a tile.
-      const int64_t most = std::min(kSharedTileBytes / (at_once * std::max<int64_t>(row_bytes, 1)),
-                                    groups / (4 * kSharedGroups));
-      plan.tile_rows = at_once * static_cast<int>(std::max<int64_t>(most, 1));
-      const int64_t tile = (plan.tile_rows * row_bytes / kVectorBytes + 2) * kVectorBytes;
-      const auto warps = static_cast<int>(std::clamp<int64_t>(kSharedBytes / tile, 1, 4));
-      plan.path = RowPath::kShared;
-      plan.lanes = lanes;
-      plan.threads = 32 * warps;
-      plan.shared_bytes = warps * tile;
-      plan.grid = std::min(ceil_div(s.rows, int64_t{warps} * plan.tile_rows), kMaxGridX);
-      return plan;
-    }
     for (const int lanes : kRegisterLanes) {
       if (vectors <= lanes * kRegisterVectors) {
         return rows_of(RowPath::kRegisters, lanes, lanes <= 32 ? 128 : lanes);

@@ -1,5 +1,5 @@
 // Launch arithmetic of the kernels that stream long rows through rings of shared memory
-// (row_ring.cuh), and the choice between them and the plain kernels. Plain host code, tested
+// (row_ring.cuh), and the choice between them and those of launch.h. Plain host code, tested
 // exhaustively through `_native.cuda.plan_rows`.
 #pragma once
 #include "cuda/launch.h"
@@ -79,21 +79,41 @@ inline RowPlan plan_ring(RowPath path, const RowShape& s, const Device& device, 
   return plan;
 }
 
-// Which kernels score long rows. What a choice cannot serve, the plain kernels do: soft targets,
-// rows that fit in registers, too few rows for the device, a device without the instructions or
-// with too little shared memory.
-enum class RowKernels : int { kPlain, kCluster, kRing };
-
-inline RowPlan plan_rows_with(RowKernels kernels, const RowShape& s, const Device& device) {
-  const RowPlan plain = plan_rows(s, device);
-  const int widest = kernels == RowKernels::kRing ? 1 : device.max_cluster;
+// The plan of the kernels with rings, `path` one of the two, for rows too long for registers; none
+// where there are too few of them for the device, or it lacks the instructions or the shared
+// memory.
+inline std::optional<RowPlan> plan_streamed(RowPath path, const RowShape& s, const Device& device) {
+  const RowPlan plain = plan_plain(s, device);
+  const int widest = path == RowPath::kRing ? 1 : device.max_cluster;
   const bool long_rows = plain.path == RowPath::kSplit ||
                          (plain.path == RowPath::kLooped && plain.lanes >= kLoopedThreads);
-  if (kernels == RowKernels::kPlain || s.soft || !long_rows || widest == 0) return plain;
-  if (ring_slots(device, 1) < kMinSlots || s.rows > kMaxRingRows) return plain;
-  if (plain.path == RowPath::kSplit && s.rows * widest < device.multiprocessors) return plain;
-  const auto path = kernels == RowKernels::kRing ? RowPath::kRing : RowPath::kCluster;
+  if (s.soft || !long_rows || widest == 0) return std::nullopt;
+  if (ring_slots(device, 1) < kMinSlots || s.rows > kMaxRingRows) return std::nullopt;
+  if (plain.path == RowPath::kSplit && s.rows * widest < device.multiprocessors) {
+    return std::nullopt;
+  }
   return plan_ring(path, s, device, widest);
+}
+
+// ---- choice
+// ----------------------------------------------------------------------------------------
+
+// Which kernels score rows. What a choice cannot serve, the plain kernels do.
+enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing };
+
+// The fastest plan for a shape, as far as measured on a GPU: nothing is yet, so the plain kernels'.
+inline RowPlan plan_auto(const RowShape& s, const Device& device) { return plan_plain(s, device); }
+
+// Whether a choice may plan clusters: only then is the driver asked how wide they may be.
+inline bool may_use_clusters(RowKernels kernels) { return kernels == RowKernels::kCluster; }
+
+inline RowPlan plan_rows(RowKernels kernels, const RowShape& s, const Device& device) {
+  std::optional<RowPlan> plan;
+  if (kernels == RowKernels::kAuto) plan = plan_auto(s, device);
+  if (kernels == RowKernels::kShared) plan = plan_shared(s, device);
+  if (kernels == RowKernels::kCluster) plan = plan_streamed(RowPath::kCluster, s, device);
+  if (kernels == RowKernels::kRing) plan = plan_streamed(RowPath::kRing, s, device);
+  return plan ? *plan : plan_plain(s, device);
 }
 
 }  // namespace emp_fast::cuda

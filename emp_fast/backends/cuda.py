@@ -35,7 +35,8 @@ from emp_fast.backends.native import (
 )
 from emp_fast.backends.reference import ReferenceBackend
 
-_ROW_KERNELS = ("plain", "cluster", "ring")  # as RowKernels of csrc/cuda/launch_ring.h
+#: As RowKernels of csrc/cuda/launch_ring.h.
+_ROW_KERNELS = ("auto", "plain", "shared", "cluster", "ring")
 _ROW_KERNELS_ENVIRONMENT = "EMP_FAST_CUDA_ROWS"
 _OLDEST = (8, 0)
 _SCORES = ROW_FIELDS.index("max")  # of ROW_FIELDS; the rest is kept for the backward pass
@@ -45,9 +46,10 @@ class CudaBackend(Backend):
     """Serves NVIDIA GPUs of compute capability 8.0 and up.
 
     Args:
-        row_kernels: which kernels score rows that are too long for registers: "plain", "cluster" or
-            "ring" (docs/kernels.md); None for what the environment variable ``EMP_FAST_CUDA_ROWS``
-            says, else "plain". What a choice cannot serve, the plain kernels do.
+        row_kernels: which kernels score rows: "plain", "shared" (short rows), "cluster" or "ring"
+            (long rows), or "auto", the fastest as far as measured (docs/kernels.md); None for what
+            the environment variable ``EMP_FAST_CUDA_ROWS`` says, else "auto". What a choice cannot
+            serve, the plain kernels do.
 
     Raises:
         ValueError: no kernels have that name.
@@ -62,7 +64,7 @@ class CudaBackend(Backend):
 
     def __init__(self, row_kernels: str | None = None) -> None:
         if row_kernels is None:
-            row_kernels = os.environ.get(_ROW_KERNELS_ENVIRONMENT) or "plain"
+            row_kernels = os.environ.get(_ROW_KERNELS_ENVIRONMENT) or "auto"
             _check_row_kernels(row_kernels, _ROW_KERNELS_ENVIRONMENT)
         self.row_kernels = row_kernels
         native = load_native()
@@ -79,7 +81,7 @@ class CudaBackend(Backend):
 
     @property
     def row_kernels(self) -> str:
-        """Which kernels score long rows; may be set."""
+        """Which kernels score rows; may be set."""
         return _ROW_KERNELS[self._row_kernels]
 
     @row_kernels.setter

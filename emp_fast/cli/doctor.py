@@ -27,7 +27,7 @@ __all__ = ["doctor"]
 NEVER_RUN_ON_A_GPU = ("triton", "cuda")
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
 #: The environment variables that choose kernels, and what holds without them.
-_SETTINGS = {"EMP_FAST_BACKEND": "auto", "EMP_FAST_CUDA_ROWS": "plain"}
+_SETTINGS = {"EMP_FAST_BACKEND": "auto", "EMP_FAST_CUDA_ROWS": "auto"}
 _PACKAGES = ("triton", "numpy", "scikit-learn", "matplotlib", "pyarrow")
 
 

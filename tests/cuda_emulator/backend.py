@@ -41,7 +41,7 @@ class EmulatedBackend(cuda.CudaBackend):
     """
 
     def __init__(self, module: Any, *, seed: int = 0, poison: int = 0xFF, **native: int) -> None:
-        self.row_kernels = "plain"
+        self.row_kernels = "auto"
         self._emulator = module.emulator
         self._native = _Native(module.cuda, native)
         self._reason = None

@@ -40,8 +40,8 @@ test() {
   local flags kernels
   eval "flags=(${TEST_FLAGS:-})"
   "$python" -m pytest tests/gpu -q --junitxml="$folder/test.xml" "${flags[@]}" || return
-  # Long rows again by the CUDA kernels that are not the default (docs/kernels.md).
-  for kernels in cluster ring; do
+  # Rows again by the CUDA kernels that auto, the default, does not choose (docs/kernels.md).
+  for kernels in shared cluster ring; do
     EMP_FAST_CUDA_ROWS=$kernels "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
       -q -k 'not triton' --junitxml="$folder/test-$kernels.xml" "${flags[@]}" || return
   done
@@ -56,10 +56,13 @@ sanitize() {
   local tool kernels which flags
   eval "flags=(${SANITIZE_FLAGS:-})"
   for tool in memcheck racecheck; do
-    for kernels in plain cluster ring; do
+    for kernels in auto shared cluster ring; do
       # Strided logits are copied to memory that ends within a vector: see in_whole_vectors.
       which='cuda and not _as_ and not transposed and not column_strided'
-      [ "$kernels" = plain ] || which='cuda and current_stream' # has long rows
+      case $kernels in
+        shared) which="$which and (oracle and _10 and not _1025 or current_stream)" ;; # short rows
+        cluster | ring) which='cuda and current_stream' ;;                               # long rows
+      esac
       EMP_FAST_CUDA_ROWS=$kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
         --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \
         "$python" -m pytest tests/gpu -q -x -m sanitize -k "$which" "${flags[@]}" || return

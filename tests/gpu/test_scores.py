@@ -87,7 +87,7 @@ def test_many_classes(
     assert_rows(logits, target, torch.arange(rows, device=device))
 
 
-@pytest.mark.parametrize("classes", [10, 100, 1000])
+@pytest.mark.parametrize("classes", [10, 100, 1000, 4000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_rows(classes: int, dtype: torch.dtype, backend, device, room) -> None:
     rows = SIZES.many_rows * 10 // classes
