@@ -187,6 +187,8 @@ void step(int kernels, int device, int dtype, Address logits, int64_t stride, in
   const Device properties = device_for(chosen, device);
   const RowShape shape = shape_of(a, type, true);
   const RowPlan plan = plan_rows(chosen, shape, properties);
+  // The launch that makes the gradient of split rows reads what the backward pass does.
+  if (plan.path == RowPath::kSplit) a.for_backward = true;
   const StepPlan update = plan_step(plan, rows);
   if (update == StepPlan::kScan) a.occurrences = Occurrences::kScan;
   if (update == StepPlan::kCounted) {

@@ -44,7 +44,7 @@ struct RowArgs {
   float softcap;  // 0: none
 
   float* loss;        // [R]
-  float* fields;      // [7, R]; [4, R] unless for_backward
+  float* fields;      // [7, R]; scores alone: [4, R] unless for_backward
   bool* correct;      // [R] or null
   int32_t* count;     // [R]
   bool for_backward;  // whether the last three fields are wanted

@@ -264,7 +264,7 @@ class CudaBackend(Backend):
         *,
         for_backward: bool,
     ) -> None:
-        """Writes to the addresses of `RowScores`, without the last fields unless for_backward."""
+        """Writes to the addresses of `RowScores`; the last fields for certain if for_backward."""
         weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
         self._native.step(
             self._row_kernels,
