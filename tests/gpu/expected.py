@@ -39,4 +39,8 @@ def assert_gradient(got: Tensor, torchs: Tensor, wanted: Tensor) -> None:
     carried = torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps
     rounding = 2 * carried + torch.finfo(got.dtype).eps / 2
     floor = rounding * float(wanted[kept].abs().max())
-    assert float(error.max()) <= 2 * float(torch_error.max()) + floor
+    most, torchs_most = float(error.max()), float(torch_error.max())
+    assert most <= 2 * torchs_most + floor, (
+        f"an error of {most:.4g}, torch's of {torchs_most:.4g}, and a floor of {floor:.4g}:"
+        f" {most / (2 * torchs_most + floor):.4g} times what is allowed"
+    )
