@@ -41,8 +41,9 @@ MAX_PARTS = 512
 #: More rows would make the others wait for it longer than for another launch; more at a time would
 #: cost the scoring part its registers.
 STEP_UPDATE_ROWS = 1024
-#: Rows that one program of update_state takes through both phases.
-ONE_PROGRAM_ROWS = 4096
+#: Rows that one program of update_state takes through both phases: one multiprocessor reaches fewer
+#: places in memory at a time than all do, and beyond that saves less than a second launch costs.
+ONE_PROGRAM_ROWS = 1024
 UPDATE_BLOCK = 1024
 PHILOX_BLOCK = 1024
 #: Rows that a program of mean_loss or sum_losses has in flight; the most that one program sums, for

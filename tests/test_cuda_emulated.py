@@ -693,6 +693,16 @@ def test_a_training_step_equals_that_of_the_reference(
         assert torch.equal(store.visits, plain.visits)
 
 
+def test_update_of_very_many_rows(emulated: EmulatedBackend) -> None:
+    """So many that a thread takes several, the last of them past the end."""
+    recurrence, rows = RECURRENCES["variance and direct"], 2**18 + 77
+    case = update_case(rows, 50000, recurrence, 0)
+    got, wanted = make_state(50000), make_state(50000)
+    emulated.update_state(*case, got, recurrence)
+    REFERENCE.update_state(*case, wanted, recurrence)
+    assert_same_state(got, wanted)
+
+
 # ---- selection and random bits ------------------------------------------------------------------
 
 

@@ -187,10 +187,11 @@ inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
 // ---- state
 // -----------------------------------------------------------------------------------------
 
-constexpr int64_t kScanRows = 1024;         // up to here each row counts its own occurrences
-constexpr int64_t kScanRowsByThread = 256;  // the same where one thread does a row
-constexpr int64_t kCountedRows = 32767;     // up to here a count fits half of a claim
-constexpr int64_t kOneBlockRows = 4096;     // update_state in one launch
+constexpr int64_t kScanRows = 1024;           // up to here each row counts its own occurrences
+constexpr int64_t kScanRowsByThread = 256;    // the same where one thread does a row
+constexpr int64_t kCountedRows = 32767;       // up to here a count fits half of a claim
+constexpr int64_t kScanUpdateRows = 4096;     // update_state in one launch, each row by itself
+constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread of update_state takes four
 
 // Where the state moves in a fused step: in the scoring kernel's epilogue, where each row counts
 // its sample's occurrences itself or finds them counted by a launch before; or in launches after

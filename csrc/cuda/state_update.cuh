@@ -16,15 +16,24 @@ constexpr int kArrival =
 
 __device__ __forceinline__ bool is_finite(float x) { return is_finite_bits(__float_as_uint(x)); }
 
-__device__ __forceinline__ void move_state(const StateArgs& s, int64_t sample, float signal,
-                                           bool has_direct, float direct) {
+__device__ __forceinline__ SampleState read_state(const StateArgs& s, int64_t sample) {
   SampleState state{0.0f, s.memory[sample], 0.0f, s.visits[sample]};
   if (s.variance != nullptr) state.variance = s.variance[sample];
+  return state;
+}
+
+__device__ __forceinline__ void write_visit(const StateArgs& s, int64_t sample, SampleState state,
+                                            float signal, bool has_direct, float direct) {
   state = visit(s.recurrence, state, signal, has_direct, direct);
   s.scores[sample] = state.score;
   s.memory[sample] = state.memory;
   s.visits[sample] = state.visits;
   if (s.variance != nullptr) s.variance[sample] = state.variance;
+}
+
+__device__ __forceinline__ void move_state(const StateArgs& s, int64_t sample, float signal,
+                                           bool has_direct, float direct) {
+  write_visit(s, sample, read_state(s, sample), signal, has_direct, direct);
 }
 
 // Whether a row may move the state; counts it where it is refused.
