@@ -317,6 +317,64 @@ def test_every_kernel_scores_and_differentiates(
     assert torch.equal(state.visits[indices], stepped.count)
 
 
+#: Rows shorter than a vector, of a vector or two, as long as a tile and longer; one vector a thread
+#: and, with four tiles of them, four.
+FLAT = [
+    (700, 2, bf16, 1),
+    (1100, 3, torch.float32, 1),
+    (301, 7, f16, 1),
+    (301, 8, bf16, 1),
+    (97, 5, torch.float32, 1),
+    (13, 100, f16, 1),
+    (2, 9001, bf16, 1),
+    (2600, 10, bf16, 4),
+    (1700, 10, torch.float32, 4),
+    (3500, 4, torch.float32, 4),
+    (265, 100, bf16, 4),
+    (40, 997, f16, 4),
+    (4, 8192, bf16, 4),
+    (5, 4095, torch.float32, 4),
+    (3, 9001, torch.float32, 4),
+]
+
+
+@pytest.mark.parametrize(("rows", "classes", "dtype", "vectors"), FLAT, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_one_array_is_that_of_its_rows_bit_for_bit(
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    vectors: int,
+    weighted: bool,
+    emulated: EmulatedBackend,
+    module: Any,
+) -> None:
+    emulated.seed, emulated.poison = classes % 3, (0xFF, 0x00)[rows % 2]
+    emulated.set_device(1, 227 * 1024)
+    shape = Shape(("", 0), rows, classes, dtype, padding=3, weighted=weighted)
+    apart, target, weight, options = shape.make()
+    apart[3 % rows, classes // 2] = torch.nan  # of a row that counts
+    apart[5 % rows, 0] = torch.nan  # of one that does not, if there is such a row
+    target[rows - 1] = classes - 1
+    target[1] = classes  # no such class
+    logits = apart.contiguous()
+    plans = [
+        module.cuda.plan_backward(
+            *(rows, classes, x.stride(0), x.element_size(), x.data_ptr() % 16 == 0),
+            *(False, False, False, 1),
+        )
+        for x in (logits, apart)
+    ]
+    assert [plan["flat_vectors"] for plan in plans] == [vectors, 0]
+    kept = emulated.cross_entropy(logits, target, weight, options).rows
+    grad_loss = torch.linspace(-1, 2, rows)
+    flat, by_rows = (
+        emulated.cross_entropy_backward(grad_loss, x, target, weight, kept, options)
+        for x in (logits, apart)
+    )
+    torch.testing.assert_close(flat, by_rows, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("poison", [0xFF, 0x00])
 def test_a_mean_step_needs_no_fields_of_the_backward_pass(
@@ -491,7 +549,7 @@ def test_selection_and_random_bits_by_blocks_of_several_tiles(
     backend = EmulatedBackend(module, seed=seed)
     np.testing.assert_array_equal(backend.topk_indices(scores, 7000).numpy(), wanted)
     test_philox_equals_the_reference(seed, emulated)
-    test_scale(f16, 4097, None, emulated)
+    test_scale(f16, 5 * 8192 + 9, None, emulated)
     test_a_sample_suffices_for_scores_without_ties(0.5, emulated, module)
 
 

@@ -259,10 +259,30 @@ def test_rows_beyond_an_int_are_the_plain_kernels(kernels: int) -> None:
     assert path(2**30 + 1) == "looped"
 
 
+def plan_backward(
+    rows: int,
+    classes: int,
+    element_bytes: int,
+    *,
+    stride: int = 0,
+    aligned: bool = True,
+    soft: bool = False,
+    general: bool = False,
+    smoothed: bool = False,
+    device: tuple[int, int, int] = H200,
+) -> dict[str, Any]:
+    plan: dict[str, Any] = cuda.plan_backward(
+        *(rows, classes, stride or classes, element_bytes, aligned),
+        *(soft, general, smoothed, device[0]),
+    )
+    return plan
+
+
 @pytest.mark.parametrize("element_bytes", [2, 4])
 def test_backward_plans_cover_every_row_and_column(element_bytes: int) -> None:
     for rows, classes, soft in itertools.product(ROWS, CLASSES, (False, True)):
-        plan = cuda.plan_backward(rows, classes, classes, element_bytes, soft, H200[0])
+        plan = plan_backward(rows, classes, element_bytes, soft=soft, aligned=False)
+        assert plan["flat_vectors"] == 0
         vectors = most_vectors(classes, element_bytes, False)
         tiles = math.ceil(rows / (plan["threads"] // plan["lanes"]))
         assert plan["grid"] == min(tiles, MAX_GRID_X)
@@ -270,6 +290,51 @@ def test_backward_plans_cover_every_row_and_column(element_bytes: int) -> None:
         assert plan["parts"] * plan["vectors_per_part"] >= vectors
         assert (plan["parts"] - 1) * plan["vectors_per_part"] < vectors
         assert plan["parts"] == 1 or not soft
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("device", [H200, SMALL])
+def test_a_contiguous_gradient_is_made_as_one_array(
+    device: tuple[int, int, int], element_bytes: int
+) -> None:
+    elements = 16 // element_bytes
+    for rows, classes in itertools.product(ROWS, CLASSES):
+        plan = plan_backward(rows, classes, element_bytes, device=device)
+        total = rows * classes
+        tile = plan["threads"] * max(plan["flat_vectors"], 1) * elements
+        serves = classes > 1 and total * classes < 2**64 and math.ceil(total / tile) <= MAX_GRID_X
+        assert (plan["flat_vectors"] > 0) == serves
+        if not serves:
+            continue
+        assert plan["grid"] == math.ceil(total / tile)
+        assert plan["flat_vectors"] == 1 or classes >= elements
+        # A row ends in column 0 of a tile at worst.
+        assert plan["shared_bytes"] == 16 * (1 + math.ceil((tile - 1) / classes))
+        assert plan["shared_bytes"] <= 16 * 1025
+
+
+def test_what_is_not_one_array_of_vectors_is_made_by_rows() -> None:
+    assert plan_backward(65536, 1000, 2)["flat_vectors"] == 4
+    assert plan_backward(64, 1000, 2)["flat_vectors"] == 1  # few tiles
+    assert plan_backward(1, 1000, 2, stride=1008)["flat_vectors"] == 1
+    assert plan_backward(4096, 1000, 2, stride=1008)["flat_vectors"] == 0
+    for option in ("soft", "general", "smoothed"):
+        assert plan_backward(4096, 1000, 2, **{option: True})["flat_vectors"] == 0
+
+
+@pytest.mark.parametrize("tile", [1024, 2048, 4096, 8192])
+def test_the_row_of_an_element_is_found_by_multiplication(tile: int) -> None:
+    generator = np.random.default_rng(tile)
+    for classes in [c for c in CLASSES if c > 1] + [tile - 1, tile, tile + 1, 2**31 - 65]:
+        most = min(2**64 // classes, 2**62)
+        spots = {int(x) for x in generator.integers(0, most, 200)} | {most}
+        starts = {x // classes * classes for x in spots} - {0}
+        elements = sorted(spots | starts | {x - 1 for x in starts} | {0, 1})
+        near = sorted({n + d for n in range(0, classes + tile, classes) for d in (-1, 0, 1)})
+        near = [n for n in near if 0 <= n <= classes + tile - 2]
+        rows, near_rows = cuda.rows_of_elements(classes, tile, elements, near)
+        assert rows == [x // classes for x in elements]
+        assert near_rows == [n // classes for n in near]
 
 
 @pytest.mark.parametrize("elements", [4, 8])

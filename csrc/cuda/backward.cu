@@ -1,7 +1,8 @@
 // The gradient to the logits from the scores of the forward pass.
 //
 // Memory: logits read once, gradient written once. No sums are needed for class ids, so any block
-// does any part of a row; soft targets first find their largest class and their total.
+// does any part of a row; soft targets first find their largest class and their total. A contiguous
+// matrix is one array of vectors, whatever its rows (flat_gradients).
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/row_loop.cuh"
@@ -11,6 +12,141 @@ namespace {
 
 constexpr int kScaleThreads = 256;
 constexpr int64_t kScaleBlocks = 4096;  // a few waves of any device
+constexpr int kScaleVectors = 4;        // that a thread has in flight
+
+// What the gradient of a row takes; 16 bytes of shared memory in one access.
+struct FlatRow {
+  float max;
+  float slope;      // g inv_sum
+  float at_target;  // the value there
+  int target;       // kIgnored: the gradient is 0
+
+  static constexpr int kIgnored = -2147483647 - 1;  // as an unsigned offset it is in no vector
+
+  __device__ __forceinline__ static FlatRow of(const RowArgs& a, int64_t row) {
+    const Target target = Target::of(a, row);
+    const float g = row_gradient(a, row);
+    const float max = __ldg(a.fields + kMax * a.rows + row);
+    const float inv_sum = __ldg(a.fields + kInvSum * a.rows + row);
+    const float miss = __ldg(a.fields + kMiss * a.rows + row);
+    const float weight = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
+    return {max, g * weight * inv_sum, -(g * (weight * miss)),
+            target.valid ? target.column : kIgnored};
+  }
+
+  __device__ __forceinline__ uint4 packed() const {
+    return {__float_as_uint(max), __float_as_uint(slope), __float_as_uint(at_target),
+            static_cast<uint32_t>(target)};
+  }
+
+  __device__ __forceinline__ static FlatRow from(const uint4& raw) {
+    return {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
+            static_cast<int>(raw.w)};
+  }
+
+  __device__ __forceinline__ bool ignored() const { return target == kIgnored; }
+};
+
+// Turns the logits of one vector, which begins at `column` of row `r` of the `held` ones in `rows`,
+// into their gradients. All threads of a warp call. kShort: rows may be shorter than the vector.
+template <bool kShort, int kCount>
+__device__ __forceinline__ void flat_vector(const uint4* rows, int held, int r, int column,
+                                            int classes, float (&x)[kCount]) {
+  FlatRow row = FlatRow::from(rows[min(r, held - 1)]);
+  if constexpr (kShort) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      if (column == classes) {
+        column = 0;
+        row = FlatRow::from(rows[min(++r, held - 1)]);
+      }
+      const float off_target = row.slope * exp_flushed(x[e] - row.max);
+      x[e] = row.ignored() ? 0.0f : column == row.target ? row.at_target : off_target;
+      ++column;
+    }
+    return;
+  }
+  const int here = classes - column;  // elements up to the end of the row
+  const unsigned at = offset_in_vector(column, row.target);
+  if (__all_sync(kFullWarp, here >= kCount)) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) x[e] = row.slope * exp_flushed(x[e] - row.max);
+    if (at < kCount) {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) x[e] = e == static_cast<int>(at) ? row.at_target : x[e];
+    }
+    if (row.ignored()) {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) x[e] = 0.0f;
+    }
+    return;
+  }
+  const FlatRow next = FlatRow::from(rows[min(r + 1, held - 1)]);
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    const float max = e < here ? row.max : next.max;
+    x[e] = (e < here ? row.slope : next.slope) * exp_flushed(x[e] - max);
+  }
+  const unsigned next_at = static_cast<unsigned>(here) + static_cast<unsigned>(next.target);
+  if (at < kCount || next_at < kCount) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      x[e] = e == static_cast<int>(at) ? row.at_target : x[e];
+      x[e] = e == static_cast<int>(next_at) ? next.at_target : x[e];
+    }
+  }
+  if (row.ignored() || next.ignored()) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      x[e] = (e < here ? row.ignored() : next.ignored()) ? 0.0f : x[e];
+    }
+  }
+}
+
+// A tile of the matrix a block: kVectors vectors a thread, whose loads are in flight together with
+// those of the values of the tile's rows.
+template <class T, int kVectors, bool kShort>
+__global__ void __launch_bounds__(kFlatThreads, 6)
+    flat_gradients(const __grid_constant__ RowArgs a, Division division) {
+  constexpr int kCount = kElements<T>;
+  constexpr int kTile = kFlatThreads * kVectors * kCount;
+  uint4* rows = dynamic_shared<uint4>();
+  const int64_t first = int64_t{blockIdx.x} * kTile;
+  const int64_t rest = a.rows * a.classes - first;
+  const int size = rest < kTile ? static_cast<int>(rest) : kTile;
+  const T* logits = static_cast<const T*>(a.logits) + first;
+  T* out = static_cast<T*>(a.grad) + first;
+  uint4 raw[kVectors];
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) {
+    const int at = (u * kFlatThreads + static_cast<int>(threadIdx.x)) * kCount;
+    raw[u] = at < size ? load_vector(logits + at) : uint4{0, 0, 0, 0};
+  }
+  const int64_t first_row = division.row(first);
+  const int first_column = static_cast<int>(first - first_row * division.classes);
+  const int held = division.near_row(first_column + size - 1) + 1;
+  for (int r = threadIdx.x; r < held; r += kFlatThreads) {
+    rows[r] = FlatRow::of(a, first_row + r).packed();
+  }
+  __syncthreads();
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) {
+    const int at = (u * kFlatThreads + static_cast<int>(threadIdx.x)) * kCount;
+    const int r = division.near_row(first_column + at);
+    float x[kCount];
+    unpack<T>(raw[u], x);
+    flat_vector<kShort>(rows, held, r, first_column + at - r * division.classes, division.classes,
+                        x);
+    if (at + kCount <= size) {
+      __stcs(reinterpret_cast<uint4*>(out + at), pack<T>(x));
+    } else {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        if (at + e < size) out[at + e] = from_float<T>(x[e]);
+      }
+    }
+  }
+}
 
 template <int kLanes>
 constexpr int kThreads = kLanes < 128 ? 128 : kLanes;
@@ -60,20 +196,40 @@ template <class T>
 __global__ void __launch_bounds__(kScaleThreads)
     scale_elements(T* grad, int64_t elements, const float* factor, const float* also) {
   constexpr int kCount = kElements<T>;
+  constexpr int64_t kStride = kScaleThreads * kCount;
   const float scale = also == nullptr ? __ldg(factor) : __ldg(factor) * __ldg(also);
   if (scale == 1.0f) return;
-  const int64_t step = int64_t{gridDim.x} * kScaleThreads * kCount;
-  // Whole vectors, then the last few elements: torch aligns what it allocates.
-  for (int64_t at = (int64_t{blockIdx.x} * kScaleThreads + threadIdx.x) * kCount; at < elements;
-       at += step) {
-    if (at + kCount <= elements) {
-      float x[kCount];
-      unpack<T>(*reinterpret_cast<const uint4*>(grad + at), x);
+  // Explicit: assignments become accesses of 4 bytes in some kernels.
+  const auto times = [scale](const uint4& raw) {
+    float x[kCount];
+    unpack<T>(raw, x);
 #pragma unroll
-      for (int e = 0; e < kCount; ++e) x[e] *= scale;
-      *reinterpret_cast<uint4*>(grad + at) = pack<T>(x);
-    } else {
-      for (int64_t i = at; i < elements; ++i) grad[i] = from_float<T>(to_float(grad[i]) * scale);
+    for (int e = 0; e < kCount; ++e) x[e] *= scale;
+    return pack<T>(x);
+  };
+  const int64_t step = int64_t{gridDim.x} * kScaleVectors * kStride;
+  for (int64_t first = (int64_t{blockIdx.x} * kScaleVectors * kScaleThreads + threadIdx.x) * kCount;
+       first < elements; first += step) {
+    if (first + (kScaleVectors - 1) * kStride + kCount <= elements) {
+      uint4 raw[kScaleVectors];
+#pragma unroll
+      for (int u = 0; u < kScaleVectors; ++u) {
+        raw[u] = __ldcg(reinterpret_cast<const uint4*>(grad + first + u * kStride));
+      }
+#pragma unroll
+      for (int u = 0; u < kScaleVectors; ++u) {
+        __stcg(reinterpret_cast<uint4*>(grad + first + u * kStride), times(raw[u]));
+      }
+      continue;
+    }
+    // Whole vectors, then the last few elements: torch aligns what it allocates.
+    for (int64_t at = first; at < min(first + kScaleVectors * kStride, elements); at += kStride) {
+      if (at + kCount <= elements) {
+        auto* vector = reinterpret_cast<uint4*>(grad + at);
+        __stcg(vector, times(__ldcg(vector)));
+      } else {
+        for (int64_t i = at; i < elements; ++i) grad[i] = from_float<T>(to_float(grad[i]) * scale);
+      }
     }
   }
 }
@@ -85,7 +241,8 @@ void scale_gradient(Dtype dtype, void* grad, int64_t elements, const float* fact
   if (elements == 0) return;
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t blocks = ceil_div(elements, int64_t{kScaleThreads} * kElements<T>);
+    const int64_t blocks =
+        ceil_div(elements, int64_t{kScaleThreads} * kScaleVectors * kElements<T>);
     launch("scale_elements", scale_elements<T>,
            static_cast<unsigned>(std::min(blocks, kScaleBlocks)), kScaleThreads, 0, stream,
            static_cast<T*>(grad), elements, factor, also);
@@ -95,6 +252,15 @@ void scale_gradient(Dtype dtype, void* grad, int64_t elements, const float* fact
 void gradient(Dtype dtype, const BackwardPlan& plan, const RowArgs& args, cudaStream_t stream) {
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
+    if (plan.flat_vectors > 0) {
+      const auto run = [&](auto kernel) {
+        launch("flat_gradients", kernel, static_cast<unsigned>(plan.grid), plan.threads,
+               plan.shared_bytes, stream, args, plan.division);
+      };
+      if (args.classes < kElements<T>) return run(flat_gradients<T, 1, true>);
+      return plan.flat_vectors == 1 ? run(flat_gradients<T, 1, false>)
+                                    : run(flat_gradients<T, kFlatVectors, false>);
+    }
     const auto run = [&](auto kernel) {
       const dim3 grid(static_cast<unsigned>(plan.grid), static_cast<unsigned>(plan.parts));
       launch("row_gradients", kernel, grid, plan.threads, 0, stream, args, plan.vectors_per_part);

@@ -257,17 +257,31 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
   return d;
 }
 
-py::dict plan_backward_of(int64_t rows, int64_t classes, int64_t stride, int bytes, bool soft,
-                          int multiprocessors) {
-  const BackwardPlan p = plan_backward(
-      {rows, classes, stride, bytes, false, soft, false, false, true}, {multiprocessors, 0, 0});
+py::dict plan_backward_of(int64_t rows, int64_t classes, int64_t stride, int bytes, bool aligned,
+                          bool soft, bool general, bool smoothed, int multiprocessors) {
+  const BackwardPlan p =
+      plan_backward({rows, classes, stride, bytes, aligned, soft, general, smoothed, true},
+                    {multiprocessors, 0, 0});
   py::dict d;
   d["lanes"] = p.lanes;
   d["threads"] = p.threads;
   d["grid"] = p.grid;
   d["parts"] = p.parts;
   d["vectors_per_part"] = p.vectors_per_part;
+  d["flat_vectors"] = p.flat_vectors;
+  d["shared_bytes"] = p.shared_bytes;
   return d;
+}
+
+// The rows of elements of the array, and of elements from the start of a tile's first row, as the
+// kernels find them.
+py::tuple rows_of_elements(int classes, int64_t tile, const py::list& elements,
+                           const py::list& near) {
+  const Division division = Division::of(classes, tile);
+  py::list rows, near_rows;
+  for (const py::handle element : elements) rows.append(division.row(element.cast<int64_t>()));
+  for (const py::handle element : near) near_rows.append(division.near_row(element.cast<int>()));
+  return py::make_tuple(rows, near_rows);
 }
 
 py::dict plan_selection_of(int64_t n, int64_t k, int64_t groups, int sample_bits) {
@@ -395,6 +409,7 @@ void bind(py::module_& m) {
 
   cuda.def("plan_rows", &plan_rows_of);
   cuda.def("plan_backward", &plan_backward_of);
+  cuda.def("rows_of_elements", &rows_of_elements);
   cuda.def("plan_selection", &plan_selection_of);
   cuda.def("window_columns", &window_columns);
   cuda.def("select_by_digits", &select_by_digits);

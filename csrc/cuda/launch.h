@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "cuda/flat.h"
 #include "cuda/window.h"
 
 namespace emp_fast::cuda {
@@ -164,9 +165,44 @@ struct BackwardPlan {
   int64_t grid;
   int parts;  // grid y: parts of a row
   int vectors_per_part;
+  int flat_vectors;      // a thread, of the matrix as one array; 0: by rows
+  Division division;     // flat
+  int64_t shared_bytes;  // flat
 };
 
+constexpr int kFlatThreads = 256;
+constexpr int kFlatVectors = 4;    // a thread, each with a row or two
+constexpr int64_t kFlatTiles = 4;  // a multiprocessor at least; of fewer each thread takes one
+constexpr int64_t kFlatRowBytes = 16;
+
+// The plan of flat_gradients, where it serves the rows.
+inline std::optional<BackwardPlan> plan_flat(const RowShape& s, const Device& device) {
+  if (s.soft || s.general || s.smoothed || !s.base_aligned || s.classes < 2 ||
+      (s.stride != s.classes && s.rows > 1)) {
+    return std::nullopt;
+  }
+  const int64_t total = s.rows * s.classes;
+  if (static_cast<uint64_t>(total) > ~uint64_t{0} / static_cast<uint64_t>(s.classes)) {
+    return std::nullopt;
+  }
+  const int elements = kVectorBytes / s.element_bytes;
+  const auto tile_of = [&](int vectors) { return int64_t{kFlatThreads} * vectors * elements; };
+  const bool many = ceil_div(total, tile_of(kFlatVectors)) >= kFlatTiles * device.multiprocessors;
+  BackwardPlan plan{};
+  plan.lanes = 1;
+  plan.threads = kFlatThreads;
+  plan.parts = 1;
+  plan.flat_vectors = many && s.classes >= elements ? kFlatVectors : 1;
+  const int64_t tile = tile_of(plan.flat_vectors);
+  plan.grid = ceil_div(total, tile);
+  if (plan.grid > kMaxGridX) return std::nullopt;
+  plan.division = Division::of(static_cast<int>(s.classes), tile);
+  plan.shared_bytes = ((tile + s.classes - 2) / s.classes + 1) * kFlatRowBytes;
+  return plan;
+}
+
 inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
+  if (const auto flat = plan_flat(s, device)) return *flat;
   const int elements = kVectorBytes / s.element_bytes;
   const int64_t vectors = window_vectors(s.classes, elements, false);
   BackwardPlan plan{};

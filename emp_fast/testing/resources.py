@@ -50,6 +50,28 @@ _ROW_KERNELS = r"^(rows_in_registers|rows_looped|row_parts|row_gradients)\b"
 EXPECTED = (
     # CUDA
     Expected(_ROW_KERNELS, _LOAD_VECTOR, 128, "logits move by 16 bytes", 1, loops=1),
+    Expected(
+        r"^flat_gradients<.*, 4, ",
+        _LOAD_VECTOR,
+        128,
+        "four loads of 16 bytes a thread in flight",
+        4,
+    ),
+    Expected(
+        r"^flat_gradients\b",
+        r"__stcs\(reinterpret_cast<uint4\*>\(out \+ at",
+        128,
+        "whole vectors of the gradient move by 16 bytes",
+        1,
+    ),
+    Expected(
+        "^scale_elements",
+        r"__ldcg\(reinterpret_cast<const uint4\*>\(grad",
+        128,
+        "the gradient moves by 16 bytes",
+        4,
+        loops=1,
+    ),
     Expected("", _LOAD_VECTOR, 128, "logits move by 16 bytes"),
     Expected("", r"logits\[target\.column\]", 16, "one logit a row"),
     Expected(
