@@ -318,8 +318,12 @@ def test_what_is_not_one_array_of_vectors_is_made_by_rows() -> None:
     assert plan_backward(64, 1000, 2)["flat_vectors"] == 1  # few tiles
     assert plan_backward(1, 1000, 2, stride=1008)["flat_vectors"] == 1
     assert plan_backward(4096, 1000, 2, stride=1008)["flat_vectors"] == 0
-    for option in ("soft", "general", "smoothed"):
+    for option in ("soft", "general"):
         assert plan_backward(4096, 1000, 2, **{option: True})["flat_vectors"] == 0
+    smoothed = plan_backward(65536, 1000, 2, smoothed=True)
+    assert smoothed["flat_vectors"] == 4
+    assert smoothed["shared_bytes"] == plan_backward(65536, 1000, 2)["shared_bytes"] // 16 * 20
+    assert plan_backward(65536, 7, 2, smoothed=True)["flat_vectors"] == 0
 
 
 @pytest.mark.parametrize("tile", [1024, 2048, 4096, 8192])

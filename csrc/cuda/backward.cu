@@ -14,12 +14,15 @@ constexpr int kScaleThreads = 256;
 constexpr int64_t kScaleBlocks = 4096;  // a few waves of any device
 constexpr int kScaleVectors = 4;        // that a thread has in flight
 
-// What the gradient of a row takes; 16 bytes of shared memory in one access.
+// What the gradient of a row takes: 16 bytes of shared memory in one access, and with label
+// smoothing the spread besides, in an array after those of all `held` rows of the tile.
+template <bool kSmooth>
 struct FlatRow {
   float max;
   float slope;      // g inv_sum
   float at_target;  // the value there
   int target;       // kIgnored: the gradient is 0
+  float spread;     // GradientRow's; else not read
 
   static constexpr int kIgnored = -2147483647 - 1;  // as an unsigned offset it is in no vector
 
@@ -29,19 +32,40 @@ struct FlatRow {
     const float max = __ldg(a.fields + kMax * a.rows + row);
     const float inv_sum = __ldg(a.fields + kInvSum * a.rows + row);
     const float miss = __ldg(a.fields + kMiss * a.rows + row);
+    const int column = target.valid ? target.column : kIgnored;
+    if constexpr (kSmooth) {
+      const float confidence = __ldg(a.fields + kConfidence * a.rows + row);
+      const auto r = GradientRow::of(a, target, g, max, inv_sum, confidence, miss);
+      return {max, r.slope, r.at_target, column, r.spread};
+    }
     const float weight = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
-    return {max, g * weight * inv_sum, -(g * (weight * miss)),
-            target.valid ? target.column : kIgnored};
+    return {max, g * weight * inv_sum, -(g * (weight * miss)), column, 0.0f};
   }
 
-  __device__ __forceinline__ uint4 packed() const {
-    return {__float_as_uint(max), __float_as_uint(slope), __float_as_uint(at_target),
-            static_cast<uint32_t>(target)};
+  __device__ __forceinline__ void put(uint4* rows, int held, int r) const {
+    rows[r] = {__float_as_uint(max), __float_as_uint(slope), __float_as_uint(at_target),
+               static_cast<uint32_t>(target)};
+    if (kSmooth) reinterpret_cast<float*>(rows + held)[r] = spread;
   }
 
-  __device__ __forceinline__ static FlatRow from(const uint4& raw) {
+  // Of the last row where there is no row r.
+  __device__ __forceinline__ static FlatRow get(const uint4* rows, int held, int r) {
+    r = min(r, held - 1);
+    const uint4 raw = rows[r];
+    const float spread = kSmooth ? reinterpret_cast<const float*>(rows + held)[r] : 0.0f;
     return {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
-            static_cast<int>(raw.w)};
+            static_cast<int>(raw.w), spread};
+  }
+
+  // The gradient to a logit of another class than the target.
+  __device__ __forceinline__ float off_target(float x) const {
+    return off_target(x, max, slope, spread);
+  }
+
+  __device__ __forceinline__ static float off_target(float x, float max, float slope,
+                                                     float spread) {
+    const float e = exp_flushed(x - max);
+    return kSmooth ? fmaf(slope, e, -spread) : slope * e;
   }
 
   __device__ __forceinline__ bool ignored() const { return target == kIgnored; }
@@ -49,18 +73,19 @@ struct FlatRow {
 
 // Turns the logits of one vector, which begins at `column` of row `r` of the `held` ones in `rows`,
 // into their gradients. All threads of a warp call. kShort: rows may be shorter than the vector.
-template <bool kShort, int kCount>
+template <bool kShort, bool kSmooth, int kCount>
 __device__ __forceinline__ void flat_vector(const uint4* rows, int held, int r, int column,
                                             int classes, float (&x)[kCount]) {
-  FlatRow row = FlatRow::from(rows[min(r, held - 1)]);
+  using Row = FlatRow<kSmooth>;
+  Row row = Row::get(rows, held, r);
   if constexpr (kShort) {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       if (column == classes) {
         column = 0;
-        row = FlatRow::from(rows[min(++r, held - 1)]);
+        row = Row::get(rows, held, ++r);
       }
-      const float off_target = row.slope * exp_flushed(x[e] - row.max);
+      const float off_target = row.off_target(x[e]);
       x[e] = row.ignored() ? 0.0f : column == row.target ? row.at_target : off_target;
       ++column;
     }
@@ -70,7 +95,7 @@ __device__ __forceinline__ void flat_vector(const uint4* rows, int held, int r, 
   const unsigned at = offset_in_vector(column, row.target);
   if (__all_sync(kFullWarp, here >= kCount)) {
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) x[e] = row.slope * exp_flushed(x[e] - row.max);
+    for (int e = 0; e < kCount; ++e) x[e] = row.off_target(x[e]);
     if (at < kCount) {
 #pragma unroll
       for (int e = 0; e < kCount; ++e) x[e] = e == static_cast<int>(at) ? row.at_target : x[e];
@@ -81,11 +106,11 @@ __device__ __forceinline__ void flat_vector(const uint4* rows, int held, int r, 
     }
     return;
   }
-  const FlatRow next = FlatRow::from(rows[min(r + 1, held - 1)]);
+  const Row next = Row::get(rows, held, r + 1);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
-    const float max = e < here ? row.max : next.max;
-    x[e] = (e < here ? row.slope : next.slope) * exp_flushed(x[e] - max);
+    x[e] = Row::off_target(x[e], e < here ? row.max : next.max, e < here ? row.slope : next.slope,
+                           e < here ? row.spread : next.spread);
   }
   const unsigned next_at = static_cast<unsigned>(here) + static_cast<unsigned>(next.target);
   if (at < kCount || next_at < kCount) {
@@ -105,8 +130,8 @@ __device__ __forceinline__ void flat_vector(const uint4* rows, int held, int r, 
 
 // A tile of the matrix a block: kVectors vectors a thread, whose loads are in flight together with
 // those of the values of the tile's rows.
-template <class T, int kVectors, bool kShort>
-__global__ void __launch_bounds__(kFlatThreads, 6)
+template <class T, int kVectors, bool kShort, bool kSmooth>
+__global__ void __launch_bounds__(kFlatThreads, 5)
     flat_gradients(const __grid_constant__ RowArgs a, Division division) {
   constexpr int kCount = kElements<T>;
   constexpr int kTile = kFlatThreads * kVectors * kCount;
@@ -125,8 +150,9 @@ __global__ void __launch_bounds__(kFlatThreads, 6)
   const int64_t first_row = division.row(first);
   const int first_column = static_cast<int>(first - first_row * division.classes);
   const int held = division.near_row(first_column + size - 1) + 1;
+#pragma unroll 1
   for (int r = threadIdx.x; r < held; r += kFlatThreads) {
-    rows[r] = FlatRow::of(a, first_row + r).packed();
+    FlatRow<kSmooth>::of(a, first_row + r).put(rows, held, r);
   }
   __syncthreads();
 #pragma unroll
@@ -135,8 +161,8 @@ __global__ void __launch_bounds__(kFlatThreads, 6)
     const int r = division.near_row(first_column + at);
     float x[kCount];
     unpack<T>(raw[u], x);
-    flat_vector<kShort>(rows, held, r, first_column + at - r * division.classes, division.classes,
-                        x);
+    flat_vector<kShort, kSmooth>(rows, held, r, first_column + at - r * division.classes,
+                                 division.classes, x);
     if (at + kCount <= size) {
       __stcs(reinterpret_cast<uint4*>(out + at), pack<T>(x));
     } else {
@@ -257,9 +283,14 @@ void gradient(Dtype dtype, const BackwardPlan& plan, const RowArgs& args, cudaSt
         launch("flat_gradients", kernel, static_cast<unsigned>(plan.grid), plan.threads,
                plan.shared_bytes, stream, args, plan.division);
       };
-      if (args.classes < kElements<T>) return run(flat_gradients<T, 1, true>);
-      return plan.flat_vectors == 1 ? run(flat_gradients<T, 1, false>)
-                                    : run(flat_gradients<T, kFlatVectors, false>);
+      const bool one = plan.flat_vectors == 1;
+      if (args.classes < kElements<T>) return run(flat_gradients<T, 1, true, false>);
+      if (args.smoothing > 0.0f) {
+        return one ? run(flat_gradients<T, 1, false, true>)
+                   : run(flat_gradients<T, kFlatVectors, false, true>);
+      }
+      return one ? run(flat_gradients<T, 1, false, false>)
+                 : run(flat_gradients<T, kFlatVectors, false, false>);
     }
     const auto run = [&](auto kernel) {
       const dim3 grid(static_cast<unsigned>(plan.grid), static_cast<unsigned>(plan.parts));

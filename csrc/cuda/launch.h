@@ -171,21 +171,22 @@ struct BackwardPlan {
 };
 
 constexpr int kFlatThreads = 256;
-constexpr int kFlatVectors = 4;    // a thread, each with a row or two
-constexpr int64_t kFlatTiles = 4;  // a multiprocessor at least; of fewer each thread takes one
-constexpr int64_t kFlatRowBytes = 16;
+constexpr int kFlatVectors = 4;        // a thread, each with a row or two
+constexpr int64_t kFlatTiles = 4;      // a multiprocessor at least; of fewer each thread takes one
+constexpr int64_t kFlatRowBytes = 16;  // in shared memory, and 4 with label smoothing
 
 // The plan of flat_gradients, where it serves the rows.
 inline std::optional<BackwardPlan> plan_flat(const RowShape& s, const Device& device) {
-  if (s.soft || s.general || s.smoothed || !s.base_aligned || s.classes < 2 ||
-      (s.stride != s.classes && s.rows > 1)) {
+  const int elements = kVectorBytes / s.element_bytes;
+  const bool rows_apart = s.stride != s.classes && s.rows > 1;
+  if (s.soft || s.general || rows_apart || !s.base_aligned || s.classes < 2 ||
+      (s.smoothed && s.classes < elements)) {
     return std::nullopt;
   }
   const int64_t total = s.rows * s.classes;
   if (static_cast<uint64_t>(total) > ~uint64_t{0} / static_cast<uint64_t>(s.classes)) {
     return std::nullopt;
   }
-  const int elements = kVectorBytes / s.element_bytes;
   const auto tile_of = [&](int vectors) { return int64_t{kFlatThreads} * vectors * elements; };
   const bool many = ceil_div(total, tile_of(kFlatVectors)) >= kFlatTiles * device.multiprocessors;
   BackwardPlan plan{};
@@ -197,7 +198,8 @@ inline std::optional<BackwardPlan> plan_flat(const RowShape& s, const Device& de
   plan.grid = ceil_div(total, tile);
   if (plan.grid > kMaxGridX) return std::nullopt;
   plan.division = Division::of(static_cast<int>(s.classes), tile);
-  plan.shared_bytes = ((tile + s.classes - 2) / s.classes + 1) * kFlatRowBytes;
+  plan.shared_bytes =
+      ((tile + s.classes - 2) / s.classes + 1) * (kFlatRowBytes + (s.smoothed ? 4 : 0));
   return plan;
 }
 

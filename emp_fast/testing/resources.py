@@ -51,7 +51,7 @@ EXPECTED = (
     # CUDA
     Expected(_ROW_KERNELS, _LOAD_VECTOR, 128, "logits move by 16 bytes", 1, loops=1),
     Expected(
-        r"^flat_gradients<.*, 4, ",
+        r"^flat_gradients<\w+, 4, ",
         _LOAD_VECTOR,
         128,
         "four loads of 16 bytes a thread in flight",
