@@ -27,7 +27,7 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
-from emp_fast.backends.base import Backend, LossOptions, Recurrence, State, check_target_range
+from emp_fast.backends.base import Backend, Recurrence, State, check_target_range
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
@@ -114,7 +114,7 @@ def cross_entropy_step(
     logits, target, weight, ignore_index, smoothing, cap = _rows(
         logits, target, weight, ignore_index, label_smoothing, softcap, None
     )
-    options = LossOptions(ignore_index, smoothing, cap)
+    options = ops.loss_options(ignore_index, smoothing, cap)
     return ops.cross_entropy_step(
         backend, logits, target, weight, options, row_scale, indices, state, recurrence
     )

@@ -58,7 +58,7 @@ def _define(
 
 
 #: `LossOptions` of the same few settings again and again.
-_options = functools.lru_cache(maxsize=64)(LossOptions)
+loss_options = functools.lru_cache(maxsize=64)(LossOptions)
 
 
 def _watched(tensor: Tensor) -> bool:
@@ -87,7 +87,7 @@ def _cross_entropy(
     label_smoothing: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = _options(ignore_index, label_smoothing, softcap)
+    options = loss_options(ignore_index, label_smoothing, softcap)
     return resolve(logits.device, logits.dtype).cross_entropy(logits, target, weight, options)
 
 
@@ -123,7 +123,7 @@ def scores(
             logits, target, weight, ignore_index, label_smoothing, softcap
         )
         return (loss, *rows[:4].unbind(0), correct, count)
-    options = _options(ignore_index, label_smoothing, softcap)
+    options = loss_options(ignore_index, label_smoothing, softcap)
     return resolve(logits.device, logits.dtype).scores(logits, target, weight, options)
 
 
@@ -137,7 +137,7 @@ def _cross_entropy_backward(
     label_smoothing: float,
     softcap: float,
 ) -> Tensor:
-    options = _options(ignore_index, label_smoothing, softcap)
+    options = loss_options(ignore_index, label_smoothing, softcap)
     backend = resolve(logits.device, logits.dtype)
     return backend.cross_entropy_backward(grad_loss, logits, target, weight, rows, options)
 

@@ -185,21 +185,22 @@ class CudaBackend(Backend):
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
         """One launch up to 1024 rows (256 of at most 32 classes), up to four beyond."""
-        outputs, grad = _empty_scores(logits), _empty_gradient(logits)
-        with _on(logits.device):
-            self._step(
-                logits,
-                target,
-                weight,
-                options,
-                row_scale,
+        outputs, grad, device = _empty_scores(logits), _empty_gradient(logits), logits.device
+        with _on(device):
+            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+            self._native.step(
+                self._row_kernels,
+                *_inputs(logits, target, weight, weight_sum, options),
+                *pointers(*outputs),
+                True,  # for the backward pass too
+                pointer(workspace),
+                grad.data_ptr(),
+                pointer(row_scale),
                 scale,
-                indices,
-                state,
-                recurrence,
-                pointers(*outputs),
-                grad,
-                for_backward=True,
+                indices.data_ptr(),
+                *read_fields(recurrence),
+                *state_arguments(state, recurrence),
+                _stream(device),
             )
         return outputs, grad
 
@@ -215,71 +216,28 @@ class CudaBackend(Backend):
         recurrence: Recurrence,
     ) -> MeanStep:
         """`cross_entropy_step` and `mean_loss`, with all scores in one workspace."""
-        rows, device = logits.shape[0], logits.device
+        native, device = self._native, logits.device
         grad = _empty_gradient(logits)
         mean = logits.new_empty(size=(), dtype=torch.float32)  # by keyword: it parses faster
         factor = torch.empty_like(mean)
-        sums = self._native.mean_workspace(rows)
-        workspace = logits.new_empty(sums + 4 * (2 + len(ROW_FIELDS)) * rows, dtype=torch.uint8)
-        loss = workspace.data_ptr() + sums
-        count, fields = loss + 4 * rows, loss + 8 * rows
+        scores = logits.new_empty(native.mean_step_workspace(logits.shape[0]), dtype=torch.uint8)
         with _on(device):
-            self._step(
-                logits,
-                target,
-                weight,
-                options,
-                row_scale,
-                1 / max(rows, 1),
-                indices,
-                state,
-                recurrence,
-                (loss, fields, 0, count),
-                grad,
-                for_backward=max(read_fields(recurrence)) > _SCORES,
-            )
-            self._native.mean_loss(
-                loss,
-                count,
+            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+            native.mean_step(
+                self._row_kernels,
+                *_inputs(logits, target, weight, weight_sum, options),
+                pointer(workspace),
+                scores.data_ptr(),
+                grad.data_ptr(),
                 pointer(row_scale),
-                rows,
-                *pointers(mean, factor, workspace),
+                indices.data_ptr(),
+                *read_fields(recurrence),
+                *state_arguments(state, recurrence),
+                mean.data_ptr(),
+                factor.data_ptr(),
                 _stream(device),
             )
         return MeanStep(mean, grad, factor)
-
-    def _step(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        row_scale: Tensor | None,
-        scale: float,
-        indices: Tensor,
-        state: State,
-        recurrence: Recurrence,
-        outputs: tuple[int, ...],
-        grad: Tensor,
-        *,
-        for_backward: bool,
-    ) -> None:
-        """Writes to the addresses of `RowScores`, without the last fields unless for_backward."""
-        weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
-        self._native.step(
-            self._row_kernels,
-            *_inputs(logits, target, weight, weight_sum, options),
-            *outputs,
-            for_backward,
-            pointer(workspace),
-            grad.data_ptr(),
-            pointer(row_scale),
-            scale,
-            indices.data_ptr(),
-            *read_fields(recurrence),
-            *state_arguments(state, recurrence),
-            _stream(logits.device),
-        )
 
     def mean_loss(
         self, loss: Tensor, count: Tensor, row_scale: Tensor | None
