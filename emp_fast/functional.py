@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emp_fast import ops
 from emp_fast._validation import (
+    are_rows_and_ids,
     carried_type,
     checked_groups,
     checked_int,
@@ -26,7 +27,7 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
-from emp_fast.backends.base import Backend, LossOptions, Recurrence, State, check_target_range
+from emp_fast.backends.base import Backend, Recurrence, State, check_target_range
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
@@ -85,7 +86,7 @@ def cross_entropy(
             NaN.
     """
     arguments = _rows(logits, target, weight, ignore_index, label_smoothing, softcap, offsets)
-    if offsets is None and logits.dim() == 2 and not _wants_gradient(logits):
+    if offsets is None and not _wants_gradient(logits) and logits.dim() == 2:
         return SampleStats(*ops.scores(*arguments))
     starts = checked_offsets(offsets, logits)
     return _per_sample(_score_rows(*arguments), logits.shape[:-1], starts)
@@ -98,7 +99,6 @@ def cross_entropy_step(
     indices: Tensor,  # [S] int64, on the device of the state
     state: State,
     recurrence: Recurrence,
-    *,
     row_scale: Tensor | None = None,  # [S] float32
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -114,7 +114,7 @@ def cross_entropy_step(
     logits, target, weight, ignore_index, smoothing, cap = _rows(
         logits, target, weight, ignore_index, label_smoothing, softcap, None
     )
-    options = LossOptions(ignore_index, smoothing, cap)
+    options = ops.loss_options(ignore_index, smoothing, cap)
     return ops.cross_entropy_step(
         backend, logits, target, weight, options, row_scale, indices, state, recurrence
     )
@@ -358,6 +358,8 @@ def _rows(
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, int, float, float]:
     """Validates the arguments of `cross_entropy` and brings them into the form of the ops."""
+    if weight is None and are_rows_and_ids(logits, target):
+        return logits, target, None, *checked_options(ignore_index, label_smoothing, softcap)
     require_float("logits", logits)
     require_tensor("target", target)
     require_rows("logits", logits, "C", packed=offsets is not None)

@@ -9,6 +9,7 @@ traces through them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,10 @@ def _define(
     return call
 
 
+#: `LossOptions` of the same few settings again and again.
+loss_options = functools.lru_cache(maxsize=64)(LossOptions)
+
+
 def _watched(tensor: Tensor) -> bool:
     """Whether something is to see the ops on ``tensor``: a compiler, tracer, transform, mode,
     profiler, or the tensor itself.
@@ -82,7 +87,7 @@ def _cross_entropy(
     label_smoothing: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = LossOptions(ignore_index, label_smoothing, softcap)
+    options = loss_options(ignore_index, label_smoothing, softcap)
     return resolve(logits.device, logits.dtype).cross_entropy(logits, target, weight, options)
 
 
@@ -118,7 +123,7 @@ def scores(
             logits, target, weight, ignore_index, label_smoothing, softcap
         )
         return (loss, *rows[:4].unbind(0), correct, count)
-    options = LossOptions(ignore_index, label_smoothing, softcap)
+    options = loss_options(ignore_index, label_smoothing, softcap)
     return resolve(logits.device, logits.dtype).scores(logits, target, weight, options)
 
 
@@ -132,7 +137,7 @@ def _cross_entropy_backward(
     label_smoothing: float,
     softcap: float,
 ) -> Tensor:
-    options = LossOptions(ignore_index, label_smoothing, softcap)
+    options = loss_options(ignore_index, label_smoothing, softcap)
     backend = resolve(logits.device, logits.dtype)
     return backend.cross_entropy_backward(grad_loss, logits, target, weight, rows, options)
 

@@ -186,20 +186,21 @@ class Pruner:
             ValueError, TypeError, IndexError: as `functional.cross_entropy` and
             `ScoreStore.update`.
         """
-        options: dict[str, Any] = {
-            "weight": weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "softcap": softcap,
-        }
         if offsets is None and not extra:
             row_scale = self.weights(indices) if self._weighs() else None
-            mean = self.store._loss_and_update(
-                logits, target, indices, row_scale=row_scale, **options
-            )
+            options = weight, ignore_index, label_smoothing, softcap
+            mean = self.store._loss_and_update(logits, target, indices, row_scale, *options)
             if mean is not None:
                 return mean
-        stats = functional.cross_entropy(logits, target, offsets=offsets, **options)
+        stats = functional.cross_entropy(
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            offsets=offsets,
+        )
         self.store.update(indices, stats, **extra)
         return self.mean_loss(stats, indices)
 

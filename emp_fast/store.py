@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from emp_fast import functional, ops
 from emp_fast._validation import (
@@ -57,11 +58,12 @@ class _RowCount:
         self._compiled = torch.zeros(2, dtype=torch.int64)
 
     def add(self, rows: int) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             torch.ops.emp_fast.count_rows(self._compiled, rows)
         else:
             self._total += rows
-            self._largest = max(self._largest, rows)
+            if rows > self._largest:
+                self._largest = rows
 
     @property
     def total(self) -> int:
@@ -214,9 +216,8 @@ class ScoreStore:
         logits: Tensor,  # [S, C]
         target: Tensor,
         indices: Tensor,  # [S] integers
-        *,
         row_scale: Tensor | None = None,  # [S] float32
-        **options: Any,
+        *options: Any,  # weight to softcap, as of functional.cross_entropy
     ) -> Tensor | None:
         """The mean loss of a batch and the update of its samples, from one read of the logits.
 
@@ -233,31 +234,29 @@ class ScoreStore:
             or not (logits.requires_grad and torch.is_grad_enabled())
             # Made before the loss scale is known, its small gradients would already be gone.
             or logits.dtype == torch.float16
-            or torch.compiler.is_compiling()
+            or is_compiling()
         ):
             return None
         backend = resolve(logits.device, logits.dtype)
         if not backend.fuses_step:
             return None
         indices = self._checked_indices(indices)
-        if indices.shape[0] != logits.shape[0]:
+        rows, device = indices.numel(), logits.device
+        if rows != logits.shape[0]:
             raise ValueError(
                 f"indices must have one index for each of {logits.shape[0]} rows of logits, "
-                f"got {indices.shape[0]}"
+                f"got {rows}"
             )
-        if logits.device != self.device:
+        if device != self._state.scores.device:
             if not self._follows:
                 return None
-            self._move(logits.device)
-        if indices.device != self.device:
-            indices = indices.to(self.device, non_blocking=True)
+            self._move(device)
+        if indices.device != device:
+            indices = indices.to(device, non_blocking=True)
         mean = functional.cross_entropy_step(
-            backend,
-            *(logits, target, indices, self._state, recurrence),
-            row_scale=row_scale,
-            **options,
+            backend, logits, target, indices, self._state, recurrence, row_scale, *options
         )
-        self._rows.add(indices.shape[0])
+        self._rows.add(rows)
         return mean
 
     def _step(self, indices: Tensor, read: dict[str, Tensor], count: Tensor | None) -> None:
@@ -348,6 +347,14 @@ class ScoreStore:
         return indices, read, count
 
     def _checked_indices(self, indices: Tensor) -> Tensor:
+        if (
+            type(indices) is Tensor
+            and indices.dtype is torch.int64
+            and indices.layout is torch.strided
+            and indices.dim() == 1
+            and indices.is_contiguous()
+        ):
+            return indices  # as it mostly is
         indices = checked_integers("indices", indices)
         if indices.dim() != 1:
             raise ValueError(f"indices must have shape [S], got {tuple(indices.shape)}")

@@ -6,6 +6,7 @@ shape of a ragged last batch would start it again.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 VECTOR_BYTES = 16
@@ -113,11 +114,13 @@ def alignment(num_classes: int, row_stride: int, address: int, itemsize: int) ->
     return align
 
 
+@functools.lru_cache(maxsize=1024)  # a training run has few shapes
 def plan_tile(
     num_rows: int, num_classes: int, row_stride: int, address: int, itemsize: int, crowded: bool
 ) -> TilePlan:
     """A tile of whole rows, each shared by the fewest threads that read it well.
 
+    Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts.
     ``crowded`` says whether the elements take more registers than their value and its exponential.
     """
     elements = THREAD_ELEMENTS_CROWDED if crowded else THREAD_ELEMENTS
@@ -138,6 +141,7 @@ def plan_tile(
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_loop(
     num_rows: int,
     num_classes: int,
@@ -150,6 +154,7 @@ def plan_loop(
 ) -> LoopPlan:
     """A walk over each row; few rows are split so that all multiprocessors have work.
 
+    Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts.
     ``may_split`` says whether the caller can merge parts of a row, ``weighted`` whether every class
     has a weight of its own in the loss.
     """

@@ -209,6 +209,35 @@ void step(int kernels, int device, int dtype, Address logits, int64_t stride, in
   }
 }
 
+// What `mean_step` keeps in its workspace: the sums of mean_loss first, which are of doubles, then
+// [1 + kFields + 1, rows] words of losses, fields and counts.
+int64_t mean_step_workspace(int64_t rows) {
+  return mean_workspace(rows) + int64_t{sizeof(float)} * (2 + kFields) * rows;
+}
+
+// `step` of the mean over all rows, whose scores stay in the workspace, and mean_loss of them.
+void mean_step(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
+               int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
+               int64_t ignore_index, double smoothing, double softcap, Address split_workspace,
+               Address workspace, Address grad, Address row_scale, Address indices, int signal,
+               int direct, Address scores, Address memory, Address visits, Address variance,
+               Address claims, Address counters, int64_t samples, int kind, double decay,
+               double direct_scale, double memory_scale, double variance_scale, Address mean,
+               Address factor, Address stream) {
+  const Address loss = workspace + static_cast<Address>(mean_workspace(rows));
+  const Address fields = loss + sizeof(float) * static_cast<Address>(rows);
+  const Address count = fields + sizeof(float) * kFields * static_cast<Address>(rows);
+  const bool for_backward = std::max(signal, direct) > kMax;  // 1 + a field
+  step(kernels, device, dtype, logits, stride, rows, classes, target, soft, weight, weight_sum,
+       ignore_index, smoothing, softcap, loss, fields, 0, count, for_backward, split_workspace,
+       grad, row_scale, 1.0 / static_cast<double>(std::max<int64_t>(rows, 1)), indices, signal,
+       direct, scores, memory, visits, variance, claims, counters, samples, kind, decay,
+       direct_scale, memory_scale, variance_scale, stream);
+  mean_loss(pointer<const float>(loss), pointer<const int32_t>(count),
+            pointer<const float>(row_scale), rows, pointer<float>(mean), pointer<float>(factor),
+            pointer<double>(workspace), stream_of(stream));
+}
+
 void update(Address indices, Address signal, Address direct, Address count, int64_t rows,
             Address scores, Address memory, Address visits, Address variance, Address claims,
             Address counters, int64_t samples, int kind, double decay, double direct_scale,
@@ -374,6 +403,8 @@ void bind(py::module_& m) {
   cuda.def("score", &score);
   cuda.def("backward", &backward);
   cuda.def("step", &step);
+  cuda.def("mean_step_workspace", &mean_step_workspace);
+  cuda.def("mean_step", &mean_step);
   cuda.def("update_state", &update);
   cuda.def("mean_workspace", &mean_workspace);
   cuda.def("mean_loss", [](Address loss, Address count, Address row_scale, int64_t rows,

@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <utility>
 
 #include "cuda/kernels.h"
 
@@ -40,9 +41,18 @@ Device device_properties(int device) {
 void allow_shared_memory(const void* function, int64_t bytes, const char* kernel) {
   constexpr int64_t granted = 48 * 1024;
   if (bytes <= granted) return;
+  // Remembered: telling the driver again would cost the host in every launch.
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int64_t> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& most = allowed[{device, function}];
+  if (bytes <= most) return;
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
         kernel);
+  most = bytes;
 }
 
 int largest_cluster(const void* function, int threads, int64_t shared_bytes) {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: Whether Triton interprets its kernels on CPU tensors instead of compiling them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+_HERE = nullcontext()
 
 #: Launched binaries by kernel, device, argument types and constants: all that a binary depends on.
 _binaries: dict[Any, Any] = {}
@@ -36,22 +38,23 @@ def launch(
         kernel[grid](*pointers, *numbers, *constants)
         return
     types = tuple([None if pointer is None else pointer.dtype for pointer in pointers])
-    key = (id(kernel), torch.cuda.current_device(), types, constants, warps)
+    device = torch._C._cuda_getDevice()  # there are tensors: CUDA need not be started first
+    key = (id(kernel), device, types, constants, warps)
     binary = _binaries.get(key)
     if binary is None:
         _binaries[key] = kernel[grid](*pointers, *numbers, *constants, num_warps=warps)
-    else:
-        binary[grid](*pointers, *numbers, *constants)
+        return
+    # Of a tensor Triton asks the driver where it is, each time; not of an address.
+    addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    binary[grid](*addresses, *numbers, *constants, stream=stream)
 
 
-@contextmanager
-def device_of(tensor: Tensor) -> Iterator[None]:
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the device of ``tensor`` current: Triton launches on the current device."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        yield
-    else:
-        with torch.cuda.device(tensor.device):
-            yield
+    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache

@@ -25,9 +25,9 @@ from emp_fast.backends.native import (
     FORMATS,
     MASK32,
     MASK64,
-    VALUES,
     load_native,
     pointer,
+    read_fields,
     state_arguments,
 )
 from emp_fast.backends.reference import ReferenceBackend
@@ -57,9 +57,9 @@ class CpuBackend(ReferenceBackend):
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> RowScores:
         """Scores every row; see `Backend.cross_entropy`."""
-        rows, at = logits.shape[0], logits.device
-        loss = torch.empty(rows, dtype=torch.float32, device=at)
-        fields = torch.empty(_FIELDS, rows, dtype=torch.float32, device=at)
+        rows = logits.shape[0]
+        loss = logits.new_empty(rows, dtype=torch.float32)
+        fields = logits.new_empty(_FIELDS, rows, dtype=torch.float32)
         pointers = loss.data_ptr(), fields.data_ptr()
         correct, count = self._score(logits, target, weight, options, *pointers, for_backward=True)
         return RowScores(loss, fields, correct, count)
@@ -69,11 +69,11 @@ class CpuBackend(ReferenceBackend):
     ) -> tuple[Tensor, ...]:
         """Writes nothing for a backward pass; see `Backend.scores`."""
         rows = logits.shape[0]
-        fields = torch.empty(1 + _SCORES, rows, dtype=torch.float32, device=logits.device)
+        fields = logits.new_empty(1 + _SCORES, rows, dtype=torch.float32)
         loss = fields.data_ptr()
         pointers = loss, loss + 4 * rows
         flags = self._score(logits, target, weight, options, *pointers, for_backward=False)
-        return (*fields.unbind(0), *flags)
+        return (*fields.unbind(), *flags)
 
     def _score(
         self,
@@ -88,8 +88,8 @@ class CpuBackend(ReferenceBackend):
     ) -> tuple[Tensor, Tensor]:
         """Writes to the addresses ``loss`` and ``fields``; returns `correct` and `count`."""
         rows, classes = logits.shape
-        correct = torch.empty(rows, dtype=torch.bool, device=logits.device)
-        count = torch.empty(rows, dtype=torch.int32, device=logits.device)
+        correct = logits.new_empty(rows, dtype=torch.bool)
+        count = logits.new_empty(rows, dtype=torch.int32)
         wrong = self._native.cross_entropy(
             *_inputs(logits, target, weight, options),
             loss,
@@ -113,7 +113,7 @@ class CpuBackend(ReferenceBackend):
         options: LossOptions,
     ) -> Tensor:
         """The gradient to the logits; see `Backend.cross_entropy_backward`."""
-        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        grad = logits.new_empty(*logits.shape)
         self._native.cross_entropy_backward(
             *_inputs(logits, target, weight, options),
             grad_loss.data_ptr(),
@@ -136,18 +136,14 @@ class CpuBackend(ReferenceBackend):
     ) -> MeanStep:
         """A block of rows after the other, scored and differentiated while it is in the cache."""
         rows, classes = logits.shape
-        at = logits.device
-        mean = torch.empty((), dtype=torch.float32, device=at)
-        grad = torch.empty(logits.shape, dtype=logits.dtype, device=at)
-        size = self._native.step_workspace(rows)
-        workspace = torch.empty(size, dtype=torch.float32, device=at)
-        direct = -1 if recurrence.direct is None else VALUES.index(recurrence.direct)
+        mean = logits.new_empty(size=(), dtype=torch.float32)  # by keyword: it parses faster
+        grad = logits.new_empty(rows, classes)
+        workspace = logits.new_empty(self._native.step_workspace(rows), dtype=torch.float32)
         error = self._native.cross_entropy_step(
             *_inputs(logits, target, weight, options),
             pointer(row_scale),
             indices.data_ptr(),
-            VALUES.index(recurrence.signal),
-            direct,
+            *read_fields(recurrence),
             *state_arguments(state, recurrence),
             mean.data_ptr(),
             grad.data_ptr(),
@@ -246,7 +242,7 @@ def _inputs(
     return (
         logits.data_ptr(),
         FORMATS[logits.dtype],
-        logits.stride(0),
+        logits.stride()[0],
         *logits.shape,
         target.data_ptr(),
         target.dtype is torch.float32,

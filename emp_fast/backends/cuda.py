@@ -27,10 +27,10 @@ from emp_fast.backends.native import (
     FORMATS,
     MASK32,
     MASK64,
-    VALUES,
     load_native,
     pointer,
     pointers,
+    read_fields,
     state_arguments,
 )
 from emp_fast.backends.reference import ReferenceBackend
@@ -40,6 +40,7 @@ _ROW_KERNELS = ("auto", "plain", "shared", "cluster", "ring")
 _ROW_KERNELS_ENVIRONMENT = "EMP_FAST_CUDA_ROWS"
 _OLDEST = (8, 0)
 _SCORES = ROW_FIELDS.index("max")  # of ROW_FIELDS; the rest is kept for the backward pass
+_HERE = nullcontext()
 
 
 class CudaBackend(Backend):
@@ -116,14 +117,14 @@ class CudaBackend(Backend):
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> tuple[Tensor, ...]:
         """Writes nothing for a backward pass; see `Backend.scores`."""
-        rows, device = logits.shape[0], logits.device
-        fields = torch.empty((1 + _SCORES, rows), dtype=torch.float32, device=device)
-        correct = torch.empty(rows, dtype=torch.bool, device=device)
-        count = torch.empty(rows, dtype=torch.int32, device=device)
+        rows = logits.shape[0]
+        fields = logits.new_empty(1 + _SCORES, rows, dtype=torch.float32)
+        correct = logits.new_empty(rows, dtype=torch.bool)
+        count = logits.new_empty(rows, dtype=torch.int32)
         loss = fields.data_ptr()
-        outputs = loss, loss + 4 * rows, *pointers(correct, count)
+        outputs = loss, loss + 4 * rows, correct.data_ptr(), count.data_ptr()
         self._score(logits, target, weight, options, outputs, for_backward=False)
-        return (*fields.unbind(0), correct, count)
+        return (*fields.unbind(), correct, count)
 
     def _score(
         self,
@@ -136,7 +137,8 @@ class CudaBackend(Backend):
         for_backward: bool,
     ) -> None:
         """Writes to the addresses of `RowScores`, without the last fields unless for_backward."""
-        with _on(logits.device):
+        device = logits.device
+        with _on(device):
             # Named, so that no tensor behind a pointer goes away before the launch.
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
             self._native.score(
@@ -145,7 +147,7 @@ class CudaBackend(Backend):
                 *outputs,
                 for_backward,
                 pointer(workspace),
-                _stream(logits.device),
+                _stream(device),
             )
 
     def cross_entropy_backward(
@@ -183,21 +185,22 @@ class CudaBackend(Backend):
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
         """One launch up to 1024 rows (256 of at most 32 classes), up to four beyond."""
-        outputs, grad = _empty_scores(logits), _empty_gradient(logits)
-        with _on(logits.device):
-            self._step(
-                logits,
-                target,
-                weight,
-                options,
-                row_scale,
+        outputs, grad, device = _empty_scores(logits), _empty_gradient(logits), logits.device
+        with _on(device):
+            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+            self._native.step(
+                self._row_kernels,
+                *_inputs(logits, target, weight, weight_sum, options),
+                *pointers(*outputs),
+                True,  # for the backward pass too
+                pointer(workspace),
+                grad.data_ptr(),
+                pointer(row_scale),
                 scale,
-                indices,
-                state,
-                recurrence,
-                pointers(*outputs),
-                grad,
-                for_backward=True,
+                indices.data_ptr(),
+                *read_fields(recurrence),
+                *state_arguments(state, recurrence),
+                _stream(device),
             )
         return outputs, grad
 
@@ -213,74 +216,28 @@ class CudaBackend(Backend):
         recurrence: Recurrence,
     ) -> MeanStep:
         """`cross_entropy_step` and `mean_loss`, with all scores in one workspace."""
-        rows, device = logits.shape[0], logits.device
+        native, device = self._native, logits.device
         grad = _empty_gradient(logits)
-        mean, factor = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
-        sums = self._native.mean_workspace(rows)
-        size = sums + 4 * (2 + len(ROW_FIELDS)) * rows
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        loss = workspace.data_ptr() + sums
-        count, fields = loss + 4 * rows, loss + 8 * rows
+        mean = logits.new_empty(size=(), dtype=torch.float32)  # by keyword: it parses faster
+        factor = torch.empty_like(mean)
+        scores = logits.new_empty(native.mean_step_workspace(logits.shape[0]), dtype=torch.uint8)
         with _on(device):
-            self._step(
-                logits,
-                target,
-                weight,
-                options,
-                row_scale,
-                1 / max(rows, 1),
-                indices,
-                state,
-                recurrence,
-                (loss, fields, 0, count),
-                grad,
-                for_backward=not {recurrence.signal, recurrence.direct}.isdisjoint(
-                    ROW_FIELDS[_SCORES:]
-                ),
-            )
-            self._native.mean_loss(
-                loss,
-                count,
+            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+            native.mean_step(
+                self._row_kernels,
+                *_inputs(logits, target, weight, weight_sum, options),
+                pointer(workspace),
+                scores.data_ptr(),
+                grad.data_ptr(),
                 pointer(row_scale),
-                rows,
-                *pointers(mean, factor, workspace),
+                indices.data_ptr(),
+                *read_fields(recurrence),
+                *state_arguments(state, recurrence),
+                mean.data_ptr(),
+                factor.data_ptr(),
                 _stream(device),
             )
         return MeanStep(mean, grad, factor)
-
-    def _step(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        row_scale: Tensor | None,
-        scale: float,
-        indices: Tensor,
-        state: State,
-        recurrence: Recurrence,
-        outputs: tuple[int, ...],
-        grad: Tensor,
-        *,
-        for_backward: bool,
-    ) -> None:
-        """Writes to the addresses of `RowScores`; the last fields for certain if for_backward."""
-        weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
-        self._native.step(
-            self._row_kernels,
-            *_inputs(logits, target, weight, weight_sum, options),
-            *outputs,
-            for_backward,
-            pointer(workspace),
-            grad.data_ptr(),
-            pointer(row_scale),
-            scale,
-            indices.data_ptr(),
-            VALUES.index(recurrence.signal),
-            -1 if recurrence.direct is None else VALUES.index(recurrence.direct),
-            *state_arguments(state, recurrence),
-            _stream(logits.device),
-        )
 
     def mean_loss(
         self, loss: Tensor, count: Tensor, row_scale: Tensor | None
@@ -288,7 +245,8 @@ class CudaBackend(Backend):
         """One launch up to 8192 rows, two beyond."""
         rows, device = loss.shape[0], loss.device
         # Two allocations: the mean goes to the user, who could not write into a view.
-        mean, factor = (loss.new_empty(()) for _ in range(2))
+        mean = loss.new_empty(size=())  # by keyword: it parses faster
+        factor = torch.empty_like(mean)
         size = self._native.mean_workspace(rows)
         workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
         with _on(device):
@@ -421,13 +379,14 @@ class CudaBackend(Backend):
 
     def _workspace(self, logits: Tensor) -> Tensor | None:
         rows, classes = logits.shape
-        if classes >= self._native.MAX_CLASSES:
+        native = self._native
+        if classes >= native.MAX_CLASSES:
             raise ValueError(
-                f"logits must have fewer than {self._native.MAX_CLASSES} classes, got {classes}"
+                f"logits must have fewer than {native.MAX_CLASSES} classes, got {classes}"
             )
-        if classes * logits.element_size() < self._native.SPLIT_BYTES:
+        if classes * logits.element_size() < native.SPLIT_BYTES:
             return None
-        size = self._native.score_workspace(
+        size = native.score_workspace(
             self._row_kernels,
             logits.device.index,
             FORMATS[logits.dtype],
@@ -435,7 +394,7 @@ class CudaBackend(Backend):
             classes,
             logits.stride(0),
         )
-        return torch.empty(size, dtype=torch.uint8, device=logits.device) if size else None
+        return logits.new_empty(size, dtype=torch.uint8) if size else None
 
 
 def _check_row_kernels(name: str, argument: str) -> None:
@@ -445,8 +404,9 @@ def _check_row_kernels(name: str, argument: str) -> None:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Makes ``device`` the current one; free when it is."""
-    if device.index == torch.cuda.current_device():
-        return nullcontext()
+    # As torch.cuda.current_device(), which first sees to it that CUDA runs: there are tensors.
+    if device.index == torch._C._cuda_getDevice():
+        return _HERE
     return torch.cuda.device(device)
 
 
@@ -457,17 +417,18 @@ def _stream(device: torch.device) -> int:
 
 
 def _empty_scores(logits: Tensor) -> RowScores:
-    rows, device = logits.shape[0], logits.device
+    rows = logits.shape[0]
+    # Of all ways to say it, the cheapest for the host: no device, no tuple.
     return RowScores(
-        torch.empty(rows, dtype=torch.float32, device=device),
-        torch.empty((len(ROW_FIELDS), rows), dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.bool, device=device),
-        torch.empty(rows, dtype=torch.int32, device=device),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(len(ROW_FIELDS), rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.bool),
+        logits.new_empty(rows, dtype=torch.int32),
     )
 
 
 def _empty_gradient(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return logits.new_empty(*logits.shape)
 
 
 def _weight_sum(weight: Tensor | None, options: LossOptions) -> Tensor | None:
@@ -483,20 +444,16 @@ def _inputs(
     options: LossOptions,
 ) -> tuple[int | float, ...]:
     """The arguments that every scoring call of the native module begins with."""
-    rows, classes = logits.shape
-    soft = target.is_floating_point()
+    targets, soft = target.data_ptr(), target.is_floating_point()
     return (
         logits.device.index,
         FORMATS[logits.dtype],
         logits.data_ptr(),
-        logits.stride(0),
-        rows,
-        classes,
-        0 if soft else target.data_ptr(),
-        target.data_ptr() if soft else 0,
+        logits.stride()[0],
+        *logits.shape,
+        0 if soft else targets,
+        targets if soft else 0,
         pointer(weight),
         pointer(weight_sum),
-        options.ignore_index,
-        options.label_smoothing,
-        options.softcap,
+        *options,
     )

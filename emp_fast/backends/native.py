@@ -66,19 +66,25 @@ def state_arguments(state: State, recurrence: Recurrence) -> tuple[int | float, 
     Raises:
         ValueError: the recurrence needs a variance and the state has none.
     """
-    if recurrence.kind == "variance" and state.variance is None:
+    scores, memory, visits, variance, claims, counters = state
+    kind, _, decay, _, *scales = recurrence
+    if kind == "variance" and variance is None:
         raise ValueError("state.variance must be a tensor for the variance recurrence")
     return (
-        state.scores.data_ptr(),
-        state.memory.data_ptr(),
-        state.visits.data_ptr(),
-        pointer(state.variance),
-        state.claims.data_ptr(),
-        state.counters.data_ptr(),
-        state.scores.shape[0],
-        _KINDS.index(recurrence.kind),
-        recurrence.decay,
-        recurrence.direct_scale,
-        recurrence.memory_scale,
-        recurrence.variance_scale,
+        scores.data_ptr(),
+        memory.data_ptr(),
+        visits.data_ptr(),
+        0 if variance is None else variance.data_ptr(),
+        claims.data_ptr(),
+        counters.data_ptr(),
+        scores.numel(),
+        _KINDS.index(kind),
+        decay,
+        *scales,
     )
+
+
+def read_fields(recurrence: Recurrence) -> tuple[int, int]:
+    """Signal and direct term as positions in `VALUES`; -1 for no direct term."""
+    direct = recurrence.direct
+    return VALUES.index(recurrence.signal), -1 if direct is None else VALUES.index(direct)
