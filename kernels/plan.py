@@ -63,8 +63,9 @@ HISTOGRAM_BLOCK = 2048
 #: Number of scores from which a sample saves reading them several times, and the sample's size.
 SAMPLE_FROM = 2**20
 SAMPLES = 2**18
-#: At most one score in this many is collected as a candidate; the sample aims at one in 128.
-CANDIDATE_SHARE = 32
+#: At most one score in this many is collected as a candidate, in 12 bytes; the sample aims at one
+#: in 128 or fewer.
+CANDIDATE_SHARE = 112
 
 MAX_CLASSES = 2**31 - 2**17
 

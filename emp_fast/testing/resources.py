@@ -99,7 +99,8 @@ EXPECTED = (
         32,
         "each score comes with a group of 8 bytes",
     ),
-    Expected("^sample_keys", r"scores\[at\]", 32, "a random sample"),
+    Expected("^sample_keys", r"__ldg\(scores \+ at\)", 32, "a random sample"),
+    Expected("^mark_bracket", r"__ldg\(scores \+ index\)", 32, "a candidate's score again"),
     Expected("^scale_elements", r"for \(int64_t i = at; i < elements", 16, "the last elements"),
     # Triton
     *(
