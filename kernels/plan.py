@@ -58,7 +58,7 @@ SCALE_PROGRAMS = 4096
 #: Words of a bitmap that one program of a selection kernel handles, and the scores they stand for.
 MARK_WORDS = 256
 MARK_SCORES = 32 * MARK_WORDS
-MARK_WARPS = 8
+MARK_WARPS = 16
 HISTOGRAM_BLOCK = 2048
 #: Number of scores from which a sample saves reading them several times, and the sample's size.
 SAMPLE_FROM = 2**20

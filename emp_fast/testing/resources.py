@@ -150,7 +150,7 @@ EXPECTED = (
         r"^score = tl\.load\(address\)",
         128,
         "scores move by 16 bytes",
-        8,
+        4,
     ),
     Expected(
         r"^selection\.",
