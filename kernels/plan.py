@@ -60,13 +60,14 @@ SCALE_PROGRAMS = 4096
 #: Words of a bitmap that one program of a selection kernel handles, and the scores they stand for.
 MARK_WORDS = 256
 MARK_SCORES = 32 * MARK_WORDS
-MARK_WARPS = 8
+MARK_WARPS = 16
 HISTOGRAM_BLOCK = 2048
 #: Number of scores from which a sample saves reading them several times, and the sample's size.
 SAMPLE_FROM = 2**20
 SAMPLES = 2**18
-#: At most one score in this many is collected as a candidate; the sample aims at one in 128.
-CANDIDATE_SHARE = 32
+#: At most one score in this many is collected as a candidate, in 12 bytes; the sample aims at one
+#: in 128 or fewer.
+CANDIDATE_SHARE = 112
 
 MAX_CLASSES = 2**31 - 2**17
 

@@ -4,21 +4,20 @@ Contract: `Backend.topk_indices` and `grouped_topk_indices`. Scores are compared
 32-bit key of the same order, NaN lowest and -0.0 equal to 0.0. Given a bracket [low, high] of keys
 around the k-th highest (from a sample, or from histograms):
 
-    mark_scores         ONE read of the scores writes two bitmaps, above the bracket and inside it,
-                        and counts both in every block of 32 x `WORDS` scores
-    collect_marked      the scores inside, in index order; reads only the sectors that hold one
+    mark_scores         ONE read of the scores writes a bitmap of those above the bracket, with some
+                        of the ties, and collects the keys and indices of those inside
     histogram           256 bins of the keys inside a bracket; repeated, it ends at the exact key
-    resolve_marked      splits the bitmap inside by the exact key: above it, and equal to it
-    expand_marked       writes the indices of the bits above and of the first ties, in index order
+    mark_more           sets the bits of the candidates that are selected
+    expand_marked       writes the indices of the bits set, in index order
 
-Nothing depends on the order in which programs run, so the result is the same on every device and
-run.
+The candidates lie in no particular order, and what is made of them does not depend on it: the
+result is the same on every device and run.
 
 With groups, the key is followed by the inverted index, which makes it unique; `group_histogram`
 counts one byte of that composite key for every group at once, `mark_groups` compares with each
 group's own threshold.
 
-Traffic: 4 N bytes for mark_scores, N / 8 written and read again for each bitmap, 8 k for the
+Traffic: 4 N bytes for mark_scores, N / 8 written and read again for the bitmap, 8 k for the
 indices.
 Tiles: `WORDS` x 32 scores a program, one bitmap word a row.
 """
@@ -84,33 +83,28 @@ def _rank(words, bit):
     return before[:, None] + _count(words[:, None] & _lower(bit))
 
 
-@triton.jit
-def _first(words, wanted):
-    """The words [WORDS] with the first ``wanted`` of their bits alone; none if that is negative."""
-    counts = _count(words)
-    left = wanted - (tl.cumsum(counts, axis=0) - counts)  # of the bits from each word on
-    below = tl.zeros_like(words)  # the longest run of lower bits with no more than those
-    for step in tl.static_range(5):
-        longer = below + (16 >> step)
-        fits = _count(words & _lower(longer)) <= left
-        below = tl.where(fits, longer, below)
-    return tl.where(counts <= left, words, words & _lower(below))
-
-
 @kernel
 def mark_scores(
     scores_ptr,  # [N] float32
-    above_ptr,  # [words] int32
-    inside_ptr,  # [words] int32
-    counts_ptr,  # [2, blocks] int32: above, inside
+    marked_ptr,  # [words] int32
+    counts_ptr,  # [2, blocks] int32: marked, inside
+    found_ptr,  # [1] int64, zero before: the number inside
+    keys_ptr,  # [capacity] int32 as bits of a uint32, or None: nothing is collected
+    indices_ptr,  # [capacity] int64
     n: tl.int64,
     low: tl.int64,
     high: tl.int64,
+    last_tie: tl.int64,
+    capacity: tl.int64,
     ALIGN_BYTES: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Grid: blocks. A slice may lie off the 16-byte grid, which `ALIGN_BYTES` says."""
+    """Marks keys above high, and those equal to it up to index last_tie. Grid: blocks.
+
+    A slice may lie off the 16-byte grid, which `ALIGN_BYTES` says.
+    """
     block = tl.program_id(0).to(tl.int64)
+    blocks = tl.num_programs(0)
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)[None, :]
     start = block * (WORDS * 32)
@@ -122,39 +116,27 @@ def mark_scores(
     else:
         score = tl.load(address, mask=at < left, other=float("nan"))
     key = order_key(score)  # the lowest there is beyond the last score
-    above = _pack(key > high.to(tl.uint32), bit)
-    inside = _pack((key >= low.to(tl.uint32)) & (key <= high.to(tl.uint32)), bit)
-    inside = tl.where(word * 32 + 32 <= left, inside, inside & _lower(left - word * 32))
-    tl.store(above_ptr + block * WORDS + word, above)
-    tl.store(inside_ptr + block * WORDS + word, inside)
-    tl.store(counts_ptr + block, tl.sum(_count(above), axis=0))
-    blocks = tl.num_programs(0)
-    tl.store(counts_ptr + blocks + block, tl.sum(_count(inside), axis=0))
-
-
-@kernel
-def collect_marked(
-    scores_ptr,  # [N] float32
-    inside_ptr,  # [words] int32
-    before_ptr,  # [blocks] int64: the number inside earlier blocks
-    collected_ptr,  # [number inside] float32
-    WORDS: tl.constexpr,
-):
-    """Grid: blocks."""
-    block = tl.program_id(0).to(tl.int64)
-    word = tl.arange(0, WORDS)
-    bit = tl.arange(0, 32)[None, :]
-    words = tl.load(inside_ptr + block * WORDS + word)
-    inside = _unpack(words, bit)
-    index = block * (WORDS * 32) + word[:, None] * 32 + bit
-    score = tl.load(scores_ptr + index, mask=inside, other=0.0)
-    at = tl.load(before_ptr + block) + _rank(words, bit)
-    tl.store(collected_ptr + at, score, mask=inside)
+    top = high.to(tl.uint32)
+    ties = tl.minimum(tl.maximum(last_tie - start + 1, 0), left).to(tl.int32)
+    marked = _pack((key > top) | ((key == top) & (at < ties)), bit)
+    inside = (key >= low.to(tl.uint32)) & (key <= top) & (at < left)
+    words = _pack(inside, bit)
+    number = tl.sum(_count(words), axis=0)
+    tl.store(marked_ptr + block * WORDS + word, marked)
+    tl.store(counts_ptr + block, tl.sum(_count(marked), axis=0))
+    tl.store(counts_ptr + blocks + block, number)
+    if keys_ptr is not None:
+        place = tl.atomic_add(found_ptr, number.to(tl.int64), sem="relaxed")
+        if (number > 0) & (place < capacity):
+            to = place + _rank(words, bit)
+            fits = inside & (to < capacity)
+            tl.store(keys_ptr + to, key.to(tl.int32, bitcast=True), mask=fits)
+            tl.store(indices_ptr + to, start + at, mask=fits)
 
 
 @kernel
 def histogram(
-    scores_ptr,  # [n] float32
+    scores_ptr,  # [n] float32, or int32: keys as bits of a uint32
     bins_ptr,  # [256] int64, zero before
     n: tl.int64,
     low: tl.int64,
@@ -169,7 +151,11 @@ def histogram(
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(first, n, step):
         index = start + tl.arange(0, BLOCK)
-        key = order_key(tl.load(scores_ptr + index, mask=index < n, other=0.0))
+        score = tl.load(scores_ptr + index, mask=index < n, other=0)
+        if scores_ptr.dtype.element_ty == tl.int32:
+            key = score.to(tl.uint32, bitcast=True)
+        else:
+            key = order_key(score)
         inside = (key >= bottom) & (key <= high.to(tl.uint32)) & (index < n)
         bin_of = tl.where(inside, (key - bottom) >> shift.to(tl.uint32), 0)
         total += tl.histogram(bin_of.to(tl.int32), BINS, mask=inside)
@@ -177,56 +163,49 @@ def histogram(
 
 
 @kernel
-def resolve_marked(
-    scores_ptr,  # [N] float32
-    above_ptr,  # [words] int32, changed
-    inside_ptr,  # [words] int32, changed
-    counts_ptr,  # [2, blocks] int32, changed
+def mark_more(
+    indices_ptr,  # [n] int64
+    keys_ptr,  # [n] int32: keys as bits of a uint32
+    marked_ptr,  # [words] int32, changed
+    counts_ptr,  # [blocks] int32, changed
+    n: tl.int64,
     threshold: tl.int64,
-    ALIGN_BYTES: tl.constexpr,
+    last_tie: tl.int64,
+    BLOCK: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Leaves inside only the keys equal to the threshold; those higher move above. Grid: blocks."""
-    block = tl.program_id(0).to(tl.int64)
-    blocks = tl.num_programs(0)
-    if tl.load(counts_ptr + blocks + block) > 0:
-        at = block * WORDS + tl.arange(0, WORDS)
-        bit = tl.arange(0, 32)[None, :]
-        inside = _unpack(tl.load(inside_ptr + at), bit)
-        address = tl.multiple_of(scores_ptr + (at[:, None] * 32 + bit), [1, ALIGN_BYTES])
-        key = order_key(tl.load(address, mask=inside, other=0.0))
-        higher = _pack(inside & (key > threshold.to(tl.uint32)), bit)
-        equal = _pack(inside & (key == threshold.to(tl.uint32)), bit)
-        tl.store(above_ptr + at, tl.load(above_ptr + at) | higher)
-        tl.store(inside_ptr + at, equal)
-        more = tl.sum(_count(higher), axis=0)
-        tl.store(counts_ptr + block, tl.load(counts_ptr + block) + more)
-        tl.store(counts_ptr + blocks + block, tl.sum(_count(equal), axis=0))
+    """Sets the bits of keys above the threshold, and of those equal up to index last_tie.
+
+    Grid: ceil(n / BLOCK).
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = at < n
+    key = tl.load(keys_ptr + at, mask=here, other=0).to(tl.uint32, bitcast=True)
+    index = tl.load(indices_ptr + at, mask=here, other=0)
+    cut = threshold.to(tl.uint32)
+    taken = here & ((key > cut) | ((key == cut) & (index <= last_tie)))
+    one = tl.full([BLOCK], 1, tl.int32)
+    tl.atomic_or(
+        marked_ptr + (index >> 5), one << (index & 31).to(tl.int32), mask=taken, sem="relaxed"
+    )
+    tl.atomic_add(counts_ptr + index // (WORDS * 32), one, mask=taken, sem="relaxed")
 
 
 @kernel
 def expand_marked(
-    above_ptr,  # [words] int32
-    ties_ptr,  # [words] int32, or None: no ties are wanted
-    above_before_ptr,  # [blocks] int64: the number above in earlier blocks
-    ties_before_ptr,  # [blocks] int64
+    marked_ptr,  # [words] int32
+    before_ptr,  # [blocks] int64: the number marked in earlier blocks
     indices_ptr,  # [k] int64
-    ties_wanted: tl.int64,
     WORDS: tl.constexpr,
 ):
-    """Writes the indices of all bits above and of the first ties_wanted ties. Grid: blocks."""
+    """Writes the indices of all bits. Grid: blocks."""
     block = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)[None, :]
-    chosen = tl.load(above_ptr + block * WORDS + word)
-    at = tl.load(above_before_ptr + block)
-    if ties_ptr is not None:
-        ties_before = tl.load(ties_before_ptr + block)
-        ties = tl.load(ties_ptr + block * WORDS + word)
-        chosen = chosen | _first(ties, ties_wanted - ties_before)
-        at += tl.minimum(ties_before, ties_wanted)
-    index = block * (WORDS * 32) + word[:, None] * 32 + bit
-    tl.store(indices_ptr + at + _rank(chosen, bit), index, mask=_unpack(chosen, bit))
+    words = tl.load(marked_ptr + block * WORDS + word)
+    out = indices_ptr + tl.load(before_ptr + block)
+    index = block * (WORDS * 32) + (word[:, None] * 32 + bit)
+    tl.store(out + _rank(words, bit), index, mask=_unpack(words, bit))
 
 
 @kernel

@@ -851,8 +851,8 @@ def test_a_sample_that_misleads_is_told(
     np.testing.assert_array_equal(got.numpy(), test_selection.oracle(scores, k))
 
 
-def test_topk_over_several_blocks_of_the_scan(emulated: EmulatedBackend, module: Any) -> None:
-    n = 2**24 + 2 * 4096 + 5  # 4096 tiles of 4096 scores are one block
+def test_topk_of_more_runs_than_a_thread_sums(emulated: EmulatedBackend, module: Any) -> None:
+    n = 2**24 + 2 * 4096 + 5  # 257 runs of 64 tiles of 1024 scores, 256 threads
     backend = EmulatedBackend(module, SAMPLE_BITS=16, SAMPLED_FROM=2**21)
     scores = torch.zeros(n)
     generator = torch.Generator().manual_seed(0)

@@ -360,7 +360,7 @@ def test_a_window_holds_every_column_once(elements: int) -> None:
     ("n", "k", "groups", "sample_bits"),
     [
         (n, k, groups, sample_bits)
-        for n in (1, 2, 4095, 4096, 4097, 10**6, 2**26, 10**9, 2**31 + 5, 2**36)
+        for n in (1, 2, 1023, 1024, 1025, 65537, 10**6, 2**24, 2**26, 10**9, 2**31 + 5, 2**36)
         for k in sorted({1, max(n // 3, 1), max(n - 1, 1)})
         for groups, sample_bits in ((0, 0), (7, 0), (65536, 0), (0, cuda.SAMPLE_BITS), (0, 12))
         if sample_bits == 0 or n >= 32 * 2**sample_bits
@@ -369,8 +369,8 @@ def test_a_window_holds_every_column_once(elements: int) -> None:
 def test_selection_plan(n: int, k: int, groups: int, sample_bits: int) -> None:
     plan = cuda.plan_selection(n, k, groups, sample_bits)
     assert n - 1 < 2 ** plan["index_bits"] <= max(2 * (n - 1), 1)
-    assert (plan["tiles"] - 1) * 4096 < n <= plan["tiles"] * 4096
-    assert (plan["scan_blocks"] - 1) * 4096 < plan["tiles"] <= plan["scan_blocks"] * 4096
+    assert (plan["tiles"] - 1) * 1024 < n <= plan["tiles"] * 1024
+    assert (plan["runs"] - 1) * 64 < plan["tiles"] <= plan["runs"] * 64
     end = 0
     for offset, size in plan["regions"]:
         assert offset % 256 == 0

@@ -7,6 +7,8 @@
 namespace emp_fast {
 
 constexpr uint32_t kNanKey = 0;
+constexpr uint32_t kMinusInfinityKey = 0x00800000u;  // no score has a key between NaN's and this
+constexpr uint32_t kInfinityKey = 0xFF800000u;
 constexpr uint32_t kHighestKey = 0xFFFFFFFFu;  // above the key of +inf
 
 // From the bit pattern of a float32. Integer work alone: comparing floats would depend on whether
@@ -16,6 +18,11 @@ EMP_FAST_HD uint32_t order_key(uint32_t bits) {
   if (magnitude > 0x7F800000u) return kNanKey;
   // Negative numbers count down from the key of zero, so both zeros share it.
   return (bits >> 31) ? 0x80000000u - magnitude : 0x80000000u + magnitude;
+}
+
+// The bit pattern with a key from kMinusInfinityKey to kInfinityKey; of the zeros, +0.
+EMP_FAST_HD uint32_t score_bits(uint32_t key) {
+  return key >= 0x80000000u ? key - 0x80000000u : 0x80000000u | (0x80000000u - key);
 }
 
 }  // namespace emp_fast

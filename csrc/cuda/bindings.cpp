@@ -319,7 +319,7 @@ py::dict plan_selection_of(int64_t n, int64_t k, int64_t groups, int sample_bits
   d["index_bits"] = p.index_bits;
   d["problems"] = p.problems;
   d["tiles"] = p.tiles;
-  d["scan_blocks"] = p.scan_blocks;
+  d["runs"] = p.runs;
   d["candidates"] = p.candidates;
   d["rank_above"] = p.rank_above;
   d["rank_below"] = p.rank_below;
@@ -332,7 +332,7 @@ py::dict plan_selection_of(int64_t n, int64_t k, int64_t groups, int sample_bits
   region(p.histograms, (p.problems << p.digit_bits) * 8);
   region(p.control, kControlBytes);
   region(p.states, p.problems * kStateBytes);
-  region(p.totals, p.scan_blocks * 8);
+  region(p.totals, p.runs * 8);
   region(p.tile_counts, p.tiles * 4);
   region(p.bitmap, p.tiles * kTileWords * 4);
   if (p.sample > 0) {

@@ -255,16 +255,17 @@ inline int64_t mean_workspace(int64_t rows) {
 // ---- selection
 // -------------------------------------------------------------------------------------
 
-constexpr int kTile = 4096;  // scores a block marks; a bit each
+constexpr int kTile = 1024;  // scores a warp marks; a bit each
 constexpr int kTileWords = kTile / 32;
-constexpr int kScanTiles = 4096;  // tiles a block of the scan adds up
+constexpr int kRunTiles = 64;  // tiles with one prefix sum
 constexpr int kKeyBits = 32;
 constexpr int kDigitBits = 11;      // 2048 bins
 constexpr int kGroupDigitBits = 8;  // a histogram a group: 2 KiB each
 constexpr int64_t kMaxGroups = 65536;
-constexpr int64_t kSampledFrom = int64_t{1} << 26;  // scores: from here one read beats four
-constexpr int kSampleBits = 20;         // a million scores: the bracket holds 0.5 % of all
-constexpr double kBracketSigmas = 5.0;  // of the rank in the sample, on each side
+constexpr int64_t kSampledFrom = int64_t{1} << 24;  // scores: from here one read beats four
+constexpr int kSampleBits = 18;           // 262 144 scores: the bracket holds 0.8 % of all
+constexpr double kBracketSigmas = 4.25;   // of the rank in the sample, on each side
+constexpr double kCandidateRoom = 1.125;  // for the candidates, as a multiple of what is expected
 
 struct SelectionPlan {
   int64_t sample;  // scores in the sample; 0: a plain plan
@@ -272,7 +273,7 @@ struct SelectionPlan {
   int index_bits;    // of N - 1
   int64_t problems;  // histograms and states: the groups, or two ends of a bracket and the rest
   int64_t tiles;
-  int64_t scan_blocks;
+  int64_t runs;        // of kRunTiles tiles
   int64_t candidates;  // capacity (sampled)
   int64_t rank_above;  // the ranks in the sample, 1 its highest, between which the threshold lies;
   int64_t rank_below;  //   0: above all of it, sample + 1: below all of it
@@ -302,7 +303,7 @@ inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, int sa
   p.index_bits = bits_of(n - 1);
   p.problems = groups > 0 ? groups : sampled ? 3 : 1;
   p.tiles = ceil_div(n, kTile);
-  p.scan_blocks = ceil_div(p.tiles, kScanTiles);
+  p.runs = ceil_div(p.tiles, kRunTiles);
   int64_t bytes = 0;
   const auto reserve = [&bytes](int64_t size) {
     const int64_t offset = bytes;
@@ -313,7 +314,7 @@ inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, int sa
   p.control = reserve(kControlBytes);
   p.cleared_bytes = bytes;
   p.states = reserve(p.problems * kStateBytes);
-  p.totals = reserve(p.scan_blocks * int64_t{sizeof(uint64_t)});
+  p.totals = reserve(p.runs * int64_t{sizeof(uint64_t)});
   p.tile_counts = reserve(p.tiles * int64_t{sizeof(uint32_t)});
   p.bitmap = reserve(p.tiles * kTileWords * int64_t{sizeof(uint32_t)});
   if (sampled) {
@@ -323,9 +324,10 @@ inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, int sa
     const double half_width = kBracketSigmas * sigma + 2.0;
     p.rank_above = std::max<int64_t>(0, static_cast<int64_t>(middle - half_width));
     p.rank_below = std::min<int64_t>(p.sample + 1, static_cast<int64_t>(middle + half_width) + 1);
-    // The bracket is widest at k = n / 2, where it holds kBracketSigmas / sqrt(sample) of all: with
-    // kSampleBits 1 in 205, and room for 1 in 128.
-    p.candidates = n >> (sample_bits / 2 - 3);
+    // The bracket is widest at k = n / 2.
+    const double root = std::sqrt(static_cast<double>(p.sample));
+    const double widest = (kBracketSigmas * root + 6.0) / static_cast<double>(p.sample);
+    p.candidates = static_cast<int64_t>(kCandidateRoom * widest * static_cast<double>(n));
     p.candidate_keys = reserve(p.candidates * int64_t{sizeof(uint32_t)});
     p.candidate_indices = reserve(p.candidates * int64_t{sizeof(int64_t)});
   }

@@ -16,14 +16,12 @@ _BINS = selection.BINS.value
 
 
 class _Marks(NamedTuple):
-    """The bitmaps of one bracket over N scores."""
+    """What one read of N scores has made of a bracket."""
 
-    above: Tensor  # [words] int32
-    inside: Tensor  # [words] int32
-    counts: Tensor  # [2, blocks] int32: above, inside
-    before: Tensor  # [2, blocks] int64: the same summed over earlier blocks
-    total_above: int
-    total_inside: int
+    bits: Tensor  # [words] int32: above the bracket, and some of its ties
+    counts: Tensor  # [2, blocks] int32: of the bits, and of the scores inside
+    keys: Tensor | None  # [inside] int32, in no particular order; None: not collected
+    indices: Tensor | None  # [inside] int64
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
@@ -31,25 +29,28 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     n = scores.shape[0]
     if k == 0 or k == n:
         return torch.arange(k, dtype=torch.int64, device=scores.device)
-    if n < plan.SAMPLE_FROM:
-        found = _narrow(scores, bracket.EVERY_KEY, k)
-        marks = _mark(scores, found)
-    else:
+    found = bracket.EVERY_KEY
+    if n >= plan.SAMPLE_FROM:
         found = _sampled_bracket(scores, k)
-        marks = _mark(scores, found)
-        found = found._replace(above=marks.total_above)
-        if not marks.total_above < k <= marks.total_above + marks.total_inside:
+        marks, above, inside = _mark(scores, found, -1, n // plan.CANDIDATE_SHARE)
+        if not above < k <= above + inside:
             # The sample missed, about once in 16 thousand times.
-            found = _narrow(scores, bracket.EVERY_KEY, k)
-            marks = _mark(scores, found)
-        elif marks.total_inside > n // plan.CANDIDATE_SHARE:
-            # Many equal scores: too many candidates to collect, so the scores are read again.
-            found = _narrow(scores, found, k)
-            marks = _mark(scores, found)
-        elif found.low < found.high:
-            found = _narrow(_collect(scores, marks), found, k)
-            marks = _resolve(scores, marks, found.low)
-    return _expand(marks, marks.inside, k, k - marks.total_above)
+            found = bracket.EVERY_KEY
+        else:
+            found = found._replace(above=above)
+            if marks.keys is not None and marks.indices is not None:
+                found = _narrow(marks.keys, found, k)
+                _mark_more(marks, marks.keys, marks.indices, found, k)
+                return _expand(marks, k)
+        # Else many equal scores: more candidates than are collected, so the scores are read again.
+        del marks  # one bitmap at a time
+    found = _narrow(scores, found, k)
+    marks, marked, ties = _mark(scores, found, n, 0)
+    if marked > k:
+        last = _last_tie(scores, marks, found.low, ties - (marked - k))
+        del marks
+        marks, _, _ = _mark(scores, found, last, 0)
+    return _expand(marks, k)
 
 
 def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
@@ -77,18 +78,17 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
         remaining = remaining - before[:, 0]
         prefix = prefix * 256 + (_BINS - 1 - steps[:, 0])
     blocks = plan.ceil_div(n, plan.MARK_SCORES)
-    above = torch.empty(blocks * plan.MARK_WORDS, dtype=torch.int32, device=device)
+    bits = torch.empty(blocks * plan.MARK_WORDS, dtype=torch.int32, device=device)
     counts = torch.empty((1, blocks), dtype=torch.int32, device=device)
     launch(
         selection.mark_groups,
         (blocks, 1, 1),
-        (scores, groups, prefix, above, counts),
+        (scores, groups, prefix, bits, counts),
         (n, 8 * index_bytes),
         (plan.MARK_WORDS,),
         plan.MARK_WARPS,
     )
-    before = counts.cumsum(1) - counts
-    return _expand(_Marks(above, above, counts, before, k, 0), None, k, 0)
+    return _expand(_Marks(bits, counts, None, None), k)
 
 
 def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
@@ -101,7 +101,9 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
     numbers = (samples, 0, 0, 0, 0, 0)
     launch(philox_kernels.philox, grid, (bits,), numbers, (plan.PHILOX_BLOCK,), 4)
     at = torch.arange(samples, device=scores.device) * stratum + bits.long().remainder(stratum)
-    keys = order_keys(scores[at]).long().sort(descending=True).values + 2**31
+    keys = order_keys(scores[at]).long()
+    keys -= ((keys < 0) & (keys > -(2**31))).long()  # the kernels' keys of negative scores
+    keys = keys.sort(descending=True).values + 2**31
     ends = keys[[max(upper, 0), min(lower, samples - 1)]].tolist()
     high = ends[0] if upper >= 0 else bracket.EVERY_KEY.high
     low = ends[1] if lower < samples else bracket.EVERY_KEY.low
@@ -109,7 +111,7 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
 
 
 def _narrow(scores: Tensor, found: bracket.Bracket, k: int) -> bracket.Bracket:
-    """Reads ``scores`` until the bracket is one key: that of the k-th highest."""
+    """Reads scores, or keys, until the bracket is one key: that of the k-th highest."""
     n = scores.shape[0]
     blocks = plan.ceil_div(n, plan.HISTOGRAM_BLOCK)
     grid = (min(blocks, 8 * multiprocessors(scores.device)), 1, 1)
@@ -122,32 +124,65 @@ def _narrow(scores: Tensor, found: bracket.Bracket, k: int) -> bracket.Bracket:
     return found
 
 
-def _mark(scores: Tensor, found: bracket.Bracket) -> _Marks:
+def _mark(
+    scores: Tensor, found: bracket.Bracket, last_tie: int, capacity: int
+) -> tuple[_Marks, int, int]:
+    """One read of the scores.
+
+    Returns:
+        The marks, with the candidates if there are at most ``capacity`` of them, and how many
+        scores are marked and how many are inside the bracket.
+    """
     n, device = scores.shape[0], scores.device
     blocks = plan.ceil_div(n, plan.MARK_SCORES)
-    above, inside = torch.empty((2, blocks * plan.MARK_WORDS), dtype=torch.int32, device=device)
+    bits = torch.empty(blocks * plan.MARK_WORDS, dtype=torch.int32, device=device)
     counts = torch.empty((2, blocks), dtype=torch.int32, device=device)
+    number = torch.zeros(1, dtype=torch.int64, device=device)
+    keys = torch.empty(capacity, dtype=torch.int32, device=device) if capacity else None
+    indices = torch.empty(capacity, dtype=torch.int64, device=device) if capacity else None
     launch(
         selection.mark_scores,
         (blocks, 1, 1),
-        (scores, above, inside, counts),
-        (n, found.low, found.high),
+        (scores, bits, counts, number, keys, indices),
+        (n, found.low, found.high, last_tie, capacity),
         (_align_bytes(scores), plan.MARK_WORDS),
         plan.MARK_WARPS,
     )
-    return _counted(above, inside, counts)
+    marked, inside = counts.sum(1).tolist()
+    if keys is None or indices is None or inside > capacity:
+        return _Marks(bits, counts, None, None), marked, inside
+    return _Marks(bits, counts, keys[:inside], indices[:inside]), marked, inside
 
 
-def _resolve(scores: Tensor, marks: _Marks, threshold: int) -> _Marks:
+def _last_tie(scores: Tensor, marks: _Marks, threshold: int, wanted: int) -> int:
+    """The index of the ``wanted``-th score equal to the threshold, counted from 1."""
+    reached = marks.counts[1].cumsum(0)
+    block = int(torch.searchsorted(reached, wanted))
+    before = int(reached[block - 1]) if block > 0 else 0
+    start = block * plan.MARK_SCORES
+    keys = order_keys(scores[start : start + plan.MARK_SCORES])
+    # The kernels' keys of negative scores are one less.
+    key = threshold - 2**31 + (0 < threshold < 2**31)
+    return start + int((keys == key).nonzero()[wanted - before - 1])
+
+
+def _mark_more(
+    marks: _Marks, keys: Tensor, indices: Tensor, found: bracket.Bracket, k: int
+) -> None:
+    """Marks the candidates above the threshold and the first of its ties."""
+    n = keys.shape[0]
+    key = found.low if found.low < 2**31 else found.low - 2**32
+    ties = indices[keys == key]
+    wanted = k - found.above
+    last_tie = int(ties.max() if wanted == ties.shape[0] else ties.sort().values[wanted - 1])
     launch(
-        selection.resolve_marked,
-        (marks.counts.shape[1], 1, 1),
-        (scores, marks.above, marks.inside, marks.counts),
-        (threshold,),
-        (_align_bytes(scores), plan.MARK_WORDS),
-        plan.MARK_WARPS,
+        selection.mark_more,
+        (plan.ceil_div(n, plan.HISTOGRAM_BLOCK), 1, 1),
+        (indices, keys, marks.bits, marks.counts),
+        (n, found.low, last_tie),
+        (plan.HISTOGRAM_BLOCK, plan.MARK_WORDS),
+        4,
     )
-    return _counted(marks.above, marks.inside, marks.counts)
 
 
 def _align_bytes(scores: Tensor) -> int:
@@ -155,24 +190,11 @@ def _align_bytes(scores: Tensor) -> int:
     return 4 if scores.data_ptr() % plan.VECTOR_BYTES else plan.VECTOR_BYTES
 
 
-def _counted(above: Tensor, inside: Tensor, counts: Tensor) -> _Marks:
-    reached = counts.cumsum(1)
-    return _Marks(above, inside, counts, reached - counts, *reached[:, -1].tolist())
-
-
-def _collect(scores: Tensor, marks: _Marks) -> Tensor:
-    collected = torch.empty(marks.total_inside, dtype=torch.float32, device=scores.device)
-    pointers = (scores, marks.inside, marks.before[1], collected)
-    grid = (marks.counts.shape[1], 1, 1)
-    launch(selection.collect_marked, grid, pointers, (), (plan.MARK_WORDS,), plan.MARK_WARPS)
-    return collected
-
-
-def _expand(marks: _Marks, ties: Tensor | None, k: int, ties_wanted: int) -> Tensor:
-    indices = torch.empty(k, dtype=torch.int64, device=marks.above.device)
-    pointers = (marks.above, ties, marks.before[0], marks.before[-1], indices)
-    grid = (marks.counts.shape[1], 1, 1)
-    launch(
-        selection.expand_marked, grid, pointers, (ties_wanted,), (plan.MARK_WORDS,), plan.MARK_WARPS
-    )
+def _expand(marks: _Marks, k: int) -> Tensor:
+    indices = torch.empty(k, dtype=torch.int64, device=marks.bits.device)
+    counts = marks.counts[0]
+    before = counts.cumsum(0) - counts
+    grid = (counts.shape[0], 1, 1)
+    pointers = (marks.bits, before, indices)
+    launch(selection.expand_marked, grid, pointers, (), (plan.MARK_WORDS,), plan.MARK_WARPS)
     return indices

@@ -121,7 +121,8 @@ EXPECTED = (
         32,
         "each score comes with a group of 8 bytes",
     ),
-    Expected("^sample_keys", r"scores\[at\]", 32, "a random sample"),
+    Expected("^sample_keys", r"__ldg\(scores \+ at\)", 32, "a random sample"),
+    Expected("^mark_bracket", r"__ldg\(scores \+ index\)", 32, "a candidate's score again"),
     Expected("^scale_elements", r"for \(int64_t i = at; i < elements", 16, "the last elements"),
     # Triton
     *(
@@ -171,7 +172,7 @@ EXPECTED = (
         r"^score = tl\.load\(address\)",
         128,
         "scores move by 16 bytes",
-        8,
+        4,
     ),
     Expected(
         r"^selection\.",

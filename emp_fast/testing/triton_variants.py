@@ -315,16 +315,19 @@ def _answer(
 ) -> None:
     """Stands in for the kernels whose results decide what the selection launches next.
 
-    The last bin of each histogram holds the highest score, and each block of a bitmap one score
-    inside the bracket, so that there are candidates to collect and to resolve.
+    The highest bin of each histogram holds the highest score, and the first block of a bitmap one
+    inside the bracket, the highest, so that there is a candidate.
     """
     name = _name_of(kernel)
     if name == "selection.histogram":
-        pointers[1][-1] = 1
+        _, low, high, shift = numbers
+        pointers[1][(high - low) >> shift] = 1
     elif name == "selection.mark_scores":
-        above, inside = pointers[3]
-        above.zero_()
-        inside.fill_(1)
+        pointers[2].zero_()
+        pointers[2][1, 0] = 1
+        if pointers[4] is not None:
+            pointers[4].fill_(numbers[2] - 2**32 if numbers[2] >= 2**31 else numbers[2])
+            pointers[5].zero_()
 
 
 # ---- names --------------------------------------------------------------------------------------
