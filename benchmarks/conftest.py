@@ -110,7 +110,7 @@ def copy_rate(request: pytest.FixtureRequest, device: torch.device, quick: bool)
 def clock(device: torch.device) -> Clock:
     if device.type == "cpu":
         return WallClock()
-    flush = torch.empty(4 * machine.cache_bytes(device), dtype=torch.int8, device=device)
+    flush = torch.ones(machine.cache_bytes(device), device=device)  # four times the cache
     return CudaClock(flush)
 
 

@@ -33,8 +33,13 @@ SHORT_CLASSES = 16
 #: are twice as many, and with smoothing or soft targets every class has a weight of its own.
 LOOP_UNROLL = 4
 LOOP_UNROLL_CROWDED = 2
-#: Class counts from which a row is walked by 8 warps instead of 4.
+#: Warps that walk a row, and those of a row of at least so many classes.
+LOOP_WARPS = 4
+WIDE_WARPS = 8
 WIDE_CLASSES = 16384
+#: Of scores alone one warp walks a row, where that many a multiprocessor have one each: every warp
+#: pays for the end of its row.
+OCCUPIED_WARPS = 28
 
 MAX_PARTS = 512
 
@@ -152,12 +157,13 @@ def plan_loop(
     multiprocessors: int,
     may_split: bool,
     weighted: bool,
+    grad: bool,
 ) -> LoopPlan:
     """A walk over each row; few rows are split so that all multiprocessors have work.
 
     Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts.
     ``may_split`` says whether the caller can merge parts of a row, ``weighted`` whether every class
-    has a weight of its own in the loss.
+    has a weight of its own in the loss, ``grad`` whether the gradient is wanted.
     """
     if num_classes > MAX_CLASSES:
         raise ValueError(f"logits must have at most {MAX_CLASSES} classes, got {num_classes}")
@@ -171,10 +177,12 @@ def plan_loop(
         shifted_alike=shift == 0 and row_stride % vector == num_classes % vector,
         unroll=LOOP_UNROLL_CROWDED if weighted or itemsize == 2 else LOOP_UNROLL,
         vector=vector,
-        warps=8 if num_classes >= WIDE_CLASSES else 4,
+        warps=WIDE_WARPS if num_classes >= WIDE_CLASSES else LOOP_WARPS,
         parts=1,
         part_tiles=0,
     )
+    if not grad and not weighted and num_rows >= OCCUPIED_WARPS * multiprocessors:
+        plan = plan._replace(unroll=LOOP_UNROLL, warps=1)
     length = num_classes + vector - 1  # the longest row with its masked head
     parts = 1
     if may_split and num_rows < multiprocessors:

@@ -500,7 +500,6 @@ LOOPING = [
     "rows_in_registers",
     "rows_looped",
     "row_gradients",
-    "expand",
 ]
 LOOPING += [
     "count_grouped",

@@ -33,7 +33,7 @@ f16, bf16 = torch.float16, torch.bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """Rows of one plan; a round is 32 KiB a block."""
+    """Rows of one plan; a round is 2 KiB a warp."""
 
     kernels: str
     device: tuple[int, int, int]  # multiprocessors, shared memory, blocks of the widest cluster
@@ -48,11 +48,17 @@ def long_rows(rows: int, classes: int, dtype: torch.dtype = torch.float32, **res
 STREAMED = [
     # More rows than blocks: the copies of the next row are under way during each.
     Streamed("ring", (2, LARGE, 0), (1, 1, 3), long_rows(5, 4200, offset=1)),
-    Streamed("ring", (1, LARGE, 0), (1, 2, 3), long_rows(5, 16391, f16, offset=3, padding=1)),
+    # One, two, four and eight warps a row, and all sixteen.
+    Streamed("ring", (1, LARGE, 0), (1, 3, 3), long_rows(40, 1100)),
+    Streamed("ring", (1, LARGE, 0), (1, 5, 5), long_rows(30, 4099, bf16, padding=1, offset=1)),
+    Streamed("ring", (1, LARGE, 0), (1, 5, 5), long_rows(14, 8200, f16)),
+    Streamed("ring", (1, LARGE, 0), (1, 5, 5), long_rows(5, 16391, f16, offset=3, padding=1)),
+    Streamed("ring", (1, LARGE, 0), (1, 4, 7), long_rows(3, 30011, offset=2)),
+    Streamed("ring", (1, LARGE, 0), (1, 9, 7), long_rows(2, 70001)),
     # The gradient's rows do not fit: the front comes a second time.
     Streamed("ring", (1, SMALL, 0), (1, 3, 2), long_rows(3, 17003)),
     Streamed("ring", (1, SMALL, 0), (1, 5, 2), long_rows(2, 65551, bf16, offset=5)),
-    Streamed("ring", (1, LARGE, 0), (1, 1, 6), long_rows(3, 4200, smoothing=0.1)),
+    Streamed("ring", (1, LARGE, 0), (1, 2, 7), long_rows(3, 4200, smoothing=0.1)),
     Streamed("cluster", (1, LARGE, 8), (1, 1, 3), long_rows(5, 8301, bf16, offset=7)),
     Streamed("cluster", (1, LARGE, 8), (1, 2, 3), long_rows(5, 8301)),
     Streamed("cluster", (1, SMALL, 1), (1, 3, 2), long_rows(3, 17003, padding=2, offset=2)),

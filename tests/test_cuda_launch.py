@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -87,9 +88,16 @@ def test_row_plans_cover_every_row_and_column(
             assert plan["workspace_bytes"] == rows * plan["parts"] * 24, shape
             # The Python side asks for workspace only from here on.
             assert classes * element_bytes >= cuda.SPLIT_BYTES, shape
+        elif plan["path"] == "shared":
+            # A tile a warp, or as many blocks as run at once, which loop over the tiles.
+            fit = (device[1] + 1024) // (plan["shared_bytes"] + 1024)
+            resident = max(min(1024 // plan["threads"], fit), 1) * device[0]
+            assert plan["grid"] <= min(tiles, MAX_GRID_X), shape
+            assert plan["grid"] in (tiles, resident) or 1024 % plan["threads"], shape
         else:
             # A tile a block, or a loop over tiles where the grid ends.
             assert plan["grid"] == min(tiles, MAX_GRID_X), shape
+        if plan["path"] != "split":
             assert plan["parts"] == 1, shape
             assert plan["workspace_bytes"] == 0, shape
         if kernels == PLAIN:
@@ -98,7 +106,7 @@ def test_row_plans_cover_every_row_and_column(
             assert plan == plan_rows(*numbers, device, kernels=PLAIN), shape
         if plan["path"] == "shared":
             assert classes * element_bytes <= 16384, shape
-            assert plan["lanes"] in (1, 4, 16, 32), shape
+            assert plan["lanes"] in (1, 4, 8, 16, 32), shape
             assert rows == 1 or stride == classes, shape
             assert plan["threads"] <= 128, shape
             assert plan["tile_rows"] % (32 // plan["lanes"]) == 0, shape
@@ -119,15 +127,44 @@ def test_row_plans_cover_every_row_and_column(
             assert grad or plan["cached_vectors"] == 0, shape
 
 
-@pytest.mark.parametrize("device", [H200, SMALL])
-def test_auto_is_what_has_been_measured_to_be_fastest(device: tuple[int, int, int]) -> None:
-    # Nothing has been measured yet, hence the plain kernels.
+@pytest.mark.parametrize("device", [H200, A100, SMALL])
+def test_auto_is_what_was_measured_to_be_fastest(device: tuple[int, int, int]) -> None:
     options = itertools.product(ROWS, CLASSES, (0, 3), (2, 4), *[(False, True)] * 4)
     for rows, classes, padding, element_bytes, *flags, grad in options:
         aligned, soft, rare = flags
         shape = (rows, classes, classes + padding, element_bytes, aligned, soft, rare, rare, grad)
-        auto = plan_rows(*shape, device, kernels=AUTO)
-        assert auto == plan_rows(*shape, device, kernels=PLAIN), shape
+        plans = {name: plan_rows(*shape, device, kernels=name) for name in range(5)}
+        row_bytes = classes * element_bytes
+        auto = plans[AUTO]
+        if auto["path"] == "shared":
+            assert auto == plans[SHARED], shape
+            assert grad or row_bytes <= 8192, shape
+        elif auto["path"] == "ring":
+            assert auto == plans[RING], shape
+            assert grad, shape
+            assert row_bytes > 16384, shape
+            assert not rare, shape
+        elif auto != plans[PLAIN]:
+            # Between the two: a warp a row instead of rows in registers.
+            assert (auto["path"], auto["lanes"], grad) == ("looped", 32, False), shape
+            assert rows >= 28 * device[0], shape
+            assert row_bytes > 8192, shape
+        if auto == plans[PLAIN] and plans[SHARED]["path"] == "shared":
+            assert not grad, shape
+            assert row_bytes > 8192, shape
+        if auto == plans[PLAIN] and grad and not rare and plans[RING]["path"] == "ring":
+            assert row_bytes <= 16384, shape
+
+
+def test_scores_of_long_rows_take_the_fewest_threads_that_occupy_the_device() -> None:
+    def lanes(rows: int, grad: bool = False) -> int:
+        shape = (rows, 32000, 32000, 2, True, False, False, False, grad)
+        plan = plan_rows(*shape, H200, kernels=PLAIN)
+        assert plan["path"] == "looped"
+        return int(plan["lanes"])
+
+    assert [lanes(rows) for rows in (264, 462, 924, 3695, 3696)] == [512, 256, 128, 128, 32]
+    assert lanes(10**6, grad=True) == 512
 
 
 def test_shared_serves_the_short_rows_that_occupy_the_device() -> None:
@@ -166,43 +203,36 @@ def test_state_moves_where_counts_fit(kernels: int) -> None:
         plan = plan_rows(*shape, H200, kernels=kernels)
         assert (plan["update"] == "apart") == (rows > 32767)  # half of an int32 claim, signed
         if plan["update"] == "scan":
-            assert rows <= (256 if plan["lanes"] == 1 else 1024)
+            assert rows <= (256 if plan["path"] == "shared" else 1024)
 
 
-@pytest.mark.parametrize("kernels", [CLUSTER, RING])
 @pytest.mark.parametrize("device", [H200, A100, RTX5090, NARROW, SMALL])
 @pytest.mark.parametrize("element_bytes", [2, 4])
-def test_ring_plans_cover_every_row_and_column(
-    kernels: int, device: tuple[int, int, int], element_bytes: int
+def test_cluster_plans_cover_every_row_and_column(
+    device: tuple[int, int, int], element_bytes: int
 ) -> None:
     multiprocessors, shared, widest = device
-    if kernels == RING:
-        widest = 1
     elements = 16 // element_bytes
     round_bytes = 16 * cuda.ROUND_VECTORS
-    options = itertools.product(
-        ROWS, CLASSES, (0, 3), (False, True), (False, True), (False, True), (False, True)
-    )
     served = 0
-    for rows, classes, padding, aligned, soft, rare, grad in options:
-        shape = (rows, classes, classes + padding, element_bytes, aligned, soft, rare, rare, grad)
-        plan = plan_rows(*shape, device, kernels=kernels)
+    for shape in every_shape(element_bytes):
+        rows, classes, stride, _, aligned, soft, _, rare, grad = shape
+        plan = plan_rows(*shape, device, kernels=CLUSTER)
         plain = plan_rows(*shape, device)
-        if plan["path"] not in ("cluster", "ring"):
+        if plan["path"] != "cluster":
             assert plan == plain, shape
             continue
         served += 1
-        assert plan["path"] == ("ring" if kernels == RING else "cluster"), shape
         # The plain kernels keep what they do as well or alone.
         assert plain["path"] in ("looped", "split"), shape
-        assert plain["lanes"] in (512, 1024), shape
         assert not soft, shape
         assert plan["threads"] == plan["lanes"] == 512, shape
         cluster, slots, rounds = plan["cluster"], plan["slots"], plan["rounds"]
         assert cluster in (1, 2, 4, 8), shape
         assert cluster <= widest, shape
-        every_row_aligned = aligned and (rows == 1 or (classes + padding) % elements == 0)
-        vectors = most_vectors(classes, element_bytes, every_row_aligned)
+        vectors = most_vectors(classes, element_bytes, aligned and stride % elements == 0)
+        if rows == 1:
+            vectors = most_vectors(classes, element_bytes, aligned)
         part = plan["vectors_per_part"]
         assert part * cluster >= vectors, shape
         assert part % 128 == 0, shape  # whole chunks: no two warps of two blocks share one
@@ -225,6 +255,58 @@ def test_ring_plans_cover_every_row_and_column(
         if grad and math.ceil(vectors / widest) + 127 <= most_slots * cuda.ROUND_VECTORS:
             assert rounds <= slots, shape
     assert (served > 0) == (widest > 0 and shared >= 2 * round_bytes + cuda.RING_TAIL)
+
+
+@pytest.mark.parametrize("device", [H200, A100, RTX5090, NARROW, SMALL])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_ring_plans_cover_every_row_and_column(
+    device: tuple[int, int, int], element_bytes: int
+) -> None:
+    multiprocessors, shared, _ = device
+    elements = 16 // element_bytes
+    served = 0
+    for shape in every_shape(element_bytes):
+        rows, classes, stride, _, aligned, soft, _, rare, grad = shape
+        plan = plan_rows(*shape, device, kernels=RING)
+        if plan["path"] != "ring":
+            assert plan == plan_rows(*shape, device), shape
+            continue
+        served += 1
+        assert not soft, shape
+        assert classes * element_bytes >= 4096, shape
+        assert multiprocessors <= rows <= 2**30, shape
+        warps, rest = divmod(plan["threads"], 32)
+        assert rest == 0, shape
+        assert warps in (1, 2, 4, 8, 16), shape
+        assert plan["lanes"] == plan["threads"], shape
+        slots, rounds = plan["slots"], plan["rounds"]
+        vectors = most_vectors(classes, element_bytes, aligned and stride % elements == 0)
+        if rows == 1:
+            vectors = most_vectors(classes, element_bytes, aligned)
+        assert (rounds - 1) * warps * 128 < vectors <= rounds * warps * 128, shape
+        assert plan["vectors_per_part"] >= vectors, shape
+        assert plan["cluster"] == 1, shape
+        assert 2 <= slots <= 7, shape
+        blocks = plan["blocks_per_multiprocessor"]
+        assert blocks >= 1, shape
+        assert plan["shared_bytes"] == cuda.block_ring_bytes(warps, slots), shape
+        assert blocks * (plan["shared_bytes"] + 1024) <= shared + 1024, shape
+        assert blocks * warps <= (16 if rare else 32), shape
+        assert plan["grid"] == min(rows, blocks * multiprocessors), shape
+        # Fewer warps than a whole block only where they are enough and the row stays on chip.
+        if warps < 16:
+            assert blocks * warps >= 16, shape
+            assert not grad or rounds <= slots, shape
+    assert (served > 0) == (shared >= cuda.block_ring_bytes(16, 2))
+
+
+def every_shape(element_bytes: int) -> Iterator[tuple[Any, ...]]:
+    """The arguments of `plan_rows` before the device."""
+    options = itertools.product(
+        ROWS, CLASSES, (0, 3), (False, True), (False, True), (False, True), (False, True)
+    )
+    for rows, classes, padding, aligned, soft, rare, grad in options:
+        yield rows, classes, classes + padding, element_bytes, aligned, soft, rare, rare, grad
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,12 @@ def test_tiles_hold_every_row_and_class(itemsize: int) -> None:
 @pytest.mark.parametrize("may_split", [False, True])
 def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) -> None:
     vector = plan.VECTOR_BYTES // itemsize
-    for rows, classes, padding, address, multiprocessors, weighted in itertools.product(
-        ROWS, LONG, PADDING, addresses(itemsize), MULTIPROCESSORS, (False, True)
+    for rows, classes, padding, address, multiprocessors, weighted, grad in itertools.product(
+        ROWS, LONG, PADDING, addresses(itemsize), MULTIPROCESSORS, (False, True), (False, True)
     ):
         stride = classes + padding
-        loop = plan.plan_loop(
-            rows, classes, stride, address, itemsize, multiprocessors, may_split, weighted
-        )
+        given = (rows, classes, stride, address, itemsize, multiprocessors)
+        loop = plan.plan_loop(*given, may_split, weighted, grad)
         shape = (rows, classes, padding, address, multiprocessors, loop)
         heads = {(address // itemsize + row * stride) % vector for row in range(min(rows, vector))}
         assert loop.shift == address // itemsize % vector, shape
@@ -78,6 +77,10 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
         assert loop.parts <= plan.merge_lanes(loop.parts), shape
         if not may_split or rows >= multiprocessors:
             assert loop.parts == 1, shape
+        if loop.warps == 1:
+            assert rows >= 28 * multiprocessors, shape
+            assert not grad, shape
+            assert not weighted, shape
         if loop.shifted_alike:
             gradient_heads = [row * classes % vector for row in range(vector)]
             assert gradient_heads == [row * stride % vector for row in range(vector)], shape
@@ -86,4 +89,4 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
 
 def test_more_classes_than_offsets_can_count_are_refused() -> None:
     with pytest.raises(ValueError, match=f"at most {plan.MAX_CLASSES} classes, got 2147483647"):
-        plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False)
+        plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False, False)

@@ -451,6 +451,7 @@ void bind(py::module_& m) {
   cuda.attr("REGISTER_VECTORS") = kRegisterVectors;
   cuda.attr("ROUND_VECTORS") = kRoundVectors;
   cuda.attr("RING_TAIL") = kRingTail;
+  cuda.def("block_ring_bytes", &block_ring_bytes);
   cuda.attr("SPLIT_BYTES") = 2 * kMinPartVectors * kVectorBytes;
 }
 

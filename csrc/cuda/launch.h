@@ -40,7 +40,7 @@ struct RowPlan {
   int lanes;             // threads that share a row
   int threads;           // a block
   int64_t grid;          // blocks; each loops over tiles of threads / lanes rows
-  int tile_rows;         // that a warp has on chip at once (kShared)
+  int tile_rows;         // that a warp works on at once (kShared)
   int parts;             // of a row (kSplit)
   int vectors_per_part;  // of a row (kSplit); that a block owns (kCluster, kRing)
   int cached_vectors;    // of a row kept in shared memory for the gradient (kLooped)
@@ -64,18 +64,20 @@ struct RowShape {
   bool grad;
 };
 
+constexpr int64_t kSystemShared = 1024;      // what a resident block takes besides its own
 constexpr int kSharedRowThreads = 128;       // a block at most: fewer where their tiles do not fit
+constexpr int64_t kSharedThreads = 1024;     // a multiprocessor
 constexpr int64_t kSharedBytes = 34 * 1024;  // of a block at most, but for one warp's tile
 constexpr int64_t kSharedTileBytes = 4096;   // of several groups of rows; one alone may take more
 constexpr int64_t kSharedRowBytes = 16384;   // at most
-constexpr int64_t kSharedLoneBytes = 512;    // a thread a row up to here; then 4, 16 and 32
 constexpr int kSharedFewClasses = 32;        // however few the rows are; longer rows need
 constexpr int64_t kSharedGroups = 8;         // so many groups of rows a multiprocessor
 constexpr int kLoopedThreads = 512;
-constexpr int kLoneLoopedThreads = 1024;  // where a multiprocessor holds one block alone
-constexpr int kWarpLoopedVectors = 512;   // rows up to this are a warp's in the looped kernel
-constexpr int64_t kStaticShared = 4096;   // kept free for the reductions of the looped kernel
-constexpr int kMinPartVectors = 2048;     // 32 KiB: less a part costs more to merge than it saves
+constexpr int kLoneLoopedThreads = 1024;   // where a multiprocessor holds one block alone
+constexpr int kWarpLoopedVectors = 512;    // rows up to this are a warp's in the looped kernel
+constexpr int64_t kOccupiedThreads = 896;  // of a multiprocessor: seven eighths of what it holds
+constexpr int64_t kStaticShared = 4096;    // kept free for the reductions of the looped kernel
+constexpr int kMinPartVectors = 2048;      // 32 KiB: less a part costs more to merge than it saves
 constexpr int kMaxParts = 64;
 constexpr int kPartialFloats = 6;  // m, d, s, q, spread, weight
 
@@ -84,16 +86,23 @@ constexpr int kPartialFloats = 6;  // m, d, s, q, spread, weight
 constexpr int kRegisterLanes[] = {8, 32, 64, 256};
 constexpr int kRegisterVectors = 4;
 
+// Threads that share a row of so many bytes in rows_in_shared: few, for what a row costs besides
+// its logits a warp does for 32 / lanes rows at once; more as rows fill their memory.
+inline int shared_lanes(int64_t row_bytes) {
+  return row_bytes <= 400    ? 1
+         : row_bytes <= 1024 ? 4
+         : row_bytes <= 2048 ? 8
+         : row_bytes <= 4096 ? 16
+                             : 32;
+}
+
 // The plan of rows_in_shared, where it serves the rows and has enough of them.
 inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
   if (s.soft || s.general || (s.stride != s.classes && s.rows > 1) || row_bytes > kSharedRowBytes) {
     return std::nullopt;
   }
-  const int lanes = row_bytes <= kSharedLoneBytes        ? 1
-                    : row_bytes <= 4 * kSharedLoneBytes  ? 4
-                    : row_bytes <= 16 * kSharedLoneBytes ? 16
-                                                         : 32;
+  const int lanes = shared_lanes(row_bytes);
   const int at_once = 32 / lanes;
   const int64_t groups = ceil_div(s.rows, at_once) / device.multiprocessors;
   if (groups < kSharedGroups && s.classes > kSharedFewClasses) return std::nullopt;
@@ -109,53 +118,71 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   plan.lanes = lanes;
   plan.threads = 32 * warps;
   plan.shared_bytes = warps * tile;
-  plan.grid = std::min(ceil_div(s.rows, int64_t{warps} * plan.tile_rows), kMaxGridX);
+  // As many blocks as run at once: each goes on to its next tile without a pause.
+  const int64_t resident =
+      std::min(ceil_div(kSharedThreads, plan.threads),
+               (device.shared_bytes + kSystemShared) / (plan.shared_bytes + kSystemShared));
+  plan.grid = std::min(ceil_div(s.rows, int64_t{warps} * plan.tile_rows),
+                       std::max<int64_t>(resident, 1) * device.multiprocessors);
   return plan;
 }
 
-// The plan of the simplest kernels. They serve every shape on every device.
-inline RowPlan plan_plain(const RowShape& s, const Device& device) {
+// The plan of rows_looped. It serves every shape on every device.
+inline RowPlan plan_looped(const RowShape& s, const Device& device) {
   const int elements = kVectorBytes / s.element_bytes;
   const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
   const int64_t vectors = window_vectors(s.classes, elements, aligned);
   RowPlan plan{};
   plan.parts = 1;
-  const auto rows_of = [&](RowPath path, int lanes, int threads) {
-    plan.path = path;
-    plan.lanes = lanes;
-    plan.threads = threads;
-    plan.grid = std::min(ceil_div(s.rows, threads / lanes), kMaxGridX);
-    return plan;
-  };
-  if (!s.soft && !s.general) {
-    for (const int lanes : kRegisterLanes) {
-      if (vectors <= lanes * kRegisterVectors) {
-        return rows_of(RowPath::kRegisters, lanes, lanes <= 32 ? 128 : lanes);
+  plan.path = RowPath::kLooped;
+  plan.lanes = vectors <= kWarpLoopedVectors ? 32 : kLoopedThreads;
+  if (!s.grad && !s.soft) {
+    // The fewest that still occupy the device: each of them pays for the end of the row.
+    for (const int lanes : {32, 128, 256}) {
+      if (plan.lanes > lanes && s.rows * lanes >= kOccupiedThreads * device.multiprocessors) {
+        plan.lanes = lanes;
       }
     }
-    const int64_t wanted = ceil_div(2 * device.multiprocessors, std::max<int64_t>(s.rows, 1));
-    const int64_t parts = std::min({wanted, vectors / kMinPartVectors, int64_t{kMaxParts}});
-    if (parts > 1) {
-      plan.path = RowPath::kSplit;
-      plan.lanes = plan.threads = kLoopedThreads;
-      plan.vectors_per_part = static_cast<int>(ceil_div(vectors, parts));
-      plan.parts = static_cast<int>(ceil_div(vectors, plan.vectors_per_part));
-      plan.grid = s.rows;  // times parts in y; few by the condition above
-      plan.workspace_bytes = s.rows * plan.parts * kPartialFloats * int64_t{sizeof(float)};
-      return plan;
-    }
   }
-  if (vectors <= kWarpLoopedVectors) return rows_of(RowPath::kLooped, 32, 128);
-  rows_of(RowPath::kLooped, kLoopedThreads, kLoopedThreads);
-  if (s.grad) {
+  if (s.grad && plan.lanes > 32) {
     const int64_t room = (device.shared_bytes - kStaticShared) / kVectorBytes;
     plan.cached_vectors = static_cast<int>(std::clamp<int64_t>(room, 0, vectors));
     plan.shared_bytes = int64_t{plan.cached_vectors} * kVectorBytes;
     // A block that leaves no room for another has the loads of both in flight.
     if (!s.soft && 2 * (plan.shared_bytes + kStaticShared) > device.shared_bytes) {
-      plan.lanes = plan.threads = kLoneLoopedThreads;
+      plan.lanes = kLoneLoopedThreads;
     }
   }
+  plan.threads = std::max(plan.lanes, 128);
+  plan.grid = std::min(ceil_div(s.rows, plan.threads / plan.lanes), kMaxGridX);
+  return plan;
+}
+
+// The plan of the simplest kernels. They serve every shape on every device.
+inline RowPlan plan_plain(const RowShape& s, const Device& device) {
+  if (s.soft || s.general) return plan_looped(s, device);
+  const int elements = kVectorBytes / s.element_bytes;
+  const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
+  const int64_t vectors = window_vectors(s.classes, elements, aligned);
+  RowPlan plan{};
+  plan.parts = 1;
+  for (const int lanes : kRegisterLanes) {
+    if (vectors > lanes * kRegisterVectors) continue;
+    plan.path = RowPath::kRegisters;
+    plan.lanes = lanes;
+    plan.threads = lanes <= 32 ? 128 : lanes;
+    plan.grid = std::min(ceil_div(s.rows, plan.threads / lanes), kMaxGridX);
+    return plan;
+  }
+  const int64_t wanted = ceil_div(2 * device.multiprocessors, std::max<int64_t>(s.rows, 1));
+  const int64_t parts = std::min({wanted, vectors / kMinPartVectors, int64_t{kMaxParts}});
+  if (parts <= 1) return plan_looped(s, device);
+  plan.path = RowPath::kSplit;
+  plan.lanes = plan.threads = kLoopedThreads;
+  plan.vectors_per_part = static_cast<int>(ceil_div(vectors, parts));
+  plan.parts = static_cast<int>(ceil_div(vectors, plan.vectors_per_part));
+  plan.grid = s.rows;  // times parts in y; few by the condition above
+  plan.workspace_bytes = s.rows * plan.parts * kPartialFloats * int64_t{sizeof(float)};
   return plan;
 }
 
@@ -237,7 +264,8 @@ constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread of update_st
 enum class StepPlan : int { kScan, kCounted, kApart };
 
 inline StepPlan plan_step(const RowPlan& plan, int64_t rows) {
-  if (rows <= (plan.lanes == 1 ? kScanRowsByThread : kScanRows)) return StepPlan::kScan;
+  const bool by_thread = plan.path == RowPath::kShared;
+  if (rows <= (by_thread ? kScanRowsByThread : kScanRows)) return StepPlan::kScan;
   return rows <= kCountedRows ? StepPlan::kCounted : StepPlan::kApart;
 }
 

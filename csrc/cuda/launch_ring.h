@@ -8,16 +8,18 @@ namespace emp_fast::cuda {
 
 constexpr int kRingThreads = 512;
 constexpr int kRingWarps = kRingThreads / 32;
-constexpr int kLaneVectors = 4;                            // of a chunk, a lane
-constexpr int kChunkVectors = 32 * kLaneVectors;           // what a warp copies at once: 2 KiB
+constexpr int kLaneVectors = 4;                   // of a chunk, a lane
+constexpr int kChunkVectors = 32 * kLaneVectors;  // what a warp copies at once: 2 KiB
+constexpr int64_t kChunkBytes = int64_t{kChunkVectors} * kVectorBytes;
 constexpr int kRoundVectors = kRingWarps * kChunkVectors;  // a chunk of every warp: 32 KiB
 constexpr int64_t kRoundBytes = int64_t{kRoundVectors} * kVectorBytes;
 constexpr int64_t kMaxRingRows = int64_t{1} << 30;  // row numbers and a grid more fit an int
 constexpr int kMinSlots = 2;                        // one is read while the other fills
-constexpr int kMaxSlots = 6;
-constexpr int kMaxCluster = 8;           // more is not portable
-constexpr int kRingBlocks = 2;           // a multiprocessor, where their rings fit
-constexpr int64_t kSystemShared = 1024;  // what a resident block takes besides its own
+constexpr int kMaxSlots = 6;                        // of a cluster's block
+constexpr int kMaxBlockSlots = 7;                   // of a block that has its rows alone
+constexpr int64_t kRingRowBytes = 4096;             // rows of such a block at least
+constexpr int kMaxCluster = 8;                      // more is not portable
+constexpr int kRingBlocks = 2;                      // a multiprocessor, where their rings fit
 // Behind the rings: the sums of every warp of the cluster, twice; a barrier a slot of each warp,
 // and one for each of the two sets of sums.
 constexpr int kSumSets = 2;
@@ -43,9 +45,9 @@ inline int64_t ring_grid(int64_t rows, int cluster, int64_t resident_clusters) {
   return std::min(rows, std::max<int64_t>(resident_clusters, 1)) * cluster;
 }
 
-// The plan of a row through rings of `widest` blocks at most. For the gradient the row stays on
-// chip where any cluster holds it; else as much of it as the widest does.
-inline RowPlan plan_ring(RowPath path, const RowShape& s, const Device& device, int widest) {
+// The plan of a row through the rings of a cluster of `widest` blocks at most. For the gradient the
+// row stays on chip where any cluster holds it; else as much of it as the widest does.
+inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest) {
   const int elements = kVectorBytes / s.element_bytes;
   const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
   const int64_t vectors = window_vectors(s.classes, elements, aligned);
@@ -53,7 +55,7 @@ inline RowPlan plan_ring(RowPath path, const RowShape& s, const Device& device, 
     return ceil_div(ring_part(vectors, cluster), kRoundVectors);
   };
   RowPlan plan{};
-  plan.path = path;
+  plan.path = RowPath::kCluster;
   plan.lanes = plan.threads = kRingThreads;
   plan.parts = 1;
   // The kernels for the rare options take too many registers for more than one block.
@@ -79,20 +81,71 @@ inline RowPlan plan_ring(RowPath path, const RowShape& s, const Device& device, 
   return plan;
 }
 
-// The plan of the kernels with rings, `path` one of the two, for rows too long for registers; none
-// where there are too few of them for the device, or it lacks the instructions or the shared
-// memory.
-inline std::optional<RowPlan> plan_streamed(RowPath path, const RowShape& s, const Device& device) {
+// Dynamic shared memory of a block of `warps` whose rings hold `slots` chunks each.
+inline int64_t block_ring_bytes(int warps, int slots) {
+  return int64_t{warps} * (slots * kChunkBytes + kSumSets * kSumBytes);
+}
+
+// The plan of a row through the rings of one block: the fewest warps that keep it on chip for the
+// gradient while the multiprocessor has enough of them. The more warps share a row, the more of
+// their time its sums take.
+inline RowPlan plan_block_ring(const RowShape& s, const Device& device) {
+  const int elements = kVectorBytes / s.element_bytes;
+  const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
+  const int64_t vectors = window_vectors(s.classes, elements, aligned);
+  const int64_t chunks = ceil_div(vectors, kChunkVectors);
+  // The kernels for the rare options take twice the registers.
+  const int most_warps = s.general || s.smoothed ? kRingWarps : kRingBlocks * kRingWarps;
+  const auto blocks_of = [&](int warps, int slots) {
+    const int64_t bytes = block_ring_bytes(warps, slots);
+    if (bytes > device.shared_bytes) return int64_t{0};
+    const int64_t fit = (device.shared_bytes + kSystemShared) / (bytes + kSystemShared);
+    return std::min<int64_t>(most_warps / warps, fit);
+  };
+  for (int warps = 1;; warps *= 2) {
+    const int64_t rounds = ceil_div(chunks, warps);
+    int slots = static_cast<int>(std::clamp<int64_t>(rounds, kMinSlots, kMaxBlockSlots));
+    while (slots > kMinSlots && blocks_of(warps, slots) == 0) --slots;
+    const int64_t blocks = blocks_of(warps, slots);
+    const bool kept = !s.grad || rounds <= slots;
+    const bool busy =
+        blocks * warps >= kRingWarps && s.rows >= blocks * int64_t{device.multiprocessors};
+    if (warps < kRingWarps && !(kept && busy)) continue;
+    // What is left over lets the copies of the next row begin earlier.
+    while (slots < kMaxBlockSlots && blocks_of(warps, slots + 1) == blocks) ++slots;
+    RowPlan plan{};
+    plan.path = RowPath::kRing;
+    plan.lanes = plan.threads = 32 * warps;
+    plan.parts = plan.cluster = 1;
+    plan.slots = slots;
+    plan.rounds = static_cast<int>(rounds);
+    plan.vectors_per_part = static_cast<int>(chunks * kChunkVectors);
+    plan.blocks_per_multiprocessor = static_cast<int>(blocks);
+    plan.shared_bytes = block_ring_bytes(warps, slots);
+    plan.grid = ring_grid(s.rows, 1, blocks * device.multiprocessors);
+    return plan;
+  }
+}
+
+// The plans of the kernels with rings; none where there are too few rows for the device, or it
+// lacks the instructions or the shared memory.
+inline std::optional<RowPlan> plan_clusters(const RowShape& s, const Device& device) {
   const RowPlan plain = plan_plain(s, device);
-  const int widest = path == RowPath::kRing ? 1 : device.max_cluster;
   const bool long_rows = plain.path == RowPath::kSplit ||
                          (plain.path == RowPath::kLooped && plain.lanes >= kLoopedThreads);
-  if (s.soft || !long_rows || widest == 0) return std::nullopt;
+  if (s.soft || !long_rows || device.max_cluster == 0) return std::nullopt;
   if (ring_slots(device, 1) < kMinSlots || s.rows > kMaxRingRows) return std::nullopt;
-  if (plain.path == RowPath::kSplit && s.rows * widest < device.multiprocessors) {
+  if (plain.path == RowPath::kSplit && s.rows * device.max_cluster < device.multiprocessors) {
     return std::nullopt;
   }
-  return plan_ring(path, s, device, widest);
+  return plan_cluster(s, device, device.max_cluster);
+}
+
+inline std::optional<RowPlan> plan_ring(const RowShape& s, const Device& device) {
+  if (s.soft || s.classes * s.element_bytes < kRingRowBytes) return std::nullopt;
+  if (s.rows < device.multiprocessors || s.rows > kMaxRingRows) return std::nullopt;
+  if (block_ring_bytes(kRingWarps, kMinSlots) > device.shared_bytes) return std::nullopt;
+  return plan_block_ring(s, device);
 }
 
 // ---- choice
@@ -101,8 +154,23 @@ inline std::optional<RowPlan> plan_streamed(RowPath path, const RowShape& s, con
 // Which kernels score rows. What a choice cannot serve, the plain kernels do.
 enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing };
 
-// The fastest plan for a shape, as far as measured on a GPU: nothing is yet, so the plain kernels'.
-inline RowPlan plan_auto(const RowShape& s, const Device& device) { return plan_plain(s, device); }
+// What was the fastest on an H200 (benchmarks/results/): rows_in_shared for many short rows,
+// rows_ring for the gradient of long ones, the plain kernels for all else. Scores alone gain less
+// from shared memory: from half of what a row may take there, a warp a row from memory is faster.
+inline RowPlan plan_auto(const RowShape& s, const Device& device) {
+  const int64_t row_bytes = s.classes * s.element_bytes;
+  if (s.grad || row_bytes <= kSharedRowBytes / 2) {
+    if (const auto plan = plan_shared(s, device)) return *plan;
+  }
+  if (s.grad && row_bytes > kSharedRowBytes && !s.general && !s.smoothed) {
+    if (const auto plan = plan_ring(s, device)) return *plan;
+  }
+  if (!s.grad && row_bytes > kSharedRowBytes / 2) {
+    const RowPlan plan = plan_looped(s, device);
+    if (plan.lanes == 32) return plan;
+  }
+  return plan_plain(s, device);
+}
 
 // Whether a choice may plan clusters: only then is the driver asked how wide they may be.
 inline bool may_use_clusters(RowKernels kernels) { return kernels == RowKernels::kCluster; }
@@ -111,8 +179,8 @@ inline RowPlan plan_rows(RowKernels kernels, const RowShape& s, const Device& de
   std::optional<RowPlan> plan;
   if (kernels == RowKernels::kAuto) plan = plan_auto(s, device);
   if (kernels == RowKernels::kShared) plan = plan_shared(s, device);
-  if (kernels == RowKernels::kCluster) plan = plan_streamed(RowPath::kCluster, s, device);
-  if (kernels == RowKernels::kRing) plan = plan_streamed(RowPath::kRing, s, device);
+  if (kernels == RowKernels::kCluster) plan = plan_clusters(s, device);
+  if (kernels == RowKernels::kRing) plan = plan_ring(s, device);
   return plan ? *plan : plan_plain(s, device);
 }
 

@@ -98,6 +98,12 @@ struct GradientRow {
   float at_target;  // the value at the target, from `miss`: p_y - 1 would lose its digits
   int target;
   bool valid;
+  // Whether slope p_j is all there is off the target. Then it is quick_slope 2^(x_j log2(e) -
+  // base), a multiplication less: base is max log2(e) rounded, and what was rounded away is in the
+  // slope.
+  bool quick;
+  float base;
+  float quick_slope;
 
   __device__ __forceinline__ static GradientRow of(const RowArgs& a, const Target& target, float g,
                                                    float max, float inv_sum, float confidence,
@@ -116,7 +122,15 @@ struct GradientRow {
     r.at_target = g * ((smooth ? total * confidence - share * w_y : 0.0f) - sharp * miss);
     r.target = target.column;
     r.valid = target.valid;
+    r.quick = r.valid && !smooth && is_quick(max);
+    r.base = max * kLog2E;
+    r.quick_slope = r.slope * exp2_flushed(-fmaf(max, kLog2E, -r.base));
     return r;
+  }
+
+  // The gradient off the target of a row that is `quick`.
+  __device__ __forceinline__ float quick_value(float x) const {
+    return quick_slope * exp2_flushed(fmaf(x, kLog2E, -base));
   }
 
   // Turns the logits of one vector into their gradients; softcap's own derivative is the caller's.
@@ -147,9 +161,14 @@ struct GradientRow {
   // The same of logits none of which is the target's, without class weights.
   template <int kCount>
   __device__ __forceinline__ void off_target(float (&x)[kCount]) const {
+    if (quick) {
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) {
-      x[e] = valid ? fmaf(slope, exp_flushed(x[e] - max), -spread) : 0.0f;
+      for (int e = 0; e < kCount; ++e) x[e] = quick_value(x[e]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        x[e] = valid ? fmaf(slope, exp_flushed(x[e] - max), -spread) : 0.0f;
+      }
     }
   }
 

@@ -35,21 +35,54 @@ __device__ __forceinline__ void absorb_vector(const RowArgs& a, const uint4& raw
   }
 }
 
-// Adds vectors whose every element counts, or is -inf, to a thread's sums.
-template <class T, int kVectors>
-__device__ __forceinline__ void absorb_vectors(const uint4 (&raw)[kVectors],
-                                               SoftmaxSums<float>& sums) {
-  constexpr int kCount = kElements<T>;
-  const float max = max_or_nan(sums.m, largest<T>(raw));
-  if (!(max <= sums.m)) raise(sums, max);
-#pragma unroll
-  for (int u = 0; u < kVectors; ++u) {
-    float x[kCount];
-    unpack<T>(raw[u], x);
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) add_logit(sums, x[e]);
+// The sums of a thread that walks a row: `since` holds what came since the maximum last rose.
+struct WalkedSums {
+  SoftmaxSums<float> sums;
+  QuickSums since;
+
+  __device__ __forceinline__ static WalkedSums of(const SoftmaxSums<float>& sums) {
+    return {sums, QuickSums::of(0.0f)};
   }
-}
+
+  __device__ __forceinline__ void settle() {
+    if (since.d != 0.0f) since.into(sums);
+    since = QuickSums::of(sums.m);
+  }
+
+  // Adds vectors whose every element counts, or is -inf.
+  template <class T, int kVectors>
+  __device__ __forceinline__ void add(const uint4 (&raw)[kVectors]) {
+    constexpr int kCount = kElements<T>;
+    const float max = max_or_nan(sums.m, largest<T>(raw));
+    if (!(max <= sums.m)) {
+      settle();
+      raise(sums, max);
+      since = QuickSums::of(max);
+    }
+    if (is_quick(max)) {
+      // Apart first: small terms added to a long sum one by one would lose their last digits.
+      QuickSums few{since.base, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int u = 0; u < kVectors; ++u) {
+        float x[kCount];
+        unpack<T>(raw[u], x);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) few.add(x[e]);
+      }
+      since.d += few.d;
+      since.s += few.s;
+      since.q += few.q;
+    } else {
+#pragma unroll
+      for (int u = 0; u < kVectors; ++u) {
+        float x[kCount];
+        unpack<T>(raw[u], x);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) add_logit(sums, x[e]);
+      }
+    }
+  }
+};
 
 // Writes the gradient of the vector at `column`. to_gradient(column, x) turns softcapped logits
 // into gradients. kCapped: there may be a softcap.
@@ -97,6 +130,7 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
   constexpr int kReach = (kUnrolled - 1) * kLanes;  // from the first vector of a step to its last
   const int whole = min(end, window.vectors - 1);
   const int with_target = (target + window.shift) / kCount;
+  auto walked = WalkedSums::of(row.sums);
   for (int v = begin + lane; v < end; v += kLanes * kUnrolled) {
     uint4 raw[kUnrolled];
     const bool inside = v > 0 && v + kReach < whole;
@@ -130,8 +164,10 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
         }
       }
     }
-    absorb_vectors<T>(raw, row.sums);
+    walked.add<T>(raw);
   }
+  walked.settle();
+  row.sums = walked.sums;
 }
 
 // Writes the gradient of the vectors begin <= v < end of a row, those below `cached` from `cache`.
@@ -145,6 +181,71 @@ __device__ __forceinline__ void emit(const RowArgs& a, const T* logits, T* out,
     const int column = window.column(v);
     const uint4 raw = v < cached ? cache[v] : load_vector(logits + column);
     emit_vector<true>(a, raw, column, out, window, to_gradient);
+  }
+}
+
+// The vector of gradients of a row that is quick, none of them the target's.
+template <class T>
+__device__ __forceinline__ uint4 quick_vector(const GradientRow& gradient, const uint4& raw) {
+  float x[kElements<T>];
+  unpack<T>(raw, x);
+#pragma unroll
+  for (int e = 0; e < kElements<T>; ++e) x[e] = gradient.quick_value(x[e]);
+  return pack<T>(x);
+}
+
+// Whether the gradient's row lies in 16-byte vectors as its logits do.
+template <class T>
+__device__ __forceinline__ bool lies_alike(const T* out, const Window<kElements<T>>& window) {
+  return reinterpret_cast<uintptr_t>(out - window.shift) % kVectorBytes == 0;
+}
+
+// The same for class ids: almost every step takes vectors that lie in the row and off the target.
+template <class T, int kLanes>
+__device__ __forceinline__ void emit_classes(const RowArgs& a, const T* logits, T* out,
+                                             const Window<kElements<T>>& window, int begin, int end,
+                                             const uint4* cache, int cached,
+                                             const GradientRow& gradient) {
+  constexpr int kCount = kElements<T>;
+  const auto to_gradient = [&](int column, float (&x)[kCount]) {
+    gradient.template apply<true>(a, column, x);
+  };
+  if (!gradient.quick || a.softcap > 0.0f || !lies_alike(out, window)) {
+    emit<T, kLanes>(a, logits, out, window, begin, end, cache, cached, to_gradient);
+    return;
+  }
+  constexpr int kReach = (kUnrolled - 1) * kLanes;
+  const int whole = min(end, window.vectors - 1);
+  const int with_target = (gradient.target + window.shift) / kCount;
+  for (int v = begin + Group<kLanes>::lane(); v < end; v += kLanes * kUnrolled) {
+    const bool inside = v > 0 && v + kReach < whole;
+    const bool off_target = static_cast<unsigned>(with_target - v) > unsigned{kReach};
+    const int column = window.column(v);
+    if (inside && off_target) {
+      uint4 raw[kUnrolled];
+      if (v + kReach < cached) {
+#pragma unroll
+        for (int u = 0; u < kUnrolled; ++u) raw[u] = cache[v + u * kLanes];
+      } else {
+#pragma unroll
+        for (int u = 0; u < kUnrolled; ++u) {
+          const bool kept = v + u * kLanes < cached;
+          raw[u] =
+              kept ? cache[v + u * kLanes] : load_vector(logits + column + u * kLanes * kCount);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnrolled; ++u) {
+        __stcs(reinterpret_cast<uint4*>(out + column + u * kLanes * kCount),
+               quick_vector<T>(gradient, raw[u]));
+      }
+    } else {
+#pragma unroll 1
+      for (int at = v; at < min(end, v + kUnrolled * kLanes); at += kLanes) {
+        const uint4 raw = at < cached ? cache[at] : load_vector(logits + window.column(at));
+        emit_vector<false>(a, raw, window.column(at), out, window, to_gradient);
+      }
+    }
   }
 }
 

@@ -2,7 +2,7 @@
 // memory, so that the gradient finds the row on chip.
 //
 // Memory: logits read once, gradient written once, as long as the blocks that share a row hold it
-// (plan_ring); what they do not hold is read a second time, the latest first, which the
+// (launch_ring.h); what they do not hold is read a second time, the latest first, which the
 // second-level cache mostly still has. Mapping: each block of a row owns a contiguous part of its
 // window and goes through it in rounds, a chunk of kChunkVectors a warp. Each warp has a ring of
 // slots of its own, a chunk each, and is its own producer: it lets a slot go when it has read it
@@ -34,6 +34,16 @@ __device__ __forceinline__ int team_count(const RingShape& shape) {
   return static_cast<int>(gridDim.x) / shape.cluster;
 }
 
+// Where this warp's chunk of a round begins in the block's part.
+__device__ __forceinline__ int first_of_round(int round) {
+  const int thread = round * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+  return thread / 32 * kChunkVectors;
+}
+
+__device__ __forceinline__ int chunk_count(int first, int end) {
+  return max(0, min(end - first, kChunkVectors));
+}
+
 // What one block owns of a row.
 template <class T>
 struct RowPart {
@@ -50,12 +60,8 @@ struct RowPart {
   }
 
   // The first vector of this warp's chunk, and how many the chunk holds: 0 behind the end.
-  __device__ __forceinline__ int first(int round) const {
-    return begin + (round * kRingWarps + static_cast<int>(threadIdx.x / 32)) * kChunkVectors;
-  }
-  __device__ __forceinline__ int count(int first) const {
-    return max(0, min(end - first, kChunkVectors));
-  }
+  __device__ __forceinline__ int first(int round) const { return begin + first_of_round(round); }
+  __device__ __forceinline__ int count(int first) const { return chunk_count(first, end); }
 };
 
 // ---- copies
@@ -99,10 +105,17 @@ struct LaneCopies {
   int pending = 0;  // groups started and not awaited
 
   __device__ __forceinline__ void start(uint4* slot, int, const void* from, int vectors) {
+    const int lane = threadIdx.x % 32;
+    uint4* to = slot + lane;
+    const uint4* source = static_cast<const uint4*>(from) + lane;
+    if (vectors == kChunkVectors) {
 #pragma unroll
-    for (int u = 0; u < kLaneVectors; ++u) {
-      const int v = static_cast<int>(threadIdx.x % 32) + u * 32;
-      if (v < vectors) cp_async16(slot + v, static_cast<const uint4*>(from) + v);
+      for (int u = 0; u < kLaneVectors; ++u) cp_async16(to + u * 32, source + u * 32);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kLaneVectors; ++u) {
+        if (lane + u * 32 < vectors) cp_async16(to + u * 32, source + u * 32);
+      }
     }
     cp_async_commit();
     ++pending;
@@ -110,7 +123,7 @@ struct LaneCopies {
 
   // Groups end in order, so the oldest has when only those behind it are left.
   __device__ __forceinline__ void await(int, unsigned) {
-    static_assert(kMaxSlots == 6);
+    static_assert(kMaxBlockSlots == 7);
     switch (--pending) {
       case 0:
         return cp_async_wait_group<0>();
@@ -122,8 +135,10 @@ struct LaneCopies {
         return cp_async_wait_group<3>();
       case 4:
         return cp_async_wait_group<4>();
-      default:
+      case 5:
         return cp_async_wait_group<5>();
+      default:
+        return cp_async_wait_group<6>();
     }
   }
 };
@@ -143,11 +158,14 @@ struct Ring {
   int head;      // the slot of the oldest copy that has not been let go
   unsigned lap;  // how often the head went round, modulo 2
   int next_row;
-  int next_copy;  // of next_row: the next to start
+  int next_copy;           // of next_row: the next to start
+  const uint4* next_part;  // of next_row: vector 0 of its window
+  int next_end;            // what the block owns of it ends here
 
   __device__ __forceinline__ static Ring of(const RowArgs& a, const RingShape& shape, uint4* memory,
                                             const Copies& copies, unsigned rank, int first_row) {
-    Ring ring{memory, copies, 0, 0, first_row, 0};
+    Ring ring{memory, copies, 0, 0, first_row, 0, nullptr, 0};
+    ring.find_next(a, shape, rank);
 #pragma unroll 1
     for (int s = 0; s < shape.slots; ++s) ring.start_next(a, shape, rank, s);
     return ring;
@@ -160,18 +178,26 @@ struct Ring {
 
   __device__ __forceinline__ uint4* slot(int index) const { return memory + index * kChunkVectors; }
 
+  __device__ __forceinline__ void find_next(const RowArgs& a, const RingShape& shape,
+                                            unsigned rank) {
+    if (next_row >= static_cast<int>(a.rows)) return;
+    const auto part = RowPart<T>::of(a, shape, rank, next_row);
+    next_part = reinterpret_cast<const uint4*>(part.logits - part.window.shift);
+    next_end = part.end;
+  }
+
   // Starts the next copy into a slot; nothing when no row is left.
   __device__ __forceinline__ void start_next(const RowArgs& a, const RingShape& shape,
                                              unsigned rank, int index) {
     if (next_row >= static_cast<int>(a.rows)) return;
-    const auto part = RowPart<T>::of(a, shape, rank, next_row);
     const int copies_of_row = shape.rounds + again(a, shape);
-    const int first =
-        part.first(next_copy < shape.rounds ? next_copy : copies_of_row - 1 - next_copy);
-    copies.start(slot(index), index, part.logits + part.window.column(first), part.count(first));
+    const int round = next_copy < shape.rounds ? next_copy : copies_of_row - 1 - next_copy;
+    const int first = static_cast<int>(rank) * shape.vectors_per_part + first_of_round(round);
+    copies.start(slot(index), index, next_part + first, chunk_count(first, next_end));
     if (++next_copy == copies_of_row) {
       next_copy = 0;
       next_row += team_count(shape);
+      find_next(a, shape, rank);
     }
   }
 
@@ -285,11 +311,12 @@ constexpr int kTurns = 2 * kSumSets;
 template <bool kSmoothed, class Team>
 __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, SharedSums* sets,
                                                int turn, unsigned cluster) {
-  SharedSums* set = sets + turn % kSumSets * kSetSums;
+  const unsigned warps = cluster * (blockDim.x / 32);  // that share the row
+  SharedSums* set = sets + turn % kSumSets * warps;
   sums.reduce<32, kSmoothed>();
   team.template gather<kSmoothed>(SharedSums::of(sums), set, turn, cluster);
   RowSums all = RowSums::empty();
-  for (unsigned p = threadIdx.x % 32; p < cluster * kRingWarps; p += 32) {
+  for (unsigned p = threadIdx.x % 32; p < warps; p += 32) {
     all.merge(set[p].value<kSmoothed>());
   }
   all.reduce<32, kSmoothed>();
@@ -303,7 +330,7 @@ __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, S
 template <class T, bool kRare>
 __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chunk, int first,
                                              int count, const Window<kElements<T>>& window,
-                                             int target, RowSums& row) {
+                                             int target, RowSums& row, WalkedSums& walked) {
   constexpr int kCount = kElements<T>;
   if (count == 0) return;
   const int lane = threadIdx.x % 32;
@@ -316,6 +343,13 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
     const bool whole = column >= 0 && column + count * kCount <= window.classes;
     const bool clean =
         whole && offset_in_vector(column, target) >= static_cast<unsigned>(count * kCount);
+    if (clean && count == kChunkVectors) {
+      uint4 raw[kLaneVectors];
+#pragma unroll
+      for (int u = 0; u < kLaneVectors; ++u) raw[u] = chunk[lane + u * 32];
+      walked.add<T>(raw);
+      return;
+    }
     constexpr int kBatch = 16 / kCount;  // 16 elements at once: more do not fit in registers
 #pragma unroll
     for (int batch = 0; batch < kLaneVectors; batch += kBatch) {
@@ -326,8 +360,36 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
         raw[u] = v < count ? chunk[v] : all_minus_infinity<T>();
         if (!clean) raw[u] = leave_out<T>(raw[u], column + v * kCount, window, target);
       }
-      absorb_vectors<T>(raw, row.sums);
+      walked.add<T>(raw);
     }
+  }
+}
+
+// Writes the gradient of this warp's chunk, `count` vectors from `first` on.
+template <class T, bool kRare>
+__device__ __forceinline__ void emit_chunk(const RowArgs& a, const uint4* chunk, int first,
+                                           int count, const Window<kElements<T>>& window, T* out,
+                                           const GradientRow& gradient) {
+  constexpr int kCount = kElements<T>;
+  const int lane = threadIdx.x % 32;
+  const int column = window.column(first);
+  const bool whole =
+      count == kChunkVectors && column >= 0 && column + kChunkVectors * kCount <= window.classes;
+  const bool clean = offset_in_vector(column, gradient.target) >= kChunkVectors * kCount;
+  if (!kRare && whole && clean && gradient.quick && lies_alike(out, window)) {
+#pragma unroll
+    for (int u = 0; u < kLaneVectors; ++u) {
+      const int v = lane + u * 32;
+      __stcs(reinterpret_cast<uint4*>(out + column + v * kCount),
+             quick_vector<T>(gradient, chunk[v]));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int v = lane; v < count; v += 32) {
+    emit_vector<kRare>(
+        a, chunk[v], column + v * kCount, out, window,
+        [&](int at, float (&x)[kCount]) { gradient.template apply<kRare>(a, at, x); });
   }
 }
 
@@ -337,11 +399,9 @@ template <class T, bool kRare, class Team, class Copies>
 __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingShape& shape,
                                                    uint4* rings, SharedSums* sets, const Team& team,
                                                    const Copies& copies) {
-  constexpr int kCount = kElements<T>;
   const auto cluster = static_cast<unsigned>(shape.cluster);
   const auto rows = static_cast<int>(a.rows);
   const unsigned rank = team.rank();
-  const int lane = threadIdx.x % 32;
   int row = static_cast<int>(blockIdx.x / cluster);
   uint4* memory = rings + threadIdx.x / 32 * shape.slots * kChunkVectors;
   auto ring = Ring<T, Copies>::of(a, shape, memory, copies, rank, row);
@@ -353,11 +413,17 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
     const int again = ring.again(a, shape);
     const int passing = a.grad == nullptr ? shape.rounds : again;  // chunks that do not stay
     RowSums sums = RowSums::empty();
+    auto walked = WalkedSums::of(sums.sums);
     for (int round = 0; round < shape.rounds; ++round) {
       const uint4* chunk = ring.take(shape, max(0, round - passing));
       const int first = part.first(round);
-      absorb_chunk<T, kRare>(a, chunk, first, part.count(first), part.window, target.column, sums);
+      absorb_chunk<T, kRare>(a, chunk, first, part.count(first), part.window, target.column, sums,
+                             walked);
       if (round < passing) ring.release(a, shape, rank);
+    }
+    if constexpr (!kRare) {
+      walked.settle();
+      sums.sums = walked.sums;
     }
     // On their way while the sums are gathered.
     const T logit = part.logits[target.column];
@@ -377,15 +443,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
       const bool stayed = i < kept;
       const uint4* chunk = stayed ? ring.oldest() : ring.take(shape, 0);
       const int first = part.first(stayed ? again + i : shape.rounds - 1 - i);
-      const int count = part.count(first);
-#pragma unroll
-      for (int u = 0; u < kLaneVectors; ++u) {
-        const int v = lane + u * 32;
-        if (v >= count) continue;
-        emit_vector<kRare>(
-            a, chunk[v], part.window.column(first + v), out, part.window,
-            [&](int column, float (&x)[kCount]) { gradient.template apply<kRare>(a, column, x); });
-      }
+      emit_chunk<T, kRare>(a, chunk, first, part.count(first), part.window, out, gradient);
       ring.release(a, shape, rank);
     }
   }

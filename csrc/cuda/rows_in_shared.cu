@@ -3,9 +3,9 @@
 // Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: the
 // rows of a warp are one contiguous piece of memory, its own tile; it comes in by asynchronous
 // copies of 16 bytes, kLanes threads walk each row, and the gradient goes out from where the logits
-// were. What a row costs besides its logits, the end of its sums and its scores, takes a hundred
-// instructions and more: a warp takes them for 32 / kLanes rows at once, and no lane has vectors to
-// mask.
+// were. No lane has vectors to mask. What a row costs besides its logits, the end of its sums, its
+// scores and its sample's step, takes hundreds of instructions: each lane keeps the sums of one row
+// until the warp has 32, and takes them for that row alone.
 //
 // The target is overwritten by -inf in the tile: then the loops need not look for it.
 #include <type_traits>
@@ -139,8 +139,31 @@ struct Walk {
   }
 };
 
+// The sums of the row whose scores a lane will finish, in few registers.
+struct KeptRow {
+  int64_t row;  // -1: none
+  int column;   // of the target; -1: ignored, -2: neither a class nor ignored
+  float x_y, spread;
+  SoftmaxSums<float> sums;
+
+  __device__ __forceinline__ static KeptRow of(int64_t row, const Target& target, float x_y,
+                                               const RowSums& sums) {
+    const int column = target.bad ? -2 : target.valid ? target.column : -1;
+    return {row, column, x_y, sums.spread, sums.sums};
+  }
+
+  // Writes the scores and takes the step of the state; all lanes of the warp call it.
+  __device__ __forceinline__ void conclude(const RowArgs& a) const {
+    const Target target{max(column, 0), column != -1, column == -2};
+    const float weight = a.smoothing > 0.0f ? static_cast<float>(a.classes - 1) : 0.0f;
+    const RowResult result = finish_row(a, {sums, spread, weight}, x_y, target);
+    emp_fast::cuda::conclude<1>(a, max(row, int64_t{0}), row >= 0, result);
+  }
+};
+
+// Sums that wait for the others of a warp take registers: seven blocks a multiprocessor then.
 template <class T, int kBytes, int kLanes>
-__global__ void __launch_bounds__(kSharedRowThreads, 1024 / kSharedRowThreads)
+__global__ void __launch_bounds__(kSharedRowThreads, kLanes == 1 ? 8 : 7)
     rows_in_shared(const __grid_constant__ RowArgs a, int tile_rows, int tile_vectors) {
   using P = Piece<T, kBytes>;
   using G = Group<kLanes>;
@@ -152,6 +175,8 @@ __global__ void __launch_bounds__(kSharedRowThreads, 1024 / kSharedRowThreads)
   uint4* staged = dynamic_shared<uint4>() + warp * tile_vectors;
   constexpr bool kRotated = kLanes == 1 && kBytes == kVectorBytes;
   const auto walk = Walk<kLanes, kCount, kRotated>::of(a.classes);
+  auto kept = KeptRow::of(-1, {0, false, false}, 0.0f, RowSums::empty());
+  int turn = 0;  // of the lanes of a row, the one that keeps its sums
   for (int64_t tile = int64_t{blockIdx.x} * warps + warp; tile * tile_rows < a.rows;
        tile += int64_t{gridDim.x} * warps) {
     const int64_t first = tile * tile_rows;
@@ -186,12 +211,23 @@ __global__ void __launch_bounds__(kSharedRowThreads, 1024 / kSharedRowThreads)
       auto largest = Largest<T, kBytes>::none();
       walk.each([&](int at) { largest.see(P::at(x + at)); });
       sums.sums.m = G::warp_reduce(largest.value(), Max{});
-      walk.each([&](int at) {
-        float values[kCount];
-        P::at(x + at).unpack(values);
+      if (is_quick(sums.sums.m)) {
+        auto quick = QuickSums::of(sums.sums.m);
+        walk.each([&](int at) {
+          float values[kCount];
+          P::at(x + at).unpack(values);
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) add_logit(sums.sums, values[e]);
-      });
+          for (int e = 0; e < kCount; ++e) quick.add(values[e]);
+        });
+        quick.into(sums.sums);
+      } else {
+        walk.each([&](int at) {
+          float values[kCount];
+          P::at(x + at).unpack(values);
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) add_logit(sums.sums, values[e]);
+        });
+      }
       sums.sums.d = G::warp_reduce(sums.sums.d, Add{});
       sums.sums.s = G::warp_reduce(sums.sums.s, Add{});
       sums.sums.q = G::warp_reduce(sums.sums.q, Add{});
@@ -204,8 +240,8 @@ __global__ void __launch_bounds__(kSharedRowThreads, 1024 / kSharedRowThreads)
         sums.weight = static_cast<float>(a.classes - 1);
       }
 
-      const RowResult result = finish_row(a, sums, x_y, target);
       if (a.grad != nullptr) {
+        const RowResult result = finish_row(a, sums, x_y, target);
         const auto gradient =
             GradientRow::of(a, target, row_gradient(a, row), result.field[kMax],
                             result.field[kInvSum], result.field[kConfidence], result.field[kMiss]);
@@ -221,7 +257,12 @@ __global__ void __launch_bounds__(kSharedRowThreads, 1024 / kSharedRowThreads)
         __syncwarp();
         if (writer) x[target.column] = from_float<T>(gradient.value_at_target());
       }
-      conclude<kLanes>(a, row, active, result);
+      if (lane % kLanes == turn) kept = KeptRow::of(active ? row : -1, target, x_y, sums);
+      if (++turn == kLanes) {
+        kept.conclude(a);
+        kept.row = -1;
+        turn = 0;
+      }
     }
     __syncwarp();
     if (a.grad == nullptr) continue;
@@ -241,6 +282,7 @@ __global__ void __launch_bounds__(kSharedRowThreads, 1024 / kSharedRowThreads)
     }
     __syncwarp();  // before the next tile overwrites this one
   }
+  if (turn > 0) kept.conclude(a);
 }
 
 // The widest piece that divides every row's address.
@@ -266,6 +308,8 @@ void score_in_shared(Dtype dtype, const RowPlan& plan, const RowArgs& args, cuda
     switch (plan.lanes) {
       case 4:
         return bytes == 16 ? run(rows_in_shared<T, 16, 4>) : run(rows_in_shared<T, kSmallest, 4>);
+      case 8:
+        return bytes == 16 ? run(rows_in_shared<T, 16, 8>) : run(rows_in_shared<T, kSmallest, 8>);
       case 16:
         return bytes == 16 ? run(rows_in_shared<T, 16, 16>) : run(rows_in_shared<T, kSmallest, 16>);
       case 32:

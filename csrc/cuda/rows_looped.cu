@@ -94,9 +94,8 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
         const auto gradient =
             GradientRow::of(a, target, g, result.field[kMax], result.field[kInvSum],
                             result.field[kConfidence], result.field[kMiss]);
-        emit<T, kLanes>(
-            a, logits, out, window, 0, window.vectors, cache, cached_vectors,
-            [&](int column, float (&x)[kCount]) { gradient.template apply<true>(a, column, x); });
+        emit_classes<T, kLanes>(a, logits, out, window, 0, window.vectors, cache, cached_vectors,
+                                gradient);
       }
     }
     conclude<kLanes>(a, row, active, result);
@@ -115,6 +114,10 @@ void score_looped(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStr
     switch (plan.lanes) {
       case 32:
         return args.soft ? run(rows_looped<T, 32, true>) : run(rows_looped<T, 32, false>);
+      case 128:
+        return run(rows_looped<T, 128, false>);
+      case 256:
+        return run(rows_looped<T, 256, false>);
       case kLoopedThreads:
         return args.soft ? run(rows_looped<T, kLoopedThreads, true>)
                          : run(rows_looped<T, kLoopedThreads, false>);

@@ -11,7 +11,7 @@ template <class T, bool kRare>
 __global__ void __launch_bounds__(kRingThreads, kRare ? 1 : kRingBlocks)
     rows_ring(const __grid_constant__ RowArgs a, const RingShape shape) {
   uint4* rings = dynamic_shared<uint4>();
-  auto* sets = reinterpret_cast<SharedSums*>(rings + shape.slots * kRoundVectors);
+  auto* sets = reinterpret_cast<SharedSums*>(rings + blockDim.x / 32 * shape.slots * kChunkVectors);
   score_through_ring<T, kRare>(a, shape, rings, sets, BlockTeam{}, LaneCopies{});
 }
 

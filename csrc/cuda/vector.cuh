@@ -188,11 +188,11 @@ __device__ __forceinline__ float largest(const uint4 (&raw)[kVectors]) {
   }
 }
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 // e^x for x <= 0, 0 where it would be denormal: one multiplication and one special-function
 // instruction.
-__device__ __forceinline__ float exp_flushed(float x) {
-  return exp2_flushed(x * 1.4426950408889634f);
-}
+__device__ __forceinline__ float exp_flushed(float x) { return exp2_flushed(x * kLog2E); }
 
 // `add` of core/softmax_sums.h in as few instructions as the hot loop can afford.
 __device__ __forceinline__ void add_logit(SoftmaxSums<float>& sums, float x) {
@@ -202,5 +202,37 @@ __device__ __forceinline__ void add_logit(SoftmaxSums<float>& sums, float x) {
   sums.s = fmaf(diff, e, sums.s);
   sums.q = fmaf(e, e, sums.q);
 }
+
+// Maxima below it in size are quick: what max log2(e) loses by rounding is far from the ends of the
+// exponent.
+constexpr float kQuickMax = 1048576.0f;
+
+// Sums of logits relative to 2^base instead of e^m, base being m log2(e) rounded: an instruction
+// less a logit, and one rounding less. What was rounded away is made up for when they are added to
+// sums of the same maximum m, which must be quick.
+struct QuickSums {
+  float base, d, s, q;
+
+  __device__ __forceinline__ static QuickSums of(float m) { return {m * kLog2E, 0.0f, 0.0f, 0.0f}; }
+
+  __device__ __forceinline__ void add(float x) {
+    const float below = max_or_nan(fmaf(x, kLog2E, -base), kFloor * kLog2E);
+    const float e = exp2_flushed(below);
+    d += e;
+    s = fmaf(below, e, s);
+    q = fmaf(e, e, q);
+  }
+
+  __device__ __forceinline__ void into(SoftmaxSums<float>& sums) const {
+    constexpr float kLn2 = 0.6931471805599453f;
+    const float rest = fmaf(sums.m, kLog2E, -base);
+    const float factor = exp2_flushed(-rest);
+    sums.s = fmaf(fmaf(-rest, d, s), kLn2 * factor, sums.s);
+    sums.d = fmaf(d, factor, sums.d);
+    sums.q = fmaf(q, factor * factor, sums.q);
+  }
+};
+
+__device__ __forceinline__ bool is_quick(float m) { return fabsf(m) < kQuickMax; }
 
 }  // namespace emp_fast::cuda

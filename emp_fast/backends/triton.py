@@ -70,7 +70,7 @@ class TritonBackend(Backend):
             if num_classes <= plan.TILE_CLASSES:
                 _score_tile(logits, target, weight, options, scores)
                 return scores
-            loop = _plan_loop(logits, target, options)
+            loop = _plan_loop(logits, target, options, grad=False)
             if loop.parts == 1:
                 _score_loop(loop, logits, target, weight, options, scores)
                 return scores
@@ -104,7 +104,7 @@ class TritonBackend(Backend):
             if logits.shape[1] <= plan.TILE_CLASSES:
                 _score_tile(logits, target, weight, options, known, **gradient)
             else:
-                loop = _plan_loop(logits, target, options)
+                loop = _plan_loop(logits, target, options, grad=True)
                 _score_loop(loop, logits, target, weight, options, known, **gradient)
         return grad
 
@@ -124,7 +124,7 @@ class TritonBackend(Backend):
         soft, smooth, _ = _flags(target, options)
         most = plan.TILE_CLASSES if soft or smooth else plan.TILE_CLASSES_GRAD
         tile = num_classes <= most
-        loop = None if tile else _plan_loop(logits, target, options)
+        loop = None if tile else _plan_loop(logits, target, options, grad=True)
         if num_rows == 0 or (loop is not None and loop.parts > 1):
             return super().cross_entropy_step(
                 logits, target, weight, options, row_scale, scale, indices, state, recurrence
@@ -362,7 +362,9 @@ def _merge_parts(
     launch(ce.merge_parts, (num_rows, 1, 1), pointers, numbers, constants, 1)
 
 
-def _plan_loop(logits: Tensor, target: Tensor, options: LossOptions) -> plan.LoopPlan:
+def _plan_loop(
+    logits: Tensor, target: Tensor, options: LossOptions, *, grad: bool
+) -> plan.LoopPlan:
     num_rows, num_classes = logits.shape
     soft, smooth, _ = _flags(target, options)
     return plan.plan_loop(
@@ -374,6 +376,7 @@ def _plan_loop(logits: Tensor, target: Tensor, options: LossOptions) -> plan.Loo
         multiprocessors(logits.device),
         may_split=not soft,
         weighted=soft or smooth,
+        grad=grad,
     )
 
 

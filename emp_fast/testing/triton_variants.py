@@ -275,6 +275,7 @@ def _loop_shapes(dtype: torch.dtype, ragged: int) -> Iterator[_Shape]:
         classes = least + 2 * vector - ragged
         for rows in _ROWS:
             yield _Shape(rows, classes, padding, dtype, 1)
+        yield _Shape(2, classes, padding, dtype, 1)  # too few for a warp a row
         yield _Shape(2, classes, padding, dtype, _MANY)  # split
     yield _Shape(2, 2**19 - ragged, 0, dtype, _MANY)  # split into many parts
 
