@@ -200,7 +200,7 @@ def test_the_gpu_clock_times_kernels_alone_behind_a_flush() -> None:
             return float(end.at - self.at)
 
     class Flush:
-        def zero_(self) -> None:
+        def sum(self) -> None:
             device.now += 1.0
             device.flushes += 1
 

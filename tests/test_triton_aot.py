@@ -49,7 +49,7 @@ def test_every_option_is_among_the_variants(variants: tuple[Variant, ...]) -> No
         itertools.product(("*fp16", "*bf16"), (1, 2, 4, 8))
     )
     loops = [variant.choices() for variant in variants if variant.kernel.endswith("score_loop")]
-    assert {choices["warps"] for choices in loops} == {4, 8}
+    assert {choices["warps"] for choices in loops} == {1, 4, 8}
     for flag in ("SHIFTED", "SHIFTED_ALIKE", "PARTIAL"):
         assert {choices[flag] for choices in loops} == {False, True}, flag
 
