@@ -143,6 +143,7 @@ def test_auto_is_what_was_measured_to_be_fastest(device: tuple[int, int, int]) -
             assert auto == plans[RING], shape
             assert grad, shape
             assert row_bytes > 16384, shape
+            assert auto["rounds"] <= auto["slots"], shape
             assert not rare, shape
         elif auto != plans[PLAIN]:
             # Between the two: a warp a row instead of rows in registers.
@@ -152,8 +153,9 @@ def test_auto_is_what_was_measured_to_be_fastest(device: tuple[int, int, int]) -
         if auto == plans[PLAIN] and plans[SHARED]["path"] == "shared":
             assert not grad, shape
             assert row_bytes > 8192, shape
-        if auto == plans[PLAIN] and grad and not rare and plans[RING]["path"] == "ring":
-            assert row_bytes <= 16384, shape
+        ring = plans[RING]
+        if auto == plans[PLAIN] and grad and not rare and ring["path"] == "ring":
+            assert row_bytes <= 16384 or ring["rounds"] > ring["slots"], shape
 
 
 def test_scores_of_long_rows_take_the_fewest_threads_that_occupy_the_device() -> None:

@@ -155,15 +155,17 @@ inline std::optional<RowPlan> plan_ring(const RowShape& s, const Device& device)
 enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing };
 
 // What was the fastest on an H200 (benchmarks/results/): rows_in_shared for many short rows,
-// rows_ring for the gradient of long ones, the plain kernels for all else. Scores alone gain less
-// from shared memory: from half of what a row may take there, a warp a row from memory is faster.
+// rows_ring for the gradient of long ones that stay on chip, the plain kernels for all else. Scores
+// alone gain less from shared memory: from half of what a row may take there, a warp a row from
+// memory is faster.
 inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
   if (s.grad || row_bytes <= kSharedRowBytes / 2) {
     if (const auto plan = plan_shared(s, device)) return *plan;
   }
   if (s.grad && row_bytes > kSharedRowBytes && !s.general && !s.smoothed) {
-    if (const auto plan = plan_ring(s, device)) return *plan;
+    const auto plan = plan_ring(s, device);
+    if (plan && plan->rounds <= plan->slots) return *plan;
   }
   if (!s.grad && row_bytes > kSharedRowBytes / 2) {
     const RowPlan plan = plan_looped(s, device);

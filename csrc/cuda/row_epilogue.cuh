@@ -63,13 +63,15 @@ __device__ __forceinline__ RowResult complete(const Scores<float>& scores, float
   return r;
 }
 
-// Scores of a row of class id; x_y is the logit of the target after the softcap.
+// Scores of a row of class id; x_y is the logit of the target after the softcap. kSmoothed: there
+// may be label smoothing.
+template <bool kSmoothed = true>
 __device__ __forceinline__ RowResult finish_row(const RowArgs& a, const RowSums& row, float x_y,
                                                 const Target& target) {
   const Scores<float> scores = finish(row.sums, x_y);
   const float weight = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
   float loss = a.weight == nullptr ? scores.nll : weight * scores.nll;
-  if (a.smoothing > 0.0f) {
+  if (kSmoothed && a.smoothing > 0.0f) {
     const float every = uniform_loss(row.sums, x_y, scores, row.spread, weight, row.weight);
     loss = (1.0f - a.smoothing) * loss + a.smoothing * (every / static_cast<float>(a.classes));
   }
@@ -105,16 +107,17 @@ struct GradientRow {
   float base;
   float quick_slope;
 
+  // kSmoothed: there may be label smoothing.
+  template <bool kSmoothed = true>
   __device__ __forceinline__ static GradientRow of(const RowArgs& a, const Target& target, float g,
                                                    float max, float inv_sum, float confidence,
                                                    float miss) {
-    const float share = a.smoothing / static_cast<float>(a.classes);
-    const bool smooth = a.smoothing > 0.0f;
+    const float smoothing = kSmoothed ? a.smoothing : 0.0f;
+    const float share = smoothing / static_cast<float>(a.classes);
+    const bool smooth = smoothing > 0.0f;
     const float w_y = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
-    const float sharp = (1.0f - a.smoothing) * w_y;
-    const float total = !smooth               ? 0.0f
-                        : a.weight == nullptr ? a.smoothing
-                                              : share * a.weight_sum[0];
+    const float sharp = (1.0f - smoothing) * w_y;
+    const float total = !smooth ? 0.0f : a.weight == nullptr ? smoothing : share * a.weight_sum[0];
     GradientRow r;
     r.max = max;
     r.slope = g * (sharp + total) * inv_sum;

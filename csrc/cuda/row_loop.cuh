@@ -35,18 +35,20 @@ __device__ __forceinline__ void absorb_vector(const RowArgs& a, const uint4& raw
   }
 }
 
-// The sums of a thread that walks a row: `since` holds what came since the maximum last rose.
+// The sums of a thread that walks a row; d, s and q are those of QuickSums since the maximum last
+// rose.
 struct WalkedSums {
   SoftmaxSums<float> sums;
-  QuickSums since;
+  float d, s, q;
 
   __device__ __forceinline__ static WalkedSums of(const SoftmaxSums<float>& sums) {
-    return {sums, QuickSums::of(0.0f)};
+    return {sums, 0.0f, 0.0f, 0.0f};
   }
 
+  // Leaves everything in `sums`.
   __device__ __forceinline__ void settle() {
-    if (since.d != 0.0f) since.into(sums);
-    since = QuickSums::of(sums.m);
+    if (d != 0.0f) QuickSums{sums.m * kLog2E, d, s, q}.into(sums);
+    d = s = q = 0.0f;
   }
 
   // Adds vectors whose every element counts, or is -inf.
@@ -57,11 +59,10 @@ struct WalkedSums {
     if (!(max <= sums.m)) {
       settle();
       raise(sums, max);
-      since = QuickSums::of(max);
     }
     if (is_quick(max)) {
       // Apart first: small terms added to a long sum one by one would lose their last digits.
-      QuickSums few{since.base, 0.0f, 0.0f, 0.0f};
+      auto few = QuickSums::of(max);
 #pragma unroll
       for (int u = 0; u < kVectors; ++u) {
         float x[kCount];
@@ -69,9 +70,9 @@ struct WalkedSums {
 #pragma unroll
         for (int e = 0; e < kCount; ++e) few.add(x[e]);
       }
-      since.d += few.d;
-      since.s += few.s;
-      since.q += few.q;
+      d += few.d;
+      s += few.s;
+      q += few.q;
     } else {
 #pragma unroll
       for (int u = 0; u < kVectors; ++u) {

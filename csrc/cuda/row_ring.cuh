@@ -40,10 +40,6 @@ __device__ __forceinline__ int first_of_round(int round) {
   return thread / 32 * kChunkVectors;
 }
 
-__device__ __forceinline__ int chunk_count(int first, int end) {
-  return max(0, min(end - first, kChunkVectors));
-}
-
 // What one block owns of a row.
 template <class T>
 struct RowPart {
@@ -61,7 +57,9 @@ struct RowPart {
 
   // The first vector of this warp's chunk, and how many the chunk holds: 0 behind the end.
   __device__ __forceinline__ int first(int round) const { return begin + first_of_round(round); }
-  __device__ __forceinline__ int count(int first) const { return chunk_count(first, end); }
+  __device__ __forceinline__ int count(int first) const {
+    return max(0, min(end - first, kChunkVectors));
+  }
 };
 
 // ---- copies
@@ -82,12 +80,12 @@ struct BulkCopies {
     return {barriers};
   }
 
-  // All lanes call it when none of them reads the slot any more.
-  __device__ __forceinline__ void start(uint4* slot, int index, const void* from,
-                                        int vectors) const {
+  // All lanes call it when none of them reads the slot any more. left: vectors from here to the end
+  // of the part, more than a chunk's or none.
+  __device__ __forceinline__ void start(uint4* slot, int index, const void* from, int left) const {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
-    const auto bytes = static_cast<uint32_t>(vectors * kVectorBytes);
+    const auto bytes = static_cast<uint32_t>(max(0, min(left, kChunkVectors)) * kVectorBytes);
     fence_proxy_async();
     mbarrier_arrive_expect_tx(barriers + index, bytes);
     if (bytes > 0) bulk_copy(slot, from, bytes, barriers + index);
@@ -104,18 +102,19 @@ struct BulkCopies {
 struct LaneCopies {
   int pending = 0;  // groups started and not awaited
 
-  __device__ __forceinline__ void start(uint4* slot, int, const void* from, int vectors) {
+  __device__ __forceinline__ void start(uint4* slot, int, const void* from, int left) {
     const int lane = threadIdx.x % 32;
     uint4* to = slot + lane;
     const uint4* source = static_cast<const uint4*>(from) + lane;
-    if (vectors == kChunkVectors) {
+    // Asked of `left` itself. Of its cut to a chunk, ptxas 13.0 made the cut and the question one
+    // instruction, VIMNMX.RELU with a predicate; with it, an H200 read beyond the end of the
+    // logits.
+    if (left >= kChunkVectors) {
 #pragma unroll
       for (int u = 0; u < kLaneVectors; ++u) cp_async16(to + u * 32, source + u * 32);
     } else {
-#pragma unroll
-      for (int u = 0; u < kLaneVectors; ++u) {
-        if (lane + u * 32 < vectors) cp_async16(to + u * 32, source + u * 32);
-      }
+#pragma unroll 1
+      for (int u = 0; lane + u < left; u += 32) cp_async16(to + u, source + u);
     }
     cp_async_commit();
     ++pending;
@@ -193,7 +192,7 @@ struct Ring {
     const int copies_of_row = shape.rounds + again(a, shape);
     const int round = next_copy < shape.rounds ? next_copy : copies_of_row - 1 - next_copy;
     const int first = static_cast<int>(rank) * shape.vectors_per_part + first_of_round(round);
-    copies.start(slot(index), index, next_part + first, chunk_count(first, next_end));
+    copies.start(slot(index), index, next_part + first, next_end - first);
     if (++next_copy == copies_of_row) {
       next_copy = 0;
       next_row += team_count(shape);
@@ -326,6 +325,20 @@ __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, S
 // ---- rows
 // ----------------------------------------------------------------------------------------------
 
+// Vectors of a chunk that a thread has in registers at once: all, and fewer where each is masked.
+// For compute capability 10.0 and up ptxas makes the same code spill, unless there are fewer.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class T>
+constexpr int kWholeVectors = 8 / kElements<T>;
+template <class T>
+constexpr int kMaskedVectors = 8 / kElements<T>;
+#else
+template <class T>
+constexpr int kWholeVectors = kLaneVectors;
+template <class T>
+constexpr int kMaskedVectors = 2;
+#endif
+
 // Adds this warp's chunk, `count` vectors from `first` on, to its threads' sums.
 template <class T, bool kRare>
 __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chunk, int first,
@@ -340,17 +353,20 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
       absorb_vector<T>(a, chunk[v], column + v * kCount, window, target, row);
     }
   } else {
-    const bool whole = column >= 0 && column + count * kCount <= window.classes;
-    const bool clean =
-        whole && offset_in_vector(column, target) >= static_cast<unsigned>(count * kCount);
-    if (clean && count == kChunkVectors) {
-      uint4 raw[kLaneVectors];
+    constexpr unsigned kLogits = kChunkVectors * kCount;
+    const bool whole = column >= 0 && column <= window.classes - static_cast<int>(kLogits);
+    if (whole && offset_in_vector(column, target) >= kLogits) {
+      constexpr int kAtOnce = kWholeVectors<T>;
 #pragma unroll
-      for (int u = 0; u < kLaneVectors; ++u) raw[u] = chunk[lane + u * 32];
-      walked.add<T>(raw);
+      for (int batch = 0; batch < kLaneVectors; batch += kAtOnce) {
+        uint4 raw[kAtOnce];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) raw[u] = chunk[lane + (batch + u) * 32];
+        walked.add<T>(raw);
+      }
       return;
     }
-    constexpr int kBatch = 16 / kCount;  // 16 elements at once: more do not fit in registers
+    constexpr int kBatch = kMaskedVectors<T>;
 #pragma unroll
     for (int batch = 0; batch < kLaneVectors; batch += kBatch) {
       uint4 raw[kBatch];
@@ -358,7 +374,7 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
       for (int u = 0; u < kBatch; ++u) {
         const int v = lane + (batch + u) * 32;
         raw[u] = v < count ? chunk[v] : all_minus_infinity<T>();
-        if (!clean) raw[u] = leave_out<T>(raw[u], column + v * kCount, window, target);
+        raw[u] = leave_out<T>(raw[u], column + v * kCount, window, target);
       }
       walked.add<T>(raw);
     }
@@ -371,10 +387,10 @@ __device__ __forceinline__ void emit_chunk(const RowArgs& a, const uint4* chunk,
                                            int count, const Window<kElements<T>>& window, T* out,
                                            const GradientRow& gradient) {
   constexpr int kCount = kElements<T>;
+  if (count == 0) return;
   const int lane = threadIdx.x % 32;
   const int column = window.column(first);
-  const bool whole =
-      count == kChunkVectors && column >= 0 && column + kChunkVectors * kCount <= window.classes;
+  const bool whole = column >= 0 && column <= window.classes - kChunkVectors * kCount;
   const bool clean = offset_in_vector(column, gradient.target) >= kChunkVectors * kCount;
   if (!kRare && whole && clean && gradient.quick && lies_alike(out, window)) {
 #pragma unroll
@@ -430,14 +446,14 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
     y = __ldg(a.target + min(row + team_count(shape), rows - 1));
     sums = gather_sums<kRare>(sums, team, sets, turn, cluster);
 
-    const RowResult result = finish_row(a, sums, capped(to_float(logit), a.softcap), target);
+    const RowResult result = finish_row<kRare>(a, sums, capped(to_float(logit), a.softcap), target);
     // Before the gradient, which then needs a few of the result's registers alone.
     if (rank == 0) conclude<kRingThreads>(a, row, true, result);
     if (a.grad == nullptr) continue;
     T* out = static_cast<T*>(a.grad) + int64_t{row} * a.classes;
-    const auto gradient =
-        GradientRow::of(a, target, row_gradient(a, row), result.field[kMax], result.field[kInvSum],
-                        result.field[kConfidence], result.field[kMiss]);
+    const auto gradient = GradientRow::of<kRare>(a, target, row_gradient(a, row),
+                                                 result.field[kMax], result.field[kInvSum],
+                                                 result.field[kConfidence], result.field[kMiss]);
     const int kept = shape.rounds - again;
     for (int i = 0; i < shape.rounds; ++i) {
       const bool stayed = i < kept;
