@@ -32,15 +32,16 @@ def backends(
 ) -> tuple[dict[str, Callable[[], AbstractContextManager[Any]]], dict[str, str]]:
     """The kernel backends of ``device`` with how to enter each, and why the others cannot serve.
 
-    The automatic choice is entered by doing nothing, as users do. Where no kernel serves, the
-    reference stands in, under its own name. every_row_kernel: the cuda backend also with each
-    choice of its row kernels (docs/kernels.md).
+    The automatic choice comes first, for ratios are taken to it; it is entered by doing nothing, as
+    users do. Where no kernel serves, the reference stands in, under its own name. every_row_kernel:
+    the cuda backend also with each choice of its row kernels (docs/kernels.md).
     """
     status = [s for s in backend_status(device) if s.name != "reference"]
     names = [s.name for s in status if s.available] or ["reference"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", emp_fast.EmpFastWarning)
         automatic = resolve(device).name
+    names.sort(key=lambda name: name != automatic)
     entered = {name: nullcontext if name == automatic else _entering(name) for name in names}
     if automatic == "reference":
         entered["reference"] = _entering("reference")

@@ -56,6 +56,9 @@ class Kernel(NamedTuple):
     stack: int  # bytes a thread
     shared: int  # static bytes a block
     accesses: tuple[Access, ...]
+    #: Instructions that cut a number to a bound and answer a question about it at once, VIMNMX with
+    #: a predicate among their results (docs/kernels.md).
+    cuts_that_answer: int = 0
 
 
 _BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
@@ -95,7 +98,8 @@ def _kernels_of_cubin(cubin: Path, sources: tuple[Path, ...]) -> list[Kernel]:
         mangled = section[: section.index(":")]
         if mangled in usage:
             accesses = tuple(_accesses(section, sources))
-            kernels.append(Kernel(_plain(mangled), architecture, *usage[mangled], accesses))
+            cuts = len(_CUT_THAT_ANSWERS.findall(section))
+            kernels.append(Kernel(_plain(mangled), architecture, *usage[mangled], accesses, cuts))
     return kernels
 
 
@@ -112,6 +116,7 @@ def _usage(report: str) -> dict[str, tuple[int, int, int]]:
 _INSTRUCTION = re.compile(
     r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*)"
 )
+_CUT_THAT_ANSWERS = re.compile(r"\bVIMNMX\S*\s+R\d+,\s*P\d")
 _PREDICATE = re.compile(r"\s*!?U?P\d+,")
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
