@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,10 +58,6 @@ class CudaBackend(Backend):
 
     name = "cuda"
     fuses_step = True
-    #: What ``emp-fast doctor`` adds. Every kernel compiles for its architectures and runs in a host
-    #: emulator in CI (tests/cuda_emulator); that proves its logic, not the hardware's memory model
-    #: or speed. The self-check guards its first use.
-    notes: ClassVar[str | None] = "these kernels have not yet run on a GPU"
 
     def __init__(self, row_kernels: str | None = None) -> None:
         if row_kernels is None:

@@ -22,9 +22,9 @@ from emp_fast.functional import cross_entropy, topk_indices
 
 __all__ = ["doctor"]
 
-#: Backends whose kernels no GPU has run yet. A name leaves this list together with the committed
-#: results of the run on a GPU.
-NEVER_RUN_ON_A_GPU = ("triton", "cuda")
+#: The GPUs that have run the kernels, by backend; results in benchmarks/results/, and in
+#: docs/kernels.md what of the kernels is younger than the run.
+RUN_ON = {"triton": ["NVIDIA H200"], "cuda": ["NVIDIA H200"]}
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
 #: The environment variables that choose kernels, and what holds without them.
 _SETTINGS = {"EMP_FAST_BACKEND": "auto", "EMP_FAST_CUDA_ROWS": "auto"}
@@ -68,7 +68,7 @@ def examine() -> dict[str, Any]:
         "backends": [line for device in devices for line in _backends(device)],
         "automatic_choice": {str(device): _choice(device) for device in devices},
         "reference_problem": _reference_problem(),
-        "never_run_on_a_gpu": list(NEVER_RUN_ON_A_GPU),
+        "kernels_have_run_on": RUN_ON,
     }
 
 
@@ -189,9 +189,12 @@ def _print(report: dict[str, Any]) -> None:
     console.print(_facts("machine", report["machine"]))
     console.print(_facts("native build", build))
     console.print(_facts("settings", report["settings"]))
+    run_on = (
+        f"{name} on {', '.join(gpus)}" for name, gpus in report["kernels_have_run_on"].items()
+    )
     console.print(
-        f"The kernels of {' and '.join(report['never_run_on_a_gpu'])} have never run on a GPU as "
-        "far as this version knows. On a machine with a GPU the self-check above runs them on it.",
+        f"GPUs that have run the kernels: {'; '.join(run_on)}. docs/kernels.md says what is younger "
+        "than that. On any GPU the self-check above runs them first.",
         style="yellow",
     )
     if report["reference_problem"] is not None:
