@@ -193,8 +193,8 @@ def _print(report: dict[str, Any]) -> None:
         f"{name} on {', '.join(gpus)}" for name, gpus in report["kernels_have_run_on"].items()
     )
     console.print(
-        f"GPUs that have run the kernels: {'; '.join(run_on)}. docs/kernels.md says what is younger "
-        "than that. On any GPU the self-check above runs them first.",
+        f"GPUs that have run the kernels: {'; '.join(run_on)}. docs/kernels.md says what "
+        "of them is younger than that. On any GPU the self-check above runs them first.",
         style="yellow",
     )
     if report["reference_problem"] is not None:
