@@ -71,7 +71,7 @@ HISTOGRAM_BLOCK = 2048
 SAMPLE_FROM = 2**20
 SAMPLES = 2**18
 #: At most one score in this many is collected as a candidate, in 12 bytes; the sample aims at one
-#: in 128 or fewer.
+#: in 128, about, at most.
 CANDIDATE_SHARE = 112
 
 MAX_CLASSES = 2**31 - 2**17

@@ -90,7 +90,7 @@ def test_misuse_is_one_line(arguments, message):
 # ---- doctor -------------------------------------------------------------------------------------
 
 
-def test_doctor_reports_backends_versions_and_what_never_ran():
+def test_doctor_reports_backends_versions_and_where_kernels_ran():
     report = json.loads(run("doctor", "--json").stdout)
     backends = {line["backend"]: line for line in report["backends"] if line["device"] == "cpu"}
     assert set(backends) == {"reference", "cpu", "triton", "cuda"}

@@ -250,6 +250,11 @@ SHAPES = [
     Shape(("looped", 512), 3, 2100, softcap=5.0, padding=2),
     Shape(("looped", 512), 2, 4100, f16, smoothing=0.1, weighted=True),
     Shape(("looped", 512), 9, 4200),
+    Shape(("looped", 512), 2, 12288),  # 48 KiB, and static shared memory besides
+    # The scores alone by 256, 128 and 32 threads a row.
+    Shape(("looped", 512), 15, 8300, bf16, offset=3),
+    Shape(("looped", 512), 30, 4200),
+    Shape(("looped", 512), 115, 4201, padding=1),
     Shape(("looped", 1024), 9, 4200, cached=False),
     Shape(("looped", 1024), 2, 29500, smoothing=0.1, multiprocessors=1),
     Shape(("looped", 512), 3, 2100, soft=True, offset=1),

@@ -64,6 +64,13 @@ struct RowShape {
   bool grad;
 };
 
+// Vectors of 16 bytes that the longest row of a shape can touch.
+inline int64_t vectors_of(const RowShape& s) {
+  const int elements = kVectorBytes / s.element_bytes;
+  const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
+  return window_vectors(s.classes, elements, aligned);
+}
+
 constexpr int64_t kSystemShared = 1024;      // what a resident block takes besides its own
 constexpr int kSharedRowThreads = 128;       // a block at most: fewer where their tiles do not fit
 constexpr int64_t kSharedThreads = 1024;     // a multiprocessor
@@ -129,9 +136,7 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
 
 // The plan of rows_looped. It serves every shape on every device.
 inline RowPlan plan_looped(const RowShape& s, const Device& device) {
-  const int elements = kVectorBytes / s.element_bytes;
-  const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
-  const int64_t vectors = window_vectors(s.classes, elements, aligned);
+  const int64_t vectors = vectors_of(s);
   RowPlan plan{};
   plan.parts = 1;
   plan.path = RowPath::kLooped;
@@ -161,9 +166,7 @@ inline RowPlan plan_looped(const RowShape& s, const Device& device) {
 // The plan of the simplest kernels. They serve every shape on every device.
 inline RowPlan plan_plain(const RowShape& s, const Device& device) {
   if (s.soft || s.general) return plan_looped(s, device);
-  const int elements = kVectorBytes / s.element_bytes;
-  const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
-  const int64_t vectors = window_vectors(s.classes, elements, aligned);
+  const int64_t vectors = vectors_of(s);
   RowPlan plan{};
   plan.parts = 1;
   for (const int lanes : kRegisterLanes) {
@@ -222,6 +225,7 @@ inline std::optional<BackwardPlan> plan_flat(const RowShape& s, const Device& de
   plan.parts = 1;
   plan.flat_vectors = many && s.classes >= elements ? kFlatVectors : 1;
   const int64_t tile = tile_of(plan.flat_vectors);
+  if (s.classes + tile > kMaxClasses) return std::nullopt;  // columns of a tile are int
   plan.grid = ceil_div(total, tile);
   if (plan.grid > kMaxGridX) return std::nullopt;
   plan.division = Division::of(static_cast<int>(s.classes), tile);
@@ -285,8 +289,7 @@ inline int64_t mean_workspace(int64_t rows) {
 
 constexpr int kTile = 1024;  // scores a warp marks; a bit each
 constexpr int kTileWords = kTile / 32;
-constexpr int kRunTiles = 64;  // tiles with one prefix sum
-constexpr int kKeyBits = 32;
+constexpr int kRunTiles = 64;       // tiles with one prefix sum
 constexpr int kDigitBits = 11;      // 2048 bins
 constexpr int kGroupDigitBits = 8;  // a histogram a group: 2 KiB each
 constexpr int64_t kMaxGroups = 65536;

@@ -48,9 +48,7 @@ inline int64_t ring_grid(int64_t rows, int cluster, int64_t resident_clusters) {
 // The plan of a row through the rings of a cluster of `widest` blocks at most. For the gradient the
 // row stays on chip where any cluster holds it; else as much of it as the widest does.
 inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest) {
-  const int elements = kVectorBytes / s.element_bytes;
-  const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
-  const int64_t vectors = window_vectors(s.classes, elements, aligned);
+  const int64_t vectors = vectors_of(s);
   const auto rounds = [&](int cluster) {
     return ceil_div(ring_part(vectors, cluster), kRoundVectors);
   };
@@ -90,9 +88,7 @@ inline int64_t block_ring_bytes(int warps, int slots) {
 // gradient while the multiprocessor has enough of them. The more warps share a row, the more of
 // their time its sums take.
 inline RowPlan plan_block_ring(const RowShape& s, const Device& device) {
-  const int elements = kVectorBytes / s.element_bytes;
-  const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
-  const int64_t vectors = window_vectors(s.classes, elements, aligned);
+  const int64_t vectors = vectors_of(s);
   const int64_t chunks = ceil_div(vectors, kChunkVectors);
   // The kernels for the rare options take twice the registers.
   const int most_warps = s.general || s.smoothed ? kRingWarps : kRingBlocks * kRingWarps;
@@ -154,7 +150,8 @@ inline std::optional<RowPlan> plan_ring(const RowShape& s, const Device& device)
 // Which kernels score rows. What a choice cannot serve, the plain kernels do.
 enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing };
 
-// What was the fastest on an H200 (benchmarks/results/): rows_in_shared for many short rows,
+// What was the fastest on an H200, or within a few per cent of it (benchmarks/results/):
+// rows_in_shared for many short rows,
 // rows_ring for the gradient of long ones that stay on chip, the plain kernels for all else. Scores
 // alone gain less from shared memory: from half of what a row may take there, a warp a row from
 // memory is faster.

@@ -158,7 +158,7 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
 #pragma unroll
       for (int u = 0; u < kUnrolled; ++u) {
         const int at = v + u * kLanes;
-        const int column = window.column(at);
+        const int column = window.column(min(at, end - 1));  // the others are -inf as they are
         if (at < min(end, cached)) cache[at] = raw[u];
         if (!window.interior(column) || offset_in_vector(column, target) < kCount) {
           raw[u] = leave_out<T>(raw[u], column, window, target);

@@ -81,7 +81,7 @@ struct BulkCopies {
   }
 
   // All lanes call it when none of them reads the slot any more. left: vectors from here to the end
-  // of the part, more than a chunk's or none.
+  // of the part; it may exceed a chunk's, or be 0 or less.
   __device__ __forceinline__ void start(uint4* slot, int index, const void* from, int left) const {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
@@ -107,8 +107,7 @@ struct LaneCopies {
     uint4* to = slot + lane;
     const uint4* source = static_cast<const uint4*>(from) + lane;
     // Asked of `left` itself. Of its cut to a chunk, ptxas 13.0 made the cut and the question one
-    // instruction, VIMNMX.RELU with a predicate; with it, an H200 read beyond the end of the
-    // logits.
+    // instruction; such a kernel read beyond its logits on an H200 (docs/kernels.md).
     if (left >= kChunkVectors) {
 #pragma unroll
       for (int u = 0; u < kLaneVectors; ++u) cp_async16(to + u * 32, source + u * 32);
@@ -374,7 +373,7 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
       for (int u = 0; u < kBatch; ++u) {
         const int v = lane + (batch + u) * 32;
         raw[u] = v < count ? chunk[v] : all_minus_infinity<T>();
-        raw[u] = leave_out<T>(raw[u], column + v * kCount, window, target);
+        raw[u] = leave_out<T>(raw[u], column + min(v, count - 1) * kCount, window, target);
       }
       walked.add<T>(raw);
     }

@@ -31,7 +31,7 @@ _CLASSES = {
 }
 _AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _ENVIRONMENT = "EMP_FAST_BACKEND"
-_ENCODED = os.environ.encodekey(_ENVIRONMENT)
+_ENCODED = getattr(os.environ, "encodekey", str)(_ENVIRONMENT)
 
 # One for the process, not one a thread: autograd runs the backward pass in threads of its own.
 _explicit: str | None = None

@@ -180,7 +180,7 @@ class CudaBackend(Backend):
         state: State,
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
-        """One launch up to 1024 rows (256 of at most 32 classes), up to four beyond."""
+        """One launch up to 1024 rows (256 in rows_in_shared), else two or three."""
         outputs, grad, device = _empty_scores(logits), _empty_gradient(logits), logits.device
         with _on(device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)

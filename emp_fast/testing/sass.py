@@ -116,7 +116,7 @@ def _usage(report: str) -> dict[str, tuple[int, int, int]]:
 _INSTRUCTION = re.compile(
     r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*)"
 )
-_CUT_THAT_ANSWERS = re.compile(r"\bVIMNMX\S*\s+R\d+,\s*P\d")
+_CUT_THAT_ANSWERS = re.compile(r"\bU?VIMNMX\S*\s+U?R(?:\d+|Z),\s*U?P\d")
 _PREDICATE = re.compile(r"\s*!?U?P\d+,")
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')

@@ -856,7 +856,9 @@ void check_launch_limits(const Launch& launch) {
     refuse("the grid is no multiple of the cluster");
   }
   const auto allowed = opted_in.find(launch.kernel);
-  const int64_t most = allowed == opted_in.end() ? 48 * 1024 : std::max(allowed->second, 48 * 1024);
+  // What static shared memory leaves of 48 KiB is not known here: room for the most is kept.
+  const int granted = 44 * 1024;
+  const int64_t most = allowed == opted_in.end() ? granted : std::max(allowed->second, granted);
   if (launch.shared_bytes > most) {
     refuse(std::to_string(launch.shared_bytes) + " bytes of dynamic shared memory");
   }

@@ -7,7 +7,8 @@
 # It installs nothing. It needs python3 (PYTHON) with torch, triton, pybind11, cmake, ninja,
 # setuptools, pytest and pytest-benchmark, and nvcc; compute-sanitizer and the benchmark's peers are
 # used where they are. TEST_FLAGS, SANITIZE_FLAGS and BENCH_FLAGS, quoted as for a shell, are handed to
-# pytest. A failing step does not keep the next from running; the exit status says whether all passed.
+# pytest: with pytest-xdist, TEST_FLAGS="-n 8" and OMP_NUM_THREADS=2 the tests take a few minutes. A
+# failing step does not keep the next from running; the exit status says whether all passed.
 # EMP_FAST_GPU_DRY_RUN=1 tries this script itself on a machine without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -41,7 +42,7 @@ test() {
   eval "flags=(${TEST_FLAGS:-})"
   "$python" -m pytest tests/gpu -q --junitxml="$folder/test.xml" "${flags[@]}" || return
   # Rows again by the CUDA kernels that auto, the default, does not choose (docs/kernels.md).
-  for kernels in shared cluster ring; do
+  for kernels in plain shared cluster ring; do
     EMP_FAST_CUDA_ROWS=$kernels "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
       -q -k 'not triton' --junitxml="$folder/test-$kernels.xml" "${flags[@]}" || return
   done

@@ -15,7 +15,7 @@ from sizes import SIZES
 from test_functional import assert_stats, incoming, torch_loss
 from torch import Tensor
 
-from emp_fast import SampleStats
+from emp_fast import Pruner, SampleStats
 from emp_fast.functional import cross_entropy, info_nce, linear_cross_entropy
 from emp_fast.testing import ATOL, CASES, RTOL, Case, make, oracle
 
@@ -106,6 +106,26 @@ def test_more_elements_than_an_int32_counts(classes: int, backend, device, room)
     assert_rows(logits, target, some_rows(rows, classes, device))
 
 
+@pytest.mark.parametrize(("rows", "classes"), [(4096, 32000), (600, 128256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_of_many_long_rows(
+    rows: int, classes: int, dtype: torch.dtype, backend: str, device: torch.device, room
+) -> None:
+    """The gradient of the fused step, whose kernels keep rows on chip or read them once more."""
+    rows = min(rows, SIZES.elements // classes)
+    logits, target = drawn(rows, classes, dtype, device)
+    leaf = logits.requires_grad_()
+    pruner = Pruner(rows, device=device)
+    (grad,) = torch.autograd.grad(pruner.loss(leaf, target, torch.arange(rows)), leaf)
+    some = some_rows(rows, classes, device)
+    wanted, wanted_grad, torchs = reference_rows(logits[some], target[some])
+    assert_gradient(grad[some] * rows, torchs, wanted_grad)
+    scores = wanted["loss"].double() + wanted["entropy"]
+    torch.testing.assert_close(
+        pruner.store.scores[some].double(), scores, rtol=2 * RTOL, atol=2 * ATOL
+    )
+
+
 def drawn(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     generator = torch.Generator(device).manual_seed(classes)
     logits = torch.empty(rows, classes, dtype=dtype, device=device)
@@ -117,7 +137,8 @@ def drawn(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> 
 def some_rows(rows: int, classes: int, device: torch.device) -> Tensor:
     """The ends, those around element 2^31, and an even spread."""
     middle = 2**31 // classes
-    chosen = {0, 1, rows - 2, rows - 1, *range(0, rows, max(1, rows // 61))}
+    chosen = {0, min(1, rows - 1), max(rows - 2, 0), rows - 1}
+    chosen |= {*range(0, rows, max(1, rows // 61))}
     chosen |= {row for row in range(middle - 1, middle + 2) if row < rows}
     return torch.tensor(sorted(chosen), device=device)
 
