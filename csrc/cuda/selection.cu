@@ -102,6 +102,12 @@ constexpr int kBins = 1 << kDigitBits;
 constexpr int kCountThreads = 512;
 constexpr int kCountLoads = 4;  // that a thread has in flight
 constexpr int kCountTile = kCountThreads * kPerThread * kCountLoads;
+// More of them at once make ptxas spill for compute capability 12.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kLoadsAtOnce = 2;
+#else
+constexpr int kLoadsAtOnce = kCountLoads;
+#endif
 // Of the histogram in shared memory: scores have few exponents, so the lanes of a warp meet in few
 // bins. The copies of a bin lie in different banks.
 constexpr int kCopies = 4;
@@ -173,29 +179,33 @@ __global__ void __launch_bounds__(kCountThreads)
   unsigned run = 0;
   for (int64_t tile = int64_t{blockIdx.x} * kCountTile; tile < n;
        tile += int64_t{gridDim.x} * kCountTile) {
-    uint4 loaded[kCountLoads];
-    const int64_t mine = tile + threadIdx.x * kPerThread;
+#pragma unroll 1
+    for (int begin = 0; begin < kCountLoads; begin += kLoadsAtOnce) {
+      constexpr int kStep = kCountThreads * kPerThread;
+      const int64_t mine = tile + begin * kStep + threadIdx.x * kPerThread;
+      uint4 loaded[kLoadsAtOnce];
 #pragma unroll
-    for (int c = 0; c < kCountLoads; ++c) {
-      loaded[c] = load_bits(scores, mine + c * (kCountThreads * kPerThread), n, aligned);
-    }
+      for (int c = 0; c < kLoadsAtOnce; ++c) {
+        loaded[c] = load_bits(scores, mine + c * kStep, n, aligned);
+      }
 #pragma unroll
-    for (int c = 0; c < kCountLoads; ++c) {
-      const int64_t first = mine + c * (kCountThreads * kPerThread);
-      const int left = static_cast<int>(max(int64_t{0}, min(n - first, int64_t{kPerThread})));
-      const unsigned bits[kPerThread] = {loaded[c].x, loaded[c].y, loaded[c].z, loaded[c].w};
+      for (int c = 0; c < kLoadsAtOnce; ++c) {
+        const int64_t first = mine + c * kStep;
+        const int left = static_cast<int>(max(int64_t{0}, min(n - first, int64_t{kPerThread})));
+        const unsigned bits[kPerThread] = {loaded[c].x, loaded[c].y, loaded[c].z, loaded[c].w};
 #pragma unroll
-      for (int e = 0; e < kPerThread; ++e) {
-        const Element element{order_key(bits[e]),
-                              kCountdown ? countdown_of(first + e, index_bits) : 0};
-        if (e >= left || !state.agrees(element, digit)) continue;
-        const unsigned bin = digit.of(element);
-        if (run != 0 && bin != run_bin) {
-          atomicAdd(bins + run_bin * kCopies + copy, run);
-          run = 0;
+        for (int e = 0; e < kPerThread; ++e) {
+          const Element element{order_key(bits[e]),
+                                kCountdown ? countdown_of(first + e, index_bits) : 0};
+          if (e >= left || !state.agrees(element, digit)) continue;
+          const unsigned bin = digit.of(element);
+          if (run != 0 && bin != run_bin) {
+            atomicAdd(bins + run_bin * kCopies + copy, run);
+            run = 0;
+          }
+          run_bin = bin;
+          ++run;
         }
-        run_bin = bin;
-        ++run;
       }
     }
   }
