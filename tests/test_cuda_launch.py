@@ -91,9 +91,8 @@ def test_row_plans_cover_every_row_and_column(
         elif plan["path"] == "shared":
             # A tile a warp, or as many blocks as run at once, which loop over the tiles.
             fit = (device[1] + 1024) // (plan["shared_bytes"] + 1024)
-            resident = max(min(1024 // plan["threads"], fit), 1) * device[0]
-            assert plan["grid"] <= min(tiles, MAX_GRID_X), shape
-            assert plan["grid"] in (tiles, resident) or 1024 % plan["threads"], shape
+            resident = max(min(math.ceil(1024 / plan["threads"]), fit), 1) * device[0]
+            assert plan["grid"] == min(tiles, resident), shape
         else:
             # A tile a block, or a loop over tiles where the grid ends.
             assert plan["grid"] == min(tiles, MAX_GRID_X), shape
