@@ -15,16 +15,7 @@ import torch
 from pytest_benchmark.stats import Stats
 
 from benchmarks import machine
-from benchmarks.harness import (
-    Case,
-    Clock,
-    Contender,
-    Contest,
-    CudaClock,
-    Standing,
-    WallClock,
-    percentiles,
-)
+from benchmarks.harness import Case, Clock, Contender, Contest, Standing, clock_of, percentiles
 from benchmarks.models import WORKLOADS
 from emp_fast.testing import benchmark_shapes
 
@@ -108,10 +99,7 @@ def copy_rate(request: pytest.FixtureRequest, device: torch.device, quick: bool)
 
 @pytest.fixture(scope="session")
 def clock(device: torch.device) -> Clock:
-    if device.type == "cpu":
-        return WallClock()
-    flush = torch.ones(machine.cache_bytes(device), device=device)  # four times the cache
-    return CudaClock(flush)
+    return clock_of(device)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks import machine
+
 Inputs = tuple[Any, ...]
 
 #: A round is repeated at least so often, whatever the budget is.
@@ -146,6 +148,13 @@ class CudaClock:
         self._cuda.synchronize()
         kernels = [begin.elapsed_time(end) * 1e-3 for begin, end in pairs]
         return Sample(statistics.median(kernels), host, statistics.median(latencies))
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock of single calls on ``device``."""
+    if device.type == "cpu":
+        return WallClock()
+    return CudaClock(torch.ones(machine.cache_bytes(device), device=device))  # four times the cache
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Times our own GPU kernels and their variants, without peers: what kernels get tuned by.
+"""Times our own kernels and their variants, without peers: what kernels get tuned by.
 
-python -m benchmarks.sweep [-o FILE.json] [--only WORD ...] [--warm PART/PARTS]
+python -m benchmarks.sweep [-o FILE.json] [--only WORD ...] [--warm PART/PARTS] [--device cpu]
 
-Every number is the median time of a call behind a flushed cache, as a share of the measured copy
-bandwidth where the work has a floor in bytes. A variant is a backend with a choice of kernels or
-with other launch arithmetic (`emp_fast.kernels.plan`). `--warm` compiles a share of what the same
-command would launch, and times nothing: several such processes fill Triton's cache side by side.
+Every number is the median time of a call, on a GPU of its kernels behind a flushed cache, as a
+share of the measured copy bandwidth where the work has a floor in bytes. A variant is a backend
+with a choice of kernels or with other launch arithmetic (`emp_fast.kernels.plan`). `--warm`
+compiles a share of what the same command would launch, and times nothing: several such processes
+fill Triton's cache side by side.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.nn import functional
 import emp_fast
 from benchmarks import contenders, machine
 from benchmarks.cases import scores as drawn_scores
+from benchmarks.harness import Clock, clock_of
 from emp_fast.backends import load
 from emp_fast.backends.base import LossOptions, Recurrence, State
 from emp_fast.kernels import plan
@@ -51,6 +53,7 @@ _SHAPES = (
     (2048, 262144),
 )
 _SELECTED = (10**6, 10**7, 10**8, 10**9)
+_UPDATED = (128, 4096, 16384, 2**20)
 _NUM_SAMPLES = 2**21
 _REPEATS = 12
 _NO_OPTIONS = LossOptions(-100, 0.0, 0.0)
@@ -66,7 +69,7 @@ class Variant(NamedTuple):
     serves: Callable[[int, int], bool] = lambda rows, classes: True
 
 
-def variants() -> list[Variant]:
+def variants(device: torch.device) -> list[Variant]:
     """Every choice of kernels of the cuda backend, and launch arithmetic of the triton one."""
 
     def planned(serves: Callable[[int, int], bool], **constants: int) -> Variant:
@@ -89,9 +92,12 @@ def variants() -> list[Variant]:
     def long(rows: int, classes: int) -> bool:
         return classes > plan.TILE_CLASSES
 
-    entered, _ = contenders.backends(torch.device("cuda"), every_row_kernel=True)
+    entered, _ = contenders.backends(device, every_row_kernel=True)
+    ours = [Variant(name, name.split(",")[0], enter) for name, enter in entered.items()]
+    if "triton" not in entered:
+        return ours
     return [
-        *(Variant(name, name.split(",")[0], enter) for name, enter in entered.items()),
+        *ours,
         *(planned(short, THREAD_ELEMENTS=n) for n in (8, 16)),
         planned(short, TILE_THREADS=256),
         *(planned(long, LOOP_UNROLL=n, LOOP_UNROLL_CROWDED=n) for n in (1, 2, 4)),
@@ -99,31 +105,10 @@ def variants() -> list[Variant]:
     ]
 
 
-class Timer:
-    """Median kernel time of a call behind a flushed cache, in seconds."""
-
-    def __init__(self) -> None:
-        self._flush = torch.ones(machine.cache_bytes(torch.device("cuda")), device="cuda")
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        pairs = []
-        call()
-        for _ in range(_REPEATS):
-            for _ in range(2):  # keeps the device busy while the host launches
-                self._flush.sum()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            pairs.append((begin, end))
-        torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e-3
-
-
-def _state() -> State:
-    floats = [torch.zeros(_NUM_SAMPLES, device="cuda") for _ in range(3)]
-    integers = [torch.zeros(_NUM_SAMPLES, dtype=torch.int32, device="cuda") for _ in range(2)]
-    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
+def _state(device: torch.device) -> State:
+    floats = [torch.zeros(_NUM_SAMPLES, device=device) for _ in range(3)]
+    integers = [torch.zeros(_NUM_SAMPLES, dtype=torch.int32, device=device) for _ in range(2)]
+    counters = torch.zeros(2, dtype=torch.int64, device=device)
     return State(floats[0], floats[1], integers[0], floats[2], integers[1], counters)
 
 
@@ -140,13 +125,14 @@ def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bo
     """Scores; scores, gradient, state and mean; the backward pass."""
     rows, classes = shape
     held = min(rows, 1024) if warm else rows
-    generator = torch.Generator("cuda").manual_seed(classes)
-    logits = torch.empty(held, classes, dtype=dtype, device="cuda")
+    device = state.scores.device
+    generator = torch.Generator(device).manual_seed(classes)
+    logits = torch.empty(held, classes, dtype=dtype, device=device)
     for part in logits.split(max(1, 2**28 // classes)):
-        part.copy_(torch.randn(part.shape, generator=generator, device="cuda").mul_(3))
-    target = torch.randint(classes, (held,), generator=generator, device="cuda")
-    indices = torch.randperm(_NUM_SAMPLES, generator=generator, device="cuda")[:held]
-    grad_loss = torch.ones(held, device="cuda")
+        part.copy_(torch.randn(part.shape, generator=generator, device=device).mul_(3))
+    target = torch.randint(classes, (held,), generator=generator, device=device)
+    indices = torch.randperm(_NUM_SAMPLES, generator=generator, device=device)[:held]
+    grad_loss = torch.ones(held, device=device)
     fields = load("reference").cross_entropy(logits[:1], target[:1], None, _NO_OPTIONS).rows
     fields = fields.expand(-1, held).contiguous()
     name = f"{rows} x {classes} {str(dtype).removeprefix('torch.')}"
@@ -175,9 +161,9 @@ def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bo
     ]
 
 
-def selection_cases(n: int, warm: bool) -> list[Case]:
+def selection_cases(n: int, device: torch.device, warm: bool) -> list[Case]:
     """Shares of ``n`` scores."""
-    scores = drawn_scores(10**6 if warm else n, "random", torch.device("cuda"))
+    scores = drawn_scores(10**6 if warm else n, "random", device)
 
     def case(share: float) -> Case:
         k = int(share * scores.shape[0])
@@ -193,8 +179,9 @@ def selection_cases(n: int, warm: bool) -> list[Case]:
 
 def update_case(rows: int, state: State) -> Case:
     """The state's update by given values."""
-    values = torch.rand(2, rows, device="cuda")
-    indices = torch.randperm(_NUM_SAMPLES, device="cuda")[:rows]
+    device = state.scores.device
+    values = torch.rand(2, rows, device=device)
+    indices = torch.randperm(_NUM_SAMPLES, device=device)[:rows]
     return Case(
         f"update {rows}",
         (rows, 1),
@@ -203,14 +190,14 @@ def update_case(rows: int, state: State) -> Case:
     )
 
 
-def cases(warm: bool) -> Iterator[Case]:
+def cases(device: torch.device, warm: bool) -> Iterator[Case]:
     """All of them; the inputs of one exist at a time."""
-    state = _state()
+    state = _state(device)
     for shape, dtype in itertools.product(_SHAPES, (torch.bfloat16, torch.float32)):
         yield from row_cases(shape, dtype, state, warm)
     for n in _SELECTED:
-        yield from selection_cases(n, warm)
-    for rows in (128, 4096, 16384, 2**20):
+        yield from selection_cases(n, device, warm)
+    for rows in _UPDATED:
         yield update_case(rows, state)
 
 
@@ -261,25 +248,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, help="JSON file for all numbers")
     parser.add_argument("--only", nargs="*", default=[""], help="cases that begin so")
     parser.add_argument("--warm", metavar="PART/PARTS", help="compile, time nothing")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     given = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no CUDA device", file=sys.stderr)
         return 2
     part, parts = map(int, (given.warm or "0/1").split("/"))
-    every, timer = variants(), Timer()
-    rate = machine.copy_bandwidth(torch.device("cuda"), 2**20 if given.warm else 2**30)["median"]
-    results: dict[str, Any] = {"machine": machine.describe(torch.device("cuda")), "copy": rate}
+    every, clock = variants(device), None if given.warm else clock_of(device)
+    rate = machine.copy_bandwidth(device, 2**20 if given.warm else 2**30)["median"]
+    results: dict[str, Any] = {"machine": machine.describe(device), "copy": rate}
     print(f"copy {rate / 1e9:.0f} GB/s", flush=True)
-    for place, case in enumerate(cases(bool(given.warm))):
+    for place, case in enumerate(cases(device, bool(given.warm))):
         if case.name.startswith(tuple(given.only)) and place % parts == part:
-            results[case.name] = _measured(case, every, None if given.warm else timer)
+            results[case.name] = _measured(case, every, clock)
             shares = (
                 f"{name} {1e6 * seconds:.1f} us = {100 * case.floor_bytes / seconds / rate:.0f} %"
                 for name, seconds in results[case.name].items()
             )
             print(f"{case.name}: " + " | ".join(shares), flush=True)
-        torch.cuda.empty_cache()
-    if not given.warm and "host".startswith(tuple(given.only)):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if clock is not None and device.type == "cuda" and "host".startswith(tuple(given.only)):
         for rows, classes in ((128, 10), (512, 10), (128, 100), (128, 1000), (512, 1000)):
             for name, seconds in host_times(rows, classes):
                 results[name] = seconds
@@ -289,8 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measured(case: Case, every: Sequence[Variant], timer: Timer | None) -> dict[str, float]:
-    """Seconds of each variant; without a timer each is only compiled."""
+def _measured(case: Case, every: Sequence[Variant], clock: Clock | None) -> dict[str, float]:
+    """Seconds of each variant; without a clock each is only compiled."""
     found = {}
     tunable = case.name.split()[0] in ("scores", "step")
     for variant in every:
@@ -299,10 +289,9 @@ def _measured(case: Case, every: Sequence[Variant], timer: Timer | None) -> dict
         call = functools.partial(case.call, load(variant.backend))
         try:
             with variant.enter():
-                if timer is None:
-                    call()
-                else:
-                    found[variant.name] = timer(call)
+                call()
+                if clock is not None:
+                    found[variant.name] = clock.burst(call, [()] * _REPEATS).seconds
         except Exception as error:  # the others go on
             print(f"{case.name}, {variant.name}: {type(error).__name__}: {error}", flush=True)
     return found

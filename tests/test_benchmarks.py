@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
 
-from benchmarks import baselines, machine, report  # noqa: E402
+from benchmarks import baselines, machine, report, sweep  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
     MIN_ROUNDS,
     Bound,
@@ -470,3 +471,57 @@ def test_a_wrong_score_fails_the_run_and_leaves_no_speed(tmp_path: Path) -> None
     assert finished.returncode == 1
     assert "differs from the reference in loss of forward 128 x 10" in finished.stdout
     assert not path.exists()
+
+
+# ---- the sweep over our own kernels --------------------------------------------------------------
+
+
+@pytest.fixture
+def small_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"_SHAPES": ((6, 10), (3, 70)), "_SELECTED": (1000,), "_UPDATED": (5,)}
+    for name, value in {**small, "_NUM_SAMPLES": 64, "_REPEATS": 2}.items():
+        monkeypatch.setattr(sweep, name, value)
+
+
+def test_the_sweep_times_every_case_by_every_backend(small_sweep: None, tmp_path: Path) -> None:
+    results = tmp_path / "sweep.json"
+    assert sweep.main(["--device", "cpu", "-o", str(results)]) == 0
+    found = json.loads(results.read_text())
+    assert found.pop("copy") > 0
+    assert found.pop("machine")["device"] == "cpu"
+    rows = [
+        f"{work} {shape} {dtype}"
+        for shape in ("6 x 10", "3 x 70")
+        for dtype in ("bfloat16", "float32")
+        for work in ("scores", "step", "backward")
+    ]
+    selected = [f"select {share} of 1e+03" for share in ("10%", "30%", "70%")]
+    assert list(found) == [*rows, *selected, "update 5"]
+    assert all(0 < seconds < 1 for times in found.values() for seconds in times.values())
+    assert all(list(times) == ["cpu"] for times in found.values())
+
+
+def test_the_sweep_may_warm_up_a_share_of_some_cases(
+    small_sweep: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main(["--device", "cpu", "--only", "backward", "--warm", "1/2"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines == [f"backward {shape}: " for shape in ("6 x 10 float32", "3 x 70 float32")]
+
+
+def test_the_launch_arithmetic_that_a_sweep_varies_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = dict.fromkeys(("cuda", "triton"), contextlib.nullcontext)
+    monkeypatch.setattr(sweep.contenders, "backends", lambda *_, **__: (entered, {}))
+    every = sweep.variants(torch.device("cuda"))
+    assert [variant.name for variant in every[:2]] == ["cuda", "triton"]
+    assert all(variant.backend == "triton" for variant in every[1:])
+    for variant in every:
+        with variant.enter():
+            pass
+
+
+def test_a_sweep_of_a_gpu_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert sweep.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err

@@ -10,6 +10,7 @@ With EMP_FAST_REQUIRE_EMULATOR=1 (CI) an emulator that cannot be built is a fail
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -491,8 +492,12 @@ def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend)
             grad = emulated.cross_entropy_backward(
                 scores.loss, logits, target, weight, scores.rows, options
             )
-            mean = emulated.mean_loss(scores.loss, scores.count, scores.rows[0])
-            outcomes.append((*scores, grad, *mean))
+            state = make_state(shape.rows)
+            made = emulated.mean_step(
+                *(logits, target, weight, options, scores.rows[0], torch.arange(shape.rows)),
+                *(state, RECURRENCES["ema"]),
+            )
+            outcomes.append((*scores, grad, *made, state.scores))
         for other in outcomes[1:]:
             for a, b in zip(outcomes[0], other, strict=True):
                 assert torch.equal(a, b)
@@ -501,7 +506,6 @@ def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend)
 #: Kernels whose blocks loop over tiles, which takes grids beyond 2^31 blocks on a GPU.
 LOOPING = [
     "rows_in_shared",
-    "mean_of_rows",
     "rows_in_registers",
     "rows_looped",
     "row_gradients",
@@ -575,35 +579,6 @@ def test_scale_by_1_touches_no_memory(emulated: EmulatedBackend) -> None:
     test_fused_step.assert_left_alone(emulated)
 
 
-@pytest.mark.parametrize("rows", test_fused_step.ROWS)
-@test_fused_step.each_count
-@test_fused_step.each_weighting
-def test_mean(rows: int, counted: str, weighted: bool, emulated: EmulatedBackend) -> None:
-    emulated.seed = rows % 3
-    test_fused_step.assert_mean(emulated, rows, counted, weighted)
-
-
-@pytest.mark.parametrize("rows", [8192, 8193, 3 * 8192 + 5])
-def test_the_mean_is_the_same_bits_whatever_the_grid(
-    rows: int, emulated: EmulatedBackend, module: Any
-) -> None:
-    loss = torch.randn(rows, generator=torch.Generator().manual_seed(rows)).exp()
-    count = (torch.arange(rows) % 3 > 0).int()
-    means = []
-    for blocks in (1, 2, 3, 2**32 - 1):
-        module.emulator.limit_blocks("mean_of_rows", blocks)
-        emulated.seed = blocks % 3
-        means.append(emulated.mean_loss(loss, count, loss))
-    test_fused_step.assert_mean(emulated, rows, "some", True)
-    for mean, factor in means:
-        assert torch.equal(mean, means[0][0])
-        assert torch.equal(factor, means[0][1])
-
-
-def test_mean_of_losses_that_are_not_finite(emulated: EmulatedBackend) -> None:
-    test_fused_step.assert_nonfinite_means(emulated)
-
-
 # ---- the state ----------------------------------------------------------------------------------
 
 
@@ -663,48 +638,31 @@ def test_update_refuses_indices_out_of_range(rows: int, emulated: EmulatedBacken
     assert_same_state(got, wanted)
 
 
-#: Rows and classes for each way to move the state, by threads and by groups of lanes.
+#: Rows and classes on both sides of what one block takes the step of, and where a thread of
+#: step_rows takes several rows.
 STEPS = [
-    (name, kernels, plan, rows, classes, seed)
-    for kernels, plan, rows, classes in (
-        ("shared", "scan", 9, 10),
-        ("shared", "scan", 250, 5),
-        ("shared", "scan", 300, 33),
-        ("shared", "counted", 300, 10),
-        ("shared", "counted", 1100, 40),
-        ("plain", "scan", 9, 10),
-        ("plain", "scan", 300, 10),
-        ("plain", "counted", 1100, 10),
+    (name, kernels, rows, classes, seed)
+    for kernels, rows, classes in (
+        ("shared", 9, 10),
+        ("shared", 300, 33),
+        ("shared", 1024, 10),
+        ("shared", 1025, 10),
+        ("plain", 9, 10),
+        ("plain", 300, 10),
+        ("plain", 1100, 10),
     )
     for name in RECURRENCES
     for seed in range(3)
 ]
-# The launches after it are those of update_state, above.
-STEPS += [
-    (name, kernels, "apart", 32768, 2, seed)
-    for kernels in ("plain", "shared")
-    for seed, name in enumerate(("ema", "variance and direct"))
-]
+STEPS += [("variance and direct", "auto", 2**18 + 77, 2, 1)]
 
 
-@pytest.mark.parametrize(("name", "kernels", "plan", "rows", "classes", "seed"), STEPS)
+@pytest.mark.parametrize(("name", "kernels", "rows", "classes", "seed"), STEPS)
 def test_a_fused_step_moves_the_state_as_the_reference_does(
-    name: str,
-    kernels: str,
-    plan: str,
-    rows: int,
-    classes: int,
-    seed: int,
-    emulated: EmulatedBackend,
-    module: Any,
+    name: str, kernels: str, rows: int, classes: int, seed: int, emulated: EmulatedBackend
 ) -> None:
     """From the scores that the kernel itself wrote, the state is the reference's, bit for bit."""
     emulated.row_kernels, emulated.seed = kernels, seed
-    chosen = module.cuda.plan_rows(
-        *(rows, classes, classes, 4, True, False, False, False, True, 4, 227 * 1024, 0),
-        emulated._row_kernels,
-    )
-    assert chosen["update"] == plan
     recurrence = RECURRENCES[name]
     generator = torch.Generator().manual_seed(rows)
     samples = max(rows // 3, 4)
@@ -715,7 +673,7 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
         target[torch.rand(rows, generator=generator) < 0.2] = -100
         logits[torch.rand(rows, generator=generator) < 0.1, 0] = torch.nan
         indices = torch.randint(samples, (rows,), generator=generator)
-        indices[1] = -1 if plan == "counted" else samples
+        indices[1] = -1 if rows % 2 else samples
         scores, grad = emulated.cross_entropy_step(
             *(logits, target, None, LossOptions(), None, 1 / rows, indices, got, recurrence)
         )
@@ -735,6 +693,62 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
         assert torch.equal(scores.loss.nan_to_num(7.0), plain.loss.nan_to_num(7.0))
         assert torch.equal(grad.isnan().any(1), scores.loss.isnan())
     assert_same_state(got, wanted)
+
+
+def test_a_step_of_samples_that_do_not_exist(emulated: EmulatedBackend) -> None:
+    """Of a state without a sample there is no claim to count blocks on."""
+    state, logits = make_state(0), torch.randn(5, 3)
+    indices = torch.tensor([0, -1, 7, 0, 1])
+    made = emulated.mean_step(
+        *(logits, indices.clamp(0, 2), None, LossOptions(), None, indices, state),
+        RECURRENCES["variance and direct"],
+    )
+    assert state.counters.tolist() == [0, 5]
+    close(made.mean, torch.nn.functional.cross_entropy(logits, indices.clamp(0, 2)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "counted", "weighted"),
+    [
+        *itertools.product((0, 1, 41, 1024, 1025, 5000), ("all", "some", "none"), (False, True)),
+        (2**18 + 77, "some", True),
+    ],
+)
+def test_the_mean_of_a_step(
+    rows: int, counted: str, weighted: bool, emulated: EmulatedBackend
+) -> None:
+    """The mean within the tolerance of a float32 sum, the factor to the bit."""
+    emulated.seed = rows % 3
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, 2, generator=generator)
+    target = torch.randint(2, (rows,), generator=generator)
+    if counted != "all":
+        target[:: 3 if counted == "some" else 1] = -100
+    row_scale = torch.rand(rows, generator=generator) if weighted else None
+    scored = REFERENCE.cross_entropy(logits.double(), target, None, LossOptions())
+    arguments = (logits, target, None, LossOptions(), row_scale, torch.arange(rows))
+    made = emulated.mean_step(*arguments, make_state(max(rows, 1)), RECURRENCES["ema"])
+    divisor = max(int(scored.count.sum()), 1)
+    total = (scored.loss * (1 if row_scale is None else row_scale)).sum()
+    close(made.mean, (total / divisor).float(), 1e-5, 0)
+    assert made.factor is not None
+    assert torch.equal(made.factor, torch.tensor(max(rows, 1) / divisor))
+
+
+@pytest.mark.parametrize("rows", [700, 1500])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_shows_in_the_mean_of_a_step(
+    rows: int, value: float, emulated: EmulatedBackend
+) -> None:
+    logits, indices = torch.zeros(rows, 3), torch.arange(rows)
+    logits[rows - 9, 1] = value
+    made = emulated.mean_step(
+        *(logits, indices * 0, None, LossOptions(), None, indices),
+        *(make_state(rows), RECURRENCES["ema"]),
+    )
+    wanted = REFERENCE.cross_entropy(logits, indices * 0, None, LossOptions()).loss.mean()
+    close(made.mean, wanted)
+    assert made.factor == 1
 
 
 @pytest.mark.parametrize("options", test_fused_step.OPTIONS, ids=lambda o: ",".join(o) or "plain")

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -57,7 +58,6 @@ RowArgs row_args(Address logits, int64_t stride, int64_t rows, int64_t classes, 
   a.ignore_index = ignore_index;
   a.smoothing = static_cast<float>(smoothing);
   a.softcap = static_cast<float>(softcap);
-  a.occurrences = Occurrences::kNoUpdate;
   a.direct = -1;
   return a;
 }
@@ -156,66 +156,71 @@ void backward(int device, int dtype, Address logits, int64_t stride, int64_t row
   gradient(type, plan, a, stream_of(stream));
 }
 
+// Scores, gradient and step of a batch; `a` holds all but what the state moves by.
+void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64_t* indices,
+              int signal, int direct, const StateArgs& state, Address workspace,
+              cudaStream_t stream) {
+  if (a.rows >= kMaxStepRows) {
+    throw std::invalid_argument("logits must have fewer than " + std::to_string(kMaxStepRows) +
+                                " rows, got " + std::to_string(a.rows));
+  }
+  const Device properties = device_for(kernels, device);
+  const RowShape shape = shape_of(a, type, true);
+  const RowPlan plan = plan_rows(kernels, shape, properties);
+  // The launch that makes the gradient of split rows reads what the backward pass does.
+  if (plan.path == RowPath::kSplit) a.for_backward = true;
+  const auto values = [&a](int which) {
+    return which == 0 ? a.loss : a.fields + (which - 1) * a.rows;
+  };
+  a.signal = signal;
+  a.direct = direct;
+  a.update = {indices, values(signal), direct < 0 ? nullptr : values(direct),
+              a.count, a.rows,         state};
+  a.step = whole_step(a.rows, state.samples) ? StepPart::kWhole : StepPart::kClaims;
+  run_scores(type, plan, a, workspace, stream);
+  if (a.step == StepPart::kClaims) step_claimed(a.update, a.mean, stream);
+  if (plan.path == RowPath::kSplit) {
+    gradient(type, plan_backward(shape, properties), a, stream);
+  }
+}
+
 void step(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
           int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
           int64_t ignore_index, double smoothing, double softcap, Address loss, Address fields,
-          Address correct, Address count, bool for_backward, Address workspace, Address grad,
-          Address row_scale, double scale, Address indices, int signal, int direct, Address scores,
-          Address memory, Address visits, Address variance, Address claims, Address counters,
-          int64_t samples, int kind, double decay, double direct_scale, double memory_scale,
-          double variance_scale, Address stream_handle) {
+          Address correct, Address count, Address workspace, Address grad, Address row_scale,
+          double scale, Address indices, int signal, int direct, Address scores, Address memory,
+          Address visits, Address variance, Address claims, Address counters, int64_t samples,
+          int kind, double decay, double direct_scale, double memory_scale, double variance_scale,
+          Address stream) {
   if (rows == 0) return;
-  const auto type = static_cast<Dtype>(dtype);
-  const cudaStream_t stream = stream_of(stream_handle);
   RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
                        ignore_index, smoothing, softcap);
   a.loss = pointer<float>(loss);
   a.fields = pointer<float>(fields);
   a.correct = pointer<bool>(correct);
   a.count = pointer<int32_t>(count);
-  a.for_backward = for_backward;
+  a.for_backward = true;
   a.grad = pointer<void>(grad);
   a.row_scale = pointer<const float>(row_scale);
   a.scale = static_cast<float>(scale);
-  a.indices = pointer<const int64_t>(indices);
-  a.signal = signal;
-  a.direct = direct;
-  a.state = state_args(scores, memory, visits, variance, claims, counters, samples,
-                       make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
-
-  const auto chosen = static_cast<RowKernels>(kernels);
-  const Device properties = device_for(chosen, device);
-  const RowShape shape = shape_of(a, type, true);
-  const RowPlan plan = plan_rows(chosen, shape, properties);
-  // The launch that makes the gradient of split rows reads what the backward pass does.
-  if (plan.path == RowPath::kSplit) a.for_backward = true;
-  const StepPlan update = plan_step(plan, rows);
-  if (update == StepPlan::kScan) a.occurrences = Occurrences::kScan;
-  if (update == StepPlan::kCounted) {
-    a.occurrences = Occurrences::kCounted;
-    count_occurrences(a, stream);
-  }
-  run_scores(type, plan, a, workspace, stream);
-  if (plan.path == RowPath::kSplit) {
-    gradient(type, plan_backward(shape, properties), a, stream);
-  }
-  if (update == StepPlan::kApart) {
-    const auto values = [&a](int which) {
-      return which == 0 ? a.loss : a.fields + (which - 1) * a.rows;
-    };
-    update_state({a.indices, values(signal), direct < 0 ? nullptr : values(direct), a.count, a.rows,
-                  a.state},
-                 stream);
-  }
+  run_step(static_cast<RowKernels>(kernels), device, static_cast<Dtype>(dtype), a,
+           pointer<const int64_t>(indices), signal, direct,
+           state_args(scores, memory, visits, variance, claims, counters, samples,
+                      make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale)),
+           workspace, stream_of(stream));
 }
 
-// What `mean_step` keeps in its workspace: the sums of mean_loss first, which are of doubles, then
+// What `mean_step` keeps in its workspace: the sums of step_rows and their number, then
 // [1 + kFields + 1, rows] words of losses, fields and counts.
-int64_t mean_step_workspace(int64_t rows) {
-  return mean_workspace(rows) + int64_t{sizeof(float)} * (2 + kFields) * rows;
+int64_t mean_parts_bytes(int64_t rows) {
+  return 2 * int64_t{sizeof(double)} * (1 + step_parts(rows));
 }
 
-// `step` of the mean over all rows, whose scores stay in the workspace, and mean_loss of them.
+int64_t mean_step_workspace(int64_t rows) {
+  return mean_parts_bytes(rows) + int64_t{sizeof(float)} * (2 + kFields) * rows;
+}
+
+// The step of the mean over all rows, whose scores stay in the workspace.
 void mean_step(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
                int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
                int64_t ignore_index, double smoothing, double softcap, Address split_workspace,
@@ -224,18 +229,27 @@ void mean_step(int kernels, int device, int dtype, Address logits, int64_t strid
                Address claims, Address counters, int64_t samples, int kind, double decay,
                double direct_scale, double memory_scale, double variance_scale, Address mean,
                Address factor, Address stream) {
-  const Address loss = workspace + static_cast<Address>(mean_workspace(rows));
-  const Address fields = loss + sizeof(float) * static_cast<Address>(rows);
-  const Address count = fields + sizeof(float) * kFields * static_cast<Address>(rows);
-  const bool for_backward = std::max(signal, direct) > kMax;  // 1 + a field
-  step(kernels, device, dtype, logits, stride, rows, classes, target, soft, weight, weight_sum,
-       ignore_index, smoothing, softcap, loss, fields, 0, count, for_backward, split_workspace,
-       grad, row_scale, 1.0 / static_cast<double>(std::max<int64_t>(rows, 1)), indices, signal,
-       direct, scores, memory, visits, variance, claims, counters, samples, kind, decay,
-       direct_scale, memory_scale, variance_scale, stream);
-  mean_loss(pointer<const float>(loss), pointer<const int32_t>(count),
-            pointer<const float>(row_scale), rows, pointer<float>(mean), pointer<float>(factor),
-            pointer<double>(workspace), stream_of(stream));
+  RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
+                       ignore_index, smoothing, softcap);
+  a.loss = pointer<float>(workspace + static_cast<Address>(mean_parts_bytes(rows)));
+  a.fields = a.loss + rows;
+  a.count = reinterpret_cast<int32_t*>(a.fields + kFields * rows);
+  a.for_backward = std::max(signal, direct) > kMax;  // 1 + a field
+  a.grad = pointer<void>(grad);
+  a.row_scale = pointer<const float>(row_scale);
+  a.scale = static_cast<float>(1.0 / static_cast<double>(std::max<int64_t>(rows, 1)));
+  a.mean = {a.loss,
+            a.row_scale,
+            pointer<float>(mean),
+            pointer<float>(factor),
+            pointer<double>(workspace) + 2,
+            pointer<unsigned>(workspace)};
+  const StateArgs state =
+      state_args(scores, memory, visits, variance, claims, counters, samples,
+                 make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
+  run_step(static_cast<RowKernels>(kernels), device, static_cast<Dtype>(dtype), a,
+           pointer<const int64_t>(indices), signal, direct, state, split_workspace,
+           stream_of(stream));
 }
 
 void update(Address indices, Address signal, Address direct, Address count, int64_t rows,
@@ -266,7 +280,6 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
                 {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
                 {multiprocessors, shared, max_cluster});
   constexpr const char* names[] = {"shared", "registers", "looped", "split", "cluster", "ring"};
-  constexpr const char* updates[] = {"scan", "counted", "apart"};
   py::dict d;
   d["path"] = names[static_cast<int>(p.path)];
   d["lanes"] = p.lanes;
@@ -282,7 +295,6 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
   d["blocks_per_multiprocessor"] = p.blocks_per_multiprocessor;
   d["shared_bytes"] = p.shared_bytes;
   d["workspace_bytes"] = p.workspace_bytes;
-  d["update"] = updates[static_cast<int>(plan_step(p, rows))];
   return d;
 }
 
@@ -406,13 +418,6 @@ void bind(py::module_& m) {
   cuda.def("mean_step_workspace", &mean_step_workspace);
   cuda.def("mean_step", &mean_step);
   cuda.def("update_state", &update);
-  cuda.def("mean_workspace", &mean_workspace);
-  cuda.def("mean_loss", [](Address loss, Address count, Address row_scale, int64_t rows,
-                           Address mean, Address factor, Address workspace, Address stream) {
-    mean_loss(pointer<const float>(loss), pointer<const int32_t>(count),
-              pointer<const float>(row_scale), rows, pointer<float>(mean), pointer<float>(factor),
-              pointer<double>(workspace), stream_of(stream));
-  });
   cuda.def("scale", [](int dtype, Address grad, int64_t elements, Address factor, Address also,
                        Address stream) {
     scale_gradient(static_cast<Dtype>(dtype), pointer<void>(grad), elements,

@@ -22,8 +22,8 @@ int largest_cluster(const void* function, int threads, int64_t shared_bytes);
 int resident_clusters(const void* function, int threads, int cluster, int64_t shared_bytes,
                       const char* kernel);
 
-// Scores of all rows and, with args.grad, their gradient and, with args.occurrences, the state's
-// step.
+// Scores of all rows and, with args.grad, their gradient and, with args.step, the batch's step or
+// its beginning.
 void score_in_shared(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_registers(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_looped(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
@@ -37,29 +37,14 @@ void score_split(Dtype, const RowPlan&, const RowArgs&, float* partials, cudaStr
 // Gradients from the fields of the forward pass; the gradient of row r is scale * row_scale[r].
 void gradient(Dtype, const BackwardPlan&, const RowArgs&, cudaStream_t);
 
-// *mean: the sum of row_scale * loss by the number of rows that count. *factor: what the gradient
-// of the sum by the number of all rows is to be multiplied by; exactly 1 when every row counts.
-// `workspace` holds mean_workspace(rows) bytes.
-void mean_loss(const float* loss, const int32_t* count, const float* row_scale, int64_t rows,
-               float* mean, float* factor, double* workspace, cudaStream_t);
-
 // Multiplies a gradient in place by *factor, times *also unless that is null; touches no memory
 // when they make 1.
 void scale_gradient(Dtype, void* grad, int64_t elements, const float* factor, const float* also,
                     cudaStream_t);
 
-// Leaves in claims the number of rows of each sample, for Occurrences::kCounted.
-void count_occurrences(const RowArgs&, cudaStream_t);
-
-struct UpdateArgs {
-  const int64_t* indices;  // [S]
-  const float* signal;     // [S]
-  const float* direct;     // [S] or null
-  const int32_t* count;    // [S] or null
-  int64_t rows;            // S < 2^31 - 1
-  StateArgs state;
-};
 void update_state(const UpdateArgs&, cudaStream_t);
+// What StepPart::kClaims leaves to do; mean.parts holds step_parts(rows) pairs.
+void step_claimed(const UpdateArgs&, const MeanArgs&, cudaStream_t);
 
 void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,
             cudaStream_t);

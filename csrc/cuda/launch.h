@@ -73,7 +73,6 @@ inline int64_t vectors_of(const RowShape& s) {
 
 constexpr int64_t kSystemShared = 1024;      // what a resident block takes besides its own
 constexpr int kSharedRowThreads = 128;       // a block at most: fewer where their tiles do not fit
-constexpr int64_t kSharedThreads = 1024;     // a multiprocessor
 constexpr int64_t kSharedBytes = 34 * 1024;  // of a block at most, but for one warp's tile
 constexpr int64_t kSharedTileBytes = 4096;   // of several groups of rows; one alone may take more
 constexpr int64_t kSharedRowBytes = 16384;   // at most
@@ -103,6 +102,10 @@ inline int shared_lanes(int64_t row_bytes) {
                              : 32;
 }
 
+// Threads of a multiprocessor in rows_in_shared: sums that wait for the others of a warp take
+// registers.
+constexpr int64_t shared_threads(int lanes) { return lanes == 1 ? 1024 : 896; }
+
 // The plan of rows_in_shared, where it serves the rows and has enough of them.
 inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
@@ -127,7 +130,7 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   plan.shared_bytes = warps * tile;
   // As many blocks as run at once: each goes on to its next tile without a pause.
   const int64_t resident =
-      std::min(ceil_div(kSharedThreads, plan.threads),
+      std::min(shared_threads(lanes) / plan.threads,
                (device.shared_bytes + kSystemShared) / (plan.shared_bytes + kSystemShared));
   plan.grid = std::min(ceil_div(s.rows, int64_t{warps} * plan.tile_rows),
                        std::max<int64_t>(resident, 1) * device.multiprocessors);
@@ -256,33 +259,25 @@ inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
 // ---- state
 // -----------------------------------------------------------------------------------------
 
-constexpr int64_t kScanRows = 1024;           // up to here each row counts its own occurrences
-constexpr int64_t kScanRowsByThread = 256;    // the same where one thread does a row
-constexpr int64_t kCountedRows = 32767;       // up to here a count fits half of a claim
-constexpr int64_t kScanUpdateRows = 4096;     // update_state in one launch, each row by itself
-constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread of update_state takes four
+constexpr int64_t kScanUpdateRows = 4096;    // update_state in one launch, each row by itself
+constexpr int64_t kWholeStepRows = 1024;     // of a batch whose step one block takes
+constexpr int64_t kMaxStepRows = INT32_MAX;  // whose numbers plus one fit a claim
+constexpr int kStateThreads = 256;
+constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread takes kRowsOfMany
+constexpr int kRowsOfMany = 4;
 
-// Where the state moves in a fused step: in the scoring kernel's epilogue, where each row counts
-// its sample's occurrences itself or finds them counted by a launch before; or in launches after
-// it.
-enum class StepPlan : int { kScan, kCounted, kApart };
-
-inline StepPlan plan_step(const RowPlan& plan, int64_t rows) {
-  const bool by_thread = plan.path == RowPath::kShared;
-  if (rows <= (by_thread ? kScanRowsByThread : kScanRows)) return StepPlan::kScan;
-  return rows <= kCountedRows ? StepPlan::kCounted : StepPlan::kApart;
+// Whether the scoring launch takes the whole step. Without a sample there is no claim to count on.
+inline bool whole_step(int64_t rows, int64_t samples) {
+  return rows <= kWholeStepRows && samples > 0;
 }
 
-// ---- mean
-// ------------------------------------------------------------------------------------------
-
-constexpr int64_t kMeanRows = 8192;  // that a block adds up, whatever the grid
-
-// Bytes of the sums of the blocks; 0 where one block does all.
-inline int64_t mean_workspace(int64_t rows) {
-  const int64_t parts = ceil_div(rows, kMeanRows);
-  return parts > 1 ? 2 * parts * int64_t{sizeof(double)} : 0;
+// Rows that a block of claim_rows and step_rows takes.
+inline int64_t rows_of_state_block(int64_t rows) {
+  return kStateThreads * (rows < kManyUpdateRows ? 1 : kRowsOfMany);
 }
+
+// Blocks of step_rows, each with a part of the mean.
+inline int64_t step_parts(int64_t rows) { return ceil_div(rows, rows_of_state_block(rows)); }
 
 // ---- selection
 // -------------------------------------------------------------------------------------

@@ -23,11 +23,33 @@ struct StateArgs {
   Recurrence recurrence;
 };
 
-// How a row of a fused step learns how often its sample occurs among the rows.
-enum class Occurrences : int {
-  kNoUpdate,  // leave the state alone
-  kScan,      // the row's own threads read every index
-  kCounted,   // a launch before has left the number in the low half of `claims`
+// Rows of values that move their samples' state.
+struct UpdateArgs {
+  const int64_t* indices;  // [S]
+  const float* signal;     // [S]
+  const float* direct;     // [S] or null
+  const int32_t* count;    // [S] or null
+  int64_t rows;            // S < 2^31 - 1
+  StateArgs state;
+};
+
+// The mean of the losses of the same rows, and what a gradient of their sum by the number of all
+// rows is to be multiplied by: exactly 1 when every row counts.
+struct MeanArgs {
+  const float* loss;       // [S]
+  const float* row_scale;  // [S] or null
+  float* mean;             // null: no mean is wanted
+  float* factor;
+  double* parts;      // [blocks, 2] of step_rows: its sums
+  unsigned* arrived;  // blocks of step_rows that have written theirs
+};
+
+// What a scoring launch does of its batch's step: the move of the state, and the mean.
+enum class StepPart : int {
+  kNone,
+  kClaims,  // every row that may move its sample claims it; step_rows, the next launch, does the
+            // rest
+  kWhole,   // the block that ends last does all of it
 };
 
 struct RowArgs {
@@ -53,11 +75,11 @@ struct RowArgs {
   const float* row_scale;  // [R] or null
   float scale;             // d total / d loss = row_scale * scale
 
-  Occurrences occurrences;
-  const int64_t* indices;  // [R]
-  int signal;              // 0: loss, 1 + f: field f
-  int direct;              // the same; -1: none
-  StateArgs state;
+  StepPart step;
+  int signal;         // what update.signal is: 0 the loss, 1 + f field f
+  int direct;         // the same; -1: none
+  UpdateArgs update;  // from the outputs above
+  MeanArgs mean;
 };
 
 // Whether a softcap or label smoothing, the rare options, is asked for.

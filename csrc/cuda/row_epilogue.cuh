@@ -1,10 +1,9 @@
-// From a row's sums to its outputs: scores, gradient coefficients and the step of its sample's
-// state.
+// From a row's sums to its outputs: scores, gradient coefficients and the claim of its sample.
 #pragma once
 #include "core/softmax_sums.h"
+#include "cuda/batch_step.cuh"
 #include "cuda/group.cuh"
 #include "cuda/row_args.h"
-#include "cuda/state_update.cuh"
 #include "cuda/vector.cuh"
 
 namespace emp_fast::cuda {
@@ -248,35 +247,18 @@ __device__ __forceinline__ float cap_derivative(float x, float softcap) {
   return 1.0f - t * t;
 }
 
-// ---- state
-// -----------------------------------------------------------------------------------------
+// ---- outputs
+// ---------------------------------------------------------------------------------------
 
-// The rows of the sample of `row`, itself included, counted by the kLanes threads that share it.
-template <int kLanes>
-__device__ __forceinline__ int count_by_scan(const RowArgs& a, int64_t row) {
-  const int64_t sample = a.indices[row];
-  int occurrences = 0;
-  for (int64_t r = threadIdx.x % kLanes; r < a.rows; r += kLanes) {
-    occurrences += __ldg(a.indices + r) == sample;
-  }
-  if constexpr (kLanes > 1) occurrences = Group<kLanes>::reduce(occurrences, Add{});
-  return occurrences;
-}
-
-// Writes the outputs of a row that kLanes threads share, and takes its sample's step if asked to.
-// Every thread of the block calls it; the first warp of a block-wide row does the work.
+// Writes the outputs of a row that kLanes threads share; the first of them does the work.
 template <int kLanes>
 __device__ __forceinline__ void conclude(const RowArgs& a, int64_t row, bool active,
                                          const RowResult& result) {
-  constexpr int kWorkers = kLanes < 32 ? kLanes : 32;
-  if (kLanes > 32 && threadIdx.x >= 32) return;
-  const bool writer = active && threadIdx.x % kWorkers == 0;
-  if (writer) write_row(a, row, result);
-  if (a.occurrences == Occurrences::kNoUpdate) return;
-  const int occurrences = a.occurrences == Occurrences::kScan ? count_by_scan<kWorkers>(a, row) : 0;
-  if (!writer) return;
+  if (!active || threadIdx.x % kLanes != 0) return;
+  write_row(a, row, result);
+  if (a.step != StepPart::kClaims) return;
   const float direct = a.direct < 0 ? 0.0f : result.value(a.direct);
-  arrive(a, row, occurrences, result.valid, result.value(a.signal), direct);
+  claim_scored(a, row, result.valid, result.value(a.signal), direct);
 }
 
 }  // namespace emp_fast::cuda

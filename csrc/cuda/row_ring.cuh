@@ -462,6 +462,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
       ring.release(a, shape, rank);
     }
   }
+  end_launch(a);
 }
 
 }  // namespace emp_fast::cuda

@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     }
     conclude<kLanes>(a, row, active, result);
   }
+  end_launch(a);
 }
 
 }  // namespace

@@ -161,9 +161,8 @@ struct KeptRow {
   }
 };
 
-// Sums that wait for the others of a warp take registers: seven blocks a multiprocessor then.
 template <class T, int kBytes, int kLanes>
-__global__ void __launch_bounds__(kSharedRowThreads, kLanes == 1 ? 8 : 7)
+__global__ void __launch_bounds__(kSharedRowThreads, shared_threads(kLanes) / kSharedRowThreads)
     rows_in_shared(const __grid_constant__ RowArgs a, int tile_rows, int tile_vectors) {
   using P = Piece<T, kBytes>;
   using G = Group<kLanes>;
@@ -283,6 +282,7 @@ __global__ void __launch_bounds__(kSharedRowThreads, kLanes == 1 ? 8 : 7)
     __syncwarp();  // before the next tile overwrites this one
   }
   if (turn > 0) kept.conclude(a);
+  end_launch(a);
 }
 
 // The widest piece that divides every row's address.

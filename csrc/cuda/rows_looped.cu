@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
     }
     conclude<kLanes>(a, row, active, result);
   }
+  end_launch(a);
 }
 
 }  // namespace

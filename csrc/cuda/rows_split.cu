@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(128)
   const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
   const float x_y = capped(to_float(logits[target.column]), a.softcap);
   conclude<32>(a, row, active, finish_row(a, sums, x_y, target));
+  end_launch(a);
 }
 
 }  // namespace

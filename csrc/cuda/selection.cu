@@ -14,6 +14,7 @@
 #include <climits>
 
 #include "core/order_key.h"
+#include "cuda/grid.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/radix_select.h"
 
@@ -54,21 +55,6 @@ __device__ __forceinline__ uint4 load_bits(const float* scores, int64_t first, i
 
 __device__ __forceinline__ bool is_aligned(const float* scores) {
   return reinterpret_cast<uintptr_t>(scores) % 16 == 0;
-}
-
-// Whether this block is the last of the grid to come here, and so sees what all others have
-// written. Every block of the launch must come, or none.
-__device__ __forceinline__ bool last_block(Control* control) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(&control->arrived, 1u) == gridDim.x - 1;
-    __threadfence();
-    if (last) control->arrived = 0;
-  }
-  __syncthreads();
-  return last;
 }
 
 // Exclusive prefix of one value a thread over the block, and the block's total.
@@ -211,7 +197,7 @@ __global__ void __launch_bounds__(kCountThreads)
   }
   if (run != 0) atomicAdd(bins + run_bin * kCopies + copy, run);
   flush_bins<kCopies>(bins, histogram);
-  if (last_block(control)) {
+  if (last_block(&control->arrived)) {
     fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, true, states);
   }
 }
@@ -236,7 +222,7 @@ __global__ void __launch_bounds__(kCountThreads)
     atomicAdd(bins + digit.of({key, 0}) * kCopies + copy, 1u);
   }
   flush_bins<kCopies>(bins, histogram);
-  if (!last_block(control)) return;
+  if (!last_block(&control->arrived)) return;
   for (int p = 0; p < 2; ++p) {
     const int64_t rank = p == 0 ? rank_above : rank_below;
     const SelectState state = SelectState::start(static_cast<uint64_t>(rank));
@@ -267,7 +253,7 @@ __global__ void __launch_bounds__(kCountThreads)
     }
   }
   for (int p = 0; p < 2; ++p) flush_bins<1>(bins + p * kBins, histograms + p * kBins);
-  if (!last_block(control)) return;
+  if (!last_block(&control->arrived)) return;
   for (int p = 0; p < 2; ++p) {
     fix_in_block<kCountThreads>(histograms + p * kBins, kDigitBits, digit, states[p], true,
                                 states + p);
@@ -305,7 +291,7 @@ __global__ void __launch_bounds__(kCountThreads)
     }
   }
   flush_bins<kCopies>(bins, histogram);
-  if (last_block(control)) {
+  if (last_block(&control->arrived)) {
     fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, true, states);
   }
 }
@@ -585,7 +571,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   if (held != 0) hand_over();
   if (lane == 0 && sure != 0) atomicAdd(&control->sure, sure);
-  if (!last_block(control) || threadIdx.x != 0) return;
+  if (!last_block(&control->arrived) || threadIdx.x != 0) return;
   // What is left to take from the candidates, or that the bracket failed.
   const auto certain = static_cast<int64_t>(__ldcg(&control->sure));
   const auto found = static_cast<int64_t>(__ldcg(&control->candidates));
@@ -635,7 +621,7 @@ __global__ void __launch_bounds__(kThreads)
     sum = __reduce_add_sync(kFullWarp, sum);
     if (lane == 0) totals[run] = sum;
   }
-  if (!last_block(control)) return;
+  if (!last_block(&control->arrived)) return;
   const int64_t each = (runs + kThreads - 1) / kThreads;
   const int64_t first = threadIdx.x * each;
   const int64_t end = min(first + each, runs);

@@ -1,32 +1,16 @@
-// The step of the per-sample state from given values, random bits, and what the fused step needs
-// before it.
+// The step of the per-sample state, apart from the launch that scores; random bits.
 //
-// Memory: 12 to 24 bytes read and 12 to 16 written a row, at the samples' places. Among the rows of
-// one sample that may be applied the last wins. Of few rows each looks through those after it. Of
-// more, every such row raises the sample's claim to its number plus one, then the row that finds
-// its own number there takes the step and clears the claim.
+// Memory: 12 to 24 bytes read and 12 to 16 written a row, at the samples' places; 4 to 8 more for
+// the mean of a fused step. Of few rows each looks through those after it for one that beats it. Of
+// more, all claim their samples, then the winners move them (batch_step.cuh).
 #include "core/philox.h"
+#include "cuda/batch_step.cuh"
 #include "cuda/launcher.cuh"
-#include "cuda/state_update.cuh"
 
 namespace emp_fast::cuda {
 namespace {
 
-constexpr int kStateThreads = 256;
 constexpr int kScanned = 4;  // indices that a thread has in flight
-
-// The values of one row.
-struct RowValues {
-  int64_t sample;
-  float signal, direct;
-  bool counted;
-};
-
-__device__ __forceinline__ RowValues values_of(const UpdateArgs& a, int64_t row) {
-  return {__ldg(a.indices + row), __ldg(a.signal + row),
-          a.direct == nullptr ? 0.0f : __ldg(a.direct + row),
-          a.count == nullptr || __ldg(a.count + row) > 0};
-}
 
 // Whether a row whose sample is in range may move the state.
 __device__ __forceinline__ bool may_move(const RowValues& v) {
@@ -40,7 +24,7 @@ __global__ void __launch_bounds__(kStateThreads, 6)
   const int row = static_cast<int>(blockIdx.x) * (kStateThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= rows) return;
-  const RowValues mine = values_of(a, row);
+  const RowValues mine = RowValues::of(a, row);
   bool beaten = false;
   for (int first = row + 1 + lane; first < rows; first += 32 * kScanned) {
     int64_t other[kScanned];
@@ -53,82 +37,56 @@ __global__ void __launch_bounds__(kStateThreads, 6)
 #pragma unroll
     for (int u = 0; u < kScanned; ++u) same |= (other[u] == mine.sample ? 1u : 0u) << u;
     for (int r = first; same != 0; same >>= 1, r += 32) {
-      if ((same & 1) != 0) beaten = beaten || may_move(values_of(a, r));
+      if ((same & 1) != 0) beaten = beaten || may_move(RowValues::of(a, r));
     }
   }
   beaten = __any_sync(0xFFFFFFFFu, beaten) != 0;
   if (lane != 0 || !admit(a.state, mine.sample, mine.counted, mine.signal, mine.direct)) return;
-  if (!beaten) {
-    move_state(a.state, mine.sample, mine.signal, a.direct != nullptr, mine.direct);
-  }
+  if (beaten) return;
+  const SampleState state = read_state(a.state, mine.sample);
+  write_visit(a.state, mine.sample, state, mine.signal, a.direct != nullptr, mine.direct);
 }
 
-// The rows of a thread: kRows of them a block apart, so that their loads are in flight together.
+// The rows of a thread are a block apart.
 template <int kRows>
-__device__ __forceinline__ void values_of_thread(const UpdateArgs& a, int64_t first,
-                                                 RowValues (&values)[kRows]) {
-#pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-    const int64_t row = first + u * kStateThreads;
-    values[u] = row < a.rows ? values_of(a, row) : RowValues{-1, 0.0f, 0.0f, false};
-  }
-}
-
-template <int kRows>
-__device__ __forceinline__ int64_t first_of_thread() {
-  return int64_t{blockIdx.x} * (kStateThreads * kRows) + threadIdx.x;
+__device__ __forceinline__ ThreadRows<kRows> rows_of_thread(const UpdateArgs& a) {
+  return ThreadRows<kRows>::of(a, int64_t{blockIdx.x} * (kStateThreads * kRows) + threadIdx.x,
+                               kStateThreads);
 }
 
 template <int kRows>
 __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constant__ UpdateArgs a) {
-  const int64_t first = first_of_thread<kRows>();
-  RowValues values[kRows];
-  values_of_thread(a, first, values);
+  rows_of_thread<kRows>(a).claim(a);
+}
+
+// The block that is last to arrive adds up the sums of all, in an order that the grid alone
+// decides.
+template <int kRows>
+__global__ void __launch_bounds__(kStateThreads)
+    step_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {
+  const auto rows = rows_of_thread<kRows>(a);
+  LossSums sums{0.0, 0.0};
+  if (mean.mean != nullptr) {
 #pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-    const RowValues& v = values[u];
-    if (admit(a.state, v.sample, v.counted, v.signal, v.direct)) {
-      atomicMax(a.state.claims + v.sample, static_cast<int>(first + u * kStateThreads + 1));
+    for (int u = 0; u < kRows; ++u) {
+      if (rows.row(u) < a.rows) sums.add(mean, rows.row(u), rows.values[u].counted);
     }
   }
-}
-
-template <int kRows>
-__global__ void __launch_bounds__(kStateThreads) step_rows(const __grid_constant__ UpdateArgs a) {
-  const int64_t first = first_of_thread<kRows>();
-  RowValues values[kRows];
-  values_of_thread(a, first, values);
-  int claims[kRows];
-#pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-    const int64_t sample = values[u].sample;
-    const bool inside = sample >= 0 && sample < a.state.samples;
-    claims[u] = inside ? __ldcg(a.state.claims + sample) : 0;
+  rows.move(a);
+  if (mean.mean == nullptr) return;
+  sums.add_up<kStateThreads>();
+  if (threadIdx.x == 0) {
+    mean.parts[2 * blockIdx.x] = sums.loss;
+    mean.parts[2 * blockIdx.x + 1] = sums.counted;
   }
-  // Only the winner's number can stand here: a row that lost reads that number, or 0 after it.
-  const auto won = [&](int u) {
-    return claims[u] == static_cast<int>(first + u * kStateThreads + 1);
-  };
-  SampleState states[kRows];
-#pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-    if (won(u)) states[u] = read_state(a.state, values[u].sample);
+  if (!last_block(mean.arrived)) return;
+  sums = {0.0, 0.0};
+  for (unsigned part = threadIdx.x; part < gridDim.x; part += kStateThreads) {
+    sums.loss += __ldcg(mean.parts + 2 * part);
+    sums.counted += __ldcg(mean.parts + 2 * part + 1);
   }
-#pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-    if (!won(u)) continue;
-    const RowValues& v = values[u];
-    write_visit(a.state, v.sample, states[u], v.signal, a.direct != nullptr, v.direct);
-    __stcg(a.state.claims + v.sample, 0);  // while rows that lost may read it
-  }
-}
-
-__global__ void __launch_bounds__(kStateThreads)
-    count_rows(const int64_t* indices, int64_t rows, int32_t* claims, int64_t samples) {
-  const int64_t row = int64_t{blockIdx.x} * kStateThreads + threadIdx.x;
-  if (row >= rows) return;
-  const int64_t sample = indices[row];
-  if (sample >= 0 && sample < samples) atomicAdd(claims + sample, 1);
+  sums.add_up<kStateThreads>();
+  if (threadIdx.x == 0) sums.write_mean(mean, a.rows);
 }
 
 __global__ void __launch_bounds__(kStateThreads)
@@ -152,18 +110,16 @@ void update_state(const UpdateArgs& args, cudaStream_t stream) {
     return launch("update_by_scan", update_by_scan, blocks_of(32 * args.rows), kStateThreads, 0,
                   stream, args);
   }
-  const auto both = [&](auto claim, auto step, int64_t rows_a_thread) {
-    const unsigned blocks = blocks_of(ceil_div(args.rows, rows_a_thread));
-    launch("claim_rows", claim, blocks, kStateThreads, 0, stream, args);
-    launch("step_rows", step, blocks, kStateThreads, 0, stream, args);
-  };
-  if (args.rows < kManyUpdateRows) return both(claim_rows<1>, step_rows<1>, 1);
-  both(claim_rows<4>, step_rows<4>, 4);
+  const auto blocks = static_cast<unsigned>(step_parts(args.rows));
+  const auto claim = args.rows < kManyUpdateRows ? claim_rows<1> : claim_rows<kRowsOfMany>;
+  launch("claim_rows", claim, blocks, kStateThreads, 0, stream, args);
+  step_claimed(args, {}, stream);
 }
 
-void count_occurrences(const RowArgs& args, cudaStream_t stream) {
-  launch("count_rows", count_rows, blocks_of(args.rows), kStateThreads, 0, stream, args.indices,
-         args.rows, args.state.claims, args.state.samples);
+void step_claimed(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t stream) {
+  const auto step = args.rows < kManyUpdateRows ? step_rows<1> : step_rows<kRowsOfMany>;
+  launch("step_rows", step, static_cast<unsigned>(step_parts(args.rows)), kStateThreads, 0, stream,
+         args, mean);
 }
 
 void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream_id,

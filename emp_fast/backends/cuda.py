@@ -180,7 +180,7 @@ class CudaBackend(Backend):
         state: State,
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
-        """One launch up to 1024 rows (256 in rows_in_shared), else two or three."""
+        """One launch up to 1024 rows, else two."""
         outputs, grad, device = _empty_scores(logits), _empty_gradient(logits), logits.device
         with _on(device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
@@ -188,7 +188,6 @@ class CudaBackend(Backend):
                 self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
                 *pointers(*outputs),
-                True,  # for the backward pass too
                 pointer(workspace),
                 grad.data_ptr(),
                 pointer(row_scale),
@@ -211,9 +210,12 @@ class CudaBackend(Backend):
         state: State,
         recurrence: Recurrence,
     ) -> MeanStep:
-        """`cross_entropy_step` and `mean_loss`, with all scores in one workspace."""
+        """As many launches as `cross_entropy_step`, with all scores in one workspace."""
         native, device = self._native, logits.device
         grad = _empty_gradient(logits)
+        if logits.shape[0] == 0:  # nothing to launch
+            mean = logits.new_zeros((), dtype=torch.float32)
+            return MeanStep(mean, grad, torch.ones_like(mean))
         mean = logits.new_empty(size=(), dtype=torch.float32)  # by keyword: it parses faster
         factor = torch.empty_like(mean)
         scores = logits.new_empty(native.mean_step_workspace(logits.shape[0]), dtype=torch.uint8)
@@ -234,27 +236,6 @@ class CudaBackend(Backend):
                 _stream(device),
             )
         return MeanStep(mean, grad, factor)
-
-    def mean_loss(
-        self, loss: Tensor, count: Tensor, row_scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """One launch up to 8192 rows, two beyond."""
-        rows, device = loss.shape[0], loss.device
-        # Two allocations: the mean goes to the user, who could not write into a view.
-        mean = loss.new_empty(size=())  # by keyword: it parses faster
-        factor = torch.empty_like(mean)
-        size = self._native.mean_workspace(rows)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-        with _on(device):
-            self._native.mean_loss(
-                *pointers(loss, count),
-                pointer(row_scale),
-                rows,
-                *pointers(mean, factor),
-                pointer(workspace),
-                _stream(device),
-            )
-        return mean, factor
 
     def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
         """One launch, which touches no memory when the factors make 1."""

@@ -24,7 +24,6 @@ _OPERATIONS = (
     "cross_entropy_backward",
     "cross_entropy_step",
     "mean_step",
-    "mean_loss",
     "scale_",
     "update_state",
     "topk_indices",

@@ -206,7 +206,9 @@ struct Block {
   std::vector<Thread*> threads;
   std::vector<Warp> warps;
   std::deque<Thread*> ready;
-  int waiting;  // at the barrier
+  int waiting;   // at the barrier
+  bool votes;    // whether one of them has voted
+  bool outcome;  // of the last barrier
   int done;
   bool news;  // some thread has acquired something since the last barrier
   Sources known;
@@ -955,13 +957,19 @@ void fence() {
   me.published = std::make_shared<Knowledge>(release());
 }
 
-void block_barrier() {
+bool block_barrier(bool vote) {
   Block& block = *running->block;
   if (block.done > 0) {
     fail("divergent barrier: __syncthreads after %d threads of the block have ended", block.done);
   }
-  if (++block.waiting < static_cast<int>(block.threads.size())) return wait(State::kBarrier);
+  block.votes = block.votes || vote;
+  if (++block.waiting < static_cast<int>(block.threads.size())) {
+    wait(State::kBarrier);
+    return block.outcome;  // of this barrier: none completes the next one before
+  }
   block.waiting = 0;
+  block.outcome = block.votes;
+  block.votes = false;
   ++block.barriers;
   for (Thread* thread : block.threads) {
     if (block.news) add_sources(block.known, thread->acquired);
@@ -970,6 +978,7 @@ void block_barrier() {
   block.news = false;
   make_ready(running);
   leave();
+  return block.outcome;
 }
 
 WarpValues warp_exchange(WarpOp op, unsigned mask, uint64_t value) {

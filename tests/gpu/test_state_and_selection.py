@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import emp_fast
 from emp_fast import Pruner, ScoreStore, policies, rules
 from emp_fast.backends import load
-from emp_fast.backends.base import Recurrence, State
+from emp_fast.backends.base import ROW_FIELDS, LossOptions, Recurrence, State
 from emp_fast.functional import topk_indices
 
 RECURRENCES = {
@@ -55,6 +55,50 @@ def test_the_state_moves_as_on_the_cpu(recurrence, rows, backend, device, poison
         load(backend).update_state(*moved, here, recurrence)
         for name in State._fields:
             assert torch.equal(getattr(here, name).cpu(), getattr(there, name)), name
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("recurrence", RECURRENCES.values(), ids=RECURRENCES)
+@pytest.mark.parametrize(
+    ("rows", "classes"), [(1, 10), (1000, 10), (300, 1000), (1025, 10), (40_001, 10), (3000, 9001)]
+)
+def test_a_fused_step_moves_the_state_by_its_own_scores(
+    recurrence, rows, classes, backend, device, poison
+) -> None:
+    """On both sides of the number of rows whose step one block or program takes."""
+    num_samples = max(7, rows // 3)
+    here, there = fresh_state(num_samples, device), fresh_state(num_samples, "cpu")
+    generator = torch.Generator().manual_seed(rows)
+    by = load(backend)
+    for step in range(4):
+        logits = torch.randn(rows, classes, generator=generator)
+        logits[torch.rand(rows, generator=generator) < 0.1, 0] = torch.nan if step == 1 else 9.0
+        target = torch.randint(classes, (rows,), generator=generator)
+        target[torch.rand(rows, generator=generator) < 0.2] = -100
+        indices = torch.randint(num_samples, (rows,), generator=generator)
+        if step == 3:
+            indices[:] = num_samples // 2
+        batch = [tensor.to(device) for tensor in (logits, target)]
+        arguments = (*batch, None, LossOptions(), None)
+        where = indices.to(device)
+        scored, _ = by.cross_entropy_step(*arguments, 1.0, where, here, recurrence)
+        fields = {"loss": scored.loss, **dict(zip(ROW_FIELDS, scored.rows, strict=True))}
+        signal, direct = (fields[name].cpu() for name in (recurrence.signal, recurrence.direct))
+        load("reference").update_state(
+            indices, signal, direct, scored.count.cpu(), there, recurrence
+        )
+        for name in State._fields:
+            assert torch.equal(getattr(here, name).cpu(), getattr(there, name)), name
+        again = State(*(tensor.clone() for tensor in here))
+        made = by.mean_step(*arguments, where, again, recurrence)
+        other = State(*(tensor.clone() for tensor in here))
+        by.cross_entropy_step(*arguments, 1 / rows, where, other, recurrence)
+        assert all(torch.equal(one, two) for one, two in zip(again, other, strict=True))
+        divisor = max(int(scored.count.sum()), 1)
+        mean = scored.loss.double().sum() / divisor
+        torch.testing.assert_close(made.mean.double(), mean, rtol=1e-5, atol=0, equal_nan=True)
+        if made.factor is not None:
+            assert float(made.factor) == pytest.approx(rows / divisor, rel=1e-6)
 
 
 @pytest.mark.sanitize

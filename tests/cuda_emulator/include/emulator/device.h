@@ -194,7 +194,8 @@ inline void __nanosleep(unsigned) {}
 
 // ---- barriers and collectives
 
-inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncthreads() { emulator::block_barrier(false); }
+inline int __syncthreads_or(int vote) { return emulator::block_barrier(vote != 0); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) {
   emulator::warp_exchange(emulator::WarpOp::kSync, mask, 0);
 }

@@ -51,8 +51,8 @@ void store(void* to, const void* value, size_t size, Access access);
 // The second half of an atomic operation: nothing comes between it and the load before it.
 void store_atomic(void* to, const void* value, size_t size);
 
-void fence();  // __threadfence
-void block_barrier();
+void fence();                   // __threadfence
+bool block_barrier(bool vote);  // whether any thread of the block votes
 
 enum class WarpOp : int { kSync, kShuffle, kVote, kMatch, kReduce };
 // Waits for the lanes of `mask`, which must all call the same, and gives each the values of all.

@@ -1,0 +1,22 @@
+// How the blocks of one launch agree that all of them have come to a place.
+#pragma once
+
+namespace emp_fast::cuda {
+
+// Whether this block is the last of the grid to come here, and so sees what all others have written
+// (past the first-level cache). Every block of the launch must come, or none. *arrived is zero
+// before and after.
+template <class Count>
+__device__ __forceinline__ bool last_block(Count* arrived) {
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = static_cast<unsigned>(atomicAdd(arrived, Count{1})) == gridDim.x - 1;
+    __threadfence();
+    if (last) *arrived = 0;
+  }
+  return __syncthreads_or(last) != 0;
+}
+
+}  // namespace emp_fast::cuda
