@@ -2,7 +2,7 @@
 
 python -m benchmarks.sweep [-o FILE.json] [--only WORD ...] [--warm PART/PARTS] [--device cpu]
 
-Every number is the median time of a call, on a GPU of its kernels behind a flushed cache, as a
+Every number is the time of a call, on a GPU the median of its kernels behind a flushed cache, as a
 share of the measured copy bandwidth where the work has a floor in bytes. A variant is a backend
 with a choice of kernels or with other launch arithmetic (`emp_fast.kernels.plan`). `--warm`
 compiles a share of what the same command would launch, and times nothing: several such processes

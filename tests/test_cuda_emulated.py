@@ -103,6 +103,7 @@ FAULTS = [
     "two_blocks_write_one_word",
     "unwritten_dynamic_memory",
     "unwritten_shared_memory",
+    "vote_that_nobody_casts",
     "wait_for_the_wrong_phase",
 ]
 
@@ -411,6 +412,21 @@ def test_a_mean_step_needs_no_fields_of_the_backward_pass(
     close(made.factor, factor)
 
 
+def test_a_mean_step_writes_the_fields_that_its_rule_reads(emulated: EmulatedBackend) -> None:
+    recurrence = Recurrence("ema", "miss", 0.0, "inv_sum", 1.0, 1.0)
+    logits, indices = torch.randn(5, 7), torch.arange(5)
+    state = make_state(5)
+    emulated.mean_step(logits, indices, None, LossOptions(), None, indices, state, recurrence)
+    fields = dict(
+        zip(
+            ROW_FIELDS,
+            REFERENCE.cross_entropy(logits, indices, None, LossOptions())[1],
+            strict=True,
+        )
+    )
+    close(state.scores, fields["miss"] + fields["inv_sum"])
+
+
 @pytest.mark.parametrize("shape", [s for s in SHAPES if not s.soft], ids=str)
 def test_a_class_that_does_not_exist_spoils_its_row_alone(
     shape: Shape, emulated: EmulatedBackend
@@ -638,31 +654,44 @@ def test_update_refuses_indices_out_of_range(rows: int, emulated: EmulatedBacken
     assert_same_state(got, wanted)
 
 
-#: Rows and classes on both sides of what one block takes the step of, and where a thread of
-#: step_rows takes several rows.
+#: Kernels, rows, classes and the softcap of steps that the scoring launch takes whole, and of steps
+#: that it begins.
 STEPS = [
-    (name, kernels, rows, classes, seed)
-    for kernels, rows, classes in (
-        ("shared", 9, 10),
-        ("shared", 300, 33),
-        ("shared", 1024, 10),
-        ("shared", 1025, 10),
-        ("plain", 9, 10),
-        ("plain", 300, 10),
-        ("plain", 1100, 10),
-    )
-    for name in RECURRENCES
-    for seed in range(3)
+    (("shared", 9, 10, 0.0), ("shared", True)),
+    (("shared", 300, 32, 0.0), ("shared", True)),
+    (("shared", 600, 10, 0.0), ("shared", False)),
+    (("shared", 1025, 10, 0.0), ("shared", False)),
+    (("plain", 9, 10, 0.0), ("registers", True)),
+    (("plain", 512, 10, 0.0), ("registers", True)),
+    (("plain", 513, 10, 0.0), ("registers", False)),
+    (("plain", 300, 10, 5.0), ("looped", True)),
+    (("plain", 600, 10, 5.0), ("looped", False)),
+    (("ring", 60, 1100, 0.0), ("ring", True)),
+    (("ring", 130, 1100, 0.0), ("ring", False)),
 ]
-STEPS += [("variance and direct", "auto", 2**18 + 77, 2, 1)]
 
 
-@pytest.mark.parametrize(("name", "kernels", "rows", "classes", "seed"), STEPS)
+@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize(
+    ("case", "plan", "seed"),
+    [(*step, seed) for step in STEPS for seed in range(3)],
+)
 def test_a_fused_step_moves_the_state_as_the_reference_does(
-    name: str, kernels: str, rows: int, classes: int, seed: int, emulated: EmulatedBackend
+    name: str,
+    case: tuple[str, int, int, float],
+    plan: tuple[str, bool],
+    seed: int,
+    emulated: EmulatedBackend,
+    module: Any,
 ) -> None:
     """From the scores that the kernel itself wrote, the state is the reference's, bit for bit."""
-    emulated.row_kernels, emulated.seed = kernels, seed
+    emulated.row_kernels, rows, classes, softcap = case
+    emulated.seed = seed
+    chosen = module.cuda.plan_rows(
+        *(rows, classes, classes, 4, True, False, softcap > 0, softcap > 0, True),
+        *(4, 227 * 1024, 0, emulated._row_kernels),
+    )
+    assert (chosen["path"], chosen["whole_step"]) == plan
     recurrence = RECURRENCES[name]
     generator = torch.Generator().manual_seed(rows)
     samples = max(rows // 3, 4)
@@ -675,7 +704,8 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
         indices = torch.randint(samples, (rows,), generator=generator)
         indices[1] = -1 if rows % 2 else samples
         scores, grad = emulated.cross_entropy_step(
-            *(logits, target, None, LossOptions(), None, 1 / rows, indices, got, recurrence)
+            *(logits, target, None, LossOptions(softcap=softcap), None, 1 / rows),
+            *(indices, got, recurrence),
         )
         fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
         count = scores.count.clone()
@@ -689,9 +719,10 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
             wanted,
             recurrence,
         )
-        plain = emulated.cross_entropy(logits, target, None, LossOptions())
+        plain = emulated.cross_entropy(logits, target, None, LossOptions(softcap=softcap))
         assert torch.equal(scores.loss.nan_to_num(7.0), plain.loss.nan_to_num(7.0))
-        assert torch.equal(grad.isnan().any(1), scores.loss.isnan())
+        counted = scores.count > 0  # a softcap's derivative spoils the others too
+        assert torch.equal(grad[counted].isnan().any(1), scores.loss[counted].isnan())
     assert_same_state(got, wanted)
 
 
@@ -749,6 +780,14 @@ def test_a_loss_that_is_not_finite_shows_in_the_mean_of_a_step(
     wanted = REFERENCE.cross_entropy(logits, indices * 0, None, LossOptions()).loss.mean()
     close(made.mean, wanted)
     assert made.factor == 1
+
+
+def test_a_fused_step_of_very_many_rows(emulated: EmulatedBackend, module: Any) -> None:
+    """So many that a thread takes several, the last of them past the end."""
+    test_a_fused_step_moves_the_state_as_the_reference_does(
+        *("variance and direct", ("auto", 2**18 + 77, 2, 0.0), ("shared", False), 1),
+        *(emulated, module),
+    )
 
 
 @pytest.mark.parametrize("options", test_fused_step.OPTIONS, ids=lambda o: ",".join(o) or "plain")

@@ -121,6 +121,14 @@ def test_streamed_rows_equal_the_reference(
     assert_scores(scores, wanted)
     close(grad, wanted_grad, *GRAD_TOLERANCE[shape.dtype])
     assert torch.equal(state.visits[indices], scores.count)
+    again = make_state(shape.rows)
+    made = emulated.mean_step(
+        *(logits, target, weight, options, None, indices, again, RECURRENCES["ema"])
+    )
+    mean, factor = REFERENCE.mean_loss(wanted.loss.float(), wanted.count, None)
+    close(made.mean, mean)
+    close(made.factor, factor)
+    assert torch.equal(again.scores, state.scores)
 
 
 #: A ring that goes round several times, and a cluster of two.

@@ -49,13 +49,6 @@ __device__ __forceinline__ bool admit(const StateArgs& s, int64_t sample, bool c
   return true;
 }
 
-__device__ __forceinline__ void claim_sample(const StateArgs& s, int64_t row, int64_t sample,
-                                             bool counted, float signal, float direct) {
-  if (admit(s, sample, counted, signal, direct)) {
-    atomicMax(s.claims + sample, static_cast<int>(row + 1));
-  }
-}
-
 // ---- rows
 // -----------------------------------------------------------------------------------------------
 
@@ -72,6 +65,12 @@ struct RowValues {
             a.count == nullptr || __ldcg(a.count + row) > 0};
   }
 };
+
+__device__ __forceinline__ void claim_sample(const StateArgs& s, int64_t row, const RowValues& v) {
+  if (admit(s, v.sample, v.counted, v.signal, v.direct)) {
+    atomicMax(s.claims + v.sample, static_cast<int>(row + 1));
+  }
+}
 
 // The sum of the losses of some rows, and how many of these count.
 struct LossSums {
@@ -121,10 +120,7 @@ struct ThreadRows {
 
   __device__ __forceinline__ void claim(const UpdateArgs& a) const {
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const RowValues& v = values[u];
-      claim_sample(a.state, row(u), v.sample, v.counted, v.signal, v.direct);
-    }
+    for (int u = 0; u < kRows; ++u) claim_sample(a.state, row(u), values[u]);
   }
 
   // After all rows have claimed.
@@ -155,22 +151,24 @@ struct ThreadRows {
 // ---- the step of a scoring launch
 // -----------------------------------------------------------------------------------------------
 
-constexpr int kRowsAtOnce = 2;  // more need registers that the scoring kernels do not have
+constexpr int kRowsAtOnce = 2;
 
-// By the thread that has written the scores of `row`.
-__device__ __forceinline__ void claim_scored(const RowArgs& a, int64_t row, bool counted,
-                                             float signal, float direct) {
+// By the thread that has written the scores of `row`. It reads them again and is not inlined, for
+// the kernels that call it have no registers to spare.
+inline __device__ __attribute__((noinline)) void claim_scored(const RowArgs& a, int64_t row) {
   if (row == 0 && a.mean.arrived != nullptr) *a.mean.arrived = 0;  // for step_rows
-  claim_sample(a.update.state, row, __ldg(a.update.indices + row), counted, signal, direct);
+  claim_sample(a.update.state, row, RowValues::of(a.update, row));
 }
 
-// The end of every scoring kernel, to which all its threads come.
+// The end of every kernel that writes scores, to which all its threads come.
 __device__ __forceinline__ void end_launch(const RowArgs& a) {
   const UpdateArgs& update = a.update;
   // No claim stands yet: the first can count blocks.
   if (a.step != StepPart::kWhole || !last_block(update.state.claims)) return;
-  const int64_t apart = blockDim.x;
-  for (int64_t row = threadIdx.x; row < update.rows; row += kRowsAtOnce * apart) {
+  const int rows = static_cast<int>(update.rows);
+  const int apart = static_cast<int>(blockDim.x);
+#pragma unroll 1
+  for (int row = threadIdx.x; row < rows; row += kRowsAtOnce * apart) {
     ThreadRows<kRowsAtOnce>::of(update, row, apart).claim(update);
   }
   __syncthreads();
@@ -178,13 +176,14 @@ __device__ __forceinline__ void end_launch(const RowArgs& a) {
     // By one warp, which takes no shared memory: the rings have none to spare.
     LossSums sums{0.0, 0.0};
 #pragma unroll 4
-    for (int64_t row = threadIdx.x; row < update.rows; row += 32) {
+    for (int row = threadIdx.x; row < rows; row += 32) {
       sums.add(a.mean, row, __ldcg(update.count + row));
     }
     sums.add_up<32>();
-    if (threadIdx.x == 0) sums.write_mean(a.mean, update.rows);
+    if (threadIdx.x == 0) sums.write_mean(a.mean, rows);
   }
-  for (int64_t row = threadIdx.x; row < update.rows; row += kRowsAtOnce * apart) {
+#pragma unroll 1
+  for (int row = threadIdx.x; row < rows; row += kRowsAtOnce * apart) {
     ThreadRows<kRowsAtOnce>::of(update, row, apart).move(update);
   }
 }

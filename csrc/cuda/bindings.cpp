@@ -58,7 +58,6 @@ RowArgs row_args(Address logits, int64_t stride, int64_t rows, int64_t classes, 
   a.ignore_index = ignore_index;
   a.smoothing = static_cast<float>(smoothing);
   a.softcap = static_cast<float>(softcap);
-  a.direct = -1;
   return a;
 }
 
@@ -172,11 +171,9 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64
   const auto values = [&a](int which) {
     return which == 0 ? a.loss : a.fields + (which - 1) * a.rows;
   };
-  a.signal = signal;
-  a.direct = direct;
   a.update = {indices, values(signal), direct < 0 ? nullptr : values(direct),
               a.count, a.rows,         state};
-  a.step = whole_step(a.rows, state.samples) ? StepPart::kWhole : StepPart::kClaims;
+  a.step = whole_step(a.rows, plan.threads, state.samples) ? StepPart::kWhole : StepPart::kClaims;
   run_scores(type, plan, a, workspace, stream);
   if (a.step == StepPart::kClaims) step_claimed(a.update, a.mean, stream);
   if (plan.path == RowPath::kSplit) {
@@ -210,7 +207,7 @@ void step(int kernels, int device, int dtype, Address logits, int64_t stride, in
            workspace, stream_of(stream));
 }
 
-// What `mean_step` keeps in its workspace: the sums of step_rows and their number, then
+// What `mean_step` keeps in its workspace: 16 bytes for MeanArgs::arrived, MeanArgs::parts, then
 // [1 + kFields + 1, rows] words of losses, fields and counts.
 int64_t mean_parts_bytes(int64_t rows) {
   return 2 * int64_t{sizeof(double)} * (1 + step_parts(rows));
@@ -229,6 +226,7 @@ void mean_step(int kernels, int device, int dtype, Address logits, int64_t strid
                Address claims, Address counters, int64_t samples, int kind, double decay,
                double direct_scale, double memory_scale, double variance_scale, Address mean,
                Address factor, Address stream) {
+  if (rows == 0) return;
   RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
                        ignore_index, smoothing, softcap);
   a.loss = pointer<float>(workspace + static_cast<Address>(mean_parts_bytes(rows)));
@@ -237,7 +235,7 @@ void mean_step(int kernels, int device, int dtype, Address logits, int64_t strid
   a.for_backward = std::max(signal, direct) > kMax;  // 1 + a field
   a.grad = pointer<void>(grad);
   a.row_scale = pointer<const float>(row_scale);
-  a.scale = static_cast<float>(1.0 / static_cast<double>(std::max<int64_t>(rows, 1)));
+  a.scale = static_cast<float>(1.0 / static_cast<double>(rows));
   a.mean = {a.loss,
             a.row_scale,
             pointer<float>(mean),
@@ -295,6 +293,7 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
   d["blocks_per_multiprocessor"] = p.blocks_per_multiprocessor;
   d["shared_bytes"] = p.shared_bytes;
   d["workspace_bytes"] = p.workspace_bytes;
+  d["whole_step"] = whole_step(rows, p.threads, 1);
   return d;
 }
 

@@ -43,7 +43,7 @@ void scale_gradient(Dtype, void* grad, int64_t elements, const float* factor, co
                     cudaStream_t);
 
 void update_state(const UpdateArgs&, cudaStream_t);
-// What StepPart::kClaims leaves to do; mean.parts holds step_parts(rows) pairs.
+// What StepPart::kClaims leaves to do. mean.parts holds step_parts(rows) pairs; *mean.arrived is 0.
 void step_claimed(const UpdateArgs&, const MeanArgs&, cudaStream_t);
 
 void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,

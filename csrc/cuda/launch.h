@@ -260,15 +260,17 @@ inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
 // -----------------------------------------------------------------------------------------
 
 constexpr int64_t kScanUpdateRows = 4096;    // update_state in one launch, each row by itself
-constexpr int64_t kWholeStepRows = 1024;     // of a batch whose step one block takes
+constexpr int64_t kWholeStepRows = 1024;     // of a batch whose step one block takes, at most
+constexpr int64_t kWholeStepThreadRows = 4;  // and of each of its threads
 constexpr int64_t kMaxStepRows = INT32_MAX;  // whose numbers plus one fit a claim
 constexpr int kStateThreads = 256;
 constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread takes kRowsOfMany
 constexpr int kRowsOfMany = 4;
 
-// Whether the scoring launch takes the whole step. Without a sample there is no claim to count on.
-inline bool whole_step(int64_t rows, int64_t samples) {
-  return rows <= kWholeStepRows && samples > 0;
+// Whether a scoring launch of so many threads a block takes the whole step. Without a sample there
+// is no claim to count blocks on.
+inline bool whole_step(int64_t rows, int threads, int64_t samples) {
+  return rows <= std::min(kWholeStepRows, kWholeStepThreadRows * threads) && samples > 0;
 }
 
 // Rows that a block of claim_rows and step_rows takes.

@@ -17,7 +17,7 @@ struct StateArgs {
   float* memory;                 // [N]
   int32_t* visits;               // [N]
   float* variance;               // [N] or null
-  int32_t* claims;               // [N], zero between calls
+  int32_t* claims;               // [N], zero between calls, of which none overlap
   unsigned long long* counters;  // [2]: refused as non-finite, as out of range
   int64_t samples;               // N
   Recurrence recurrence;
@@ -76,9 +76,7 @@ struct RowArgs {
   float scale;             // d total / d loss = row_scale * scale
 
   StepPart step;
-  int signal;         // what update.signal is: 0 the loss, 1 + f field f
-  int direct;         // the same; -1: none
-  UpdateArgs update;  // from the outputs above
+  UpdateArgs update;  // its values are among the outputs above
   MeanArgs mean;
 };
 

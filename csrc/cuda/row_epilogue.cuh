@@ -31,14 +31,6 @@ struct RowResult {
   float field[kFields];
   bool valid;
   bool correct;
-
-  // The value of index `which` as RowArgs::signal counts them; chosen without indexing registers.
-  __device__ __forceinline__ float value(int which) const {
-    float chosen = loss;
-#pragma unroll
-    for (int f = 0; f < kFields; ++f) chosen = which == f + 1 ? field[f] : chosen;
-    return chosen;
-  }
 };
 
 __device__ __forceinline__ RowResult complete(const Scores<float>& scores, float loss, float el2n,
@@ -256,9 +248,7 @@ __device__ __forceinline__ void conclude(const RowArgs& a, int64_t row, bool act
                                          const RowResult& result) {
   if (!active || threadIdx.x % kLanes != 0) return;
   write_row(a, row, result);
-  if (a.step != StepPart::kClaims) return;
-  const float direct = a.direct < 0 ? 0.0f : result.value(a.direct);
-  claim_scored(a, row, result.valid, result.value(a.signal), direct);
+  if (a.step == StepPart::kClaims) claim_scored(a, row);
 }
 
 }  // namespace emp_fast::cuda

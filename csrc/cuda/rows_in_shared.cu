@@ -3,9 +3,9 @@
 // Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: the
 // rows of a warp are one contiguous piece of memory, its own tile; it comes in by asynchronous
 // copies of 16 bytes, kLanes threads walk each row, and the gradient goes out from where the logits
-// were. No lane has vectors to mask. What a row costs besides its logits, the end of its sums, its
-// scores and its sample's step, takes hundreds of instructions: each lane keeps the sums of one row
-// until the warp has 32, and takes them for that row alone.
+// were. No lane has vectors to mask. What a row costs besides its logits, the end of its sums and
+// its scores, takes hundreds of instructions: each lane keeps the sums of one row until the warp
+// has 32, and takes them for that row alone.
 //
 // The target is overwritten by -inf in the tile: then the loops need not look for it.
 #include <type_traits>
@@ -152,7 +152,7 @@ struct KeptRow {
     return {row, column, x_y, sums.spread, sums.sums};
   }
 
-  // Writes the scores and takes the step of the state; all lanes of the warp call it.
+  // Writes the scores.
   __device__ __forceinline__ void conclude(const RowArgs& a) const {
     const Target target{max(column, 0), column != -1, column == -2};
     const float weight = a.smoothing > 0.0f ? static_cast<float>(a.classes - 1) : 0.0f;

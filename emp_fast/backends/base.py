@@ -69,7 +69,9 @@ class State(NamedTuple):
     memory: Tensor  # [N] float32
     visits: Tensor  # [N] int32
     variance: Tensor | None  # [N] float32, for the variance recurrence
-    claims: Tensor  # [N] int32 scratch, all zero between calls: finds the last of repeated indices
+    #: [N] int32 scratch, all zero between calls: finds the last of repeated indices. Calls on one
+    #: state must not overlap in time.
+    claims: Tensor
     counters: Tensor  # [2] int64: rows refused as non-finite, rows refused as out of range
 
 
@@ -135,7 +137,7 @@ class Backend(ABC):
     ) -> tuple[RowScores, Tensor]:
         """One training step: forward, gradient of ``scale * sum(row_scale * loss)``, state update.
 
-        This composes the three; a GPU backend does them in one launch.
+        This composes the three; a GPU backend fuses them.
         """
         scores = self.cross_entropy(logits, target, weight, options)
         grad_loss = torch.full_like(scores.loss, scale) if row_scale is None else row_scale * scale

@@ -180,7 +180,7 @@ class CudaBackend(Backend):
         state: State,
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
-        """One launch up to 1024 rows, else two."""
+        """One launch for few rows, two for many, three for few rows of very many classes."""
         outputs, grad, device = _empty_scores(logits), _empty_gradient(logits), logits.device
         with _on(device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)

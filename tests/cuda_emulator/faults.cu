@@ -72,6 +72,13 @@ __global__ void beyond_dynamic_memory(int* data, bool wrong) {
   data[global_thread()] = 0;
 }
 
+// A vote holds for its own barrier, the next one begins anew.
+__global__ void vote_that_nobody_casts(int* data, bool wrong) {
+  const int first = __syncthreads_or(!wrong && threadIdx.x == 40);
+  const int second = __syncthreads_or(0);
+  data[global_thread() + (first && !second ? 0 : 128)] = 1;
+}
+
 __global__ void missing_barrier(int* data, bool wrong) {
   __shared__ int values[kThreads];
   values[threadIdx.x] = 1;
@@ -296,6 +303,7 @@ const std::map<std::string, Fault>& faults() {
       {"unwritten_shared_memory", {unwritten_shared_memory, 1}},
       {"unwritten_dynamic_memory", {unwritten_dynamic_memory, 1}},
       {"beyond_dynamic_memory", {beyond_dynamic_memory, 1}},
+      {"vote_that_nobody_casts", {vote_that_nobody_casts, 1}},
       {"missing_barrier", {missing_barrier, 1}},
       {"missing_warp_barrier", {missing_warp_barrier, 1}},
       {"barrier_before_reuse", {barrier_before_reuse, 1}},

@@ -11,8 +11,8 @@ from emp_fast.backends import backend_status
 from emp_fast.functional import cross_entropy, topk_indices
 
 RUNS = 3 if DRY_RUN else 20
-#: The last are long rows that end within a chunk of the kernels with rings.
-SHAPES = [(64, 10), (300, 100), (65, 1000), (3, 32000), (260, 8192), (264, 20004)]
+#: Steps of one launch and of two; long rows that end within a chunk of the kernels with rings.
+SHAPES = [(64, 10), (300, 100), (65, 1000), (3, 32000), (260, 8192), (264, 20004), (2000, 36)]
 
 
 def test_the_self_check_passes(backend: str, device: torch.device) -> None:
