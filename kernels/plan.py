@@ -29,6 +29,17 @@ TILE_ROWS = 128
 SEGMENT_BYTES = 32
 SHORT_CLASSES = 16
 
+#: Rows of which a program of score_rows makes all scores at once, one a thread; the shortest tile
+#: for which that pays, and the fewest steps.
+KEPT_ROWS = 32
+KEPT_BLOCK = 64
+KEPT_STEPS = 4
+#: Warps of score_rows that a multiprocessor has the registers for: for scores, with the gradient,
+#: and with the gradient where several warps share a row.
+ROWS_WARPS = 28
+ROWS_WARPS_GRAD = 20
+ROWS_WARPS_SHARED = 24
+
 #: Vectors that a thread has in flight in a walk, and where each takes more registers: 16-bit logits
 #: are twice as many, and with smoothing or soft targets every class has a weight of its own.
 LOOP_UNROLL = 4
@@ -88,6 +99,18 @@ class TilePlan(NamedTuple):
     grid: int
 
 
+class RowsPlan(NamedTuple):
+    """Launch of `score_rows`."""
+
+    rows: int  # a step
+    block: int  # as in TilePlan
+    segment: int
+    align: int
+    warps: int
+    steps: int  # of a program
+    grid: int
+
+
 class LoopPlan(NamedTuple):
     """Launch of `score_loop`, for whole rows when parts == 1."""
 
@@ -144,6 +167,48 @@ def plan_tile(
         align=align,
         warps=max(TILE_THREADS, threads) // 32,
         grid=ceil_div(num_rows, rows),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_rows(
+    num_rows: int,
+    num_classes: int,
+    row_stride: int,
+    address: int,
+    itemsize: int,
+    multiprocessors: int,
+    grad: bool,
+) -> RowsPlan | None:
+    """Tile after tile of whole rows, or None where `plan_tile` does better.
+
+    Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts. As many
+    programs as run at a time share all steps evenly, or several times as many.
+    """
+    block = next_power_of_two(num_classes)
+    if block < KEPT_BLOCK:
+        return None
+    align = alignment(num_classes, row_stride, address, itemsize)
+    threads = block // THREAD_ELEMENTS  # of a row
+    warps = max(32, threads) // 32
+    rows = max(1, 32 // threads)
+    resident = ROWS_WARPS
+    if grad:
+        resident = ROWS_WARPS_GRAD if warps == 1 else ROWS_WARPS_SHARED
+    programs = multiprocessors * (resident // warps)
+    steps = ceil_div(num_rows, rows)
+    if steps < KEPT_STEPS * programs:
+        return None
+    waves = ceil_div(steps, programs * (KEPT_ROWS // rows))
+    own_steps = ceil_div(steps, programs * waves)
+    return RowsPlan(
+        rows=rows,
+        block=block,
+        segment=max(threads * align, SEGMENT_BYTES // itemsize),
+        align=align,
+        warps=warps,
+        steps=own_steps,
+        grid=ceil_div(steps, own_steps),
     )
 
 

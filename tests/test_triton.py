@@ -48,6 +48,15 @@ def launched(call: object) -> list[str]:
 
 
 @pytest.fixture
+def stepped(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
+    """Any number of rows is taken in steps, on a device that runs two warps at a time."""
+    monkeypatch.setattr(plan, "KEPT_STEPS", 0)
+    for warps in ("ROWS_WARPS", "ROWS_WARPS_GRAD", "ROWS_WARPS_SHARED"):
+        monkeypatch.setattr(plan, warps, 2)
+    monkeypatch.setattr(triton, "multiprocessors", lambda _: 1)
+
+
+@pytest.fixture
 def walked(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
     """No row fits a tile: each is walked in steps of 512 or 1024 classes."""
     monkeypatch.setattr(plan, "TILE_CLASSES", 0)
@@ -71,6 +80,73 @@ def small(case: Case) -> Case:
 
 
 SERVED = [small(case) for case in CASES if case.dtype != torch.float64]
+
+
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_stepped_rows_agree_with_the_oracle(case: Case, stepped: None) -> None:
+    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
+    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "classes"),  # one row a step and several, of every alignment, by one warp and by more
+    [
+        (67, 33),
+        (67, 40),
+        (35, 100),
+        (35, 104),
+        (11, 257),
+        (5, 512),
+        (35, 1000),
+        (3, 1001),
+        (3, 8190),
+    ],
+)
+def test_steps_of_any_shape_give_scores_and_gradient(
+    rows: int, classes: int, dtype: torch.dtype, stepped: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "STEP_UPDATE_ROWS", 0)
+    monkeypatch.setattr(plan, "ROWS_WARPS_SHARED", 8)
+    case = Case("steps", rows, classes, dtype=dtype, logits="nan_row", ignored="some")
+    logits, target, _ = make(case)
+    indices, row_scale = torch.arange(rows), torch.linspace(0.1, 1.0, rows)
+
+    def step(backend: Backend, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores, grad = backend.cross_entropy_step(
+            given,
+            target,
+            None,
+            LossOptions(),
+            row_scale,
+            0.5,
+            indices,
+            make_state(rows),
+            RULES["ema"],
+        )
+        return *scores, grad.double()
+
+    got: list[tuple[torch.Tensor, ...]] = []
+    launches = launched(lambda: got.append(step(TRITON, logits)))
+    assert launches == ["score_rows", "update_state"]
+    wanted = step(ReferenceBackend(), logits.float())
+    half_ulp = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 1e-5
+    torch.testing.assert_close(got[0][:-1], wanted[:-1], rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        got[0][-1], wanted[-1], rtol=1.01 * half_ulp, atol=1e-7, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0**20, -(2.0**20), 1e30, -1e30, 3.3e38])
+@pytest.mark.parametrize("spread", [1.0, 2.0**17, 1e29])
+def test_16_bit_logits_of_any_size(offset: float, spread: float, stepped: None) -> None:
+    logits, target, _ = make(Case("large", 5, 300))
+    large = (logits * spread + offset).bfloat16()
+    large = large.clamp(-torch.finfo(torch.bfloat16).max, torch.finfo(torch.bfloat16).max)
+    launches = launched(lambda: test_functional.cross_entropy(large, target))
+    assert launches == ["score_rows"]
+    got = test_functional.cross_entropy(large, target)
+    test_functional.assert_stats(got, test_functional.oracle(large, target)[0])
 
 
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)

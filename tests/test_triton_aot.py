@@ -48,6 +48,12 @@ def test_every_option_is_among_the_variants(variants: tuple[Variant, ...]) -> No
     assert pairs == {("*fp32", align) for align in (1, 2, 4)} | set(
         itertools.product(("*fp16", "*bf16"), (1, 2, 4, 8))
     )
+    in_steps = [v.choices() for v in variants if v.kernel.endswith("score_rows")]
+    assert {choices["grad_ptr"] is None for choices in in_steps} == {False, True}
+    assert {(choices["ROWS"], choices["warps"]) for choices in in_steps} == {
+        *((rows, 1) for rows in (16, 8, 4, 2, 1)),
+        *((1, warps) for warps in (2, 4, 8)),
+    }
     loops = [variant.choices() for variant in variants if variant.kernel.endswith("score_loop")]
     assert {choices["warps"] for choices in loops} == {1, 4, 8}
     for flag in ("SHIFTED", "SHIFTED_ALIKE", "PARTIAL"):

@@ -68,7 +68,7 @@ class TritonBackend(Backend):
             return scores
         with device_of(logits):
             if num_classes <= plan.TILE_CLASSES:
-                _score_tile(logits, target, weight, options, scores)
+                _score_whole(logits, target, weight, options, scores)
                 return scores
             loop = _plan_loop(logits, target, options, grad=False)
             if loop.parts == 1:
@@ -139,7 +139,7 @@ class TritonBackend(Backend):
             gradient["update"] = (indices, state, recurrence)
         with device_of(logits):
             if loop is None:
-                _score_tile(logits, target, weight, options, scores, **gradient)
+                _score_whole(logits, target, weight, options, scores, **gradient)
             else:
                 _score_loop(loop, logits, target, weight, options, scores, **gradient)
         if not update:
@@ -223,6 +223,64 @@ class TritonBackend(Backend):
 
 
 # ---- scoring ------------------------------------------------------------------------------------
+
+
+def _score_whole(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    scores: RowScores,
+    **gradient: Any,
+) -> None:
+    """Scores, and what else is asked for, of rows that stay in registers."""
+    num_rows, num_classes = logits.shape
+    if weight is None and not any(_flags(target, options)) and "update" not in gradient:
+        rows = plan.plan_rows(
+            num_rows,
+            num_classes,
+            logits.stride(0),
+            logits.data_ptr() % plan.VECTOR_BYTES,
+            logits.element_size(),
+            multiprocessors(logits.device),
+            grad="grad" in gradient,
+        )
+        if rows is not None:
+            _score_rows(rows, logits, target, options, scores, **gradient)
+            return
+    _score_tile(logits, target, weight, options, scores, **gradient)
+
+
+def _score_rows(
+    rows: plan.RowsPlan,
+    logits: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    scores: RowScores,
+    *,
+    grad: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
+    num_rows, num_classes = logits.shape
+    pointers = (logits, target, *scores, grad, row_scale)
+    numbers = (
+        num_rows,
+        num_classes // rows.align,
+        logits.stride(0) // rows.align,
+        rows.steps,
+        options.ignore_index,
+        scale,
+    )
+    constants = (
+        rows.align,
+        rows.align * logits.element_size(),
+        rows.rows,
+        rows.block,
+        rows.segment,
+        plan.KEPT_ROWS,
+    )
+    launch(ce.score_rows, (rows.grid, 1, 1), pointers, numbers, constants, rows.warps)
 
 
 def _score_tile(

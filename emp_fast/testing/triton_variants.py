@@ -263,7 +263,8 @@ def _tile_shapes(dtype: torch.dtype, ragged: int) -> Iterator[_Shape]:
     block = 16
     while block <= plan.TILE_CLASSES_GRAD:
         for rows in _ROWS:
-            yield _Shape(rows, block - ragged, 0, dtype, 1)
+            yield _Shape(rows, block - ragged, 0, dtype, _MANY)
+        yield _Shape(_ROWS[-1] * 2, block - ragged, 0, dtype, 1)  # enough to be taken in steps
         block *= 2
 
 
