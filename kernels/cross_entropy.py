@@ -752,6 +752,7 @@ def score_loop(
     WEIGHTED: tl.constexpr = weight_ptr is not None
     MASS: tl.constexpr = SOFT or SMOOTH
     SPAN: tl.constexpr = UNROLL * LANES * VECTOR
+    NARROW: tl.constexpr = VECTOR == 8 and not SOFTCAP
     num_classes = class_units * ALIGN
     row = tl.program_id(0).to(tl.int64)
     row_start = row * (row_units * ALIGN)
@@ -806,6 +807,7 @@ def score_loop(
     w_y = 1.0
     if WEIGHTED:
         w_y = tl.load(weight_ptr + y)
+    read_end = tl.where(valid, end, head)  # a row that does not count is not read
 
     if STATS:
         peak = tl.full([LANES], EMPTY_PEAK, tl.float32)
@@ -814,13 +816,12 @@ def score_loop(
         q = tl.zeros([LANES], tl.float32)
         mass = tl.zeros([LANES], tl.float32)
         tilt = tl.zeros([LANES], tl.float32)
-        for i in range(begin, stop, SPAN):
+        for i in range(begin, tl.minimum(stop, read_end), SPAN):
             at = i + lanes
-            x = _capped(
-                _tile(origin, i, head, end, float("-inf"), UNROLL, LANES, VECTOR), softcap, SOFTCAP
-            )
+            raw = _tile(origin, i, head, read_end, float("-inf"), UNROLL, LANES, VECTOR)
+            x = _capped(raw, softcap, SOFTCAP)
             if SOFTCAP:
-                x = tl.where((at >= head) & (at < end), x, float("-inf"))
+                x = tl.where((at >= head) & (at < read_end), x, float("-inf"))
             if (y_at >= i) & (y_at < i + SPAN):
                 x = tl.where(at == y_at, float("-inf"), x)
             higher = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
@@ -860,7 +861,7 @@ def score_loop(
             tl.store(part + 4 * num_rows, mass)
             tl.store(part + 5 * num_rows, tilt)
         else:
-            x_y = tl.load(logits_ptr + row_start + y).to(tl.float32)
+            x_y = tl.load(logits_ptr + row_start + y, mask=valid, other=0.0).to(tl.float32)
             x_y = _capped(x_y, softcap, SOFTCAP)
             c_y = _class_weights(t_y, w_y, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
             nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss = (
@@ -881,14 +882,18 @@ def score_loop(
             grad_row = grad_ptr + (row * num_classes - head)
             if SHIFTED_ALIKE or not SHIFTED:
                 grad_row = tl.multiple_of(grad_row, 16)
+        if STATS:
+            g = tl.where(bad | (loss != loss), float("nan"), g)
+        g = tl.where(valid, g, 0.0)
         sharp = w_y * (1.0 - smoothing)
+        factor = sharp * g * inv_sum * tl.exp2(-log2_exp(largest, largest, NARROW))
         spread = tl.zeros([LANES], tl.float32)
         tiles = tl.cdiv(stop - begin, SPAN)
         for step in range(tiles):
             i = begin + (tiles - 1 - step) * SPAN
             at = i + lanes
             inside = (at >= head) & (at < end)
-            raw = _tile(origin, i, head, end, float("-inf"), UNROLL, LANES, VECTOR)
+            raw = _tile(origin, i, head, read_end, float("-inf"), UNROLL, LANES, VECTOR)
             x = _capped(raw, softcap, SOFTCAP)
             is_target = at == y_at
             c = x
@@ -905,7 +910,11 @@ def score_loop(
                         off = tl.where(inside, off * off, 0.0)
                         spread += tl.sum(tl.sum(off, axis=2), axis=0)
                 c = _class_weights(t, w, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
-            if GRAD:
+            if GRAD and not MASS:
+                value = tl.exp2(log2_exp(x, largest, NARROW)) * factor
+                if SOFTCAP:
+                    value = value * softcap_slope(raw, softcap)
+            elif GRAD:
                 value = _gradient(
                     raw,
                     exp(x - largest),
@@ -921,15 +930,22 @@ def score_loop(
                     MASS,
                     SOFTCAP,
                 )
-                value = tl.where(valid, value, 0.0)
-                if STATS:
-                    value = tl.where(valid & (bad | (loss != loss)), float("nan"), value)
+            if GRAD:
                 value = tl.reshape(value.to(grad_ptr.dtype.element_ty), [SPAN])
                 out = i + tl.arange(0, SPAN)
                 if (i >= head) & (i + SPAN <= end):
                     tl.store(grad_row + out, value)
                 else:
                     tl.store(grad_row + out, value, mask=(out >= head) & (out < end))
+        if GRAD and not MASS:
+            # None of the elements above has asked whether it is the target.
+            value = -miss * (sharp * g)
+            if SOFTCAP:
+                x_y = tl.load(logits_ptr + row_start + y).to(tl.float32)
+                value = value * softcap_slope(x_y, softcap)
+            tl.debug_barrier()  # the whole tile is written before
+            mine = valid & (y_at >= begin) & (y_at < stop)
+            tl.store(grad_row + y_at, value.to(grad_ptr.dtype.element_ty), mask=mine)
         if SOFT and STATS:
             el2n = tl.sqrt(tl.sum(spread, axis=0))
 

@@ -40,8 +40,9 @@ ROWS_WARPS = 28
 ROWS_WARPS_GRAD = 20
 ROWS_WARPS_SHARED = 24
 
-#: Vectors that a thread has in flight in a walk, and where each takes more registers: 16-bit logits
-#: are twice as many, and with smoothing or soft targets every class has a weight of its own.
+#: Vectors that a thread has in flight in a walk, and where each takes more registers: with
+#: smoothing or soft targets every class has a weight of its own; with a softcap each has a slope in
+#: the gradient, and 16-bit logits are twice as many.
 LOOP_UNROLL = 4
 LOOP_UNROLL_CROWDED = 2
 #: Warps that walk a row, and those of a row of at least so many classes.
@@ -222,32 +223,35 @@ def plan_loop(
     multiprocessors: int,
     may_split: bool,
     weighted: bool,
+    capped: bool,
     grad: bool,
 ) -> LoopPlan:
     """A walk over each row; few rows are split so that all multiprocessors have work.
 
     Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts.
     ``may_split`` says whether the caller can merge parts of a row, ``weighted`` whether every class
-    has a weight of its own in the loss, ``grad`` whether the gradient is wanted.
+    has a weight of its own in the loss, ``capped`` whether there is a softcap, ``grad`` whether the
+    gradient is wanted.
     """
     if num_classes > MAX_CLASSES:
         raise ValueError(f"logits must have at most {MAX_CLASSES} classes, got {num_classes}")
     vector = VECTOR_BYTES // itemsize
     shift = address % VECTOR_BYTES // itemsize
     align = alignment(num_classes, row_stride, address, itemsize)
+    crowded = weighted or (capped and grad and itemsize == 2)
     plan = LoopPlan(
         align=align,
         shift=shift,
         shifted=align < vector,
         shifted_alike=shift == 0 and row_stride % vector == num_classes % vector,
-        unroll=LOOP_UNROLL_CROWDED if weighted or itemsize == 2 else LOOP_UNROLL,
+        unroll=LOOP_UNROLL_CROWDED if crowded else LOOP_UNROLL,
         vector=vector,
         warps=WIDE_WARPS if num_classes >= WIDE_CLASSES else LOOP_WARPS,
         parts=1,
         part_tiles=0,
     )
     if not grad and not weighted and num_rows >= OCCUPIED_WARPS * multiprocessors:
-        plan = plan._replace(unroll=LOOP_UNROLL, warps=1)
+        plan = plan._replace(warps=1)
     length = num_classes + vector - 1  # the longest row with its masked head
     parts = 1
     if may_split and num_rows < multiprocessors:

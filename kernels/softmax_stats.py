@@ -87,7 +87,7 @@ def log2_exp(x, peak, NARROW: tl.constexpr):
     if NARROW:
         slope = tl.where(tl.abs(peak) < 1048576.0, LOG2_E, 1.0)
         base = tl.fma(peak, slope, 0.0)  # with a zero: else the product may be fused unrounded
-        result = tl.fma(x, tl.broadcast_to(slope, x.shape), tl.broadcast_to(-base, x.shape))
+        result = tl.fma(x, slope, -base)
     else:
         result = (x - peak) * LOG2_E
     return result

@@ -88,9 +88,33 @@ def test_stepped_rows_agree_with_the_oracle(case: Case, stepped: None) -> None:
     test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+EACH_DTYPE = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+
+
+def assert_step(case: Case, options: LossOptions, kernel: str) -> None:
+    """Without class weights, by ``kernel``: the scores and the gradient of the reference."""
+    logits, target, _ = make(case)
+    indices, row_scale = torch.arange(case.rows), torch.linspace(0.1, 1.0, case.rows)
+
+    def step(backend: Backend, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        arguments = (given, target, None, options, row_scale, 0.5, indices, make_state(case.rows))
+        scores, grad = backend.cross_entropy_step(*arguments, RULES["ema"])
+        return *scores, grad.float()
+
+    got: list[tuple[torch.Tensor, ...]] = []
+    launches = launched(lambda: got.append(step(TRITON, logits)))
+    assert launches == [kernel, "update_state"]
+    wanted = step(ReferenceBackend(), logits.float())
+    torch.testing.assert_close(got[0][:-1], wanted[:-1], rtol=1e-5, atol=1e-6, equal_nan=True)
+    rounding = 1e-5 + torch.finfo(case.dtype).eps / 2
+    torch.testing.assert_close(got[0][-1], wanted[-1], rtol=rounding, atol=1e-7, equal_nan=True)
+
+
+@EACH_DTYPE
 @pytest.mark.parametrize(
-    ("rows", "classes"),  # one row a step and several, of every alignment, by one warp and by more
+    ("rows", "classes"),  # several rows a step and one, of every alignment, by one warp and by more
     [
         (67, 33),
         (67, 40),
@@ -107,34 +131,20 @@ def test_steps_of_any_shape_give_scores_and_gradient(
     rows: int, classes: int, dtype: torch.dtype, stepped: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "STEP_UPDATE_ROWS", 0)
-    monkeypatch.setattr(plan, "ROWS_WARPS_SHARED", 8)
+    monkeypatch.setattr(plan, "ROWS_WARPS_SHARED", 8)  # that many share a row of 8190
     case = Case("steps", rows, classes, dtype=dtype, logits="nan_row", ignored="some")
-    logits, target, _ = make(case)
-    indices, row_scale = torch.arange(rows), torch.linspace(0.1, 1.0, rows)
+    assert_step(case, LossOptions(), "score_rows")
 
-    def step(backend: Backend, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scores, grad = backend.cross_entropy_step(
-            given,
-            target,
-            None,
-            LossOptions(),
-            row_scale,
-            0.5,
-            indices,
-            make_state(rows),
-            RULES["ema"],
-        )
-        return *scores, grad.double()
 
-    got: list[tuple[torch.Tensor, ...]] = []
-    launches = launched(lambda: got.append(step(TRITON, logits)))
-    assert launches == ["score_rows", "update_state"]
-    wanted = step(ReferenceBackend(), logits.float())
-    half_ulp = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 1e-5
-    torch.testing.assert_close(got[0][:-1], wanted[:-1], rtol=1e-5, atol=1e-6, equal_nan=True)
-    torch.testing.assert_close(
-        got[0][-1], wanted[-1], rtol=1.01 * half_ulp, atol=1e-7, equal_nan=True
-    )
+@EACH_DTYPE
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("classes", [37, 1200])
+def test_walked_rows_give_scores_and_gradient(
+    classes: int, softcap: float, dtype: torch.dtype, walked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "STEP_UPDATE_ROWS", 0)
+    case = Case("walked", 9, classes, dtype=dtype, logits="nan_row", ignored="some")
+    assert_step(case, LossOptions(softcap=softcap), "score_loop")
 
 
 @pytest.mark.parametrize("offset", [0.0, 2.0**20, -(2.0**20), 1e30, -1e30, 3.3e38])

@@ -105,7 +105,7 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
     ):
         stride = classes + padding
         given = (rows, classes, stride, address, itemsize, multiprocessors)
-        loop = plan.plan_loop(*given, may_split, weighted, grad)
+        loop = plan.plan_loop(*given, may_split, weighted, False, grad)
         shape = (rows, classes, padding, address, multiprocessors, loop)
         heads = {(address // itemsize + row * stride) % vector for row in range(min(rows, vector))}
         assert loop.shift == address // itemsize % vector, shape
@@ -131,4 +131,4 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
 
 def test_more_classes_than_offsets_can_count_are_refused() -> None:
     with pytest.raises(ValueError, match=f"at most {plan.MAX_CLASSES} classes, got 2147483647"):
-        plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False, False)
+        plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False, False, False)

@@ -424,7 +424,7 @@ def _plan_loop(
     logits: Tensor, target: Tensor, options: LossOptions, *, grad: bool
 ) -> plan.LoopPlan:
     num_rows, num_classes = logits.shape
-    soft, smooth, _ = _flags(target, options)
+    soft, smooth, capped = _flags(target, options)
     return plan.plan_loop(
         num_rows,
         num_classes,
@@ -434,6 +434,7 @@ def _plan_loop(
         multiprocessors(logits.device),
         may_split=not soft,
         weighted=soft or smooth,
+        capped=capped,
         grad=grad,
     )
 
