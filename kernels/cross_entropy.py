@@ -621,9 +621,8 @@ def score_rows(
         qs = _keep(qs, step, q)
 
         if GRAD:
-            x_y = tl.load(
-                logits_ptr + tile_row * row_stride + tile_y, mask=tile_vectors > 0, other=0.0
-            )
+            address = logits_ptr + tile_row * row_stride + tile_y
+            x_y = tl.load(address, mask=tile_vectors > 0, other=0.0)
             d, s, q = from_base2(peak, d, s, q, NARROW)
             _, _, _, _, _, _, _, largest, inv_sum, miss = fold_target(
                 x_y.to(tl.float32), peak, d, s, q, tl.zeros_like(d), tl.zeros_like(d)
