@@ -18,7 +18,7 @@ from emp_fast.backends import backend_status, load, resolve
 from emp_fast.functional import SampleStats, cross_entropy, linear_cross_entropy, topk_indices
 
 if TYPE_CHECKING:
-    from emp_fast.backends.cuda import CudaBackend
+    from emp_fast.backends.row_kernels import RowKernelsChoice
 
 OURS = Bound(1e-5, 1e-6)
 #: The gradient of a mean: what `outputs` gives is scaled back to the single sample.
@@ -34,7 +34,7 @@ def backends(
 
     The automatic choice comes first, for ratios are taken to it; it is entered by doing nothing, as
     users do. Where no kernel serves, the reference stands in, under its own name. every_row_kernel:
-    the cuda backend also with each choice of its row kernels (docs/kernels.md).
+    each backend also with every choice of its row kernels (docs/kernels.md).
     """
     status = [s for s in backend_status(device) if s.name != "reference"]
     names = [s.name for s in status if s.available] or ["reference"]
@@ -45,9 +45,10 @@ def backends(
     entered = {name: nullcontext if name == automatic else _entering(name) for name in names}
     if automatic == "reference":
         entered["reference"] = _entering("reference")
-    if every_row_kernel and "cuda" in entered:
-        for kernels in ("plain", "shared", "cluster", "ring"):
-            entered[f"cuda, {kernels}"] = _with_row_kernels(kernels)
+    if every_row_kernel:
+        for name in names:
+            for kernels in getattr(load(name), "row_kernel_names", ())[1:]:
+                entered[f"{name}, {kernels}"] = _with_row_kernels(name, kernels)
     wanted = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[device.type]
     refused = {s.name: s.reason or "" for s in status if not s.available and s.name in wanted}
     return entered, refused
@@ -57,16 +58,16 @@ def _entering(name: str) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: emp_fast.use_backend(name)
 
 
-def _with_row_kernels(kernels: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The cuda backend with these kernels for rows."""
+def _with_row_kernels(name: str, kernels: str) -> Callable[[], AbstractContextManager[Any]]:
+    """The backend with these kernels for rows."""
 
     @contextmanager
     def enter() -> Iterator[None]:
-        backend = cast("CudaBackend", load("cuda"))
+        backend = cast("RowKernelsChoice", load(name))
         before = backend.row_kernels
         backend.row_kernels = kernels
         try:
-            with emp_fast.use_backend("cuda"):
+            with emp_fast.use_backend(name):
                 yield
         finally:
             backend.row_kernels = before

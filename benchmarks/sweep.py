@@ -72,22 +72,28 @@ class Variant(NamedTuple):
 def variants(device: torch.device) -> list[Variant]:
     """Every choice of kernels of the cuda backend, and launch arithmetic of the triton one."""
 
-    def planned(serves: Callable[[int, int], bool], **constants: int) -> Variant:
+    def planned(
+        serves: Callable[[int, int], bool], within: str = "triton", **constants: int
+    ) -> Variant:
         @contextmanager
         def enter() -> Iterator[None]:
             with ExitStack() as stack:
+                stack.enter_context(entered[within]())
                 for name, value in constants.items():
                     stack.enter_context(mock.patch.object(plan, name, value))
-                for planner in (plan.plan_tile, plan.plan_loop):
+                for planner in (plan.plan_tile, plan.plan_rows, plan.plan_loop):
                     planner.cache_clear()
                     stack.callback(planner.cache_clear)
                 yield
 
         name = ", ".join(f"{name.lower()} {value}" for name, value in constants.items())
-        return Variant(f"triton, {name}", "triton", enter, serves)
+        return Variant(f"{within}, {name}", "triton", enter, serves)
 
     def short(rows: int, classes: int) -> bool:
         return classes <= plan.TILE_CLASSES
+
+    def stepped(rows: int, classes: int) -> bool:
+        return plan.KEPT_BLOCK // 2 < classes <= plan.TILE_CLASSES_GRAD
 
     def long(rows: int, classes: int) -> bool:
         return classes > plan.TILE_CLASSES
@@ -100,6 +106,12 @@ def variants(device: torch.device) -> list[Variant]:
         *ours,
         *(planned(short, THREAD_ELEMENTS=n) for n in (8, 16)),
         planned(short, TILE_THREADS=256),
+        *(
+            planned(
+                *(stepped, "triton, stepped"), ROWS_WARPS=n, ROWS_WARPS_GRAD=n, ROWS_WARPS_SHARED=n
+            )
+            for n in (16, 32, 64)
+        ),
         *(planned(long, LOOP_UNROLL=n, LOOP_UNROLL_CROWDED=n) for n in (1, 2, 4)),
         *(planned(long, LOOP_UNROLL=n, LOOP_UNROLL_CROWDED=n, WIDE_CLASSES=2**30) for n in (2, 4)),
     ]
@@ -124,7 +136,7 @@ class Case(NamedTuple):
 def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bool) -> list[Case]:
     """Scores; scores, gradient, state and mean; the backward pass."""
     rows, classes = shape
-    held = min(rows, 1024) if warm else rows
+    held = min(rows, plan.STEP_UPDATE_ROWS + 1) if warm else rows
     device = state.scores.device
     generator = torch.Generator(device).manual_seed(classes)
     logits = torch.empty(held, classes, dtype=dtype, device=device)
@@ -261,7 +273,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"copy {rate / 1e9:.0f} GB/s", flush=True)
     for place, case in enumerate(cases(device, bool(given.warm))):
         if case.name.startswith(tuple(given.only)) and place % parts == part:
-            results[case.name] = _measured(case, every, clock)
+            # The rows held to compile are few, and take the kernels of many.
+            fewest = 0 if given.warm else plan.KEPT_STEPS
+            with mock.patch.object(plan, "KEPT_STEPS", fewest):
+                results[case.name] = _measured(case, every, clock)
             shares = (
                 f"{name} {1e6 * seconds:.1f} us = {100 * case.floor_bytes / seconds / rate:.0f} %"
                 for name, seconds in results[case.name].items()

@@ -1,12 +1,16 @@
 """Cross-entropy, every score of each row, the gradient and the state update, from one reading.
 
-Contract: `Backend.cross_entropy`, `cross_entropy_backward` and `cross_entropy_step`. Three kernels:
+Contract: `Backend.cross_entropy`, `cross_entropy_backward` and `cross_entropy_step`. Four kernels:
 
     score_tile    a program holds whole rows in registers as a tile [SEGMENTS, ROWS, SEGMENT], where
                   the segments of a row make BLOCK >= C elements. Few threads share a row and each
                   holds its part of every segment, so sums over the classes are mostly sums within
                   a thread; then one thread a row folds the target in and writes the scores. Reads
                   the logits once, writes the gradient once if asked.
+    score_rows    the same for many rows of class ids without options: a program takes tile after
+                  tile and keeps the sums of up to 32 rows, one row a thread, so that all their
+                  scores are made at once. The vector that holds a row's target is left out of the
+                  tile and read apart. Rows that do not count are not read.
     score_loop    a program walks over one row in tiles [UNROLL, LANES, VECTOR] of 16-byte loads.
                   Each lane keeps its own running statistics, so that the loop needs no shuffle and
                   no barrier, and the lanes meet once at the end. The gradient takes a second pass
@@ -36,6 +40,8 @@ from .softmax_stats import (
     EXP_IS_ZERO,
     exp,
     fold_target,
+    from_base2,
+    log2_exp,
     rebase,
     softcap_slope,
     tanh,
@@ -499,6 +505,170 @@ def score_tile(
 
 
 @triton.jit
+def _of_step(values, step, ROWS: tl.constexpr):
+    """Of values one a row those of the rows of one step."""
+    return tl.gather(values, step * ROWS + tl.arange(0, ROWS), axis=0)
+
+
+@triton.jit
+def _of_pieces(values, SEGMENTS: tl.constexpr):
+    """Of values one a row those of the pieces of a tile."""
+    ROWS: tl.constexpr = values.shape[0]
+    return tl.reshape(tl.broadcast_to(values[None, :], [SEGMENTS, ROWS]), [SEGMENTS * ROWS, 1])
+
+
+@triton.jit
+def _keep(kept, step, values):
+    """``kept`` with the values of the rows of one step at their place, one row a thread."""
+    at = tl.arange(0, kept.shape[0])
+    ROWS: tl.constexpr = values.shape[0]
+    return tl.where(at // ROWS == step, tl.gather(values, at % ROWS, axis=0), kept)
+
+
+@triton.jit
+def _add_sums(d, s, q, other_d, other_s, other_q):
+    return d + other_d, s + other_s, q + other_q
+
+
+@kernel
+def score_rows(
+    logits_ptr,  # as score_tile
+    target_ptr,
+    loss_ptr,
+    rows_ptr,
+    correct_ptr,
+    count_ptr,
+    grad_ptr,  # or None
+    row_scale_ptr,
+    num_rows: tl.int64,
+    class_units: tl.int32,
+    row_units: tl.int64,
+    steps: tl.int32,
+    ignore_index: tl.int64,
+    scale: tl.float32,
+    ALIGN: tl.constexpr,
+    ALIGN_BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """Rows that fit a tile, ROWS a step, up to KEPT a program. Grid: ceil(R / (steps * ROWS))."""
+    GRAD: tl.constexpr = grad_ptr is not None
+    NARROW: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
+    SEGMENTS: tl.constexpr = BLOCK // SEGMENT
+    LANES: tl.constexpr = SEGMENT // ALIGN  # of a segment, a vector each
+    LANE_ELEMENTS: tl.constexpr = (ALIGN + LANES - 1) // LANES  # of the target's vector
+    num_classes = class_units * ALIGN
+    row_stride = row_units * ALIGN
+    first_row = tl.program_id(0).to(tl.int64) * (steps * ROWS)
+    kept = tl.arange(0, KEPT)
+    row = first_row + kept
+    row_ok = (kept < steps * ROWS) & (row < num_rows)
+    y, valid, bad = _class_ids(target_ptr, row, row_ok, ignore_index, num_classes)
+    vectors = tl.where(valid, class_units, 0)
+    share = tl.full([KEPT], 1.0, tl.float32) * scale
+    if row_scale_ptr is not None:
+        share = share * tl.load(row_scale_ptr + row, mask=row_ok, other=0.0)
+    share = tl.where(valid, tl.where(bad, float("nan"), share), 0.0)
+
+    # Pieces as in score_tile.
+    piece = tl.arange(0, SEGMENTS * ROWS)[:, None]
+    piece_col = piece // ROWS * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+    in_vector = tl.arange(0, LANE_ELEMENTS)[:, None, None] * LANES
+    in_vector += tl.arange(0, LANES)[None, None, :]
+    peaks = tl.full([KEPT], EMPTY_PEAK, tl.float32)
+    ds = tl.zeros([KEPT], tl.float32)
+    ss = tl.zeros([KEPT], tl.float32)
+    qs = tl.zeros([KEPT], tl.float32)
+    for step in range(steps):
+        piece_row = first_row + step * ROWS + piece % ROWS
+        tile_row = first_row + step * ROWS + tl.arange(0, ROWS)
+        tile_y = _of_step(y, step, ROWS)
+        y_vector = tile_y // ALIGN
+        tile_vectors = _of_step(vectors, step, ROWS)
+
+        # No element of the tile has to ask whether it is the target: its vector is not there.
+        beside = piece_col // ALIGN != _of_pieces(y_vector, SEGMENTS)
+        piece_ok = beside & (piece_col // ALIGN < _of_pieces(tile_vectors, SEGMENTS))
+        address = logits_ptr + piece_row * row_stride + piece_col
+        raw = tl.load(tl.multiple_of(address, [1, ALIGN_BYTES]), mask=piece_ok, other=float("-inf"))
+        x = tl.reshape(raw, [SEGMENTS, ROWS, LANES, ALIGN]).to(tl.float32)
+        # That vector, an element a thread.
+        near_col = y_vector[None, :, None] * ALIGN + in_vector
+        near_ok = (in_vector < ALIGN) & (y_vector < tile_vectors)[None, :, None]
+        is_target = near_col == tile_y[None, :, None]
+        address = logits_ptr + tile_row[None, :, None] * row_stride + near_col
+        near = tl.load(address, mask=near_ok & (is_target == 0), other=float("-inf"))
+        near = near.to(tl.float32)
+
+        peak = tl.maximum(tl.max(tl.max(x, axis=3), axis=0), tl.max(near, axis=0))
+        peak = tl.maximum(tl.max(peak, axis=1), EMPTY_PEAK)
+        diff = log2_exp(x, peak[None, :, None, None], NARROW)
+        e = tl.exp2(diff)
+        d = tl.sum(tl.sum(e, axis=3), axis=0)
+        s = tl.sum(tl.sum(tl.maximum(diff, EXP_IS_ZERO) * e, axis=3), axis=0)
+        q = tl.sum(tl.sum(e * e, axis=3), axis=0)
+        diff = log2_exp(near, peak[None, :, None], NARROW)
+        near_e = tl.exp2(diff)
+        d += tl.sum(near_e, axis=0)
+        s += tl.sum(tl.maximum(diff, EXP_IS_ZERO) * near_e, axis=0)
+        q += tl.sum(near_e * near_e, axis=0)
+        d, s, q = tl.reduce((d, s, q), 1, _add_sums)
+        peaks = _keep(peaks, step, peak)
+        ds = _keep(ds, step, d)
+        ss = _keep(ss, step, s)
+        qs = _keep(qs, step, q)
+
+        if GRAD:
+            address = logits_ptr + tile_row * row_stride + tile_y
+            x_y = tl.load(address, mask=tile_vectors > 0, other=0.0)
+            d, s, q = from_base2(peak, d, s, q, NARROW)
+            _, _, _, _, _, _, _, largest, inv_sum, miss = fold_target(
+                x_y.to(tl.float32), peak, d, s, q, tl.zeros_like(d), tl.zeros_like(d)
+            )
+            tile_share = _of_step(share, step, ROWS)
+            # e is relative to the peak, and to what log2_exp leaves of it.
+            factor = tile_share * inv_sum * exp(peak - largest)
+            factor = factor * tl.exp2(-log2_exp(peak, peak, NARROW))
+            value = (e * factor[None, :, None, None]).to(grad_ptr.dtype.element_ty)
+            value = tl.reshape(value, [SEGMENTS * ROWS, SEGMENT])
+            out = grad_ptr + piece_row * num_classes + piece_col
+            out_ok = beside & (piece_col < num_classes) & (piece_row < num_rows)
+            tl.store(tl.multiple_of(out, [1, ALIGN_BYTES]), value, mask=out_ok)
+            at_target = -miss * tile_share
+            value = tl.where(is_target, at_target[None, :, None], near_e * factor[None, :, None])
+            out = grad_ptr + tile_row[None, :, None] * num_classes + near_col
+            out_ok = (in_vector < ALIGN) & (tile_row < num_rows)[None, :, None]
+            tl.store(out, value.to(grad_ptr.dtype.element_ty), mask=out_ok)
+
+    x_y = tl.load(logits_ptr + row * row_stride + y, mask=valid, other=0.0).to(tl.float32)
+    ds, ss, qs = from_base2(peaks, ds, ss, qs, NARROW)
+    loss, _, _, entropy, el2n, margin, confidence, largest, inv_sum, miss = fold_target(
+        x_y, peaks, ds, ss, qs, tl.zeros_like(ds), tl.zeros_like(ds)
+    )
+    _store_scores(
+        loss_ptr,
+        rows_ptr,
+        correct_ptr,
+        count_ptr,
+        row,
+        row_ok,
+        num_rows,
+        valid,
+        bad | (loss != loss) | (inv_sum != inv_sum),
+        loss,
+        entropy,
+        el2n,
+        margin,
+        confidence,
+        largest,
+        inv_sum,
+        miss,
+    )
+
+
+@triton.jit
 def _tile(
     origin,
     i,
@@ -581,6 +751,7 @@ def score_loop(
     WEIGHTED: tl.constexpr = weight_ptr is not None
     MASS: tl.constexpr = SOFT or SMOOTH
     SPAN: tl.constexpr = UNROLL * LANES * VECTOR
+    NARROW: tl.constexpr = VECTOR == 8 and not SOFTCAP
     num_classes = class_units * ALIGN
     row = tl.program_id(0).to(tl.int64)
     row_start = row * (row_units * ALIGN)
@@ -635,6 +806,7 @@ def score_loop(
     w_y = 1.0
     if WEIGHTED:
         w_y = tl.load(weight_ptr + y)
+    read_end = tl.where(valid, end, head)  # a row that does not count is not read
 
     if STATS:
         peak = tl.full([LANES], EMPTY_PEAK, tl.float32)
@@ -643,13 +815,12 @@ def score_loop(
         q = tl.zeros([LANES], tl.float32)
         mass = tl.zeros([LANES], tl.float32)
         tilt = tl.zeros([LANES], tl.float32)
-        for i in range(begin, stop, SPAN):
+        for i in range(begin, tl.minimum(stop, read_end), SPAN):
             at = i + lanes
-            x = _capped(
-                _tile(origin, i, head, end, float("-inf"), UNROLL, LANES, VECTOR), softcap, SOFTCAP
-            )
+            raw = _tile(origin, i, head, read_end, float("-inf"), UNROLL, LANES, VECTOR)
+            x = _capped(raw, softcap, SOFTCAP)
             if SOFTCAP:
-                x = tl.where((at >= head) & (at < end), x, float("-inf"))
+                x = tl.where((at >= head) & (at < read_end), x, float("-inf"))
             if (y_at >= i) & (y_at < i + SPAN):
                 x = tl.where(at == y_at, float("-inf"), x)
             higher = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
@@ -689,7 +860,7 @@ def score_loop(
             tl.store(part + 4 * num_rows, mass)
             tl.store(part + 5 * num_rows, tilt)
         else:
-            x_y = tl.load(logits_ptr + row_start + y).to(tl.float32)
+            x_y = tl.load(logits_ptr + row_start + y, mask=valid, other=0.0).to(tl.float32)
             x_y = _capped(x_y, softcap, SOFTCAP)
             c_y = _class_weights(t_y, w_y, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
             nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss = (
@@ -710,14 +881,18 @@ def score_loop(
             grad_row = grad_ptr + (row * num_classes - head)
             if SHIFTED_ALIKE or not SHIFTED:
                 grad_row = tl.multiple_of(grad_row, 16)
+        if STATS:
+            g = tl.where(bad | (loss != loss), float("nan"), g)
+        g = tl.where(valid, g, 0.0)
         sharp = w_y * (1.0 - smoothing)
+        factor = sharp * g * inv_sum * tl.exp2(-log2_exp(largest, largest, NARROW))
         spread = tl.zeros([LANES], tl.float32)
         tiles = tl.cdiv(stop - begin, SPAN)
         for step in range(tiles):
             i = begin + (tiles - 1 - step) * SPAN
             at = i + lanes
             inside = (at >= head) & (at < end)
-            raw = _tile(origin, i, head, end, float("-inf"), UNROLL, LANES, VECTOR)
+            raw = _tile(origin, i, head, read_end, float("-inf"), UNROLL, LANES, VECTOR)
             x = _capped(raw, softcap, SOFTCAP)
             is_target = at == y_at
             c = x
@@ -734,7 +909,11 @@ def score_loop(
                         off = tl.where(inside, off * off, 0.0)
                         spread += tl.sum(tl.sum(off, axis=2), axis=0)
                 c = _class_weights(t, w, smoothing, num_classes, WEIGHTED, SOFT, SMOOTH)
-            if GRAD:
+            if GRAD and not MASS:
+                value = tl.exp2(log2_exp(x, largest, NARROW)) * factor
+                if SOFTCAP:
+                    value = value * softcap_slope(raw, softcap)
+            elif GRAD:
                 value = _gradient(
                     raw,
                     exp(x - largest),
@@ -750,15 +929,23 @@ def score_loop(
                     MASS,
                     SOFTCAP,
                 )
-                value = tl.where(valid, value, 0.0)
-                if STATS:
-                    value = tl.where(valid & (bad | (loss != loss)), float("nan"), value)
+                value = tl.where(valid, value, 0.0)  # class weights may be infinite
+            if GRAD:
                 value = tl.reshape(value.to(grad_ptr.dtype.element_ty), [SPAN])
                 out = i + tl.arange(0, SPAN)
                 if (i >= head) & (i + SPAN <= end):
                     tl.store(grad_row + out, value)
                 else:
                     tl.store(grad_row + out, value, mask=(out >= head) & (out < end))
+        if GRAD and not MASS:
+            # None of the elements above has asked whether it is the target.
+            value = -miss * (sharp * g)
+            if SOFTCAP:
+                x_y = tl.load(logits_ptr + row_start + y).to(tl.float32)
+                value = value * softcap_slope(x_y, softcap)
+            tl.debug_barrier()  # the whole tile is written before
+            mine = valid & (y_at >= begin) & (y_at < stop)
+            tl.store(grad_row + y_at, value.to(grad_ptr.dtype.element_ty), mask=mine)
         if SOFT and STATS:
             el2n = tl.sqrt(tl.sum(spread, axis=0))
 

@@ -29,8 +29,20 @@ TILE_ROWS = 128
 SEGMENT_BYTES = 32
 SHORT_CLASSES = 16
 
-#: Vectors that a thread has in flight in a walk, and where each takes more registers: 16-bit logits
-#: are twice as many, and with smoothing or soft targets every class has a weight of its own.
+#: Rows of which a program of score_rows makes all scores at once, one a thread; the shortest tile
+#: for which that pays, and the fewest steps.
+KEPT_ROWS = 32
+KEPT_BLOCK = 64
+KEPT_STEPS = 4
+#: Warps of score_rows that a multiprocessor has the registers for: for scores, with the gradient,
+#: and with the gradient where several warps share a row.
+ROWS_WARPS = 28
+ROWS_WARPS_GRAD = 20
+ROWS_WARPS_SHARED = 24
+
+#: Vectors that a thread has in flight in a walk, and where each takes more registers: with
+#: smoothing or soft targets every class has a weight of its own; with a softcap each has a slope in
+#: the gradient, and 16-bit logits are twice as many.
 LOOP_UNROLL = 4
 LOOP_UNROLL_CROWDED = 2
 #: Warps that walk a row, and those of a row of at least so many classes.
@@ -85,6 +97,18 @@ class TilePlan(NamedTuple):
     segment: int  # of those, what the threads of a row read at a time
     align: int  # elements
     warps: int
+    grid: int
+
+
+class RowsPlan(NamedTuple):
+    """Launch of `score_rows`."""
+
+    rows: int  # a step
+    block: int  # as in TilePlan
+    segment: int
+    align: int
+    warps: int
+    steps: int  # of a program
     grid: int
 
 
@@ -148,6 +172,48 @@ def plan_tile(
 
 
 @functools.lru_cache(maxsize=1024)
+def plan_rows(
+    num_rows: int,
+    num_classes: int,
+    row_stride: int,
+    address: int,
+    itemsize: int,
+    multiprocessors: int,
+    grad: bool,
+) -> RowsPlan | None:
+    """Tile after tile of whole rows, or None where `plan_tile` does better.
+
+    Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts. As many
+    programs as run at a time share all steps evenly, or several times as many.
+    """
+    block = next_power_of_two(num_classes)
+    if block < KEPT_BLOCK:
+        return None
+    align = alignment(num_classes, row_stride, address, itemsize)
+    threads = block // THREAD_ELEMENTS  # of a row
+    warps = max(32, threads) // 32
+    rows = max(1, 32 // threads)
+    resident = ROWS_WARPS
+    if grad:
+        resident = ROWS_WARPS_GRAD if warps == 1 else ROWS_WARPS_SHARED
+    programs = multiprocessors * (resident // warps)
+    steps = ceil_div(num_rows, rows)
+    if steps < KEPT_STEPS * programs:
+        return None
+    waves = ceil_div(steps, programs * (KEPT_ROWS // rows))
+    own_steps = ceil_div(steps, programs * waves)
+    return RowsPlan(
+        rows=rows,
+        block=block,
+        segment=max(threads * align, SEGMENT_BYTES // itemsize),
+        align=align,
+        warps=warps,
+        steps=own_steps,
+        grid=ceil_div(steps, own_steps),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
 def plan_loop(
     num_rows: int,
     num_classes: int,
@@ -157,32 +223,35 @@ def plan_loop(
     multiprocessors: int,
     may_split: bool,
     weighted: bool,
+    capped: bool,
     grad: bool,
 ) -> LoopPlan:
     """A walk over each row; few rows are split so that all multiprocessors have work.
 
     Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts.
     ``may_split`` says whether the caller can merge parts of a row, ``weighted`` whether every class
-    has a weight of its own in the loss, ``grad`` whether the gradient is wanted.
+    has a weight of its own in the loss, ``capped`` whether there is a softcap, ``grad`` whether the
+    gradient is wanted.
     """
     if num_classes > MAX_CLASSES:
         raise ValueError(f"logits must have at most {MAX_CLASSES} classes, got {num_classes}")
     vector = VECTOR_BYTES // itemsize
     shift = address % VECTOR_BYTES // itemsize
     align = alignment(num_classes, row_stride, address, itemsize)
+    crowded = weighted or (capped and grad and itemsize == 2)
     plan = LoopPlan(
         align=align,
         shift=shift,
         shifted=align < vector,
         shifted_alike=shift == 0 and row_stride % vector == num_classes % vector,
-        unroll=LOOP_UNROLL_CROWDED if weighted or itemsize == 2 else LOOP_UNROLL,
+        unroll=LOOP_UNROLL_CROWDED if crowded else LOOP_UNROLL,
         vector=vector,
         warps=WIDE_WARPS if num_classes >= WIDE_CLASSES else LOOP_WARPS,
         parts=1,
         part_tiles=0,
     )
     if not grad and not weighted and num_rows >= OCCUPIED_WARPS * multiprocessors:
-        plan = plan._replace(unroll=LOOP_UNROLL, warps=1)
+        plan = plan._replace(warps=1)
     length = num_classes + vector - 1  # the longest row with its masked head
     parts = 1
     if may_split and num_rows < multiprocessors:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 EMPTY_PEAK = tl.constexpr(-3.4028234663852886e38)
 #: e^x is exactly 0 in float32 below this, so a clamped difference changes no product with e^x.
 EXP_IS_ZERO = tl.constexpr(-200.0)
@@ -73,6 +74,31 @@ def rebase(peak, d, s, q, mass, tilt, new_peak):
     factor = exp(delta)
     s = (s + tl.maximum(delta, EXP_IS_ZERO) * d) * factor
     return d * factor, s, q * (factor * factor), tilt + delta * mass
+
+
+@triton.jit
+def log2_exp(x, peak, NARROW: tl.constexpr):
+    """log2(e^(x - peak)), but for a constant of the peak: `log2_exp(peak, peak)`.
+
+    Of 16-bit logits (NARROW) one instruction, x log2(e) - b with b = peak log2(e) rounded. From
+    2^20 on, where the rounding would matter, such logits are 4096 apart or equal: any slope will
+    do, and with 1 nothing is rounded.
+    """
+    if NARROW:
+        slope = tl.where(tl.abs(peak) < 1048576.0, LOG2_E, 1.0)
+        base = tl.fma(peak, slope, 0.0)  # with a zero: else the product may be fused unrounded
+        result = tl.fma(x, slope, -base)
+    else:
+        result = (x - peak) * LOG2_E
+    return result
+
+
+@triton.jit
+def from_base2(peak, d, s, q, NARROW: tl.constexpr):
+    """The sums d, s and q of a part from those in which `log2_exp` stands for the difference."""
+    excess = log2_exp(peak, peak, NARROW)
+    factor = tl.exp2(-excess)
+    return d * factor, (s - excess * d) * (factor * LN_2), q * (factor * factor)
 
 
 @triton.jit

@@ -17,7 +17,12 @@ import emp_fast
 from emp_fast.backends import resolve
 
 if "triton" in BACKENDS:
-    from interpreter import _launches, _rounding_to_bfloat16, unlisted  # noqa: F401
+    from interpreter import (  # noqa: F401
+        _launches,
+        _rounding_once,
+        _rounding_to_bfloat16,
+        unlisted,
+    )
 
 try:
     import hypothesis

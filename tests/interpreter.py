@@ -32,6 +32,19 @@ def _rounding_to_bfloat16() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _rounding_once() -> Iterator[None]:
+    """Rounds a product with a sum once, as a fused instruction does; the interpreter does twice."""
+
+    def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype("float64") * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _launches() -> Iterator[dict[Variant, None]]:
     """Fails the run if it launched a variant that is not among those compiled ahead of time."""
     with recorded(then=launch) as seen:

@@ -510,10 +510,11 @@ def test_the_sweep_may_warm_up_a_share_of_some_cases(
 
 
 def test_the_launch_arithmetic_that_a_sweep_varies_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered = dict.fromkeys(("cuda", "triton"), contextlib.nullcontext)
+    names = ("cuda", "triton", "triton, stepped")
+    entered = dict.fromkeys(names, contextlib.nullcontext)
     monkeypatch.setattr(sweep.contenders, "backends", lambda *_, **__: (entered, {}))
     every = sweep.variants(torch.device("cuda"))
-    assert [variant.name for variant in every[:2]] == ["cuda", "triton"]
+    assert tuple(variant.name for variant in every[:3]) == names
     assert all(variant.backend == "triton" for variant in every[1:])
     for variant in every:
         with variant.enter():

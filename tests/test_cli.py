@@ -130,12 +130,13 @@ def test_doctor_believes_its_eyes_where_no_build_was_recorded(tmp_path, monkeypa
 
 
 def test_doctor_shows_which_row_kernels_are_chosen(monkeypatch):
-    monkeypatch.delenv("EMP_FAST_CUDA_ROWS", raising=False)
-    settings = json.loads(run("doctor", "--json").stdout)["settings"]
-    assert settings["EMP_FAST_CUDA_ROWS"] == "auto"
-    monkeypatch.setenv("EMP_FAST_CUDA_ROWS", "cluster")
-    settings = json.loads(run("doctor", "--json").stdout)["settings"]
-    assert settings["EMP_FAST_CUDA_ROWS"] == "cluster"
+    for variable, kernels in (("EMP_FAST_CUDA_ROWS", "cluster"), ("EMP_FAST_TRITON_ROWS", "plain")):
+        monkeypatch.delenv(variable, raising=False)
+        settings = json.loads(run("doctor", "--json").stdout)["settings"]
+        assert settings[variable] == "auto"
+        monkeypatch.setenv(variable, kernels)
+        settings = json.loads(run("doctor", "--json").stdout)["settings"]
+        assert settings[variable] == kernels
 
 
 def test_doctor_says_that_no_row_kernels_have_that_name(monkeypatch):

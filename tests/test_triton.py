@@ -26,7 +26,7 @@ from emp_fast.testing import CASES, Case, cut, make
 if not INTERPRETED:
     pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
 
-from emp_fast.backends import triton
+from emp_fast.backends import load, triton
 from emp_fast.kernels import bracket, plan
 from emp_fast.testing.triton_variants import recorded
 
@@ -45,6 +45,17 @@ def launched(call: object) -> list[str]:
     with recorded(then=triton.launch) as seen:
         call()  # type: ignore[operator]
     return list(dict.fromkeys(variant.kernel.split(".")[1] for variant in seen))
+
+
+@pytest.fixture
+def stepped(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
+    """Any number of rows is taken in steps, on a device that runs two warps at a time."""
+    for backend in (TRITON, load("triton")):
+        monkeypatch.setattr(backend, "row_kernels", "stepped")
+    monkeypatch.setattr(plan, "KEPT_STEPS", 0)
+    for warps in ("ROWS_WARPS", "ROWS_WARPS_GRAD", "ROWS_WARPS_SHARED"):
+        monkeypatch.setattr(plan, warps, 2)
+    monkeypatch.setattr(triton, "multiprocessors", lambda _: 1)
 
 
 @pytest.fixture
@@ -71,6 +82,97 @@ def small(case: Case) -> Case:
 
 
 SERVED = [small(case) for case in CASES if case.dtype != torch.float64]
+
+
+def test_row_kernels_are_chosen_by_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMP_FAST_TRITON_ROWS", raising=False)
+    assert triton.TritonBackend().row_kernels == "auto"
+    assert triton.TritonBackend("plain").row_kernels == "plain"
+    monkeypatch.setenv("EMP_FAST_TRITON_ROWS", "stepped")
+    assert triton.TritonBackend().row_kernels == "stepped"
+    assert triton.TritonBackend("plain").row_kernels == "plain"
+    with pytest.raises(ValueError, match=r"row_kernels must be one of .*'stepped'\], got 'ring'"):
+        triton.TritonBackend("ring")
+    monkeypatch.setenv("EMP_FAST_TRITON_ROWS", "ring")
+    with pytest.raises(ValueError, match=r"EMP_FAST_TRITON_ROWS must be .* got 'ring'"):
+        triton.TritonBackend()
+
+
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_stepped_rows_agree_with_the_oracle(case: Case, stepped: None) -> None:
+    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
+    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
+
+
+EACH_DTYPE = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+
+
+def assert_step(case: Case, options: LossOptions, kernel: str) -> None:
+    """Without class weights, by ``kernel``: the scores and the gradient of the reference."""
+    logits, target, _ = make(case)
+    indices, row_scale = torch.arange(case.rows), torch.linspace(0.1, 1.0, case.rows)
+
+    def step(backend: Backend, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        arguments = (given, target, None, options, row_scale, 0.5, indices, make_state(case.rows))
+        scores, grad = backend.cross_entropy_step(*arguments, RULES["ema"])
+        return *scores, grad.float()
+
+    got: list[tuple[torch.Tensor, ...]] = []
+    launches = launched(lambda: got.append(step(TRITON, logits)))
+    assert launches == [kernel, "update_state"]
+    wanted = step(ReferenceBackend(), logits.float())
+    torch.testing.assert_close(got[0][:-1], wanted[:-1], rtol=1e-5, atol=1e-6, equal_nan=True)
+    rounding = 1e-5 + torch.finfo(case.dtype).eps / 2
+    torch.testing.assert_close(got[0][-1], wanted[-1], rtol=rounding, atol=1e-7, equal_nan=True)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize(
+    ("rows", "classes"),  # several rows a step and one, of every alignment, by one warp and by more
+    [
+        (67, 33),
+        (67, 40),
+        (35, 100),
+        (35, 104),
+        (11, 257),
+        (5, 512),
+        (35, 1000),
+        (3, 1001),
+        (3, 8190),
+    ],
+)
+def test_steps_of_any_shape_give_scores_and_gradient(
+    rows: int, classes: int, dtype: torch.dtype, stepped: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "STEP_UPDATE_ROWS", 0)
+    monkeypatch.setattr(plan, "ROWS_WARPS_SHARED", 8)  # that many share a row of 8190
+    case = Case("steps", rows, classes, dtype=dtype, logits="nan_row", ignored="some")
+    assert_step(case, LossOptions(), "score_rows")
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("classes", [37, 1200])
+def test_walked_rows_give_scores_and_gradient(
+    classes: int, softcap: float, dtype: torch.dtype, walked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "STEP_UPDATE_ROWS", 0)
+    case = Case("walked", 9, classes, dtype=dtype, logits="nan_row", ignored="some")
+    assert_step(case, LossOptions(softcap=softcap), "score_loop")
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0**20, -(2.0**20), 1e30, -1e30, 3.3e38])
+@pytest.mark.parametrize("spread", [1.0, 2.0**17, 1e29])
+def test_16_bit_logits_of_any_size(offset: float, spread: float, stepped: None) -> None:
+    logits, target, _ = make(Case("large", 5, 300))
+    large = (logits * spread + offset).bfloat16()
+    large = large.clamp(-torch.finfo(torch.bfloat16).max, torch.finfo(torch.bfloat16).max)
+    launches = launched(lambda: test_functional.cross_entropy(large, target))
+    assert launches == ["score_rows"]
+    got = test_functional.cross_entropy(large, target)
+    test_functional.assert_stats(got, test_functional.oracle(large, target)[0])
 
 
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)

@@ -39,7 +39,8 @@ def test_every_kernel_is_among_the_variants(variants: tuple[Variant, ...]) -> No
 
 def test_every_option_is_among_the_variants(variants: tuple[Variant, ...]) -> None:
     """Both values of each flag, every pointer that may be absent, every dtype and alignment."""
-    scoring = [variant.choices() for variant in variants if ".score_" in variant.kernel]
+    in_steps = [v.choices() for v in variants if v.kernel.endswith("score_rows")]
+    scoring = [v.choices() for v in variants if v.kernel.endswith(("score_tile", "score_loop"))]
     for flag in ("SOFT", "SMOOTH", "SOFTCAP", "STATS", "GRAD", "UPDATE"):
         assert {choices[flag] for choices in scoring} == {False, True}, flag
     for pointer in ("weight_ptr", "weight_sum_ptr", "row_scale_ptr", "variance_ptr"):
@@ -48,6 +49,11 @@ def test_every_option_is_among_the_variants(variants: tuple[Variant, ...]) -> No
     assert pairs == {("*fp32", align) for align in (1, 2, 4)} | set(
         itertools.product(("*fp16", "*bf16"), (1, 2, 4, 8))
     )
+    assert {choices["grad_ptr"] is None for choices in in_steps} == {False, True}
+    assert {(choices["ROWS"], choices["warps"]) for choices in in_steps} == {
+        *((rows, 1) for rows in (16, 8, 4, 2, 1)),
+        *((1, warps) for warps in (2, 4, 8)),
+    }
     loops = [variant.choices() for variant in variants if variant.kernel.endswith("score_loop")]
     assert {choices["warps"] for choices in loops} == {1, 4, 8}
     for flag in ("SHIFTED", "SHIFTED_ALIKE", "PARTIAL"):

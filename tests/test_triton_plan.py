@@ -55,6 +55,48 @@ def test_tiles_hold_every_row_and_class(itemsize: int) -> None:
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("grad", [False, True])
+def test_steps_hold_every_row_once_and_fill_the_device(itemsize: int, grad: bool) -> None:
+    most = plan.TILE_CLASSES_GRAD if grad else plan.TILE_CLASSES
+    for rows, classes, address, multiprocessors in itertools.product(
+        ROWS, [*CLASSES, most], addresses(itemsize), MULTIPROCESSORS
+    ):
+        given = (rows, classes, classes, address, itemsize, multiprocessors, grad)
+        taken = plan.plan_rows(*given)
+        shape = (rows, classes, address, multiprocessors, taken)
+        if taken is None:
+            continue
+        assert classes <= taken.block < 2 * classes, shape
+        assert taken.segment <= taken.block, shape
+        assert all(
+            math.log2(n).is_integer() for n in (taken.rows, taken.block, taken.segment, taken.warps)
+        ), shape
+        assert taken.rows * taken.block == 32 * taken.warps * plan.THREAD_ELEMENTS, shape
+        assert taken.rows == 1 or taken.warps == 1, shape
+        own = taken.rows * taken.steps
+        assert own <= plan.KEPT_ROWS, shape
+        assert (taken.grid - 1) * own < rows <= taken.grid * own, shape
+        # No more waves of programs than the rows that one keeps ask for, and the last as full.
+        warps = plan.ROWS_WARPS
+        if grad:
+            warps = plan.ROWS_WARPS_GRAD if taken.warps == 1 else plan.ROWS_WARPS_SHARED
+        programs = multiprocessors * (warps // taken.warps)
+        waves = plan.ceil_div(rows, programs * plan.KEPT_ROWS)
+        assert taken.grid <= waves * programs, shape
+        assert own - taken.rows < rows / (waves * programs), shape
+
+
+def test_few_rows_and_short_ones_are_not_taken_in_steps() -> None:
+    def taken(rows: int, classes: int, grad: bool = False) -> bool:
+        return plan.plan_rows(rows, classes, classes, BASE, 2, 132, grad) is not None
+
+    assert taken(65536, 1000)
+    assert taken(8192, 8192, grad=True)
+    assert not taken(512, 1000)
+    assert not taken(10**6, 10)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("may_split", [False, True])
 def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) -> None:
     vector = plan.VECTOR_BYTES // itemsize
@@ -63,7 +105,7 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
     ):
         stride = classes + padding
         given = (rows, classes, stride, address, itemsize, multiprocessors)
-        loop = plan.plan_loop(*given, may_split, weighted, grad)
+        loop = plan.plan_loop(*given, may_split, weighted, False, grad)
         shape = (rows, classes, padding, address, multiprocessors, loop)
         heads = {(address // itemsize + row * stride) % vector for row in range(min(rows, vector))}
         assert loop.shift == address // itemsize % vector, shape
@@ -89,4 +131,4 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
 
 def test_more_classes_than_offsets_can_count_are_refused() -> None:
     with pytest.raises(ValueError, match=f"at most {plan.MAX_CLASSES} classes, got 2147483647"):
-        plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False, False)
+        plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False, False, False)

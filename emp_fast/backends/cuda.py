@@ -7,7 +7,6 @@ docs/kernels.md describes the kernels.
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,16 +33,14 @@ from emp_fast.backends.native import (
     state_arguments,
 )
 from emp_fast.backends.reference import ReferenceBackend
+from emp_fast.backends.row_kernels import RowKernelsChoice
 
-#: As RowKernels of csrc/cuda/launch_ring.h.
-_ROW_KERNELS = ("auto", "plain", "shared", "cluster", "ring")
-_ROW_KERNELS_ENVIRONMENT = "EMP_FAST_CUDA_ROWS"
 _OLDEST = (8, 0)
 _SCORES = ROW_FIELDS.index("max")  # of ROW_FIELDS; the rest is kept for the backward pass
 _HERE = nullcontext()
 
 
-class CudaBackend(Backend):
+class CudaBackend(RowKernelsChoice, Backend):
     """Serves NVIDIA GPUs of compute capability 8.0 and up.
 
     Args:
@@ -58,12 +55,11 @@ class CudaBackend(Backend):
 
     name = "cuda"
     fuses_step = True
+    row_kernel_names = ("auto", "plain", "shared", "cluster", "ring")  # as csrc/cuda/launch_ring.h
+    row_kernels_environment = "EMP_FAST_CUDA_ROWS"
 
     def __init__(self, row_kernels: str | None = None) -> None:
-        if row_kernels is None:
-            row_kernels = os.environ.get(_ROW_KERNELS_ENVIRONMENT) or "auto"
-            _check_row_kernels(row_kernels, _ROW_KERNELS_ENVIRONMENT)
-        self.row_kernels = row_kernels
+        self._choose_row_kernels(row_kernels)
         native = load_native()
         self._native: Any = None
         self._reason: str | None = None
@@ -75,16 +71,6 @@ class CudaBackend(Backend):
             )
         else:
             self._native = native.cuda
-
-    @property
-    def row_kernels(self) -> str:
-        """Which kernels score rows; may be set."""
-        return _ROW_KERNELS[self._row_kernels]
-
-    @row_kernels.setter
-    def row_kernels(self, name: str) -> None:
-        _check_row_kernels(name, "row_kernels")
-        self._row_kernels = _ROW_KERNELS.index(name)
 
     def why_not(self, device: torch.device) -> str | None:
         """The reason that ``device`` is no GPU that this build has code for."""
@@ -372,11 +358,6 @@ class CudaBackend(Backend):
             logits.stride(0),
         )
         return logits.new_empty(size, dtype=torch.uint8) if size else None
-
-
-def _check_row_kernels(name: str, argument: str) -> None:
-    if name not in _ROW_KERNELS:
-        raise ValueError(f"{argument} must be one of {list(_ROW_KERNELS)}, got {name!r}")
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -23,6 +23,7 @@ from emp_fast.backends.base import (
     check_index_range,
     check_target_range,
 )
+from emp_fast.backends.row_kernels import RowKernelsChoice
 from emp_fast.kernels import cross_entropy as ce
 from emp_fast.kernels import mean_loss as mean_kernels
 from emp_fast.kernels import philox as philox_kernels
@@ -33,11 +34,26 @@ _OLDEST = (8, 0)
 _FIELD_ROWS = {"loss": ce.LOSS_ROW.value, **{name: i for i, name in enumerate(ROW_FIELDS)}}
 
 
-class TritonBackend(Backend):
-    """Launches the kernels of `emp_fast.kernels`."""
+class TritonBackend(RowKernelsChoice, Backend):
+    """Launches the kernels of `emp_fast.kernels`.
+
+    Args:
+        row_kernels: which kernels score rows: "plain", "stepped" (`score_rows` for many rows), or
+            "auto", the fastest as far as measured (docs/kernels.md); None for what the environment
+            variable ``EMP_FAST_TRITON_ROWS`` says, else "auto". What a choice cannot serve, the
+            plain kernels do.
+
+    Raises:
+        ValueError: no kernels have that name.
+    """
 
     name = "triton"
     fuses_step = True
+    row_kernel_names = ("auto", "plain", "stepped")
+    row_kernels_environment = "EMP_FAST_TRITON_ROWS"
+
+    def __init__(self, row_kernels: str | None = None) -> None:
+        self._choose_row_kernels(row_kernels)
 
     def why_not(self, device: torch.device) -> str | None:
         if device.type == "cpu":
@@ -68,7 +84,7 @@ class TritonBackend(Backend):
             return scores
         with device_of(logits):
             if num_classes <= plan.TILE_CLASSES:
-                _score_tile(logits, target, weight, options, scores)
+                self._score_whole(logits, target, weight, options, scores)
                 return scores
             loop = _plan_loop(logits, target, options, grad=False)
             if loop.parts == 1:
@@ -139,7 +155,7 @@ class TritonBackend(Backend):
             gradient["update"] = (indices, state, recurrence)
         with device_of(logits):
             if loop is None:
-                _score_tile(logits, target, weight, options, scores, **gradient)
+                self._score_whole(logits, target, weight, options, scores, **gradient)
             else:
                 _score_loop(loop, logits, target, weight, options, scores, **gradient)
         if not update:
@@ -221,8 +237,65 @@ class TritonBackend(Backend):
                 launch(philox_kernels.philox, grid, (bits,), numbers, constants, 4)
         return bits
 
+    def _score_whole(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: LossOptions,
+        scores: RowScores,
+        **gradient: Any,
+    ) -> None:
+        """Scores, and what else is asked for, of rows that stay in registers."""
+        plain = self.row_kernels != "stepped" or weight is not None or "update" in gradient
+        if not plain and not any(_flags(target, options)):
+            rows = plan.plan_rows(
+                *logits.shape,
+                logits.stride(0),
+                logits.data_ptr() % plan.VECTOR_BYTES,
+                logits.element_size(),
+                multiprocessors(logits.device),
+                grad="grad" in gradient,
+            )
+            if rows is not None:
+                _score_rows(rows, logits, target, options, scores, **gradient)
+                return
+        _score_tile(logits, target, weight, options, scores, **gradient)
+
 
 # ---- scoring ------------------------------------------------------------------------------------
+
+
+def _score_rows(
+    rows: plan.RowsPlan,
+    logits: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    scores: RowScores,
+    *,
+    grad: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
+    num_rows, num_classes = logits.shape
+    pointers = (logits, target, *scores, grad, row_scale)
+    numbers = (
+        num_rows,
+        num_classes // rows.align,
+        logits.stride(0) // rows.align,
+        rows.steps,
+        options.ignore_index,
+        scale,
+    )
+    constants = (
+        rows.align,
+        rows.align * logits.element_size(),
+        rows.rows,
+        rows.block,
+        rows.segment,
+        plan.KEPT_ROWS,
+    )
+    launch(ce.score_rows, (rows.grid, 1, 1), pointers, numbers, constants, rows.warps)
 
 
 def _score_tile(
@@ -366,7 +439,7 @@ def _plan_loop(
     logits: Tensor, target: Tensor, options: LossOptions, *, grad: bool
 ) -> plan.LoopPlan:
     num_rows, num_classes = logits.shape
-    soft, smooth, _ = _flags(target, options)
+    soft, smooth, capped = _flags(target, options)
     return plan.plan_loop(
         num_rows,
         num_classes,
@@ -376,6 +449,7 @@ def _plan_loop(
         multiprocessors(logits.device),
         may_split=not soft,
         weighted=soft or smooth,
+        capped=capped,
         grad=grad,
     )
 

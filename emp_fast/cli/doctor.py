@@ -27,7 +27,9 @@ __all__ = ["doctor"]
 RUN_ON = {"triton": ["NVIDIA H200"], "cuda": ["NVIDIA H200"]}
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
 #: The environment variables that choose kernels, and what holds without them.
-_SETTINGS = {"EMP_FAST_BACKEND": "auto", "EMP_FAST_CUDA_ROWS": "auto"}
+_SETTINGS = dict.fromkeys(
+    ("EMP_FAST_BACKEND", "EMP_FAST_CUDA_ROWS", "EMP_FAST_TRITON_ROWS"), "auto"
+)
 _PACKAGES = ("triton", "numpy", "scikit-learn", "matplotlib", "pyarrow")
 
 

@@ -127,8 +127,8 @@ EXPECTED = (
     # Triton
     *(
         Expected(
-            rf"^(cross_entropy\.score_tile|mean_loss\.scale_gradient)\(.*ALIGN_BYTES={align},",
-            r"^(raw = tl\.load|tl\.store\(out,|grad = tl\.load|tl\.store\(address, grad)",
+            rf"^(cross_entropy\.score_(tile|rows)|mean_loss\..*)\(.*ALIGN_BYTES={align},",
+            r"^(raw = tl\.load|tl\.store\(tl\.multiple_of\(out|grad = tl\.load)|address, grad",
             8 * align,
             "logits and gradient move by the widest access that fits every row",
             1,
@@ -166,6 +166,7 @@ EXPECTED = (
     ),
     Expected("", r"^tl\.store\(grad_row", 16, "rows of the gradient off the 16-byte grid, or ends"),
     Expected("", r"^tl\.store\(scores_ptr \+ index, score, mask=won", 32, "one sample's state"),
+    Expected("", r"^near = tl\.load|^tl\.store\(out, value\.to", 16, "the target's vector"),
     Expected("", r"^x_y = tl\.load|_capped\(tl\.load\(logits_ptr", 16, "one logit a row"),
     Expected(
         r"^selection\.mark_scores\(.*ALIGN_BYTES=16",

@@ -111,7 +111,7 @@ def recorded(then: Launch | None = None) -> Iterator[dict[Variant, None]]:
 
 def every_variant() -> tuple[Variant, ...]:
     """Every variant of every kernel, in the order in which the grid meets them."""
-    backend = triton_backend.TritonBackend()
+    backend = triton_backend.TritonBackend("stepped")  # the most kernels
     multiprocessors = mock.Mock()
     with (
         recorded(then=_answer) as seen,
@@ -263,7 +263,8 @@ def _tile_shapes(dtype: torch.dtype, ragged: int) -> Iterator[_Shape]:
     block = 16
     while block <= plan.TILE_CLASSES_GRAD:
         for rows in _ROWS:
-            yield _Shape(rows, block - ragged, 0, dtype, 1)
+            yield _Shape(rows, block - ragged, 0, dtype, _MANY)
+        yield _Shape(_ROWS[-1] * 2, block - ragged, 0, dtype, 1)  # enough to be taken in steps
         block *= 2
 
 

@@ -41,11 +41,13 @@ test() {
   local flags kernels
   eval "flags=(${TEST_FLAGS:-})"
   "$python" -m pytest tests/gpu -q --junitxml="$folder/test.xml" "${flags[@]}" || return
-  # Rows again by the CUDA kernels that auto, the default, does not choose (docs/kernels.md).
+  # Rows again by the kernels that auto, the default, does not choose (docs/kernels.md).
   for kernels in plain shared cluster ring; do
     EMP_FAST_CUDA_ROWS=$kernels "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
       -q -k 'not triton' --junitxml="$folder/test-$kernels.xml" "${flags[@]}" || return
   done
+  EMP_FAST_TRITON_ROWS=stepped "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
+    -q -k 'not cuda' --junitxml="$folder/test-stepped.xml" "${flags[@]}" || return
 }
 
 sanitize() {

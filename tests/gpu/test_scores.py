@@ -106,9 +106,12 @@ def test_more_elements_than_an_int32_counts(classes: int, backend, device, room)
     assert_rows(logits, target, some_rows(rows, classes, device))
 
 
-@pytest.mark.parametrize(("rows", "classes"), [(4096, 32000), (600, 128256)])
+@pytest.mark.parametrize(
+    ("rows", "classes"),
+    [(2**18, 101), (2**16, 256), (20001, 1000), (8192, 8192), (4096, 32000), (600, 128256)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_of_many_long_rows(
+def test_a_step_of_many_rows(
     rows: int, classes: int, dtype: torch.dtype, backend: str, device: torch.device, room
 ) -> None:
     """The gradient of the fused step, whose kernels keep rows on chip or read them once more."""
