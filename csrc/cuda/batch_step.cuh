@@ -153,9 +153,9 @@ struct ThreadRows {
 
 constexpr int kRowsAtOnce = 2;
 
-// By the thread that has written the scores of `row`. It reads them again and is not inlined, for
-// the kernels that call it have no registers to spare.
-inline __device__ __attribute__((noinline)) void claim_scored(const RowArgs& a, int64_t row) {
+// By the thread that has written the scores of `row`, when it has no other work with the row: it
+// reads them again, for registers are few before.
+__device__ __forceinline__ void claim_scored(const RowArgs& a, int64_t row) {
   if (row == 0 && a.mean.arrived != nullptr) *a.mean.arrived = 0;  // for step_rows
   claim_sample(a.update.state, row, RowValues::of(a.update, row));
 }

@@ -242,13 +242,17 @@ __device__ __forceinline__ float cap_derivative(float x, float softcap) {
 // ---- outputs
 // ---------------------------------------------------------------------------------------
 
-// Writes the outputs of a row that kLanes threads share; the first of them does the work.
+// Of the kLanes threads that share a row the first writes its scores.
 template <int kLanes>
-__device__ __forceinline__ void conclude(const RowArgs& a, int64_t row, bool active,
-                                         const RowResult& result) {
-  if (!active || threadIdx.x % kLanes != 0) return;
-  write_row(a, row, result);
-  if (a.step == StepPart::kClaims) claim_scored(a, row);
+__device__ __forceinline__ void write_scores(const RowArgs& a, int64_t row, bool active,
+                                             const RowResult& result) {
+  if (active && threadIdx.x % kLanes == 0) write_row(a, row, result);
+}
+
+// The last thing done with a row, by the same thread.
+template <int kLanes>
+__device__ __forceinline__ void conclude(const RowArgs& a, int64_t row, bool active) {
+  if (a.step == StepPart::kClaims && active && threadIdx.x % kLanes == 0) claim_scored(a, row);
 }
 
 }  // namespace emp_fast::cuda

@@ -447,7 +447,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
 
     const RowResult result = finish_row<kRare>(a, sums, capped(to_float(logit), a.softcap), target);
     // Before the gradient, which then needs a few of the result's registers alone.
-    if (rank == 0) conclude<kRingThreads>(a, row, true, result);
+    write_scores<kRingThreads>(a, row, rank == 0, result);
     if (a.grad == nullptr) continue;
     T* out = static_cast<T*>(a.grad) + int64_t{row} * a.classes;
     const auto gradient = GradientRow::of<kRare>(a, target, row_gradient(a, row),
@@ -461,6 +461,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
       emit_chunk<T, kRare>(a, chunk, first, part.count(first), part.window, out, gradient);
       ring.release(a, shape, rank);
     }
+    conclude<kRingThreads>(a, row, rank == 0);
   }
   end_launch(a);
 }

@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
 
     if (kLanes > 32 && a.grad == nullptr && threadIdx.x >= 32) continue;  // the first warp's alone
     const RowResult result = finish_row(a, sums, x_y, target);
+    write_scores<kLanes>(a, row, active, result);
     if (a.grad != nullptr && active) {
       const auto gradient =
           GradientRow::of(a, target, row_gradient(a, row), result.field[kMax],
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
         store_vector(out, window.column(v), window, x);
       }
     }
-    conclude<kLanes>(a, row, active, result);
+    conclude<kLanes>(a, row, active);
   }
   end_launch(a);
 }

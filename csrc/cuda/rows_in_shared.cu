@@ -157,7 +157,8 @@ struct KeptRow {
     const Target target{max(column, 0), column != -1, column == -2};
     const float weight = a.smoothing > 0.0f ? static_cast<float>(a.classes - 1) : 0.0f;
     const RowResult result = finish_row(a, {sums, spread, weight}, x_y, target);
-    emp_fast::cuda::conclude<1>(a, max(row, int64_t{0}), row >= 0, result);
+    write_scores<1>(a, row, row >= 0, result);
+    emp_fast::cuda::conclude<1>(a, row, row >= 0);
   }
 };
 

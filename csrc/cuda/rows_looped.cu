@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
       result = finish_row(a, sums, x_y, target);
     }
     // Before the gradient, which then needs a few of the result's registers alone.
-    conclude<kLanes>(a, row, active, result);
+    write_scores<kLanes>(a, row, active, result);
     if (a.grad != nullptr && active) {
       T* out = static_cast<T*>(a.grad) + row * a.classes;
       const float g = row_gradient(a, row);
@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
                                 gradient);
       }
     }
+    conclude<kLanes>(a, row, active);
   }
   end_launch(a);
 }

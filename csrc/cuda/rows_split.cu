@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(128)
   const Target target = Target::of(a, row);
   const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
   const float x_y = capped(to_float(logits[target.column]), a.softcap);
-  conclude<32>(a, row, active, finish_row(a, sums, x_y, target));
+  write_scores<32>(a, row, active, finish_row(a, sums, x_y, target));
+  conclude<32>(a, row, active);
   end_launch(a);
 }
 
