@@ -657,17 +657,17 @@ def test_update_refuses_indices_out_of_range(rows: int, emulated: EmulatedBacken
 #: Kernels, rows, classes and the softcap of steps that the scoring launch takes whole, and of steps
 #: that it begins.
 STEPS = [
-    (("shared", 9, 10, 0.0), ("shared", True)),
-    (("shared", 300, 32, 0.0), ("shared", True)),
-    (("shared", 600, 10, 0.0), ("shared", False)),
-    (("shared", 1025, 10, 0.0), ("shared", False)),
-    (("plain", 9, 10, 0.0), ("registers", True)),
-    (("plain", 512, 10, 0.0), ("registers", True)),
-    (("plain", 513, 10, 0.0), ("registers", False)),
-    (("plain", 300, 10, 5.0), ("looped", True)),
-    (("plain", 600, 10, 5.0), ("looped", False)),
-    (("ring", 60, 1100, 0.0), ("ring", True)),
-    (("ring", 130, 1100, 0.0), ("ring", False)),
+    (("shared", 9, 10, 0.0), ("shared", "whole")),
+    (("shared", 300, 32, 0.0), ("shared", "whole")),
+    (("shared", 600, 10, 0.0), ("shared", "claims")),
+    (("shared", 1025, 10, 0.0), ("shared", "claims")),
+    (("plain", 9, 10, 0.0), ("registers", "whole")),
+    (("plain", 512, 10, 0.0), ("registers", "whole")),
+    (("plain", 513, 10, 0.0), ("registers", "claims")),
+    (("plain", 300, 10, 5.0), ("looped", "whole")),
+    (("plain", 600, 10, 5.0), ("looped", "claims")),
+    (("ring", 60, 1100, 0.0), ("ring", "whole")),
+    (("ring", 130, 1100, 0.0), ("ring", "none")),
 ]
 
 
@@ -679,7 +679,7 @@ STEPS = [
 def test_a_fused_step_moves_the_state_as_the_reference_does(
     name: str,
     case: tuple[str, int, int, float],
-    plan: tuple[str, bool],
+    plan: tuple[str, str],
     seed: int,
     emulated: EmulatedBackend,
     module: Any,
@@ -691,7 +691,7 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
         *(rows, classes, classes, 4, True, False, softcap > 0, softcap > 0, True),
         *(4, 227 * 1024, 0, emulated._row_kernels),
     )
-    assert (chosen["path"], chosen["whole_step"]) == plan
+    assert (chosen["path"], chosen["step"]) == plan
     recurrence = RECURRENCES[name]
     generator = torch.Generator().manual_seed(rows)
     samples = max(rows // 3, 4)
@@ -785,7 +785,7 @@ def test_a_loss_that_is_not_finite_shows_in_the_mean_of_a_step(
 def test_a_fused_step_of_very_many_rows(emulated: EmulatedBackend, module: Any) -> None:
     """So many that a thread takes several, the last of them past the end."""
     test_a_fused_step_moves_the_state_as_the_reference_does(
-        *("variance and direct", ("auto", 2**18 + 77, 2, 0.0), ("shared", False), 1),
+        *("variance and direct", ("auto", 2**18 + 77, 2, 0.0), ("shared", "claims"), 1),
         *(emulated, module),
     )
 

@@ -126,7 +126,8 @@ def test_row_plans_cover_every_row_and_column(
             assert plan["cached_vectors"] <= vectors, shape
             assert grad or plan["cached_vectors"] == 0, shape
         # Of few rows the block that ends last takes the step, at most four a thread.
-        assert plan["whole_step"] == (rows <= min(1024, 4 * plan["threads"])), shape
+        whole = rows <= min(1024, 4 * plan["threads"])
+        assert plan["step"] == ("whole" if whole else "claims"), shape
 
 
 @pytest.mark.parametrize("device", [H200, A100, SMALL])
@@ -281,6 +282,9 @@ def test_ring_plans_cover_every_row_and_column(
         assert blocks * (plan["shared_bytes"] + 1024) <= shared + 1024, shape
         assert blocks * warps <= (16 if rare else 32), shape
         assert plan["grid"] == min(rows, blocks * multiprocessors), shape
+        assert plan["step"] == ("whole" if rows <= min(1024, 4 * plan["threads"]) else "none"), (
+            shape
+        )
         # Fewer warps than a whole block only where they are enough and the row stays on chip.
         if warps < 16:
             assert blocks * warps >= 16, shape

@@ -156,7 +156,7 @@ constexpr int kRowsAtOnce = 2;
 // By the thread that has written the scores of `row`, when it has no other work with the row: it
 // reads them again, for registers are few before.
 __device__ __forceinline__ void claim_scored(const RowArgs& a, int64_t row) {
-  if (row == 0 && a.mean.arrived != nullptr) *a.mean.arrived = 0;  // for step_rows
+  if (row == 0) a.mean.expect_blocks();
   claim_sample(a.update.state, row, RowValues::of(a.update, row));
 }
 

@@ -173,9 +173,10 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64
   };
   a.update = {indices, values(signal), direct < 0 ? nullptr : values(direct),
               a.count, a.rows,         state};
-  a.step = whole_step(a.rows, plan.threads, state.samples) ? StepPart::kWhole : StepPart::kClaims;
+  a.step = plan_step(plan, a.rows, state.samples);
   run_scores(type, plan, a, workspace, stream);
-  if (a.step == StepPart::kClaims) step_claimed(a.update, a.mean, stream);
+  if (a.step == StepPart::kNone) claim_samples(a.update, a.mean, stream);
+  if (a.step != StepPart::kWhole) step_claimed(a.update, a.mean, stream);
   if (plan.path == RowPath::kSplit) {
     gradient(type, plan_backward(shape, properties), a, stream);
   }
@@ -293,7 +294,8 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
   d["blocks_per_multiprocessor"] = p.blocks_per_multiprocessor;
   d["shared_bytes"] = p.shared_bytes;
   d["workspace_bytes"] = p.workspace_bytes;
-  d["whole_step"] = whole_step(rows, p.threads, 1);
+  constexpr const char* steps[] = {"none", "claims", "whole"};
+  d["step"] = steps[static_cast<int>(plan_step(p, rows, 1))];
   return d;
 }
 

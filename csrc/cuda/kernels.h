@@ -43,7 +43,9 @@ void scale_gradient(Dtype, void* grad, int64_t elements, const float* factor, co
                     cudaStream_t);
 
 void update_state(const UpdateArgs&, cudaStream_t);
-// What StepPart::kClaims leaves to do. mean.parts holds step_parts(rows) pairs; *mean.arrived is 0.
+// What StepPart::kClaims does, for kernels that have no registers for it.
+void claim_samples(const UpdateArgs&, const MeanArgs&, cudaStream_t);
+// What the claims leave to do; mean.parts holds step_parts(rows) pairs.
 void step_claimed(const UpdateArgs&, const MeanArgs&, cudaStream_t);
 
 void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "cuda/flat.h"
+#include "cuda/row_args.h"
 #include "cuda/window.h"
 
 namespace emp_fast::cuda {
@@ -267,10 +268,13 @@ constexpr int kStateThreads = 256;
 constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread takes kRowsOfMany
 constexpr int kRowsOfMany = 4;
 
-// Whether a scoring launch of so many threads a block takes the whole step. Without a sample there
-// is no claim to count blocks on.
-inline bool whole_step(int64_t rows, int threads, int64_t samples) {
-  return rows <= std::min(kWholeStepRows, kWholeStepThreadRows * threads) && samples > 0;
+// The part of a step that the scoring launch takes. Without a sample there is no claim to count
+// blocks on; the kernels with rings have no registers for claims.
+inline StepPart plan_step(const RowPlan& plan, int64_t rows, int64_t samples) {
+  const int64_t most = std::min(kWholeStepRows, kWholeStepThreadRows * plan.threads);
+  if (rows <= most && samples > 0) return StepPart::kWhole;
+  const bool rings = plan.path == RowPath::kCluster || plan.path == RowPath::kRing;
+  return rings ? StepPart::kNone : StepPart::kClaims;
 }
 
 // Rows that a block of claim_rows and step_rows takes.

@@ -42,13 +42,17 @@ struct MeanArgs {
   float* factor;
   double* parts;      // [blocks, 2] of step_rows: its sums
   unsigned* arrived;  // blocks of step_rows that have written theirs
+
+  // By one thread of a launch before step_rows.
+  EMP_FAST_HD void expect_blocks() const {
+    if (mean != nullptr) *arrived = 0;
+  }
 };
 
 // What a scoring launch does of its batch's step: the move of the state, and the mean.
 enum class StepPart : int {
   kNone,
-  kClaims,  // every row that may move its sample claims it; step_rows, the next launch, does the
-            // rest
+  kClaims,  // every row that may move its sample claims it; step_rows, the next launch, goes on
   kWhole,   // the block that ends last does all of it
 };
 

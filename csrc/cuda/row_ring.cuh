@@ -461,7 +461,6 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
       emit_chunk<T, kRare>(a, chunk, first, part.count(first), part.window, out, gradient);
       ring.release(a, shape, rank);
     }
-    conclude<kRingThreads>(a, row, rank == 0);
   }
   end_launch(a);
 }

@@ -55,7 +55,9 @@ __device__ __forceinline__ ThreadRows<kRows> rows_of_thread(const UpdateArgs& a)
 }
 
 template <int kRows>
-__global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constant__ UpdateArgs a) {
+__global__ void __launch_bounds__(kStateThreads)
+    claim_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) mean.expect_blocks();
   rows_of_thread<kRows>(a).claim(a);
 }
 
@@ -110,10 +112,14 @@ void update_state(const UpdateArgs& args, cudaStream_t stream) {
     return launch("update_by_scan", update_by_scan, blocks_of(32 * args.rows), kStateThreads, 0,
                   stream, args);
   }
-  const auto blocks = static_cast<unsigned>(step_parts(args.rows));
-  const auto claim = args.rows < kManyUpdateRows ? claim_rows<1> : claim_rows<kRowsOfMany>;
-  launch("claim_rows", claim, blocks, kStateThreads, 0, stream, args);
+  claim_samples(args, {}, stream);
   step_claimed(args, {}, stream);
+}
+
+void claim_samples(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t stream) {
+  const auto claim = args.rows < kManyUpdateRows ? claim_rows<1> : claim_rows<kRowsOfMany>;
+  launch("claim_rows", claim, static_cast<unsigned>(step_parts(args.rows)), kStateThreads, 0,
+         stream, args, mean);
 }
 
 void step_claimed(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t stream) {
