@@ -160,7 +160,7 @@ __device__ __forceinline__ void claim_scored(const RowArgs& a, int64_t row) {
   claim_sample(a.update.state, row, RowValues::of(a.update, row));
 }
 
-// The end of every kernel that writes scores, to which all its threads come.
+// The end of a kernel that takes part in the step, to which all its threads come.
 __device__ __forceinline__ void end_launch(const RowArgs& a) {
   const UpdateArgs& update = a.update;
   // No claim stands yet: the first can count blocks.
@@ -173,7 +173,7 @@ __device__ __forceinline__ void end_launch(const RowArgs& a) {
   }
   __syncthreads();
   if (a.mean.mean != nullptr && threadIdx.x < 32) {
-    // By one warp, which takes no shared memory: the rings have none to spare.
+    // By one warp, which takes no shared memory: the plans count on all there is.
     LossSums sums{0.0, 0.0};
 #pragma unroll 4
     for (int row = threadIdx.x; row < rows; row += 32) {

@@ -22,8 +22,7 @@ int largest_cluster(const void* function, int threads, int64_t shared_bytes);
 int resident_clusters(const void* function, int threads, int cluster, int64_t shared_bytes,
                       const char* kernel);
 
-// Scores of all rows and, with args.grad, their gradient and, with args.step, the batch's step or
-// its beginning.
+// Scores of all rows and, with args.grad, their gradient; but for cluster and ring args.step too.
 void score_in_shared(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_registers(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_looped(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);

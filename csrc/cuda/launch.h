@@ -268,13 +268,12 @@ constexpr int kStateThreads = 256;
 constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread takes kRowsOfMany
 constexpr int kRowsOfMany = 4;
 
-// The part of a step that the scoring launch takes. Without a sample there is no claim to count
-// blocks on; the kernels with rings have no registers for claims.
+// The part of a step that the scoring launch takes. The kernels with rings have no registers for
+// any; without a sample there is no claim to count blocks on.
 inline StepPart plan_step(const RowPlan& plan, int64_t rows, int64_t samples) {
+  if (plan.path == RowPath::kCluster || plan.path == RowPath::kRing) return StepPart::kNone;
   const int64_t most = std::min(kWholeStepRows, kWholeStepThreadRows * plan.threads);
-  if (rows <= most && samples > 0) return StepPart::kWhole;
-  const bool rings = plan.path == RowPath::kCluster || plan.path == RowPath::kRing;
-  return rings ? StepPart::kNone : StepPart::kClaims;
+  return rows <= most && samples > 0 ? StepPart::kWhole : StepPart::kClaims;
 }
 
 // Rows that a block of claim_rows and step_rows takes.

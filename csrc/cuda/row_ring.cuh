@@ -462,7 +462,6 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
       ring.release(a, shape, rank);
     }
   }
-  end_launch(a);
 }
 
 }  // namespace emp_fast::cuda

@@ -1,4 +1,4 @@
-// Scores (and gradient, and the state's step) of long rows, a thread-block cluster a row, through
+// Scores (and gradient) of long rows, a thread-block cluster a row, through
 // rings that bulk copies fill; compute capability 9.0 and up. The blocks of a cluster exchange
 // their sums through distributed shared memory. row_ring.cuh tells the rest.
 #include "cuda/dispatch.cuh"

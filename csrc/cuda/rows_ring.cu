@@ -1,4 +1,4 @@
-// Scores (and gradient, and the state's step) of long rows, a block a row, through a ring that
+// Scores (and gradient) of long rows, a block a row, through a ring that
 // 16-byte asynchronous copies fill; compute capability 8.0 and up. row_ring.cuh tells the rest.
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
