@@ -70,7 +70,7 @@ class Variant(NamedTuple):
 
 
 def variants(device: torch.device) -> list[Variant]:
-    """Every choice of kernels of the cuda backend, and launch arithmetic of the triton one."""
+    """Every backend with every choice of kernels, and launch arithmetic of the triton one."""
 
     def planned(
         serves: Callable[[int, int], bool], within: str = "triton", **constants: int

@@ -163,6 +163,18 @@ def test_walked_rows_give_scores_and_gradient(
     assert_step(case, LossOptions(softcap=softcap), "score_loop")
 
 
+def test_an_ignored_row_has_no_gradient_whatever_the_class_weights(walked: None) -> None:
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.ones(40)
+    weight[1] = torch.inf
+    stats = test_functional.cross_entropy(
+        logits, torch.tensor([-100, 0, 2]), weight=weight, label_smoothing=0.1
+    )
+    (grad,) = torch.autograd.grad(stats.loss.sum(), logits)
+    assert (grad[0] == 0).all()
+    assert not grad[1:].isfinite().all(1).any()  # the weight is felt where it should be
+
+
 @pytest.mark.parametrize("offset", [0.0, 2.0**20, -(2.0**20), 1e30, -1e30, 3.3e38])
 @pytest.mark.parametrize("spread", [1.0, 2.0**17, 1e29])
 def test_16_bit_logits_of_any_size(offset: float, spread: float, stepped: None) -> None:

@@ -1,6 +1,6 @@
-// Scores (and gradient) of long rows, a thread-block cluster a row, through
-// rings that bulk copies fill; compute capability 9.0 and up. The blocks of a cluster exchange
-// their sums through distributed shared memory. row_ring.cuh tells the rest.
+// Scores (and gradient) of long rows, a thread-block cluster a row, through rings that bulk copies
+// fill; compute capability 9.0 and up. The blocks of a cluster exchange their sums through
+// distributed shared memory. row_ring.cuh tells the rest.
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/row_ring.cuh"

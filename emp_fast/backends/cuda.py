@@ -1,4 +1,4 @@
-"""The native CUDA C++ backend: one launch scores a batch, makes its gradient and moves its state.
+"""The native CUDA C++ backend: a launch or two score a batch, make its gradient, move its state.
 
 It hands pointers, sizes and the current stream to ``emp_fast._native.cuda``; torch allocates
 outputs and workspace. Scoring and updating never synchronise and capture into CUDA graphs.
