@@ -1,6 +1,7 @@
 """Times our own kernels and their variants, without peers: what kernels get tuned by.
 
-python -m benchmarks.sweep [-o FILE.json] [--only WORD ...] [--warm PART/PARTS] [--device cpu]
+python -m benchmarks.sweep [-o FILE.json] [--only WORD ...] [--variants PATTERN ...]
+                           [--warm PART/PARTS] [--device cpu]
 
 Every number is the time of a call, on a GPU the median of its kernels behind a flushed cache, as a
 share of the measured copy bandwidth where the work has a floor in bytes. A variant is a backend
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -259,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, help="JSON file for all numbers")
     parser.add_argument("--only", nargs="*", default=[""], help="cases that begin so")
+    parser.add_argument("--variants", nargs="*", default=["*"], help="patterns of their names")
     parser.add_argument("--warm", metavar="PART/PARTS", help="compile, time nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     given = parser.parse_args(arguments)
@@ -267,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: torch sees no CUDA device", file=sys.stderr)
         return 2
     part, parts = map(int, (given.warm or "0/1").split("/"))
-    every, clock = variants(device), None if given.warm else clock_of(device)
+    every = [v for v in variants(device) if any(fnmatch(v.name, p) for p in given.variants)]
+    clock = None if given.warm else clock_of(device)
     rate = machine.copy_bandwidth(device, 2**20 if given.warm else 2**30)["median"]
     results: dict[str, Any] = {"machine": machine.describe(device), "copy": rate}
     print(f"copy {rate / 1e9:.0f} GB/s", flush=True)
