@@ -1,15 +1,18 @@
 // The step that a batch of rows takes: the state of their samples moves, and their losses have a
 // mean.
 //
-// Of the rows of one sample the last that is counted, finite and in range wins. Every such row
-// raises the sample's claim to its number plus one; when all have, the row that finds its own
-// number there moves the state and clears the claim. No row waits for another, and the outcome does
-// not depend on their order.
+// Of the rows of one sample the last that is counted, in range and finite wins. Every row that is
+// counted and in range raises the sample's claim to its number plus one, which takes no scores, so
+// it can be done while the logits are on their way. When all have, the row that finds its own
+// number there moves the state and clears the claim. If its values are not finite, which is rare,
+// it leaves the sample to the block that ends last, which lets the finite rows claim once more
+// (`settle`). No row waits for another, and the outcome does not depend on their order.
 #pragma once
 #include "core/recurrence.h"
 #include "cuda/grid.cuh"
 #include "cuda/group.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 #include "cuda/row_args.h"
 
 namespace emp_fast::cuda {
@@ -34,19 +37,21 @@ __device__ __forceinline__ void write_visit(const StateArgs& s, int64_t sample, 
   if (s.variance != nullptr) s.variance[sample] = state.variance;
 }
 
-// Whether a row may move the state; counts it where it is refused.
-__device__ __forceinline__ bool admit(const StateArgs& s, int64_t sample, bool counted,
-                                      float signal, float direct) {
-  if (!counted) return false;
-  if (sample < 0 || sample >= s.samples) {
-    atomicAdd(s.counters + 1, 1ull);
-    return false;
+__device__ __forceinline__ bool in_range(const StateArgs& s, int64_t sample) {
+  return sample >= 0 && sample < s.samples;
+}
+
+// Whether the sample of a row is in range; a counted row is counted as refused where it is not.
+__device__ __forceinline__ bool claim_sample(const StateArgs& s, int64_t row, int64_t sample,
+                                             bool counted) {
+  const bool inside = in_range(s, sample);
+  if (!counted) return inside;
+  if (inside) {
+    atomicMax(s.claims + sample, static_cast<int>(row + 1));
+  } else {
+    atomicAdd(s.counters + kOutOfRange, 1ull);
   }
-  if (!is_finite(signal) || !is_finite(direct)) {
-    atomicAdd(s.counters, 1ull);
-    return false;
-  }
-  return true;
+  return inside;
 }
 
 // ---- rows
@@ -64,13 +69,9 @@ struct RowValues {
             a.direct == nullptr ? 0.0f : __ldcg(a.direct + row),
             a.count == nullptr || __ldcg(a.count + row) > 0};
   }
-};
 
-__device__ __forceinline__ void claim_sample(const StateArgs& s, int64_t row, const RowValues& v) {
-  if (admit(s, v.sample, v.counted, v.signal, v.direct)) {
-    atomicMax(s.claims + v.sample, static_cast<int>(row + 1));
-  }
-}
+  __device__ __forceinline__ bool finite() const { return is_finite(signal) && is_finite(direct); }
+};
 
 // The sum of the losses of some rows, and how many of these count.
 struct LossSums {
@@ -82,13 +83,22 @@ struct LossSums {
     counted += count;
   }
 
-  // The sums of kThreads threads: a warp's or a block's, as Group.
-  template <int kThreads>
+  // The sums of a block; its first warp has them.
   __device__ __forceinline__ void add_up() {
-    double sums[2] = {loss, counted};
-    Group<kThreads>::reduce(sums, Add{});
-    loss = sums[0];
-    counted = sums[1];
+    using Warp = Group<32>;
+    __shared__ double partial[2][32];
+    loss = Warp::warp_reduce(loss, Add{});
+    counted = Warp::warp_reduce(counted, Add{});
+    const unsigned warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) {
+      partial[0][warp] = loss;
+      partial[1][warp] = counted;
+    }
+    __syncthreads();
+    if (warp > 0) return;
+    const bool has = threadIdx.x < blockDim.x / 32;
+    loss = Warp::warp_reduce(has ? partial[0][threadIdx.x] : 0.0, Add{});
+    counted = Warp::warp_reduce(has ? partial[1][threadIdx.x] : 0.0, Add{});
   }
 
   // By one thread, of all rows.
@@ -118,74 +128,110 @@ struct ThreadRows {
 
   __device__ __forceinline__ int64_t row(int u) const { return first + u * apart; }
 
-  __device__ __forceinline__ void claim(const UpdateArgs& a) const {
+  __device__ __forceinline__ void add_losses(const UpdateArgs& a, const MeanArgs& mean,
+                                             LossSums& sums) const {
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) claim_sample(a.state, row(u), values[u]);
+    for (int u = 0; u < kRows; ++u) {
+      if (row(u) < a.rows) sums.add(mean, row(u), values[u].counted);
+    }
   }
 
   // After all rows have claimed.
   __device__ __forceinline__ void move(const UpdateArgs& a) const {
+    const StateArgs& s = a.state;
     bool won[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
+      // Only the winner's number can stand here: a row that lost reads that number, or what the
+      // winner left.
       const int64_t sample = values[u].sample;
-      const bool inside = sample >= 0 && sample < a.state.samples;
-      // Only the winner's number can stand here: a row that lost reads that number, or 0 after it.
-      won[u] = inside && __ldcg(a.state.claims + sample) == static_cast<int>(row(u) + 1);
+      won[u] = in_range(s, sample) && __ldcg(s.claims + sample) == static_cast<int>(row(u) + 1);
     }
     SampleState states[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      if (won[u]) states[u] = read_state(a.state, values[u].sample);
+      if (won[u]) states[u] = read_state(s, values[u].sample);
     }
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      if (!won[u]) continue;
       const RowValues& v = values[u];
-      write_visit(a.state, v.sample, states[u], v.signal, a.direct != nullptr, v.direct);
-      __stcg(a.state.claims + v.sample, 0);  // while rows that lost may read it
+      if (!v.finite() && v.counted && in_range(s, v.sample))
+        atomicAdd(s.counters + kNonfinite, 1ull);
+      if (!won[u]) continue;
+      if (v.finite()) {
+        write_visit(s, v.sample, states[u], v.signal, a.direct != nullptr, v.direct);
+      } else {
+        atomicOr(s.counters + kOutOfRange, kUnsettled);
+      }
+      // While rows that lost may read it.
+      __stcg(s.claims + v.sample, v.finite() ? 0 : kLeftClaim);
     }
   }
 };
 
+// By all threads of the one block that comes here after all rows have moved: the samples whose
+// winner may not move them go to the last row that may.
+__device__ __forceinline__ void settle(const UpdateArgs& a) {
+  const StateArgs& s = a.state;
+  if ((__ldcg(s.counters + kOutOfRange) & kUnsettled) == 0) return;
+#pragma unroll 1
+  for (int64_t row = threadIdx.x; row < a.rows; row += blockDim.x) {
+    const RowValues v = RowValues::of(a, row);
+    if (!v.counted || !in_range(s, v.sample) || !v.finite()) continue;
+    if (__ldcg(s.claims + v.sample) != 0) atomicMax(s.claims + v.sample, static_cast<int>(row + 1));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAnd(s.counters + kOutOfRange, ~kUnsettled);
+#pragma unroll 1
+  for (int64_t row = threadIdx.x; row < a.rows; row += blockDim.x) {
+    const RowValues v = RowValues::of(a, row);
+    if (!v.counted || !in_range(s, v.sample)) continue;
+    const int claim = __ldcg(s.claims + v.sample);
+    const bool won = claim == static_cast<int>(row + 1);
+    if (won) {
+      const SampleState state = read_state(s, v.sample);
+      write_visit(s, v.sample, state, v.signal, a.direct != nullptr, v.direct);
+    }
+    if (won || claim == kLeftClaim) __stcg(s.claims + v.sample, 0);
+  }
+}
+
 // ---- the step of a scoring launch
 // -----------------------------------------------------------------------------------------------
 
-constexpr int kRowsAtOnce = 2;
+constexpr int kRowsAtOnce = 2;  // a thread, of the last block
 
-// By the thread that has written the scores of `row`, when it has no other work with the row: it
-// reads them again, for registers are few before.
-__device__ __forceinline__ void claim_scored(const RowArgs& a, int64_t row) {
-  if (row == 0) a.mean.expect_blocks();
-  claim_sample(a.update.state, row, RowValues::of(a.update, row));
+// By one thread of each row, when its target is known and its logits are on their way.
+__device__ __forceinline__ void claim_row(const RowArgs& a, int64_t row, int64_t sample,
+                                          bool counted) {
+  const StateArgs& s = a.update.state;
+  if (!claim_sample(s, row, sample, counted) || a.step != StepPart::kWhole) return;
+  // What the last block will wait for.
+  prefetch(s.memory + sample);
+  prefetch(s.visits + sample);
+  if (s.variance != nullptr) prefetch(s.variance + sample);
+  prefetch(s.counters);
 }
 
-// The end of a kernel that takes part in the step, to which all its threads come.
+// The end of a scoring kernel that takes part in the step, to which all its threads come.
 __device__ __forceinline__ void end_launch(const RowArgs& a) {
   const UpdateArgs& update = a.update;
-  // No claim stands yet: the first can count blocks.
-  if (a.step != StepPart::kWhole || !last_block(update.state.claims)) return;
-  const int rows = static_cast<int>(update.rows);
+  if (a.step != StepPart::kWhole || !last_block<kArrivedBit>(update.state.counters)) return;
+  LossSums sums{0.0, 0.0};
+  const bool has_mean = a.mean.mean != nullptr;
   const int apart = static_cast<int>(blockDim.x);
 #pragma unroll 1
-  for (int row = threadIdx.x; row < rows; row += kRowsAtOnce * apart) {
-    ThreadRows<kRowsAtOnce>::of(update, row, apart).claim(update);
+  for (int row = threadIdx.x; row < update.rows; row += kRowsAtOnce * apart) {
+    const auto rows = ThreadRows<kRowsAtOnce>::of(update, row, apart);
+    if (has_mean) rows.add_losses(update, a.mean, sums);
+    rows.move(update);
+  }
+  if (has_mean) {
+    sums.add_up();
+    if (threadIdx.x == 0) sums.write_mean(a.mean, update.rows);
   }
   __syncthreads();
-  if (a.mean.mean != nullptr && threadIdx.x < 32) {
-    // By one warp, which takes no shared memory: the plans count on all there is.
-    LossSums sums{0.0, 0.0};
-#pragma unroll 4
-    for (int row = threadIdx.x; row < rows; row += 32) {
-      sums.add(a.mean, row, __ldcg(update.count + row));
-    }
-    sums.add_up<32>();
-    if (threadIdx.x == 0) sums.write_mean(a.mean, rows);
-  }
-#pragma unroll 1
-  for (int row = threadIdx.x; row < rows; row += kRowsAtOnce * apart) {
-    ThreadRows<kRowsAtOnce>::of(update, row, apart).move(update);
-  }
+  settle(update);
 }
 
 }  // namespace emp_fast::cuda

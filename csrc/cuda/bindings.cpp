@@ -173,9 +173,9 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64
   };
   a.update = {indices, values(signal), direct < 0 ? nullptr : values(direct),
               a.count, a.rows,         state};
-  a.step = plan_step(plan, a.rows, state.samples);
+  a.step = plan_step(plan, a.rows);
   run_scores(type, plan, a, workspace, stream);
-  if (a.step == StepPart::kNone) claim_samples(a.update, a.mean, stream);
+  if (a.step == StepPart::kNone) claim_samples(a.update, stream);
   if (a.step != StepPart::kWhole) step_claimed(a.update, a.mean, stream);
   if (plan.path == RowPath::kSplit) {
     gradient(type, plan_backward(shape, properties), a, stream);
@@ -208,11 +208,9 @@ void step(int kernels, int device, int dtype, Address logits, int64_t stride, in
            workspace, stream_of(stream));
 }
 
-// What `mean_step` keeps in its workspace: 16 bytes for MeanArgs::arrived, MeanArgs::parts, then
-// [1 + kFields + 1, rows] words of losses, fields and counts.
-int64_t mean_parts_bytes(int64_t rows) {
-  return 2 * int64_t{sizeof(double)} * (1 + step_parts(rows));
-}
+// What `mean_step` keeps in its workspace: MeanArgs::parts, then [1 + kFields + 1, rows] words of
+// losses, fields and counts.
+int64_t mean_parts_bytes(int64_t rows) { return 2 * int64_t{sizeof(double)} * step_parts(rows); }
 
 int64_t mean_step_workspace(int64_t rows) {
   return mean_parts_bytes(rows) + int64_t{sizeof(float)} * (2 + kFields) * rows;
@@ -237,12 +235,8 @@ void mean_step(int kernels, int device, int dtype, Address logits, int64_t strid
   a.grad = pointer<void>(grad);
   a.row_scale = pointer<const float>(row_scale);
   a.scale = static_cast<float>(1.0 / static_cast<double>(rows));
-  a.mean = {a.loss,
-            a.row_scale,
-            pointer<float>(mean),
-            pointer<float>(factor),
-            pointer<double>(workspace) + 2,
-            pointer<unsigned>(workspace)};
+  a.mean = {a.loss, a.row_scale, pointer<float>(mean), pointer<float>(factor),
+            pointer<double>(workspace)};
   const StateArgs state =
       state_args(scores, memory, visits, variance, claims, counters, samples,
                  make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
@@ -295,7 +289,7 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
   d["shared_bytes"] = p.shared_bytes;
   d["workspace_bytes"] = p.workspace_bytes;
   constexpr const char* steps[] = {"none", "claims", "whole"};
-  d["step"] = steps[static_cast<int>(plan_step(p, rows, 1))];
+  d["step"] = steps[static_cast<int>(plan_step(p, rows))];
   return d;
 }
 

@@ -4,17 +4,18 @@
 namespace emp_fast::cuda {
 
 // Whether this block is the last of the grid to come here, and so sees what all others have written
-// (past the first-level cache). Every block of the launch must come, or none. *arrived is zero
-// before and after.
-template <class Count>
+// (past the first-level cache). Every block of the launch must come, or none. The blocks are
+// counted in *arrived from bit `kBit` on, where it is zero before and after.
+template <int kBit = 0, class Count>
 __device__ __forceinline__ bool last_block(Count* arrived) {
+  constexpr Count kOne = Count{1} << kBit;
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
     __threadfence();
-    last = static_cast<unsigned>(atomicAdd(arrived, Count{1})) == gridDim.x - 1;
+    last = static_cast<unsigned>(atomicAdd(arrived, kOne) >> kBit) == gridDim.x - 1;
     __threadfence();
-    if (last) *arrived = 0;
+    if (last) atomicAdd(arrived, Count{0} - kOne * static_cast<Count>(gridDim.x));
   }
   return __syncthreads_or(last) != 0;
 }

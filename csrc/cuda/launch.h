@@ -73,6 +73,7 @@ inline int64_t vectors_of(const RowShape& s) {
 }
 
 constexpr int64_t kSystemShared = 1024;      // what a resident block takes besides its own
+constexpr int64_t kStepShared = 512;         // and for the sums at the end of a step
 constexpr int kSharedRowThreads = 128;       // a block at most: fewer where their tiles do not fit
 constexpr int64_t kSharedBytes = 34 * 1024;  // of a block at most, but for one warp's tile
 constexpr int64_t kSharedTileBytes = 4096;   // of several groups of rows; one alone may take more
@@ -103,9 +104,9 @@ inline int shared_lanes(int64_t row_bytes) {
                              : 32;
 }
 
-// Threads of a multiprocessor in rows_in_shared: sums that wait for the others of a warp take
-// registers.
-constexpr int64_t shared_threads(int lanes) { return lanes == 1 ? 1024 : 896; }
+// Threads of a multiprocessor in rows_in_shared: with the gradient, sums that wait for the others
+// of a warp take registers.
+constexpr int64_t shared_threads(int lanes, bool grad) { return grad && lanes > 1 ? 896 : 1024; }
 
 // The plan of rows_in_shared, where it serves the rows and has enough of them.
 inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& device) {
@@ -130,9 +131,9 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   plan.threads = 32 * warps;
   plan.shared_bytes = warps * tile;
   // As many blocks as run at once: each goes on to its next tile without a pause.
-  const int64_t resident =
-      std::min(shared_threads(lanes) / plan.threads,
-               (device.shared_bytes + kSystemShared) / (plan.shared_bytes + kSystemShared));
+  const int64_t block_bytes = plan.shared_bytes + kSystemShared + (s.grad ? kStepShared : 0);
+  const int64_t resident = std::min(shared_threads(lanes, s.grad) / plan.threads,
+                                    (device.shared_bytes + kSystemShared) / block_bytes);
   plan.grid = std::min(ceil_div(s.rows, int64_t{warps} * plan.tile_rows),
                        std::max<int64_t>(resident, 1) * device.multiprocessors);
   return plan;
@@ -269,11 +270,11 @@ constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread takes kRowsO
 constexpr int kRowsOfMany = 4;
 
 // The part of a step that the scoring launch takes. The kernels with rings have no registers for
-// any; without a sample there is no claim to count blocks on.
-inline StepPart plan_step(const RowPlan& plan, int64_t rows, int64_t samples) {
+// any.
+inline StepPart plan_step(const RowPlan& plan, int64_t rows) {
   if (plan.path == RowPath::kCluster || plan.path == RowPath::kRing) return StepPart::kNone;
   const int64_t most = std::min(kWholeStepRows, kWholeStepThreadRows * plan.threads);
-  return rows <= most && samples > 0 ? StepPart::kWhole : StepPart::kClaims;
+  return rows <= most ? StepPart::kWhole : StepPart::kClaims;
 }
 
 // Rows that a block of claim_rows and step_rows takes.

@@ -12,13 +12,22 @@ enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 // Order of the float32 outputs: emp_fast.backends.base.ROW_FIELDS.
 enum Field : int { kEntropy, kEl2n, kMargin, kConfidence, kMax, kInvSum, kMiss, kFields };
 
+// The rows that a state's counters count.
+enum Refused : int { kNonfinite, kOutOfRange };
+
+// What else the counters hold during a launch: blocks that have arrived, above any count of rows;
+// whether a sample is to be settled. And the claim of such a sample.
+constexpr int kArrivedBit = 40;                        // of kNonfinite
+constexpr unsigned long long kUnsettled = 1ull << 62;  // of kOutOfRange
+constexpr int kLeftClaim = -1;
+
 struct StateArgs {
   float* scores;                 // [N]
   float* memory;                 // [N]
   int32_t* visits;               // [N]
   float* variance;               // [N] or null
   int32_t* claims;               // [N], zero between calls, of which none overlap
-  unsigned long long* counters;  // [2]: refused as non-finite, as out of range
+  unsigned long long* counters;  // [2] rows refused: by Refused; during a launch more
   int64_t samples;               // N
   Recurrence recurrence;
 };
@@ -40,20 +49,14 @@ struct MeanArgs {
   const float* row_scale;  // [S] or null
   float* mean;             // null: no mean is wanted
   float* factor;
-  double* parts;      // [blocks, 2] of step_rows: its sums
-  unsigned* arrived;  // blocks of step_rows that have written theirs
-
-  // By one thread of a launch before step_rows.
-  EMP_FAST_HD void expect_blocks() const {
-    if (mean != nullptr) *arrived = 0;
-  }
+  double* parts;  // [blocks, 2] of step_rows: its sums
 };
 
 // What a scoring launch does of its batch's step: the move of the state, and the mean.
 enum class StepPart : int {
   kNone,
   kClaims,  // every row that may move its sample claims it; step_rows, the next launch, goes on
-  kWhole,   // the block that ends last does all of it
+  kWhole,   // the same, and the block that ends last goes on
 };
 
 struct RowArgs {

@@ -1,7 +1,6 @@
-// From a row's sums to its outputs: scores, gradient coefficients and the claim of its sample.
+// From a row's sums to its outputs: scores and gradient coefficients.
 #pragma once
 #include "core/softmax_sums.h"
-#include "cuda/batch_step.cuh"
 #include "cuda/group.cuh"
 #include "cuda/row_args.h"
 #include "cuda/vector.cuh"
@@ -247,12 +246,6 @@ template <int kLanes>
 __device__ __forceinline__ void write_scores(const RowArgs& a, int64_t row, bool active,
                                              const RowResult& result) {
   if (active && threadIdx.x % kLanes == 0) write_row(a, row, result);
-}
-
-// The last thing done with a row, by the same thread.
-template <int kLanes>
-__device__ __forceinline__ void conclude(const RowArgs& a, int64_t row, bool active) {
-  if (a.step == StepPart::kClaims && active && threadIdx.x % kLanes == 0) claim_scored(a, row);
 }
 
 }  // namespace emp_fast::cuda

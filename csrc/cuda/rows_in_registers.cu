@@ -7,6 +7,7 @@
 // nothing is rescaled.
 #include <type_traits>
 
+#include "cuda/batch_step.cuh"
 #include "cuda/dispatch.cuh"
 #include "cuda/group.cuh"
 #include "cuda/launcher.cuh"
@@ -24,7 +25,9 @@ constexpr int kThreads = kLanes <= 32 ? 128 : kLanes;
 template <class T, int kLanes>
 constexpr int kBlocks = (std::is_same_v<T, __half> ? 896 : 1024) / kThreads<kLanes>;
 
-template <class T, int kLanes, int kVectors>
+// kStep: with the gradient and what a.step says of the batch's step; else scores alone, in a third
+// of the instructions, which a short launch has to fetch.
+template <class T, int kLanes, int kVectors, bool kStep>
 __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     rows_in_registers(const __grid_constant__ RowArgs a) {
   constexpr int kCount = kElements<T>;
@@ -48,8 +51,10 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
       raw[i] =
           v < window.vectors ? load_vector(logits + window.column(v)) : all_minus_infinity<T>();
     }
+    const int64_t sample = kStep ? __ldg(a.update.indices + row) : 0;
     const Target target = Target::of(a, row);
     const float x_y = to_float(logits[target.column]);
+    if (kStep && active && lane == 0) claim_row(a, row, sample, target.valid);
 
     RowSums sums = RowSums::empty();
 #pragma unroll
@@ -92,10 +97,10 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
       sums.weight = static_cast<float>(a.classes - 1);
     }
 
-    if (kLanes > 32 && a.grad == nullptr && threadIdx.x >= 32) continue;  // the first warp's alone
+    if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the first warp's alone
     const RowResult result = finish_row(a, sums, x_y, target);
     write_scores<kLanes>(a, row, active, result);
-    if (a.grad != nullptr && active) {
+    if (kStep && active) {
       const auto gradient =
           GradientRow::of(a, target, row_gradient(a, row), result.field[kMax],
                           result.field[kInvSum], result.field[kConfidence], result.field[kMiss]);
@@ -110,9 +115,8 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
         store_vector(out, window.column(v), window, x);
       }
     }
-    conclude<kLanes>(a, row, active);
   }
-  end_launch(a);
+  if constexpr (kStep) end_launch(a);
 }
 
 }  // namespace
@@ -121,19 +125,24 @@ void score_in_registers(Dtype dtype, const RowPlan& plan, const RowArgs& args,
                         cudaStream_t stream) {
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run = [&](auto kernel) {
-      launch("rows_in_registers", kernel, static_cast<unsigned>(plan.grid), plan.threads, 0, stream,
-             args);
+    const auto run = [&](auto scores, auto step) {
+      launch("rows_in_registers", args.grad == nullptr ? scores : step,
+             static_cast<unsigned>(plan.grid), plan.threads, 0, stream, args);
     };
+    constexpr int kVectors = kRegisterVectors;
     switch (plan.lanes) {
       case 8:
-        return run(rows_in_registers<T, 8, kRegisterVectors>);
+        return run(rows_in_registers<T, 8, kVectors, false>,
+                   rows_in_registers<T, 8, kVectors, true>);
       case 32:
-        return run(rows_in_registers<T, 32, kRegisterVectors>);
+        return run(rows_in_registers<T, 32, kVectors, false>,
+                   rows_in_registers<T, 32, kVectors, true>);
       case 64:
-        return run(rows_in_registers<T, 64, kRegisterVectors>);
+        return run(rows_in_registers<T, 64, kVectors, false>,
+                   rows_in_registers<T, 64, kVectors, true>);
       default:
-        return run(rows_in_registers<T, 256, kRegisterVectors>);
+        return run(rows_in_registers<T, 256, kVectors, false>,
+                   rows_in_registers<T, 256, kVectors, true>);
     }
   });
 }

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cuda/async_copy.cuh"
+#include "cuda/batch_step.cuh"
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/row_epilogue.cuh"
@@ -158,12 +159,14 @@ struct KeptRow {
     const float weight = a.smoothing > 0.0f ? static_cast<float>(a.classes - 1) : 0.0f;
     const RowResult result = finish_row(a, {sums, spread, weight}, x_y, target);
     write_scores<1>(a, row, row >= 0, result);
-    emp_fast::cuda::conclude<1>(a, row, row >= 0);
   }
 };
 
-template <class T, int kBytes, int kLanes>
-__global__ void __launch_bounds__(kSharedRowThreads, shared_threads(kLanes) / kSharedRowThreads)
+// kStep: with the gradient and what a.step says of the batch's step; else scores alone, in a third
+// of the instructions, which a short launch has to fetch.
+template <class T, int kBytes, int kLanes, bool kStep>
+__global__ void __launch_bounds__(kSharedRowThreads,
+                                  shared_threads(kLanes, kStep) / kSharedRowThreads)
     rows_in_shared(const __grid_constant__ RowArgs a, int tile_rows, int tile_vectors) {
   using P = Piece<T, kBytes>;
   using G = Group<kLanes>;
@@ -188,6 +191,12 @@ __global__ void __launch_bounds__(kSharedRowThreads, shared_threads(kLanes) / kS
       cp_async16(staged + v, logits + window.column(v));
     }
     cp_async_commit();
+    if constexpr (kStep) {
+      for (int64_t row = first + lane; row < first + rows; row += 32) {
+        const int64_t sample = __ldg(a.update.indices + row);
+        claim_row(a, row, sample, Target::of(a, row).valid);
+      }
+    }
     int64_t y = __ldg(a.target + first + min(lane / kLanes, rows - 1));
     cp_async_wait_group<0>();
     __syncwarp();
@@ -240,7 +249,7 @@ __global__ void __launch_bounds__(kSharedRowThreads, shared_threads(kLanes) / kS
         sums.weight = static_cast<float>(a.classes - 1);
       }
 
-      if (a.grad != nullptr) {
+      if constexpr (kStep) {
         const RowResult result = finish_row(a, sums, x_y, target);
         const auto gradient =
             GradientRow::of(a, target, row_gradient(a, row), result.field[kMax],
@@ -265,7 +274,7 @@ __global__ void __launch_bounds__(kSharedRowThreads, shared_threads(kLanes) / kS
       }
     }
     __syncwarp();
-    if (a.grad == nullptr) continue;
+    if constexpr (!kStep) continue;
     T* out = static_cast<T*>(a.grad) + first * a.classes;
     for (int v = lane; v < window.vectors; v += 32) {
       const int column = window.column(v);
@@ -283,7 +292,7 @@ __global__ void __launch_bounds__(kSharedRowThreads, shared_threads(kLanes) / kS
     __syncwarp();  // before the next tile overwrites this one
   }
   if (turn > 0) kept.conclude(a);
-  end_launch(a);
+  if constexpr (kStep) end_launch(a);
 }
 
 // The widest piece that divides every row's address.
@@ -294,40 +303,47 @@ int piece_bytes(const void* logits, int row_bytes) {
   return bytes;
 }
 
+template <class T, bool kStep>
+void score(const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
+  const auto run = [&](auto kernel) {
+    launch("rows_in_shared", kernel, static_cast<unsigned>(plan.grid), plan.threads,
+           plan.shared_bytes, stream, args, plan.tile_rows,
+           static_cast<int>(plan.shared_bytes / kVectorBytes) / (plan.threads / 32));
+  };
+  constexpr int kSmallest = sizeof(T);
+  const int bytes = piece_bytes(args.logits, args.classes * kSmallest);
+  const auto of_lanes = [&](auto whole, auto small) { run(bytes == 16 ? whole : small); };
+  switch (plan.lanes) {
+    case 4:
+      return of_lanes(rows_in_shared<T, 16, 4, kStep>, rows_in_shared<T, kSmallest, 4, kStep>);
+    case 8:
+      return of_lanes(rows_in_shared<T, 16, 8, kStep>, rows_in_shared<T, kSmallest, 8, kStep>);
+    case 16:
+      return of_lanes(rows_in_shared<T, 16, 16, kStep>, rows_in_shared<T, kSmallest, 16, kStep>);
+    case 32:
+      return of_lanes(rows_in_shared<T, 16, 32, kStep>, rows_in_shared<T, kSmallest, 32, kStep>);
+    default:
+      break;
+  }
+  switch (bytes) {
+    case 16:
+      return run(rows_in_shared<T, 16, 1, kStep>);
+    case 8:
+      return run(rows_in_shared<T, 8, 1, kStep>);
+    case 4:
+      return run(rows_in_shared<T, 4, 1, kStep>);
+    default:
+      return run(rows_in_shared<T, kSmallest, 1, kStep>);
+  }
+}
+
 }  // namespace
 
 void score_in_shared(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run = [&](auto kernel) {
-      launch("rows_in_shared", kernel, static_cast<unsigned>(plan.grid), plan.threads,
-             plan.shared_bytes, stream, args, plan.tile_rows,
-             static_cast<int>(plan.shared_bytes / kVectorBytes) / (plan.threads / 32));
-    };
-    constexpr int kSmallest = sizeof(T);
-    const int bytes = piece_bytes(args.logits, args.classes * kSmallest);
-    switch (plan.lanes) {
-      case 4:
-        return bytes == 16 ? run(rows_in_shared<T, 16, 4>) : run(rows_in_shared<T, kSmallest, 4>);
-      case 8:
-        return bytes == 16 ? run(rows_in_shared<T, 16, 8>) : run(rows_in_shared<T, kSmallest, 8>);
-      case 16:
-        return bytes == 16 ? run(rows_in_shared<T, 16, 16>) : run(rows_in_shared<T, kSmallest, 16>);
-      case 32:
-        return bytes == 16 ? run(rows_in_shared<T, 16, 32>) : run(rows_in_shared<T, kSmallest, 32>);
-      default:
-        break;
-    }
-    switch (bytes) {
-      case 16:
-        return run(rows_in_shared<T, 16, 1>);
-      case 8:
-        return run(rows_in_shared<T, 8, 1>);
-      case 4:
-        return run(rows_in_shared<T, 4, 1>);
-      default:
-        return run(rows_in_shared<T, kSmallest, 1>);
-    }
+    return args.grad == nullptr ? score<T, false>(plan, args, stream)
+                                : score<T, true>(plan, args, stream);
   });
 }
 

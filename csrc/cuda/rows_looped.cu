@@ -4,6 +4,7 @@
 // sums; for the gradient it keeps the front of the row in shared memory, as much as fits, and reads
 // only the rest a second time, which the second-level cache mostly still holds. Soft targets take
 // three walks: their largest class, the sums, and the terms that need the finished sums.
+#include "cuda/batch_step.cuh"
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/row_loop.cuh"
@@ -48,7 +49,10 @@ template <int kLanes>
 constexpr int kThreads = kLanes == 32 ? 128 : kLanes;
 
 // Soft targets need more registers than two blocks of 512 leave.
-template <class T, int kLanes, bool kSoft>
+//
+// kStep: with the gradient and what a.step says of the batch's step; else scores alone, in a third
+// of the instructions, which a short launch has to fetch.
+template <class T, int kLanes, bool kSoft, bool kStep>
 __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThreads<kLanes>)
     rows_looped(const __grid_constant__ RowArgs a, int cached_vectors) {
   uint4* cache = dynamic_shared<uint4>();
@@ -62,9 +66,11 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
     const auto window = Window<kCount>::of(reinterpret_cast<uintptr_t>(logits), a.classes);
     const float* soft = kSoft ? a.soft + row * a.classes : nullptr;
+    const int64_t sample = kStep ? __ldg(a.update.indices + row) : 0;
     const Target target =
         kSoft ? Target{largest_class<kLanes>(soft, a.classes), true, false} : Target::of(a, row);
     const float x_y = capped(to_float(logits[target.column]), a.softcap);
+    if (kStep && active && Group<kLanes>::lane() == 0) claim_row(a, row, sample, target.valid);
 
     RowSums sums = RowSums::empty();
     absorb<T, kLanes>(a, logits, window, 0, window.vectors, target.column, sums, cache,
@@ -76,13 +82,12 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
       result = score_soft<T, kLanes>(a, logits, window, soft, sums, x_y, target, cache,
                                      cached_vectors, total);
     } else {
-      if (kLanes > 32 && a.grad == nullptr && threadIdx.x >= 32)
-        continue;  // the first warp's alone
+      if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the first warp's alone
       result = finish_row(a, sums, x_y, target);
     }
     // Before the gradient, which then needs a few of the result's registers alone.
     write_scores<kLanes>(a, row, active, result);
-    if (a.grad != nullptr && active) {
+    if (kStep && active) {
       T* out = static_cast<T*>(a.grad) + row * a.classes;
       const float g = row_gradient(a, row);
       if constexpr (kSoft) {
@@ -100,9 +105,8 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
                                 gradient);
       }
     }
-    conclude<kLanes>(a, row, active);
   }
-  end_launch(a);
+  if constexpr (kStep) end_launch(a);
 }
 
 }  // namespace
@@ -114,18 +118,24 @@ void score_looped(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStr
       launch("rows_looped", kernel, static_cast<unsigned>(plan.grid), plan.threads,
              plan.shared_bytes, stream, args, plan.cached_vectors);
     };
+    const bool step = args.grad != nullptr;
     switch (plan.lanes) {
       case 32:
-        return args.soft ? run(rows_looped<T, 32, true>) : run(rows_looped<T, 32, false>);
+        if (args.soft)
+          return run(step ? rows_looped<T, 32, true, true> : rows_looped<T, 32, true, false>);
+        return run(step ? rows_looped<T, 32, false, true> : rows_looped<T, 32, false, false>);
       case 128:
-        return run(rows_looped<T, 128, false>);
+        return run(rows_looped<T, 128, false, false>);
       case 256:
-        return run(rows_looped<T, 256, false>);
+        return run(rows_looped<T, 256, false, false>);
       case kLoopedThreads:
-        return args.soft ? run(rows_looped<T, kLoopedThreads, true>)
-                         : run(rows_looped<T, kLoopedThreads, false>);
+        if (args.soft)
+          return run(step ? rows_looped<T, kLoopedThreads, true, true>
+                          : rows_looped<T, kLoopedThreads, true, false>);
+        return run(step ? rows_looped<T, kLoopedThreads, false, true>
+                        : rows_looped<T, kLoopedThreads, false, false>);
       default:
-        return run(rows_looped<T, kLoneLoopedThreads, false>);
+        return run(rows_looped<T, kLoneLoopedThreads, false, true>);
     }
   });
 }

@@ -2,6 +2,7 @@
 // order.
 //
 // Memory: logits read once; 24 bytes of sums a part.
+#include "cuda/batch_step.cuh"
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/row_loop.cuh"
@@ -31,24 +32,26 @@ __global__ void __launch_bounds__(kLoopedThreads)
   out[5] = sums.weight;
 }
 
-template <class T>
+// kStep: with what a.step says of the batch's step; else scores alone.
+template <class T, bool kStep>
 __global__ void __launch_bounds__(128)
     merge_parts(const __grid_constant__ RowArgs a, int parts, const float* partials) {
   const int64_t mine = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
   const bool active = mine < a.rows;
   const int64_t row = active ? mine : a.rows - 1;
+  const int64_t sample = kStep ? __ldg(a.update.indices + row) : 0;
+  const Target target = Target::of(a, row);
+  if (kStep && active && threadIdx.x % 32 == 0) claim_row(a, row, sample, target.valid);
   RowSums sums = RowSums::empty();
   for (int p = threadIdx.x % 32; p < parts; p += 32) {
     const float* in = partials + (row * parts + p) * kPartialFloats;
     sums.merge({{in[0], in[1], in[2], in[3]}, in[4], in[5]});
   }
   sums.reduce<32>();
-  const Target target = Target::of(a, row);
   const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
   const float x_y = capped(to_float(logits[target.column]), a.softcap);
   write_scores<32>(a, row, active, finish_row(a, sums, x_y, target));
-  conclude<32>(a, row, active);
-  end_launch(a);
+  if constexpr (kStep) end_launch(a);
 }
 
 }  // namespace
@@ -61,7 +64,9 @@ void score_split(Dtype dtype, const RowPlan& plan, const RowArgs& args, float* p
     launch("row_parts", row_parts<T>, grid, plan.threads, 0, stream, args, plan.vectors_per_part,
            partials);
     const auto blocks = static_cast<unsigned>(ceil_div(args.rows, 4));
-    launch("merge_parts", merge_parts<T>, blocks, 128, 0, stream, args, plan.parts, partials);
+    launch("merge_parts",
+           args.step == StepPart::kNone ? merge_parts<T, false> : merge_parts<T, true>, blocks, 128,
+           0, stream, args, plan.parts, partials);
   });
 }
 

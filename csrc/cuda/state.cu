@@ -12,9 +12,13 @@ namespace {
 
 constexpr int kScanned = 4;  // indices that a thread has in flight
 
-// Whether a row whose sample is in range may move the state.
-__device__ __forceinline__ bool may_move(const RowValues& v) {
-  return v.counted && is_finite(v.signal) && is_finite(v.direct);
+// Whether a row may move the state; counts it where it is refused.
+__device__ __forceinline__ bool admit(const StateArgs& s, const RowValues& v) {
+  if (!v.counted) return false;
+  const bool inside = in_range(s, v.sample);
+  if (inside && v.finite()) return true;
+  atomicAdd(s.counters + (inside ? kNonfinite : kOutOfRange), 1ull);
+  return false;
 }
 
 // A warp a row.
@@ -37,28 +41,37 @@ __global__ void __launch_bounds__(kStateThreads, 6)
 #pragma unroll
     for (int u = 0; u < kScanned; ++u) same |= (other[u] == mine.sample ? 1u : 0u) << u;
     for (int r = first; same != 0; same >>= 1, r += 32) {
-      if ((same & 1) != 0) beaten = beaten || may_move(RowValues::of(a, r));
+      if ((same & 1) == 0) continue;
+      const RowValues later = RowValues::of(a, r);
+      beaten = beaten || (later.counted && later.finite());
     }
   }
   beaten = __any_sync(0xFFFFFFFFu, beaten) != 0;
-  if (lane != 0 || !admit(a.state, mine.sample, mine.counted, mine.signal, mine.direct)) return;
-  if (beaten) return;
+  if (lane != 0 || !admit(a.state, mine) || beaten) return;
   const SampleState state = read_state(a.state, mine.sample);
   write_visit(a.state, mine.sample, state, mine.signal, a.direct != nullptr, mine.direct);
 }
 
-// The rows of a thread are a block apart.
+// The first of the rows that a thread takes; they are a block apart.
 template <int kRows>
-__device__ __forceinline__ ThreadRows<kRows> rows_of_thread(const UpdateArgs& a) {
-  return ThreadRows<kRows>::of(a, int64_t{blockIdx.x} * (kStateThreads * kRows) + threadIdx.x,
-                               kStateThreads);
+__device__ __forceinline__ int64_t first_row() {
+  return int64_t{blockIdx.x} * (kStateThreads * kRows) + threadIdx.x;
 }
 
 template <int kRows>
-__global__ void __launch_bounds__(kStateThreads)
-    claim_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) mean.expect_blocks();
-  rows_of_thread<kRows>(a).claim(a);
+__global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constant__ UpdateArgs a) {
+  int64_t samples[kRows];
+  bool counted[kRows];
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) {
+    const int64_t row = first_row<kRows>() + u * kStateThreads;
+    samples[u] = row < a.rows ? __ldg(a.indices + row) : 0;
+    counted[u] = row < a.rows && (a.count == nullptr || __ldg(a.count + row) > 0);
+  }
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) {
+    claim_sample(a.state, first_row<kRows>() + u * kStateThreads, samples[u], counted[u]);
+  }
 }
 
 // The block that is last to arrive adds up the sums of all, in an order that the grid alone
@@ -66,29 +79,29 @@ __global__ void __launch_bounds__(kStateThreads)
 template <int kRows>
 __global__ void __launch_bounds__(kStateThreads)
     step_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {
-  const auto rows = rows_of_thread<kRows>(a);
+  const auto rows = ThreadRows<kRows>::of(a, first_row<kRows>(), kStateThreads);
+  const bool has_mean = mean.mean != nullptr;
   LossSums sums{0.0, 0.0};
-  if (mean.mean != nullptr) {
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if (rows.row(u) < a.rows) sums.add(mean, rows.row(u), rows.values[u].counted);
+  if (has_mean) rows.add_losses(a, mean, sums);
+  rows.move(a);
+  if (has_mean) {
+    sums.add_up();
+    if (threadIdx.x == 0) {
+      mean.parts[2 * blockIdx.x] = sums.loss;
+      mean.parts[2 * blockIdx.x + 1] = sums.counted;
     }
   }
-  rows.move(a);
-  if (mean.mean == nullptr) return;
-  sums.add_up<kStateThreads>();
-  if (threadIdx.x == 0) {
-    mean.parts[2 * blockIdx.x] = sums.loss;
-    mean.parts[2 * blockIdx.x + 1] = sums.counted;
+  if (!last_block<kArrivedBit>(a.state.counters)) return;
+  if (has_mean) {
+    sums = {0.0, 0.0};
+    for (unsigned part = threadIdx.x; part < gridDim.x; part += kStateThreads) {
+      sums.loss += __ldcg(mean.parts + 2 * part);
+      sums.counted += __ldcg(mean.parts + 2 * part + 1);
+    }
+    sums.add_up();
+    if (threadIdx.x == 0) sums.write_mean(mean, a.rows);
   }
-  if (!last_block(mean.arrived)) return;
-  sums = {0.0, 0.0};
-  for (unsigned part = threadIdx.x; part < gridDim.x; part += kStateThreads) {
-    sums.loss += __ldcg(mean.parts + 2 * part);
-    sums.counted += __ldcg(mean.parts + 2 * part + 1);
-  }
-  sums.add_up<kStateThreads>();
-  if (threadIdx.x == 0) sums.write_mean(mean, a.rows);
+  settle(a);
 }
 
 __global__ void __launch_bounds__(kStateThreads)
@@ -112,14 +125,14 @@ void update_state(const UpdateArgs& args, cudaStream_t stream) {
     return launch("update_by_scan", update_by_scan, blocks_of(32 * args.rows), kStateThreads, 0,
                   stream, args);
   }
-  claim_samples(args, {}, stream);
+  claim_samples(args, stream);
   step_claimed(args, {}, stream);
 }
 
-void claim_samples(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t stream) {
+void claim_samples(const UpdateArgs& args, cudaStream_t stream) {
   const auto claim = args.rows < kManyUpdateRows ? claim_rows<1> : claim_rows<kRowsOfMany>;
   launch("claim_rows", claim, static_cast<unsigned>(step_parts(args.rows)), kStateThreads, 0,
-         stream, args, mean);
+         stream, args);
 }
 
 void step_claimed(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t stream) {
