@@ -106,8 +106,9 @@ def variants(device: torch.device) -> list[Variant]:
         return ours
     return [
         *ours,
-        *(planned(short, THREAD_ELEMENTS=n) for n in (8, 16)),
-        planned(short, TILE_THREADS=256),
+        # score_tile alone, and score_rows wherever it serves: auto takes either.
+        *(planned(short, "triton, plain", THREAD_ELEMENTS=n) for n in (8, 16)),
+        planned(short, "triton, plain", TILE_THREADS=256),
         *(
             planned(
                 *(stepped, "triton, stepped"), ROWS_WARPS=n, ROWS_WARPS_GRAD=n, ROWS_WARPS_SHARED=n

@@ -510,12 +510,16 @@ def test_the_sweep_may_warm_up_a_share_of_some_cases(
 
 
 def test_the_launch_arithmetic_that_a_sweep_varies_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("cuda", "triton", "triton, stepped")
+    names = ("cuda", "triton", "triton, plain", "triton, stepped")
     entered = dict.fromkeys(names, contextlib.nullcontext)
     monkeypatch.setattr(sweep.contenders, "backends", lambda *_, **__: (entered, {}))
     every = sweep.variants(torch.device("cuda"))
-    assert tuple(variant.name for variant in every[:3]) == names
+    assert tuple(variant.name for variant in every[: len(names)]) == names
     assert all(variant.backend == "triton" for variant in every[1:])
+    for constant, within in (("rows_warps", "triton, stepped"), ("tile_threads", "triton, plain")):
+        varied = [variant.name for variant in every if constant in variant.name]
+        assert varied
+        assert all(name.startswith(f"{within}, ") for name in varied)
     for variant in every:
         with variant.enter():
             pass

@@ -48,14 +48,19 @@ def launched(call: object) -> list[str]:
 
 
 @pytest.fixture
-def stepped(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
-    """Any number of rows is taken in steps, on a device that runs two warps at a time."""
-    for backend in (TRITON, load("triton")):
-        monkeypatch.setattr(backend, "row_kernels", "stepped")
+def filled(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
+    """Any number of rows is enough to take in steps, on a device that runs two warps at a time."""
     monkeypatch.setattr(plan, "KEPT_STEPS", 0)
     for warps in ("ROWS_WARPS", "ROWS_WARPS_GRAD", "ROWS_WARPS_SHARED"):
         monkeypatch.setattr(plan, warps, 2)
     monkeypatch.setattr(triton, "multiprocessors", lambda _: 1)
+
+
+@pytest.fixture
+def stepped(monkeypatch: pytest.MonkeyPatch, filled: None) -> None:
+    """As `filled`, and they are, whatever is faster."""
+    for backend in (TRITON, load("triton")):
+        monkeypatch.setattr(backend, "row_kernels", "stepped")
 
 
 @pytest.fixture
@@ -150,6 +155,39 @@ def test_steps_of_any_shape_give_scores_and_gradient(
     monkeypatch.setattr(plan, "ROWS_WARPS_SHARED", 8)  # that many share a row of 8190
     case = Case("steps", rows, classes, dtype=dtype, logits="nan_row", ignored="some")
     assert_step(case, LossOptions(), "score_rows")
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("row_kernels", triton.TritonBackend.row_kernel_names)
+def test_each_choice_of_row_kernels_takes_its_own(
+    row_kernels: str, dtype: torch.dtype, filled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "STEP_UPDATE_ROWS", 0)
+    for backend in (TRITON, load("triton")):
+        monkeypatch.setattr(backend, "row_kernels", row_kernels)
+    case = Case("chosen", 35, 100, dtype=dtype, logits="nan_row", ignored="some")
+    logits, target, _ = make(case)
+    in_steps = row_kernels != "plain"
+    launches = launched(lambda: test_functional.cross_entropy(logits, target))
+    assert launches == ["score_rows" if in_steps else "score_tile"]
+    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
+    in_steps = row_kernels == "stepped" or (row_kernels == "auto" and dtype != torch.float32)
+    assert_step(case, LossOptions(), "score_rows" if in_steps else "score_tile")
+
+
+def test_by_default_short_rows_options_and_small_steps_are_not_taken_in_steps(
+    filled: None,
+) -> None:
+    def scored(classes: int, **options: object) -> list[str]:
+        logits, target, _ = make(Case("apart", 35, classes, dtype=torch.bfloat16))
+        return launched(lambda: test_functional.cross_entropy(logits, target, **options))
+
+    assert scored(33) == ["score_rows"]
+    assert scored(32) == scored(33, label_smoothing=0.1) == ["score_tile"]
+    assert scored(33, softcap=5.0) == scored(33, weight=torch.ones(33)) == ["score_tile"]
+    logits = torch.randn(9, 37, dtype=torch.bfloat16, requires_grad=True)
+    pruner, target = Pruner(9), torch.arange(9)
+    assert launched(lambda: pruner.loss(logits, target, target))[0] == "score_tile"
 
 
 @EACH_DTYPE

@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
+from emp_fast.backends.triton import TritonBackend
 from emp_fast.testing.triton_compile import CAPABILITIES, compile_ahead, source_of
 from emp_fast.testing.triton_variants import Variant, _kernels, covering, every_variant
 
@@ -58,6 +59,24 @@ def test_every_option_is_among_the_variants(variants: tuple[Variant, ...]) -> No
     assert {choices["warps"] for choices in loops} == {1, 4, 8}
     for flag in ("SHIFTED", "SHIFTED_ALIKE", "PARTIAL"):
         assert {choices[flag] for choices in loops} == {False, True}, flag
+
+
+@pytest.mark.parametrize("row_kernels", TritonBackend.row_kernel_names)
+def test_every_choice_of_row_kernels_launches_what_is_among_the_variants(
+    row_kernels: str, variants: tuple[Variant, ...]
+) -> None:
+    chosen = every_variant(row_kernels)
+    assert set(chosen) <= set(variants)
+    in_steps = [v.choices() for v in chosen if v.kernel.endswith("score_rows")]
+    taken = {(choices["logits_ptr"], choices["grad_ptr"] is not None) for choices in in_steps}
+    scores = {(kind, False) for kind in ("*fp32", "*fp16", "*bf16")}
+    halves = {("*fp16", True), ("*bf16", True)}
+    wanted = {
+        "auto": scores | halves,
+        "plain": set(),
+        "stepped": scores | halves | {("*fp32", True)},
+    }
+    assert taken == wanted[row_kernels]
 
 
 def test_the_few_show_every_pair_of_choices(variants: tuple[Variant, ...]) -> None:

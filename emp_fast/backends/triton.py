@@ -247,20 +247,27 @@ class TritonBackend(RowKernelsChoice, Backend):
         **gradient: Any,
     ) -> None:
         """Scores, and what else is asked for, of rows that stay in registers."""
-        plain = self.row_kernels != "stepped" or weight is not None or "update" in gradient
-        if not plain and not any(_flags(target, options)):
+        itemsize, grad = logits.element_size(), "grad" in gradient
+        served = weight is None and "update" not in gradient and not any(_flags(target, options))
+        if served and self._prefers_rows(itemsize, grad):
             rows = plan.plan_rows(
                 *logits.shape,
                 logits.stride(0),
                 logits.data_ptr() % plan.VECTOR_BYTES,
-                logits.element_size(),
+                itemsize,
                 multiprocessors(logits.device),
-                grad="grad" in gradient,
+                grad=grad,
             )
             if rows is not None:
                 _score_rows(rows, logits, target, options, scores, **gradient)
                 return
         _score_tile(logits, target, weight, options, scores, **gradient)
+
+    def _prefers_rows(self, itemsize: int, grad: bool) -> bool:
+        """Whether the choice of row kernels is `score_rows` where it serves."""
+        if self.row_kernels == "auto":
+            return plan.rows_are_ahead(itemsize, grad)
+        return self.row_kernels == "stepped"
 
 
 # ---- scoring ------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ __all__ = ["doctor"]
 RUN_ON = {"triton": ["NVIDIA H200"], "cuda": ["NVIDIA H200"]}
 #: What of them no GPU has run, or not since it was rewritten; docs/kernels.md has the whole list.
 NOT_RUN = {
-    "triton": ["score_rows", "the gradient of score_loop"],
     "cuda": ["the state and the mean of a fused step", "rows_ring", "rows_cluster"],
 }
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins

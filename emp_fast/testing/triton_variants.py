@@ -109,9 +109,14 @@ def recorded(then: Launch | None = None) -> Iterator[dict[Variant, None]]:
         yield seen
 
 
-def every_variant() -> tuple[Variant, ...]:
-    """Every variant of every kernel, in the order in which the grid meets them."""
-    backend = triton_backend.TritonBackend("stepped")  # the most kernels
+def every_variant(row_kernels: str = "stepped") -> tuple[Variant, ...]:
+    """Every variant of every kernel, in the order in which the grid meets them.
+
+    Args:
+        row_kernels: the choice of the backend (`TritonBackend`). "stepped" takes the most variants,
+            all that the other choices do among them.
+    """
+    backend = triton_backend.TritonBackend(row_kernels)
     multiprocessors = mock.Mock()
     with (
         recorded(then=_answer) as seen,

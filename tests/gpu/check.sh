@@ -46,8 +46,10 @@ test() {
     EMP_FAST_CUDA_ROWS=$kernels "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
       -q -k 'not triton' --junitxml="$folder/test-$kernels.xml" "${flags[@]}" || return
   done
-  EMP_FAST_TRITON_ROWS=stepped "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
-    -q -k 'not cuda' --junitxml="$folder/test-stepped.xml" "${flags[@]}" || return
+  for kernels in plain stepped; do
+    EMP_FAST_TRITON_ROWS=$kernels "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
+      -q -k 'not cuda' --junitxml="$folder/test-triton-$kernels.xml" "${flags[@]}" || return
+  done
 }
 
 sanitize() {

@@ -13,6 +13,8 @@ from emp_fast.functional import cross_entropy, topk_indices
 RUNS = 3 if DRY_RUN else 20
 #: Steps of one launch and of two; long rows that end within a chunk of the kernels with rings.
 SHAPES = [(64, 10), (300, 100), (65, 1000), (3, 32000), (260, 8192), (264, 20004), (2000, 36)]
+#: Rows enough for Triton's score_rows.
+MANY = (4000, 4096)
 
 
 def test_the_self_check_passes(backend: str, device: torch.device) -> None:
@@ -35,7 +37,7 @@ def step(pruner, logits, target, indices):
     return loss.detach(), grad, store.scores, store.memory, store.visits
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, MANY], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_repeated_runs_give_the_same_bits(shape, dtype, backend, device, poison) -> None:
     logits, target, indices = batch(shape, device, dtype)
