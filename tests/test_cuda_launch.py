@@ -166,10 +166,9 @@ def test_auto_is_what_was_measured_to_be_fastest(device: tuple[int, int, int]) -
         if auto == plans[PLAIN] and grad and not rare and row_bytes > 16384:
             ring, cluster = plans[RING], plans[CLUSTER]
             assert ring["path"] != "ring" or ring["rounds"] > ring["slots"], shape
-            assert (
-                (ring["path"], cluster["path"]) != ("ring", "cluster")
-                or cluster["rounds"] > cluster["slots"]
-            ), shape
+            assert (ring["path"], cluster["path"]) != ("ring", "cluster") or cluster[
+                "rounds"
+            ] > cluster["slots"], shape
 
 
 def test_scores_of_long_rows_take_the_fewest_threads_that_occupy_the_device() -> None:
@@ -188,7 +187,8 @@ def test_shared_serves_the_short_rows_that_occupy_the_device() -> None:
         shape = (rows, classes, classes + padding, 4, True, False, False, False, True)
         return str(plan_rows(*shape, H200, kernels=SHARED)["path"])
 
-    assert [path(rows, 32) for rows in (1, 128, 10**6)] == ["shared"] * 3
+    few, enough = 32 * 132 - 32, 32 * 132 - 31  # a group of 32 rows a multiprocessor, begun or not
+    assert [path(rows, 32) for rows in (1, few, enough)] == ["registers", "registers", "shared"]
     assert [path(rows, 128) for rows in (1, 128, 10**6)] == ["registers", "registers", "shared"]
     assert path(10**6, 4096) == "shared"  # 16 KiB
     assert path(10**6, 4097) == "looped"

@@ -28,6 +28,12 @@ __device__ __forceinline__ SampleState read_state(const StateArgs& s, int64_t sa
   return state;
 }
 
+__device__ __forceinline__ void prefetch_sample(const StateArgs& s, int64_t sample) {
+  prefetch(s.memory + sample);
+  prefetch(s.visits + sample);
+  if (s.variance != nullptr) prefetch(s.variance + sample);
+}
+
 __device__ __forceinline__ void write_visit(const StateArgs& s, int64_t sample, SampleState state,
                                             float signal, bool has_direct, float direct) {
   state = visit(s.recurrence, state, signal, has_direct, direct);
@@ -77,12 +83,6 @@ struct RowValues {
 struct LossSums {
   double loss, counted;
 
-  __device__ __forceinline__ void add(const MeanArgs& a, int64_t row, int count) {
-    const double scale = a.row_scale == nullptr ? 1.0 : __ldg(a.row_scale + row);
-    loss += scale * __ldcg(a.loss + row);
-    counted += count;
-  }
-
   // The sums of a block; its first warp has them.
   __device__ __forceinline__ void add_up() {
     using Warp = Group<32>;
@@ -127,14 +127,6 @@ struct ThreadRows {
   }
 
   __device__ __forceinline__ int64_t row(int u) const { return first + u * apart; }
-
-  __device__ __forceinline__ void add_losses(const UpdateArgs& a, const MeanArgs& mean,
-                                             LossSums& sums) const {
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if (row(u) < a.rows) sums.add(mean, row(u), values[u].counted);
-    }
-  }
 
   // After all rows have claimed.
   __device__ __forceinline__ void move(const UpdateArgs& a) const {
@@ -196,6 +188,33 @@ __device__ __forceinline__ void settle(const UpdateArgs& a) {
   }
 }
 
+// The losses of the same rows, loaded before their samples are waited for.
+template <int kRows>
+struct ThreadLosses {
+  float loss[kRows], scale[kRows];
+
+  __device__ __forceinline__ static ThreadLosses of(const UpdateArgs& a, const MeanArgs& mean,
+                                                    const ThreadRows<kRows>& rows) {
+    ThreadLosses losses;
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const bool wanted = mean.mean != nullptr && rows.row(u) < a.rows;
+      losses.loss[u] = wanted ? __ldcg(mean.loss + rows.row(u)) : 0.0f;
+      losses.scale[u] =
+          wanted && mean.row_scale != nullptr ? __ldg(mean.row_scale + rows.row(u)) : 1.0f;
+    }
+    return losses;
+  }
+
+  __device__ __forceinline__ void add_to(LossSums& sums, const ThreadRows<kRows>& rows) const {
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      sums.loss += static_cast<double>(scale[u]) * loss[u];
+      sums.counted += rows.values[u].counted;
+    }
+  }
+};
+
 // ---- the step of a scoring launch
 // -----------------------------------------------------------------------------------------------
 
@@ -207,24 +226,36 @@ __device__ __forceinline__ void claim_row(const RowArgs& a, int64_t row, int64_t
   const StateArgs& s = a.update.state;
   if (!claim_sample(s, row, sample, counted) || a.step != StepPart::kWhole) return;
   // What the last block will wait for.
-  prefetch(s.memory + sample);
-  prefetch(s.visits + sample);
-  if (s.variance != nullptr) prefetch(s.variance + sample);
+  prefetch_sample(s, sample);
   prefetch(s.counters);
 }
 
 // The end of a scoring kernel that takes part in the step, to which all its threads come.
 __device__ __forceinline__ void end_launch(const RowArgs& a) {
   const UpdateArgs& update = a.update;
-  if (a.step != StepPart::kWhole || !last_block<kArrivedBit>(update.state.counters)) return;
+  if (a.step == StepPart::kClaims) {
+    // step_rows will wait for them; between the two launches the memory has nothing else to do.
+    const int64_t threads = int64_t{gridDim.x} * blockDim.x;
+#pragma unroll 1
+    for (int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < update.rows;
+         row += threads) {
+      const int64_t sample = __ldg(update.indices + row);
+      if (!in_range(update.state, sample)) continue;
+      prefetch(update.state.claims + sample);
+      prefetch_sample(update.state, sample);
+    }
+    return;
+  }
+  if (!last_block<kArrivedBit>(update.state.counters)) return;
   LossSums sums{0.0, 0.0};
   const bool has_mean = a.mean.mean != nullptr;
   const int apart = static_cast<int>(blockDim.x);
 #pragma unroll 1
   for (int row = threadIdx.x; row < update.rows; row += kRowsAtOnce * apart) {
     const auto rows = ThreadRows<kRowsAtOnce>::of(update, row, apart);
-    if (has_mean) rows.add_losses(update, a.mean, sums);
+    const auto losses = ThreadLosses<kRowsAtOnce>::of(update, a.mean, rows);
     rows.move(update);
+    losses.add_to(sums, rows);
   }
   if (has_mean) {
     sums.add_up();

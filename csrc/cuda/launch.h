@@ -78,8 +78,8 @@ constexpr int kSharedRowThreads = 128;       // a block at most: fewer where the
 constexpr int64_t kSharedBytes = 34 * 1024;  // of a block at most, but for one warp's tile
 constexpr int64_t kSharedTileBytes = 4096;   // of several groups of rows; one alone may take more
 constexpr int64_t kSharedRowBytes = 16384;   // at most
-constexpr int kSharedFewClasses = 32;        // however few the rows are; longer rows need
-constexpr int64_t kSharedGroups = 8;         // so many groups of rows a multiprocessor
+constexpr int64_t kSharedGroups = 8;         // of rows a multiprocessor at least, but
+constexpr int kSharedFewClasses = 32;        // up to so many classes one
 constexpr int kLoopedThreads = 512;
 constexpr int kLoneLoopedThreads = 1024;   // where a multiprocessor holds one block alone
 constexpr int kWarpLoopedVectors = 512;    // rows up to this are a warp's in the looped kernel
@@ -98,7 +98,7 @@ constexpr int kRegisterVectors = 4;
 // its logits a warp does for 32 / lanes rows at once; more as rows fill their memory.
 inline int shared_lanes(int64_t row_bytes) {
   return row_bytes <= 400    ? 1
-         : row_bytes <= 1024 ? 4
+         : row_bytes <= 768  ? 4
          : row_bytes <= 2048 ? 8
          : row_bytes <= 4096 ? 16
                              : 32;
@@ -117,7 +117,7 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   const int lanes = shared_lanes(row_bytes);
   const int at_once = 32 / lanes;
   const int64_t groups = ceil_div(s.rows, at_once) / device.multiprocessors;
-  if (groups < kSharedGroups && s.classes > kSharedFewClasses) return std::nullopt;
+  if (groups < (s.classes > kSharedFewClasses ? kSharedGroups : 1)) return std::nullopt;
   // Few bytes a row need many rows in flight, and cost less a tile.
   const int64_t most = std::min(kSharedTileBytes / (at_once * std::max<int64_t>(row_bytes, 1)),
                                 groups / (4 * kSharedGroups));

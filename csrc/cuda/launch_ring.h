@@ -152,8 +152,8 @@ enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing };
 
 // What was the fastest on an H200, or within a few per cent of it (benchmarks/results/):
 // rows_in_shared for many short rows, for the gradient of long ones rows_ring or rows_cluster, the
-// plain kernels for all else. Scores alone gain less from shared memory: from half of what a row may
-// take there, a warp a row from memory is faster.
+// plain kernels for all else. Scores alone gain less from shared memory: from half of what a row
+// may take there, a warp a row from memory is faster.
 inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
   if (s.grad || row_bytes <= kSharedRowBytes / 2) {
@@ -162,8 +162,8 @@ inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   if (s.grad && row_bytes > kSharedRowBytes && !s.general && !s.smoothed) {
     const auto ring = plan_ring(s, device);
     if (ring && ring->rounds <= ring->slots) return *ring;
-    // Too long for one block's ring. Of 16 bits half as many come a second time, and a cluster waits
-    // for more exponentials a byte.
+    // Too long for one block's ring. Of 16 bits half as many come a second time, and a cluster
+    // waits for more exponentials a byte.
     const auto cluster = plan_clusters(s, device);
     if (ring && cluster && cluster->rounds <= cluster->slots) {
       return s.element_bytes == 2 ? *ring : *cluster;

@@ -7,7 +7,9 @@
 // its scores, takes hundreds of instructions: each lane keeps the sums of one row until the warp
 // has 32, and takes them for that row alone.
 //
-// The target is overwritten by -inf in the tile: then the loops need not look for it.
+// The target is overwritten in the tile by a value so low that its exponential is 0: then the loops
+// need not look for it. Of the other logits they assume that none is -inf and that their maximum is
+// of a common size; a row for which the sums show otherwise is done again with care.
 #include <type_traits>
 
 #include "cuda/async_copy.cuh"
@@ -108,6 +110,12 @@ struct Largest {
   }
 };
 
+// Finite, so that 0 times its distance to a maximum is 0; and within float when taken times
+// log2(e). A maximum is to lie kAboveHidden above it.
+template <class T>
+constexpr float kHidden = std::is_same_v<T, __half> ? -65504.0f : -1e38f;
+constexpr float kAboveHidden = 256.0f;
+
 // The pieces of a row that one of its kLanes threads walks, each by its first column. kRotated:
 // where a thread has a row to itself, neighbours start at different pieces; rows of a multiple of
 // 32 bytes would else put theirs into the same banks.
@@ -162,6 +170,27 @@ struct KeptRow {
   }
 };
 
+// The sums of a row whatever its logits are, by all threads of the warp; its target is -inf.
+template <class T, int kBytes, int kLanes, class Walk>
+__device__ __forceinline__ SoftmaxSums<float> add_with_care(const T* x, const Walk& walk) {
+  using P = Piece<T, kBytes>;
+  using G = Group<kLanes>;
+  auto sums = SoftmaxSums<float>::empty();
+  auto largest = Largest<T, kBytes>::none();
+  walk.each([&](int at) { largest.see(P::at(x + at)); });
+  sums.m = G::warp_reduce(largest.value(), Max{});
+  walk.each([&](int at) {
+    float values[P::kCount];
+    P::at(x + at).unpack(values);
+#pragma unroll
+    for (int e = 0; e < P::kCount; ++e) add_logit(sums, values[e]);
+  });
+  sums.d = G::warp_reduce(sums.d, Add{});
+  sums.s = G::warp_reduce(sums.s, Add{});
+  sums.q = G::warp_reduce(sums.q, Add{});
+  return sums;
+}
+
 // kStep: with the gradient and what a.step says of the batch's step; else scores alone, in a third
 // of the instructions, which a short launch has to fetch.
 template <class T, int kBytes, int kLanes, bool kStep>
@@ -172,6 +201,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
   using G = Group<kLanes>;
   constexpr int kCount = P::kCount;
   constexpr int kRows = 32 / kLanes;  // at a time
+  constexpr int kCopied = 4;          // vectors of a lane on their way out or in at a time
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
@@ -187,8 +217,19 @@ __global__ void __launch_bounds__(kSharedRowThreads,
     const T* logits = static_cast<const T*>(a.logits) + first * a.classes;
     const auto window =
         Window<kElements<T>>::of(reinterpret_cast<uintptr_t>(logits), rows * a.classes);
-    for (int v = lane; v < window.vectors; v += 32) {
-      cp_async16(staged + v, logits + window.column(v));
+    {
+      const T* from = logits + window.column(lane);
+      uint4* to = staged + lane;
+      int v = lane;
+#pragma unroll 1
+      for (; v + 32 * (kCopied - 1) < window.vectors; v += 32 * kCopied) {
+#pragma unroll
+        for (int u = 0; u < kCopied; ++u) cp_async16(to + 32 * u, from + 32 * u * kElements<T>);
+        from += 32 * kCopied * kElements<T>;
+        to += 32 * kCopied;
+      }
+#pragma unroll 1
+      for (; v < window.vectors; v += 32, from += 32 * kElements<T>, to += 32) cp_async16(to, from);
     }
     cp_async_commit();
     if constexpr (kStep) {
@@ -213,33 +254,33 @@ __global__ void __launch_bounds__(kSharedRowThreads,
       const float x_y = to_float(x[target.column]);
       __syncwarp();
       const bool writer = active && lane % kLanes == 0;
-      if (writer) x[target.column] = from_float<T>(-INFINITY);
+      if (writer) x[target.column] = from_float<T>(kHidden<T>);
       __syncwarp();
 
       RowSums sums = RowSums::empty();
       auto largest = Largest<T, kBytes>::none();
       walk.each([&](int at) { largest.see(P::at(x + at)); });
       sums.sums.m = G::warp_reduce(largest.value(), Max{});
-      if (is_quick(sums.sums.m)) {
-        auto quick = QuickSums::of(sums.sums.m);
-        walk.each([&](int at) {
-          float values[kCount];
-          P::at(x + at).unpack(values);
+      auto quick = QuickSums::of(sums.sums.m);
+      walk.each([&](int at) {
+        float values[kCount];
+        P::at(x + at).unpack(values);
 #pragma unroll
-          for (int e = 0; e < kCount; ++e) quick.add(values[e]);
-        });
-        quick.into(sums.sums);
-      } else {
-        walk.each([&](int at) {
-          float values[kCount];
-          P::at(x + at).unpack(values);
-#pragma unroll
-          for (int e = 0; e < kCount; ++e) add_logit(sums.sums, values[e]);
-        });
+        for (int e = 0; e < kCount; ++e) quick.add_finite(values[e]);
+      });
+      quick.d = G::warp_reduce(quick.d, Add{});
+      quick.s = G::warp_reduce(quick.s, Add{});
+      quick.q = G::warp_reduce(quick.q, Add{});
+      const bool common = is_quick(sums.sums.m) && sums.sums.m > kHidden<T> + kAboveHidden;
+      const bool careful = !common || is_nan(quick.s);
+      if (!careful) quick.into(sums.sums);
+      if (__any_sync(kFullWarp, careful)) {
+        __syncwarp();  // a group past the end has read the row
+        if (writer && careful) x[target.column] = from_float<T>(-INFINITY);
+        __syncwarp();
+        const auto again = add_with_care<T, kBytes, kLanes>(x, walk);
+        if (careful) sums.sums = again;
       }
-      sums.sums.d = G::warp_reduce(sums.sums.d, Add{});
-      sums.sums.s = G::warp_reduce(sums.sums.s, Add{});
-      sums.sums.q = G::warp_reduce(sums.sums.q, Add{});
       if (a.smoothing > 0.0f) {
 #pragma unroll 1
         for (int j = lane % kLanes; j < a.classes; j += kLanes) {
@@ -276,18 +317,28 @@ __global__ void __launch_bounds__(kSharedRowThreads,
     __syncwarp();
     if constexpr (!kStep) continue;
     T* out = static_cast<T*>(a.grad) + first * a.classes;
-    for (int v = lane; v < window.vectors; v += 32) {
-      const int column = window.column(v);
-      const bool whole =
-          window.interior(column) && reinterpret_cast<uintptr_t>(out + column) % kVectorBytes == 0;
-      if (whole) {
-        __stcs(reinterpret_cast<uint4*>(out + column), staged[v]);
-      } else {
-        const T* elements = reinterpret_cast<const T*>(staged + v);
-        for (int e = 0; e < kElements<T>; ++e) {
-          if (window.holds(column + e)) out[column + e] = elements[e];
-        }
+    // The vectors that lie in the rows, as whole ones where the gradient is aligned as the logits.
+    const bool alike =
+        (reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(logits)) % kVectorBytes ==
+        0;
+    const int begin = window.interior(window.column(0)) ? 0 : 1;
+    const int end = window.vectors - (window.interior(window.column(window.vectors - 1)) ? 0 : 1);
+    int v = begin + lane;
+    if (alike) {
+#pragma unroll kCopied
+      for (; v < end; v += 32) {
+        __stcs(reinterpret_cast<uint4*>(out + window.column(v)), staged[v]);
       }
+    }
+    const T* elements = reinterpret_cast<const T*>(staged) + window.shift;
+    if (!alike) {
+      for (int j = lane; j < rows * a.classes; j += 32) out[j] = elements[j];
+    } else if (lane < kElements<T>) {
+      if (begin > 0 && window.holds(window.column(0) + lane)) {
+        out[window.column(0) + lane] = elements[window.column(0) + lane];
+      }
+      const int last = window.column(window.vectors - 1) + lane;
+      if (end < window.vectors && window.holds(last)) out[last] = elements[last];
     }
     __syncwarp();  // before the next tile overwrites this one
   }

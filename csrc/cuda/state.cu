@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constan
   }
 #pragma unroll
   for (int u = 0; u < kRows; ++u) {
-    claim_sample(a.state, first_row<kRows>() + u * kStateThreads, samples[u], counted[u]);
+    const int64_t row = first_row<kRows>() + u * kStateThreads;
+    if (claim_sample(a.state, row, samples[u], counted[u])) prefetch_sample(a.state, samples[u]);
   }
 }
 
@@ -80,11 +81,12 @@ template <int kRows>
 __global__ void __launch_bounds__(kStateThreads)
     step_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {
   const auto rows = ThreadRows<kRows>::of(a, first_row<kRows>(), kStateThreads);
+  const auto losses = ThreadLosses<kRows>::of(a, mean, rows);
+  rows.move(a);
   const bool has_mean = mean.mean != nullptr;
   LossSums sums{0.0, 0.0};
-  if (has_mean) rows.add_losses(a, mean, sums);
-  rows.move(a);
   if (has_mean) {
+    losses.add_to(sums, rows);
     sums.add_up();
     if (threadIdx.x == 0) {
       mean.parts[2 * blockIdx.x] = sums.loss;

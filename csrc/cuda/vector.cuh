@@ -223,6 +223,15 @@ struct QuickSums {
     q = fmaf(e, e, q);
   }
 
+  // A logit that is not -inf, which would make s NaN.
+  __device__ __forceinline__ void add_finite(float x) {
+    const float below = fmaf(x, kLog2E, -base);
+    const float e = exp2_flushed(below);
+    d += e;
+    s = fmaf(below, e, s);
+    q = fmaf(e, e, q);
+  }
+
   __device__ __forceinline__ void into(SoftmaxSums<float>& sums) const {
     constexpr float kLn2 = 0.6931471805599453f;
     const float rest = fmaf(sums.m, kLog2E, -base);

@@ -17,6 +17,7 @@ from emp_fast.testing.cases import (
     benchmark_shapes,
     cut,
     make,
+    strange_rows,
 )
 from emp_fast.testing.oracle import ATOL, RTOL, OracleStats, oracle
 
@@ -33,4 +34,5 @@ __all__ = [
     "cut",
     "make",
     "oracle",
+    "strange_rows",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -200,6 +201,39 @@ def _mask(case: Case, x: Tensor, y: Tensor) -> None:
         x[at] = kept
     else:
         x[x.shape[0] // 2, x.shape[1] // 2] = torch.nan if case.logits == "nan_row" else torch.inf
+
+
+def strange_rows(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits [rows, classes] and class ids [rows]: infinities, NaN and the ends of ``dtype`` in one
+    batch, a kind a row, so that neighbours differ in kind.
+    """
+    generator = torch.Generator().manual_seed(classes)
+    x = 3 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    y = torch.randint(classes, (rows,), generator=generator)
+    lowest, far = torch.finfo(dtype).min, 60000.0 if dtype == torch.float16 else 2.0**21
+
+    def but_the_target(row: Tensor, target: int, value: float, step: int = 1) -> None:
+        kept = row[target].clone()
+        row[::step] = value
+        row[target] = kept
+
+    kinds: list[Callable[[Tensor, int], Any]] = [
+        lambda row, target: None,
+        lambda row, target: but_the_target(row, target, -torch.inf, step=2),
+        lambda row, target: but_the_target(row, target, -torch.inf),
+        lambda row, target: row[:-1].fill_(-torch.inf),
+        lambda row, target: row[target].fill_(-torch.inf),
+        lambda row, target: but_the_target(row, target, lowest, step=2),
+        lambda row, target: but_the_target(row, target, lowest),
+        lambda row, target: row.fill_(lowest),
+        lambda row, target: row.sub_(far),
+        lambda row, target: row.add_(far),
+        lambda row, target: row[classes // 2].fill_(torch.inf),
+        lambda row, target: row[classes // 2].fill_(torch.nan),
+    ]
+    for number, row in enumerate(x):
+        kinds[number % len(kinds)](row, int(y[number]))
+    return x.to(dtype), y
 
 
 def _probabilities(case: Case, logits: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:

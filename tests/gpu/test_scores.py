@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emp_fast import Pruner, SampleStats
 from emp_fast.functional import cross_entropy, info_nce, linear_cross_entropy
-from emp_fast.testing import ATOL, CASES, RTOL, Case, make, oracle
+from emp_fast.testing import ATOL, CASES, RTOL, Case, make, oracle, strange_rows
 
 HALVES = (torch.float16, torch.bfloat16)
 EVERY_CASE = [
@@ -72,6 +72,36 @@ def test_values_and_gradients_agree_with_the_oracle(
     if target.is_floating_point():
         terms = float(grad_loss.abs().max() * target.nan_to_num(0.0).abs().max())
     assert_gradient(grad.cpu(), torchs.cpu(), expected, terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("classes", [10, 190, 400, 1000, 1100, 4096])
+def test_rows_of_every_kind_in_one_batch(
+    classes: int, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """So many that the kernels for many short rows serve; each kind gives the same everywhere."""
+    few, times = 72, 2 + SIZES.many_rows // 30000
+    logits, target = (tensor.to(device) for tensor in strange_rows(few, classes, dtype))
+    logits, target = logits.repeat(times, 1), target.repeat(times)
+    leaf = logits.requires_grad_()
+    stats = SampleStats(*(field.detach() for field in cross_entropy(leaf, target)))
+    pruner = Pruner(few * times, device=device)
+    mean = pruner.loss(leaf, target, torch.arange(few * times, device=device))
+    (grad,) = torch.autograd.grad(mean, leaf, torch.tensor(float(few * times), device=device))
+    wanted, wanted_grad, _ = reference_rows(logits[:few], target[:few])
+    for name, value in stats._asdict().items():
+        torch.testing.assert_close(
+            value[:few].to(wanted[name].dtype), wanted[name], rtol=RTOL, atol=ATOL, equal_nan=True
+        )
+    # The gradient of the mean over so many rows ends in the denormal numbers of float16.
+    denormal = few * times * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    rtol, atol = max(1e-5, torch.finfo(dtype).eps), max(1e-6, denormal)
+    torch.testing.assert_close(
+        grad[:few].double(), wanted_grad, rtol=rtol, atol=atol, equal_nan=True
+    )
+    for field in (*stats, grad, pruner.store.scores, pruner.store.memory, pruner.store.visits):
+        each = field.unflatten(0, (times, few)).nan_to_num(7.0)
+        assert torch.equal(each, each[:1].expand_as(each))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
