@@ -128,8 +128,8 @@ struct ThreadRows {
 
   __device__ __forceinline__ int64_t row(int u) const { return first + u * apart; }
 
-  // After all rows have claimed.
-  __device__ __forceinline__ void move(const UpdateArgs& a) const {
+  // After all rows have claimed. Returns whether a sample is left to be settled.
+  __device__ __forceinline__ bool move(const UpdateArgs& a) const {
     const StateArgs& s = a.state;
     bool won[kRows];
 #pragma unroll
@@ -139,6 +139,7 @@ struct ThreadRows {
       const int64_t sample = values[u].sample;
       won[u] = in_range(s, sample) && __ldcg(s.claims + sample) == static_cast<int>(row(u) + 1);
     }
+    bool left = false;
     SampleState states[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
@@ -153,19 +154,19 @@ struct ThreadRows {
       if (v.finite()) {
         write_visit(s, v.sample, states[u], v.signal, a.direct != nullptr, v.direct);
       } else {
-        atomicOr(s.counters + kOutOfRange, kUnsettled);
+        left = true;
       }
       // While rows that lost may read it.
       __stcg(s.claims + v.sample, v.finite() ? 0 : kLeftClaim);
     }
+    return left;
   }
 };
 
-// By all threads of the one block that comes here after all rows have moved: the samples whose
-// winner may not move them go to the last row that may.
+// By all threads of one block, after all rows have moved: the samples whose winner may not move
+// them go to the last row that may.
 __device__ __forceinline__ void settle(const UpdateArgs& a) {
   const StateArgs& s = a.state;
-  if ((__ldcg(s.counters + kOutOfRange) & kUnsettled) == 0) return;
 #pragma unroll 1
   for (int64_t row = threadIdx.x; row < a.rows; row += blockDim.x) {
     const RowValues v = RowValues::of(a, row);
@@ -173,7 +174,6 @@ __device__ __forceinline__ void settle(const UpdateArgs& a) {
     if (__ldcg(s.claims + v.sample) != 0) atomicMax(s.claims + v.sample, static_cast<int>(row + 1));
   }
   __syncthreads();
-  if (threadIdx.x == 0) atomicAnd(s.counters + kOutOfRange, ~kUnsettled);
 #pragma unroll 1
   for (int64_t row = threadIdx.x; row < a.rows; row += blockDim.x) {
     const RowValues v = RowValues::of(a, row);
@@ -248,21 +248,20 @@ __device__ __forceinline__ void end_launch(const RowArgs& a) {
   }
   if (!last_block<kArrivedBit>(update.state.counters)) return;
   LossSums sums{0.0, 0.0};
-  const bool has_mean = a.mean.mean != nullptr;
+  bool left = false;
   const int apart = static_cast<int>(blockDim.x);
 #pragma unroll 1
   for (int row = threadIdx.x; row < update.rows; row += kRowsAtOnce * apart) {
     const auto rows = ThreadRows<kRowsAtOnce>::of(update, row, apart);
     const auto losses = ThreadLosses<kRowsAtOnce>::of(update, a.mean, rows);
-    rows.move(update);
+    left = rows.move(update) || left;
     losses.add_to(sums, rows);
   }
-  if (has_mean) {
+  if (a.mean.mean != nullptr) {
     sums.add_up();
     if (threadIdx.x == 0) sums.write_mean(a.mean, update.rows);
   }
-  __syncthreads();
-  settle(update);
+  if (__syncthreads_or(left)) settle(update);
 }
 
 }  // namespace emp_fast::cuda

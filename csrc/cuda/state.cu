@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kStateThreads)
     step_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {
   const auto rows = ThreadRows<kRows>::of(a, first_row<kRows>(), kStateThreads);
   const auto losses = ThreadLosses<kRows>::of(a, mean, rows);
-  rows.move(a);
+  if (rows.move(a)) atomicOr(a.state.counters + kOutOfRange, kUnsettled);
   const bool has_mean = mean.mean != nullptr;
   LossSums sums{0.0, 0.0};
   if (has_mean) {
@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kStateThreads)
     }
   }
   if (!last_block<kArrivedBit>(a.state.counters)) return;
+  const bool unsettled = (__ldcg(a.state.counters + kOutOfRange) & kUnsettled) != 0;
   if (has_mean) {
     sums = {0.0, 0.0};
     for (unsigned part = threadIdx.x; part < gridDim.x; part += kStateThreads) {
@@ -103,7 +104,9 @@ __global__ void __launch_bounds__(kStateThreads)
     sums.add_up();
     if (threadIdx.x == 0) sums.write_mean(mean, a.rows);
   }
+  if (!unsettled) return;
   settle(a);
+  if (threadIdx.x == 0) atomicAnd(a.state.counters + kOutOfRange, ~kUnsettled);
 }
 
 __global__ void __launch_bounds__(kStateThreads)
