@@ -191,6 +191,53 @@ __device__ __forceinline__ SoftmaxSums<float> add_with_care(const T* x, const Wa
   return sums;
 }
 
+constexpr int kCopied = 4;  // vectors of a lane on their way in or out at a time
+
+// Starts to copy the vectors that cover a tile of a warp.
+template <class T>
+__device__ __forceinline__ void start_copies(uint4* staged, const T* logits,
+                                             const Window<kElements<T>>& window) {
+  constexpr int kCount = kElements<T>;
+  int v = threadIdx.x % 32;
+  const T* from = logits + window.column(v);
+  uint4* to = staged + v;
+#pragma unroll 1
+  for (; v + 32 * (kCopied - 1) < window.vectors; v += 32 * kCopied) {
+#pragma unroll
+    for (int u = 0; u < kCopied; ++u) cp_async16(to + 32 * u, from + 32 * u * kCount);
+    from += 32 * kCopied * kCount;
+    to += 32 * kCopied;
+  }
+#pragma unroll 1
+  for (; v < window.vectors; v += 32, from += 32 * kCount, to += 32) cp_async16(to, from);
+}
+
+// Writes the gradients of a tile from where its logits were; whole vectors where both are aligned
+// alike.
+template <class T>
+__device__ __forceinline__ void write_gradients(T* out, const uint4* staged, const T* logits,
+                                                const Window<kElements<T>>& window) {
+  const int lane = threadIdx.x % 32;
+  const T* elements = reinterpret_cast<const T*>(staged) + window.shift;
+  const auto apart = reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(logits);
+  if (apart % kVectorBytes != 0) {
+    for (int j = lane; j < window.classes; j += 32) out[j] = elements[j];
+    return;
+  }
+  const int last = window.vectors - 1;
+  const int begin = window.interior(window.column(0)) ? 0 : 1;
+  const int end = window.interior(window.column(last)) ? last + 1 : last;
+#pragma unroll kCopied
+  for (int v = begin + lane; v < end; v += 32) {
+    __stcs(reinterpret_cast<uint4*>(out + window.column(v)), staged[v]);
+  }
+  if (lane >= kElements<T>) return;
+  for (const int v : {0, last}) {  // those that hold an end of the tile
+    const int j = window.column(v) + lane;
+    if ((v < begin || v >= end) && window.holds(j)) out[j] = elements[j];
+  }
+}
+
 // kStep: with the gradient and what a.step says of the batch's step; else scores alone, in a third
 // of the instructions, which a short launch has to fetch.
 template <class T, int kBytes, int kLanes, bool kStep>
@@ -201,7 +248,6 @@ __global__ void __launch_bounds__(kSharedRowThreads,
   using G = Group<kLanes>;
   constexpr int kCount = P::kCount;
   constexpr int kRows = 32 / kLanes;  // at a time
-  constexpr int kCopied = 4;          // vectors of a lane on their way out or in at a time
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
@@ -217,20 +263,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
     const T* logits = static_cast<const T*>(a.logits) + first * a.classes;
     const auto window =
         Window<kElements<T>>::of(reinterpret_cast<uintptr_t>(logits), rows * a.classes);
-    {
-      const T* from = logits + window.column(lane);
-      uint4* to = staged + lane;
-      int v = lane;
-#pragma unroll 1
-      for (; v + 32 * (kCopied - 1) < window.vectors; v += 32 * kCopied) {
-#pragma unroll
-        for (int u = 0; u < kCopied; ++u) cp_async16(to + 32 * u, from + 32 * u * kElements<T>);
-        from += 32 * kCopied * kElements<T>;
-        to += 32 * kCopied;
-      }
-#pragma unroll 1
-      for (; v < window.vectors; v += 32, from += 32 * kElements<T>, to += 32) cp_async16(to, from);
-    }
+    start_copies(staged, logits, window);
     cp_async_commit();
     if constexpr (kStep) {
       for (int64_t row = first + lane; row < first + rows; row += 32) {
@@ -316,30 +349,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
     }
     __syncwarp();
     if constexpr (!kStep) continue;
-    T* out = static_cast<T*>(a.grad) + first * a.classes;
-    // The vectors that lie in the rows, as whole ones where the gradient is aligned as the logits.
-    const bool alike =
-        (reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(logits)) % kVectorBytes ==
-        0;
-    const int begin = window.interior(window.column(0)) ? 0 : 1;
-    const int end = window.vectors - (window.interior(window.column(window.vectors - 1)) ? 0 : 1);
-    int v = begin + lane;
-    if (alike) {
-#pragma unroll kCopied
-      for (; v < end; v += 32) {
-        __stcs(reinterpret_cast<uint4*>(out + window.column(v)), staged[v]);
-      }
-    }
-    const T* elements = reinterpret_cast<const T*>(staged) + window.shift;
-    if (!alike) {
-      for (int j = lane; j < rows * a.classes; j += 32) out[j] = elements[j];
-    } else if (lane < kElements<T>) {
-      if (begin > 0 && window.holds(window.column(0) + lane)) {
-        out[window.column(0) + lane] = elements[window.column(0) + lane];
-      }
-      const int last = window.column(window.vectors - 1) + lane;
-      if (end < window.vectors && window.holds(last)) out[last] = elements[last];
-    }
+    write_gradients(static_cast<T*>(a.grad) + first * a.classes, staged, logits, window);
     __syncwarp();  // before the next tile overwrites this one
   }
   if (turn > 0) kept.conclude(a);
