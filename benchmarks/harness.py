@@ -29,6 +29,7 @@ Inputs = tuple[Any, ...]
 MIN_ROUNDS = 7
 MAX_ROUNDS = 400
 MAX_BURST = 256
+MAX_FLUSHES = 256
 #: A call that takes longer needs no warming up beyond the check.
 _SLOW = 0.05
 
@@ -135,10 +136,11 @@ class CudaClock:
             hosts.append(returned - start)
             latencies.append(time.perf_counter() - start)
         host = statistics.median(hosts)
-        flushes = 1 + math.ceil(1.5 * host / self._flush_seconds)
+        # Long enough for a host that pauses: two threads launch what a backward pass is part of.
+        flushes = 1 + math.ceil(4 * max(hosts) / self._flush_seconds)
         pairs = []
         for arguments in inputs:
-            for _ in range(min(flushes, 64)):
+            for _ in range(min(flushes, MAX_FLUSHES)):
                 self._flush.sum()
             begin, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

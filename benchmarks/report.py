@@ -24,6 +24,10 @@ SUITES = {
     "selection": "Selection of the highest scores",
     "training step": "Whole training step",
 }
+#: A GPU's kernel times beyond this share of 80 to 20 percentile hold the host's pauses, which fell
+#: between the kernels of a call; they are reported as not measured.
+_STEADY = 1.5
+_UNSTEADY = f"its 80 percentile is more than {_STEADY} times its 20 percentile"
 _STEP = "training step"
 _PLAIN = "F.cross_entropy"
 
@@ -47,6 +51,11 @@ class Measured:
     latency: float | None
     peak_bytes: int | None
 
+    @property
+    def steady(self) -> bool:
+        """Whether its time is that of its kernels; wall times have no host's time apart."""
+        return self.host is None or self.p80 <= _STEADY * self.p20
+
 
 @dataclass
 class CaseResult:
@@ -61,6 +70,21 @@ class CaseResult:
     def ours(self) -> Measured | None:
         """The contender that ratios are taken to: the backend chosen first."""
         return next((one for one in self.contenders.values() if one.ours), None)
+
+    def drop_unsteady(self) -> list[dict[str, Any]]:
+        """Takes out who was not timed steadily, and everybody where ratios would have no base;
+        returns who went, as refused.
+        """
+        gone = {name: _UNSTEADY for name, one in self.contenders.items() if not one.steady}
+        if self.ours is not None and self.ours.name in gone:
+            gone = {"every contender": f"of {self.ours.name} {_UNSTEADY}"}
+            self.contenders = {}
+        for name in gone:
+            self.contenders.pop(name, None)
+        return [
+            {"suite": self.suite, "case": self.name, "name": name, "refused": reason}
+            for name, reason in gone.items()
+        ]
 
     def ratio(self, peer: str) -> float | None:
         """How many times as long as ours ``peer`` takes."""
@@ -124,12 +148,13 @@ def _load(path: Path) -> Result:
         raise BadResult(f"{path} is no result of these benchmarks: it lacks {error}") from None
     if not cases:
         raise BadResult(f"{path} holds no benchmarks")
+    unsteady = [one for case in cases.values() for one in case.drop_unsteady()]
     return Result(
         machine,
         raw.get("commit_info") or {},
         raw["datetime"][:10],
-        [*cases.values()],
-        raw["refused"],
+        [case for case in cases.values() if case.contenders],
+        raw["refused"] + unsteady,
     )
 
 

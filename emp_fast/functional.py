@@ -31,7 +31,9 @@ from emp_fast.backends.base import Backend, Recurrence, State, check_target_rang
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
-#: Logits that `linear_cross_entropy` holds at a time: 32 MiB of float32.
+#: Logits that `linear_cross_entropy` holds at a time: 32 MiB of float32. On a GPU it takes as many
+#: rows as there are features at least: a block is then as large as the classifier, and its products
+#: take longer than to add to the classifier's gradient, as every block does.
 _CHUNK_ELEMENTS = 1 << 23
 
 _RowScores = tuple[Tensor, Tensor, Tensor, Tensor]  # as backends.base.RowScores
@@ -200,7 +202,7 @@ def linear_cross_entropy(
         ignore_index,
         smoothing,
         cap,
-        max(1, _CHUNK_ELEMENTS // num_classes),
+        _rows_at_a_time(hidden, num_classes),
     )
     return _per_sample(scored, hidden.shape[:-1], starts)
 
@@ -324,6 +326,10 @@ def topk_indices(
     groups, quotas = checked_groups(scores, groups, group_k)
     grouped: Tensor = ops.grouped_topk_indices(scores, groups, quotas, k)
     return grouped
+
+
+def _rows_at_a_time(hidden: Tensor, num_classes: int) -> int:
+    return max(1, _CHUNK_ELEMENTS // num_classes, hidden.shape[-1] if hidden.is_cuda else 0)
 
 
 def _in_batch(query: Tensor, key: Tensor) -> SampleStats:

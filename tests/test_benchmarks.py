@@ -342,6 +342,29 @@ def test_the_report_tells_times_ratios_and_means(tmp_path: Path) -> None:
     assert "- Liger (2 cases, the first forward a): not importable" in text
 
 
+def test_kernel_times_with_the_hosts_pauses_in_them_are_not_reported(tmp_path: Path) -> None:
+    host = {"host": {"median": 3e-4}}
+    wide = {"p20": 1e-5, "p80": 1.6e-5}
+    path = result_file(
+        tmp_path,
+        benchmarks=[
+            record("forward", "a", "emp_fast cuda", 1e-3, **host),
+            record("forward", "a", "eager", 2e-3, **host),
+            record("forward", "a", "Liger", 1.2e-5, **host | wide),
+            record("forward", "b", "emp_fast cuda", 1.2e-5, **host | wide),
+            record("forward", "b", "emp_fast triton", 1e-5, **host),
+            record("linear", "s", "emp_fast cpu", 1.2e-5, **wide),  # wall times may vary
+        ],
+    )
+    result = report.load([path])
+    assert [case.name for case in result.cases] == ["a", "s"]
+    assert list(result.cases[0].contenders) == ["emp_fast cuda", "eager"]
+    text = report.markdown(result, None)
+    unsteady = "its 80 percentile is more than 1.5 times its 20 percentile"
+    assert f"- Liger (forward a): {unsteady}" in text
+    assert f"- every contender (forward b): of emp_fast cuda {unsteady}" in text
+
+
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert report.main([str(result_file(tmp_path)), "-o", str(tmp_path / "out")]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import numpy as np
@@ -263,3 +264,14 @@ def test_the_logits_never_exist(backend: str, monkeypatch: pytest.MonkeyPatch) -
     with _LargestTensor() as whole:
         given.run()
     assert whole.elements == rows * classes  # and would have seen the logits
+
+
+def test_a_gpu_takes_as_many_rows_at_a_time_as_there_are_features() -> None:
+    def rows(shape: tuple[int, ...], classes: int, is_cuda: bool) -> int:
+        hidden = types.SimpleNamespace(shape=shape, is_cuda=is_cuda)
+        return functional._rows_at_a_time(hidden, classes)  # type: ignore[arg-type]
+
+    assert rows((8192, 2048), 128256, is_cuda=True) == 2048
+    assert rows((8192, 2048), 128256, is_cuda=False) == 65
+    assert rows((8192, 64), 1000, is_cuda=True) == 8388
+    assert rows((8192, 64), 10**8, is_cuda=False) == 1

@@ -28,12 +28,6 @@ __device__ __forceinline__ SampleState read_state(const StateArgs& s, int64_t sa
   return state;
 }
 
-__device__ __forceinline__ void prefetch_sample(const StateArgs& s, int64_t sample) {
-  prefetch(s.memory + sample);
-  prefetch(s.visits + sample);
-  if (s.variance != nullptr) prefetch(s.variance + sample);
-}
-
 __device__ __forceinline__ void write_visit(const StateArgs& s, int64_t sample, SampleState state,
                                             float signal, bool has_direct, float direct) {
   state = visit(s.recurrence, state, signal, has_direct, direct);
@@ -225,28 +219,17 @@ __device__ __forceinline__ void claim_row(const RowArgs& a, int64_t row, int64_t
                                           bool counted) {
   const StateArgs& s = a.update.state;
   if (!claim_sample(s, row, sample, counted) || a.step != StepPart::kWhole) return;
-  // What the last block will wait for.
-  prefetch_sample(s, sample);
+  // What the last block will wait for. Of many rows it would be gone again before step_rows begins.
+  prefetch(s.memory + sample);
+  prefetch(s.visits + sample);
+  if (s.variance != nullptr) prefetch(s.variance + sample);
   prefetch(s.counters);
 }
 
 // The end of a scoring kernel that takes part in the step, to which all its threads come.
 __device__ __forceinline__ void end_launch(const RowArgs& a) {
   const UpdateArgs& update = a.update;
-  if (a.step == StepPart::kClaims) {
-    // step_rows will wait for them; between the two launches the memory has nothing else to do.
-    const int64_t threads = int64_t{gridDim.x} * blockDim.x;
-#pragma unroll 1
-    for (int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < update.rows;
-         row += threads) {
-      const int64_t sample = __ldg(update.indices + row);
-      if (!in_range(update.state, sample)) continue;
-      prefetch(update.state.claims + sample);
-      prefetch_sample(update.state, sample);
-    }
-    return;
-  }
-  if (!last_block<kArrivedBit>(update.state.counters)) return;
+  if (a.step != StepPart::kWhole || !last_block<kArrivedBit>(update.state.counters)) return;
   LossSums sums{0.0, 0.0};
   bool left = false;
   const int apart = static_cast<int>(blockDim.x);

@@ -70,8 +70,7 @@ __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constan
   }
 #pragma unroll
   for (int u = 0; u < kRows; ++u) {
-    const int64_t row = first_row<kRows>() + u * kStateThreads;
-    if (claim_sample(a.state, row, samples[u], counted[u])) prefetch_sample(a.state, samples[u]);
+    claim_sample(a.state, first_row<kRows>() + u * kStateThreads, samples[u], counted[u]);
   }
 }
 
