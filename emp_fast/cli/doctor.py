@@ -26,7 +26,7 @@ __all__ = ["doctor"]
 RUN_ON = {"triton": ["NVIDIA H200"], "cuda": ["NVIDIA H200"]}
 #: What of them no GPU has run, or not since it was rewritten; docs/kernels.md has the whole list.
 NOT_RUN = {
-    "cuda": ["the state and the mean of a fused step", "rows_ring", "rows_cluster"],
+    "cuda": ["claim_rows and step_rows, from which a prefetch was taken out since"],
 }
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
 #: The environment variables that choose kernels, and what holds without them.
