@@ -136,8 +136,8 @@ class CudaClock:
             hosts.append(returned - start)
             latencies.append(time.perf_counter() - start)
         host = statistics.median(hosts)
-        # Long enough for a host that pauses: two threads launch what a backward pass is part of.
-        flushes = 1 + math.ceil(4 * max(hosts) / self._flush_seconds)
+        # Longer than the host takes by much: where it pauses, the device must not wait for it.
+        flushes = 1 + math.ceil(4 * host / self._flush_seconds)
         pairs = []
         for arguments in inputs:
             for _ in range(min(flushes, MAX_FLUSHES)):

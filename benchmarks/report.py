@@ -28,6 +28,7 @@ SUITES = {
 #: between the kernels of a call; they are reported as not measured.
 _STEADY = 1.5
 _UNSTEADY = f"its 80 percentile is more than {_STEADY} times its 20 percentile"
+_EVERYBODY = "every contender"
 _STEP = "training step"
 _PLAIN = "F.cross_entropy"
 
@@ -77,7 +78,7 @@ class CaseResult:
         """
         gone = {name: _UNSTEADY for name, one in self.contenders.items() if not one.steady}
         if self.ours is not None and self.ours.name in gone:
-            gone = {"every contender": f"of {self.ours.name} {_UNSTEADY}"}
+            gone = {_EVERYBODY: f"of {self.ours.name} {_UNSTEADY}"}
             self.contenders = {}
         for name in gone:
             self.contenders.pop(name, None)
@@ -314,7 +315,10 @@ def _refused_list(result: Result) -> str:
         reasons.setdefault((one["name"], one["refused"]), []).append(at)
     lines = []
     for (name, reason), cases in reasons.items():
-        where = cases[0] if len(cases) == 1 else f"{len(cases)} cases, the first {cases[0]}"
+        if name == _EVERYBODY or len(cases) == 1:
+            where = "; ".join(cases)
+        else:
+            where = f"{len(cases)} cases, the first {cases[0]}"
         lines.append(f"- {name} ({where}): {reason}")
     return "\n".join(lines)
 
@@ -336,17 +340,26 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
             name: [r for case in cases if (r := case.ratio(name)) is not None] for name in peers
         }
         if any(ratios.values()):
+            dropped = sum(
+                one["suite"] == suite and one["name"] == _EVERYBODY for one in result.refused
+            )
+            of = f"{len(cases)} of {len(cases) + dropped}" if dropped else f"{len(cases)}"
             rows.append(
-                [title]
+                [f"{title}, {of} case{'' if of == '1' else 's'}"]
                 + [
                     f"{_ratio(_geometric_mean(found))} ({_ratio(min(found))})" if found else ""
                     for found in ratios.values()
                 ]
             )
+    without_scores = [name for name in peers if _scores_nothing(result, name)]
     lines = [
         "How many times as long as emp_fast each peer takes, geometric mean over the cases "
-        f"(lowest), on {_hardware(result)}, {result.date}. F.cross_entropy computes the loss "
-        "and no score.",
+        f"(lowest), on {_hardware(result)}, {result.date}. "
+        + (
+            f"Without any score, the loss alone: {', '.join(without_scores)}."
+            if without_scores
+            else ""
+        ),
         _table(["", *peers], rows),
     ]
     for case in result.suite(_STEP):
@@ -361,6 +374,11 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
         lines.append(f"![Time of the peers relative to emp_fast]({picture})")
     lines.append(f"Every case, the machine, versions and method: [{report}]({report}).")
     return "\n\n".join(lines)
+
+
+def _scores_nothing(result: Result, peer: str) -> bool:
+    forward = [case.contenders for case in result.suite("forward")]
+    return any(peer in them and "loss alone" in them[peer].note for them in forward)
 
 
 def rewrite_readme(text: str, device: str, block: str) -> str:
@@ -396,7 +414,9 @@ def plot(result: Result, path: Path) -> None:
     names = [
         name
         for name in [*_names(result.cases, ours=True)[1:], *_names(result.cases, ours=False)]
-        if any(name in case.contenders for _, cases in suites for case in cases)
+        # A backend's kernels by choice, "cuda, plain", are for the table.
+        if ", " not in name
+        and any(name in case.contenders for _, cases in suites for case in cases)
     ]
     palette = mpl.colormaps["tab10"]
     colours = {name: palette(index % 10) for index, name in enumerate(names)}
@@ -436,7 +456,7 @@ def plot(result: Result, path: Path) -> None:
     figure.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=min(6, len(names)),
+        ncols=min(5, len(names)),
         frameon=False,
         title=f"{_hardware(result)}, {result.date}",
     )
@@ -548,6 +568,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drawn(result: Result, path: Path) -> bool:
+    if not any(case.ours for case in result.cases if case.suite != _STEP):
+        return False
     try:
         plot(result, path)
     except ImportError as error:

@@ -31,10 +31,11 @@ from emp_fast.backends.base import Backend, Recurrence, State, check_target_rang
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
-#: Logits that `linear_cross_entropy` holds at a time: 32 MiB of float32. On a GPU it takes as many
-#: rows as there are features at least: a block is then as large as the classifier, and its products
-#: take longer than to add to the classifier's gradient, as every block does.
+#: Logits that `linear_cross_entropy` holds at a time: 32 MiB of float32.
 _CHUNK_ELEMENTS = 1 << 23
+#: On a GPU up to so many, if that is as many rows as there are features: only then do the products
+#: of a block take longer than to read the classifier, and to add to its gradient, for every block.
+_GPU_CHUNK_ELEMENTS = 1 << 27
 
 _RowScores = tuple[Tensor, Tensor, Tensor, Tensor]  # as backends.base.RowScores
 
@@ -134,10 +135,11 @@ def linear_cross_entropy(
     softcap: float | None = None,
     offsets: Tensor | None = None,
 ) -> SampleStats:
-    """`cross_entropy` of ``hidden @ classifier.T + bias`` without ever holding the logits.
+    """`cross_entropy` of ``hidden @ classifier.T + bias`` without ever holding all of many logits.
 
-    The logits are made a block of rows at a time and made again in the backward pass. Gradients
-    flow to ``hidden``, ``classifier`` and ``bias``.
+    They are made a block of rows at a time, at most 2^23 logits (on a GPU 2^27) unless a row has
+    more, and made again in the backward pass. Gradients flow to ``hidden``, ``classifier`` and
+    ``bias``.
 
     Args:
         hidden: features of the dtype of ``classifier``.
@@ -329,7 +331,10 @@ def topk_indices(
 
 
 def _rows_at_a_time(hidden: Tensor, num_classes: int) -> int:
-    return max(1, _CHUNK_ELEMENTS // num_classes, hidden.shape[-1] if hidden.is_cuda else 0)
+    rows = max(1, _CHUNK_ELEMENTS // num_classes)
+    if hidden.is_cuda:
+        rows = max(rows, min(hidden.shape[-1], _GPU_CHUNK_ELEMENTS // num_classes))
+    return rows
 
 
 def _in_batch(query: Tensor, key: Tensor) -> SampleStats:

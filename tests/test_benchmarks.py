@@ -363,6 +363,7 @@ def test_kernel_times_with_the_hosts_pauses_in_them_are_not_reported(tmp_path: P
     unsteady = "its 80 percentile is more than 1.5 times its 20 percentile"
     assert f"- Liger (forward a): {unsteady}" in text
     assert f"- every contender (forward b): of emp_fast cuda {unsteady}" in text
+    assert "| Loss and five scores, 1 of 2 cases |" in report.readme_block(result, "r.md", None)
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
@@ -382,7 +383,7 @@ def test_the_readme_changes_between_its_markers_alone(tmp_path: Path) -> None:
     assert once.startswith("before\n<!-- bench:cpu -->\n")
     assert once.endswith("\n<!-- /bench:cpu -->\nafter\n")
     assert "old" not in once
-    assert "| Loss and five scores | 4.00x (2.00x) |  |" in once
+    assert "| Loss and five scores, 2 cases | 4.00x (2.00x) |  |" in once
     assert "[cpu.md](cpu.md)" in once
     assert report.main(arguments) == 0
     assert readme.read_text() == once

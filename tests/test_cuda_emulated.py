@@ -752,7 +752,7 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
 
 
 def test_a_step_of_samples_that_do_not_exist(emulated: EmulatedBackend) -> None:
-    """Of a state without a sample there is no claim to count blocks on."""
+    """Of a state without a sample every row is out of range."""
     state, logits = make_state(0), torch.randn(5, 3)
     indices = torch.tensor([0, -1, 7, 0, 1])
     made = emulated.mean_step(

@@ -266,12 +266,14 @@ def test_the_logits_never_exist(backend: str, monkeypatch: pytest.MonkeyPatch) -
     assert whole.elements == rows * classes  # and would have seen the logits
 
 
-def test_a_gpu_takes_as_many_rows_at_a_time_as_there_are_features() -> None:
+def test_a_gpu_takes_as_many_rows_at_a_time_as_there_are_features_but_2_to_the_27_logits() -> None:
     def rows(shape: tuple[int, ...], classes: int, is_cuda: bool) -> int:
         hidden = types.SimpleNamespace(shape=shape, is_cuda=is_cuda)
         return functional._rows_at_a_time(hidden, classes)  # type: ignore[arg-type]
 
-    assert rows((8192, 2048), 128256, is_cuda=True) == 2048
+    assert rows((8192, 2048), 32000, is_cuda=True) == 2048
+    assert rows((8192, 2048), 128256, is_cuda=True) == 1046
+    assert rows((8192, 64), 10**9, is_cuda=True) == 1
     assert rows((8192, 2048), 128256, is_cuda=False) == 65
     assert rows((8192, 64), 1000, is_cuda=True) == 8388
     assert rows((8192, 64), 10**8, is_cuda=False) == 1

@@ -50,6 +50,10 @@ EMP_FAST_INLINE Floats weighted(Floats weight, Floats value) {
 
 // ---- few classes: one row a lane ----
 
+// Columns that are added up apart: small terms added to a long sum one by one would lose their last
+// digits.
+constexpr int64_t kApart = 16;
+
 template <class Rows>
 struct Gathered {
   Accumulated accumulated;
@@ -76,9 +80,16 @@ EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t fi
     store(block + c * kLanes, other);
   });
   const typename Rows::Element* next = logits.row(first + kLanes);  // of the next group
-  for (int64_t c = 0; c < problem.classes; ++c) {
-    __builtin_prefetch(next + c * kLanes, 0, 3);
-    add(result.sums, load(block + c * kLanes));
+  for (int64_t begin = 0; begin < problem.classes; begin += kApart) {
+    SoftmaxSums<Floats> few = SoftmaxSums<Floats>::empty();
+    few.m = result.sums.m;
+    for (int64_t c = begin; c < std::min(begin + kApart, problem.classes); ++c) {
+      __builtin_prefetch(next + c * kLanes, 0, 3);
+      add(few, load(block + c * kLanes));
+    }
+    result.sums.d = result.sums.d + few.d;
+    result.sums.s = result.sums.s + few.s;
+    result.sums.q = result.sums.q + few.q;
   }
   if (problem.label_smoothing > 0) {
     for (int64_t c = 0; c < problem.classes; ++c) {

@@ -3,10 +3,10 @@
 //
 // Of the rows of one sample the last that is counted, in range and finite wins. Every row that is
 // counted and in range raises the sample's claim to its number plus one, which takes no scores, so
-// it can be done while the logits are on their way. When all have, the row that finds its own
-// number there moves the state and clears the claim. If its values are not finite, which is rare,
-// it leaves the sample to the block that ends last, which lets the finite rows claim once more
-// (`settle`). No row waits for another, and the outcome does not depend on their order.
+// a kernel that scores does it while the logits are on their way. When all have, the row that finds
+// its own number there moves the state and clears the claim. If its values are not finite, which is
+// rare, it leaves the sample to the block that ends last, which lets the finite rows claim once
+// more (`settle`). No row waits for another, and the outcome does not depend on their order.
 #pragma once
 #include "core/recurrence.h"
 #include "cuda/grid.cuh"
@@ -71,6 +71,9 @@ struct RowValues {
   }
 
   __device__ __forceinline__ bool finite() const { return is_finite(signal) && is_finite(direct); }
+  __device__ __forceinline__ bool may_claim(const StateArgs& s) const {
+    return counted && in_range(s, sample);
+  }
 };
 
 // The sum of the losses of some rows, and how many of these count.
@@ -81,6 +84,7 @@ struct LossSums {
   __device__ __forceinline__ void add_up() {
     using Warp = Group<32>;
     __shared__ double partial[2][32];
+    static_assert(sizeof(partial) == kStepShared);
     loss = Warp::warp_reduce(loss, Add{});
     counted = Warp::warp_reduce(counted, Add{});
     const unsigned warp = threadIdx.x / 32;
@@ -142,8 +146,7 @@ struct ThreadRows {
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       const RowValues& v = values[u];
-      if (!v.finite() && v.counted && in_range(s, v.sample))
-        atomicAdd(s.counters + kNonfinite, 1ull);
+      if (v.may_claim(s) && !v.finite()) atomicAdd(s.counters + kNonfinite, 1ull);
       if (!won[u]) continue;
       if (v.finite()) {
         write_visit(s, v.sample, states[u], v.signal, a.direct != nullptr, v.direct);
@@ -158,27 +161,45 @@ struct ThreadRows {
 };
 
 // By all threads of one block, after all rows have moved: the samples whose winner may not move
-// them go to the last row that may.
+// them go to the last row that may. A thread takes kRows at a time.
+template <int kRows>
 __device__ __forceinline__ void settle(const UpdateArgs& a) {
   const StateArgs& s = a.state;
+  const auto claim_of = [&](const RowValues& v) {
+    return v.may_claim(s) ? __ldcg(s.claims + v.sample) : 0;
+  };
+  const int64_t step = int64_t{kRows} * blockDim.x;
 #pragma unroll 1
-  for (int64_t row = threadIdx.x; row < a.rows; row += blockDim.x) {
-    const RowValues v = RowValues::of(a, row);
-    if (!v.counted || !in_range(s, v.sample) || !v.finite()) continue;
-    if (__ldcg(s.claims + v.sample) != 0) atomicMax(s.claims + v.sample, static_cast<int>(row + 1));
+  for (int64_t row = threadIdx.x; row < a.rows; row += step) {
+    const auto rows = ThreadRows<kRows>::of(a, row, blockDim.x);
+    int claims[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) claims[u] = claim_of(rows.values[u]);
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const RowValues& v = rows.values[u];
+      if (claims[u] != 0 && v.finite()) {
+        atomicMax(s.claims + v.sample, static_cast<int>(rows.row(u) + 1));
+      }
+    }
   }
   __syncthreads();
 #pragma unroll 1
-  for (int64_t row = threadIdx.x; row < a.rows; row += blockDim.x) {
-    const RowValues v = RowValues::of(a, row);
-    if (!v.counted || !in_range(s, v.sample)) continue;
-    const int claim = __ldcg(s.claims + v.sample);
-    const bool won = claim == static_cast<int>(row + 1);
-    if (won) {
-      const SampleState state = read_state(s, v.sample);
-      write_visit(s, v.sample, state, v.signal, a.direct != nullptr, v.direct);
+  for (int64_t row = threadIdx.x; row < a.rows; row += step) {
+    const auto rows = ThreadRows<kRows>::of(a, row, blockDim.x);
+    int claims[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) claims[u] = claim_of(rows.values[u]);
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const RowValues& v = rows.values[u];
+      const bool won = claims[u] == static_cast<int>(rows.row(u) + 1);
+      if (won) {
+        const SampleState state = read_state(s, v.sample);
+        write_visit(s, v.sample, state, v.signal, a.direct != nullptr, v.direct);
+      }
+      if (won || claims[u] == kLeftClaim) __stcg(s.claims + v.sample, 0);
     }
-    if (won || claim == kLeftClaim) __stcg(s.claims + v.sample, 0);
   }
 }
 
@@ -219,7 +240,7 @@ __device__ __forceinline__ void claim_row(const RowArgs& a, int64_t row, int64_t
                                           bool counted) {
   const StateArgs& s = a.update.state;
   if (!claim_sample(s, row, sample, counted) || a.step != StepPart::kWhole) return;
-  // What the last block will wait for. Of many rows it would be gone again before step_rows begins.
+  // What the last block will wait for. Of many rows this gained nothing: benchmarks/results/.
   prefetch(s.memory + sample);
   prefetch(s.visits + sample);
   if (s.variance != nullptr) prefetch(s.variance + sample);
@@ -244,7 +265,7 @@ __device__ __forceinline__ void end_launch(const RowArgs& a) {
     sums.add_up();
     if (threadIdx.x == 0) sums.write_mean(a.mean, update.rows);
   }
-  if (__syncthreads_or(left)) settle(update);
+  if (__syncthreads_or(left)) settle<1>(update);
 }
 
 }  // namespace emp_fast::cuda

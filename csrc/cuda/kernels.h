@@ -31,7 +31,7 @@ void score_in_cluster(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_ring(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 // Device::max_cluster of the current device.
 int widest_cluster(const Device&);
-// Scores alone (args.grad is ignored); `partials` holds plan.workspace_bytes.
+// Scores and args.step, no gradient; `partials` holds plan.workspace_bytes.
 void score_split(Dtype, const RowPlan&, const RowArgs&, float* partials, cudaStream_t);
 
 // Gradients from the fields of the forward pass; the gradient of row r is scale * row_scale[r].

@@ -263,11 +263,14 @@ inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
 
 constexpr int64_t kScanUpdateRows = 4096;    // update_state in one launch, each row by itself
 constexpr int64_t kWholeStepRows = 1024;     // of a batch whose step one block takes, at most
-constexpr int64_t kWholeStepThreadRows = 4;  // and of each of its threads
+constexpr int64_t kWholeStepThreadRows = 4;  // and of each thread of the plan
 constexpr int64_t kMaxStepRows = INT32_MAX;  // whose numbers plus one fit a claim
 constexpr int kStateThreads = 256;
 constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread takes kRowsOfMany
 constexpr int kRowsOfMany = 4;
+// Blocks of a step are counted above kArrivedBit.
+static_assert(kMaxStepRows / (kStateThreads * kRowsOfMany) < int64_t{1} << (63 - kArrivedBit));
+static_assert(kManyUpdateRows / kStateThreads < int64_t{1} << (63 - kArrivedBit));
 
 // The part of a step that the scoring launch takes. The kernels with rings have no registers for
 // any.

@@ -162,8 +162,8 @@ inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   if (s.grad && row_bytes > kSharedRowBytes && !s.general && !s.smoothed) {
     const auto ring = plan_ring(s, device);
     if (ring && ring->rounds <= ring->slots) return *ring;
-    // Too long for one block's ring. Of 16 bits half as many come a second time, and a cluster
-    // waits for more exponentials a byte.
+    // Too long for one block's ring. 16-bit rows are so by half the bytes, and cost a cluster more
+    // exponentials a byte: for them the ring stays ahead.
     const auto cluster = plan_clusters(s, device);
     if (ring && cluster && cluster->rounds <= cluster->slots) {
       return s.element_bytes == 2 ? *ring : *cluster;

@@ -55,7 +55,7 @@ struct MeanArgs {
 // What a scoring launch does of its batch's step: the move of the state, and the mean.
 enum class StepPart : int {
   kNone,
-  kClaims,  // every row that may move its sample claims it; step_rows, the next launch, goes on
+  kClaims,  // every row that is counted and in range claims its sample; step_rows goes on
   kWhole,   // the same, and the block that ends last goes on
 };
 

@@ -1,4 +1,4 @@
-// Scores (and gradient, and the state's step) of long rows that stream through rings in shared
+// Scores (and gradient) of long rows that stream through rings in shared
 // memory, so that the gradient finds the row on chip.
 //
 // Memory: logits read once, gradient written once, as long as the blocks that share a row hold it

@@ -1,7 +1,7 @@
 // Scores (and gradient, and the state's step) of rows that fit in the registers of a group of
 // threads.
 //
-// Memory: logits read once, gradient written once, 37 bytes of scores a row. Mapping: kLanes
+// Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: kLanes
 // threads a row, thread l holds the vectors l, l + kLanes, ...: neighbouring threads read
 // neighbouring 16 bytes. The maximum is reduced first, so every exponential is taken once and
 // nothing is rescaled.

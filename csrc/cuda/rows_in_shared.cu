@@ -8,8 +8,9 @@
 // has 32, and takes them for that row alone.
 //
 // The target is overwritten in the tile by a value so low that its exponential is 0: then the loops
-// need not look for it. Of the other logits they assume that none is -inf and that their maximum is
-// of a common size; a row for which the sums show otherwise is done again with care.
+// need not look for it. Of the other logits they assume that none is -inf, or near the lowest
+// float, and that their maximum is of a common size; a row that turns out otherwise is done again
+// with care.
 #include <type_traits>
 
 #include "cuda/async_copy.cuh"
@@ -238,8 +239,7 @@ __device__ __forceinline__ void write_gradients(T* out, const uint4* staged, con
   }
 }
 
-// kStep: with the gradient and what a.step says of the batch's step; else scores alone, in a third
-// of the instructions, which a short launch has to fetch.
+// kStep: with the gradient and the batch's step, as in rows_in_registers.
 template <class T, int kBytes, int kLanes, bool kStep>
 __global__ void __launch_bounds__(kSharedRowThreads,
                                   shared_threads(kLanes, kStep) / kSharedRowThreads)

@@ -50,8 +50,7 @@ constexpr int kThreads = kLanes == 32 ? 128 : kLanes;
 
 // Soft targets need more registers than two blocks of 512 leave.
 //
-// kStep: with the gradient and what a.step says of the batch's step; else scores alone, in a third
-// of the instructions, which a short launch has to fetch.
+// kStep: with the gradient and the batch's step, as in rows_in_registers.
 template <class T, int kLanes, bool kSoft, bool kStep>
 __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThreads<kLanes>)
     rows_looped(const __grid_constant__ RowArgs a, int cached_vectors) {

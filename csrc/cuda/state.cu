@@ -58,19 +58,15 @@ __device__ __forceinline__ int64_t first_row() {
   return int64_t{blockIdx.x} * (kStateThreads * kRows) + threadIdx.x;
 }
 
+// The values are known here: only finite rows claim, so none is left to be settled.
 template <int kRows>
 __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constant__ UpdateArgs a) {
-  int64_t samples[kRows];
-  bool counted[kRows];
+  const auto rows = ThreadRows<kRows>::of(a, first_row<kRows>(), kStateThreads);
 #pragma unroll
   for (int u = 0; u < kRows; ++u) {
-    const int64_t row = first_row<kRows>() + u * kStateThreads;
-    samples[u] = row < a.rows ? __ldg(a.indices + row) : 0;
-    counted[u] = row < a.rows && (a.count == nullptr || __ldg(a.count + row) > 0);
-  }
-#pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-    claim_sample(a.state, first_row<kRows>() + u * kStateThreads, samples[u], counted[u]);
+    const RowValues& v = rows.values[u];
+    const bool refused = in_range(a.state, v.sample) && !v.finite();  // step_rows counts it
+    if (!refused) claim_sample(a.state, rows.row(u), v.sample, v.counted);
   }
 }
 
@@ -104,7 +100,7 @@ __global__ void __launch_bounds__(kStateThreads)
     if (threadIdx.x == 0) sums.write_mean(mean, a.rows);
   }
   if (!unsettled) return;
-  settle(a);
+  settle<kRowsOfMany>(a);
   if (threadIdx.x == 0) atomicAnd(a.state.counters + kOutOfRange, ~kUnsettled);
 }
 

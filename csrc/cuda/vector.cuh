@@ -223,7 +223,8 @@ struct QuickSums {
     q = fmaf(e, e, q);
   }
 
-  // A logit that is not -inf, which would make s NaN.
+  // A logit that is not -inf, nor so near the lowest float that it becomes -inf here: that would
+  // make s NaN.
   __device__ __forceinline__ void add_finite(float x) {
     const float below = fmaf(x, kLog2E, -base);
     const float e = exp2_flushed(below);

@@ -72,7 +72,9 @@ class State(NamedTuple):
     #: [N] int32 scratch, all zero between calls: finds the last of repeated indices. Calls on one
     #: state must not overlap in time.
     claims: Tensor
-    counters: Tensor  # [2] int64: rows refused as non-finite, rows refused as out of range
+    #: [2] int64: rows refused as non-finite, rows refused as out of range. While a step runs on a
+    #: GPU it holds more; whoever reads it does so in the order of the step's stream.
+    counters: Tensor
 
 
 class MeanStep(NamedTuple):

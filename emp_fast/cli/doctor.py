@@ -26,7 +26,7 @@ __all__ = ["doctor"]
 RUN_ON = {"triton": ["NVIDIA H200"], "cuda": ["NVIDIA H200"]}
 #: What of them no GPU has run, or not since it was rewritten; docs/kernels.md has the whole list.
 NOT_RUN = {
-    "cuda": ["claim_rows and step_rows, from which a prefetch was taken out since"],
+    "cuda": ["claim_rows, and the end of a step in which a loss is not finite"],
 }
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
 #: The environment variables that choose kernels, and what holds without them.

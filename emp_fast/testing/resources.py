@@ -79,22 +79,22 @@ EXPECTED = (
     ),
     Expected(
         r"^rows_in_shared\b",
-        r"cp_async16\(staged",
+        r"cp_async16\(to \+ 32",
         128,
         "logits are copied by 16 bytes",
         1,
         loops=1,
     ),
     Expected(
-        r"^rows_in_shared\b",
-        r"__stcs\(reinterpret_cast<uint4\*>\(out \+ column",
+        r"^rows_in_shared<.*, true>",  # with the gradient
+        r"__stcs\(reinterpret_cast<uint4\*>\(out \+ window",
         128,
         "whole vectors of the gradient move by 16 bytes",
         1,
         loops=1,
     ),
     Expected(
-        r"^(rows_in_registers|rows_looped|rows_cluster|rows_ring|row_gradients)\b",
+        r"^((rows_in_registers|rows_looped)<.*, true>|(rows_cluster|rows_ring|row_gradients)\b)",
         r"__stcs\(reinterpret_cast<uint4\*>\(row \+ column\)",
         128,
         "whole vectors of the gradient move by 16 bytes",
