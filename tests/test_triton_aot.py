@@ -240,11 +240,17 @@ STORE = access(
 
 
 def kernel(*accesses: sass.Access) -> sass.Kernel:
-    return sass.Kernel("rows_looped<float, 32, false>", "sm_90a", 64, 0, 0, accesses)
+    return sass.Kernel("rows_looped<float, 32, false, true>", "sm_90a", 64, 0, 0, accesses)
 
 
 def test_a_kernel_as_it_should_be_has_no_problem() -> None:
     assert resources.check(kernel(WIDE, STORE)).problems == ()
+
+
+def test_a_kernel_of_scores_alone_stores_no_gradient() -> None:
+    alone = kernel(WIDE)._replace(name="rows_looped<float, 32, false, false>")
+    assert resources.check(alone).problems == ()
+    assert len(resources.check(kernel(WIDE)).problems) == 1
 
 
 def test_a_few_bytes_on_the_stack_are_allowed_outside_loops_where_the_caller_says_so() -> None:
