@@ -26,7 +26,11 @@ __all__ = ["doctor"]
 RUN_ON = {"triton": ["NVIDIA H200"], "cuda": ["NVIDIA H200"]}
 #: What of them no GPU has run, or not since it was rewritten; docs/kernels.md has the whole list.
 NOT_RUN = {
-    "cuda": ["claim_rows, and the end of a step in which a loss is not finite"],
+    "cuda": [
+        "claim_rows",
+        "the end of a scoring launch of many rows",
+        "a step in which a loss is not finite",
+    ],
 }
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
 #: The environment variables that choose kernels, and what holds without them.
