@@ -175,4 +175,29 @@ __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// The same of a count known at run time, up to kMostPending. Not a switch: a table of its cases
+// would cost a read and a jump to wherever it says.
+constexpr int kMostPending = 6;
+__device__ __forceinline__ void cp_async_wait_group(int pending) {
+  if (pending < 2) {
+    if (pending < 1) {
+      cp_async_wait_group<0>();
+    } else {
+      cp_async_wait_group<1>();
+    }
+  } else if (pending < 4) {
+    if (pending < 3) {
+      cp_async_wait_group<2>();
+    } else {
+      cp_async_wait_group<3>();
+    }
+  } else if (pending < 5) {
+    cp_async_wait_group<4>();
+  } else if (pending < 6) {
+    cp_async_wait_group<5>();
+  } else {
+    cp_async_wait_group<6>();
+  }
+}
+
 }  // namespace emp_fast::cuda

@@ -122,6 +122,27 @@ struct RowSums {
       weight = values[4];
     }
   }
+
+  // The same over neighbouring lanes of a warp, a power of two of them.
+  template <bool kSmoothed>
+  __device__ __forceinline__ void reduce_lanes(int lanes) {
+    float max = sums.m;
+#pragma unroll 1
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      max = max_or_nan(max, __shfl_xor_sync(kFullWarp, max, offset));
+    }
+    raise_to(max);
+#pragma unroll 1
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      sums.d += __shfl_xor_sync(kFullWarp, sums.d, offset);
+      sums.s += __shfl_xor_sync(kFullWarp, sums.s, offset);
+      sums.q += __shfl_xor_sync(kFullWarp, sums.q, offset);
+      if constexpr (kSmoothed) {
+        spread += __shfl_xor_sync(kFullWarp, spread, offset);
+        weight += __shfl_xor_sync(kFullWarp, weight, offset);
+      }
+    }
+  }
 };
 
 }  // namespace emp_fast::cuda

@@ -24,6 +24,12 @@ struct Target {
   }
 };
 
+// A target in one int: its column; -1: ignored; -2: neither a class nor ignored.
+__device__ __forceinline__ int class_of(const Target& target) {
+  return target.bad ? -2 : target.valid ? target.column : -1;
+}
+__device__ __forceinline__ Target target_of(int id) { return {max(id, 0), id != -1, id == -2}; }
+
 // What the fields of one row are, and what its gradient needs besides.
 struct RowResult {
   float loss;

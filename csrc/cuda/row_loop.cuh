@@ -51,10 +51,10 @@ struct WalkedSums {
     d = s = q = 0.0f;
   }
 
-  // Adds vectors whose every element counts, or is -inf.
-  template <class T, int kVectors>
-  __device__ __forceinline__ void add(const uint4 (&raw)[kVectors]) {
-    constexpr int kCount = kElements<T>;
+  // Adds vectors whose every element counts, or is -inf. kHopeful: as if none were, which saves an
+  // instruction a logit, and again with care where one was; it takes registers.
+  template <class T, bool kHopeful, int kVectors>
+  __device__ __forceinline__ void add(const uint4 (&raw)[kVectors], uint32_t zero) {
     const float max = max_or_nan(sums.m, largest<T>(raw));
     if (!(max <= sums.m)) {
       settle();
@@ -63,24 +63,36 @@ struct WalkedSums {
     if (is_quick(max)) {
       // Apart first: small terms added to a long sum one by one would lose their last digits.
       auto few = QuickSums::of(max);
-#pragma unroll
-      for (int u = 0; u < kVectors; ++u) {
-        float x[kCount];
-        unpack<T>(raw[u], x);
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) few.add(x[e]);
+      for_each<T>(raw, [&](float x) {
+        if constexpr (kHopeful) {
+          few.add_finite(x);
+        } else {
+          few.add(x);
+        }
+      });
+      if (!kHopeful || !is_nan(few.s)) {
+        d += few.d;
+        s += few.s;
+        q += few.q;
+        return;
       }
-      d += few.d;
-      s += few.s;
-      q += few.q;
-    } else {
+    }
+    uint4 same[kVectors];
 #pragma unroll
-      for (int u = 0; u < kVectors; ++u) {
-        float x[kCount];
-        unpack<T>(raw[u], x);
+    for (int u = 0; u < kVectors; ++u) same[u] = kHopeful ? forgotten(raw[u], zero) : raw[u];
+    for_each<T>(same, [&](float x) { add_logit(sums, x); });
+  }
+
+ private:
+  template <class T, int kVectors, class Visit>
+  __device__ __forceinline__ static void for_each(const uint4 (&raw)[kVectors],
+                                                  const Visit& visit) {
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) add_logit(sums, x[e]);
-      }
+    for (int u = 0; u < kVectors; ++u) {
+      float x[kElements<T>];
+      unpack<T>(raw[u], x);
+#pragma unroll
+      for (int e = 0; e < kElements<T>; ++e) visit(x[e]);
     }
   }
 };
@@ -165,7 +177,7 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
         }
       }
     }
-    walked.add<T>(raw);
+    walked.add<T, false>(raw, 0);
   }
   walked.settle();
   row.sums = walked.sums;

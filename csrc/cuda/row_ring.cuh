@@ -23,21 +23,25 @@ struct RingShape {
   int rounds;            // of a block through its part
   int slots;             // of a warp, one a round
   int vectors_per_part;  // of a block
+  int teams;             // rows under way, each of which `cluster` blocks share
+  int again;             // chunks of a row that are copied a second time
+  int passing;           // chunks of a row that are let go as soon as they are read
 
-  static RingShape of(const RowPlan& p) {
-    return {p.cluster, p.rounds, p.slots, p.vectors_per_part};
+  static RingShape of(const RowPlan& p, int64_t grid, bool grad) {
+    const int again = grad ? std::max(0, p.rounds - p.slots) : 0;
+    return {p.cluster, p.rounds, p.slots, p.vectors_per_part, static_cast<int>(grid / p.cluster),
+            again,     grad ? again : p.rounds};
   }
 };
 
-// How many rows the launch has under way: each goes to `cluster` blocks.
-__device__ __forceinline__ int team_count(const RingShape& shape) {
-  return static_cast<int>(gridDim.x) / shape.cluster;
+// Vectors from a warp's chunk of one round to that of the next.
+__device__ __forceinline__ int round_vectors() {
+  return static_cast<int>(blockDim.x) * kLaneVectors;
 }
 
 // Where this warp's chunk of a round begins in the block's part.
 __device__ __forceinline__ int first_of_round(int round) {
-  const int thread = round * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-  return thread / 32 * kChunkVectors;
+  return static_cast<int>(threadIdx.x) / 32 * kChunkVectors + round * round_vectors();
 }
 
 // What one block owns of a row.
@@ -67,6 +71,7 @@ struct RowPart {
 
 // Slots filled by bulk copies, which lane 0 starts; a barrier a slot says when one is there.
 struct BulkCopies {
+  static constexpr bool kHopeful = false;  // registers spill
   uint64_t* barriers;  // [slots], this warp's own
 
 #if EMP_FAST_BULK_COPIES
@@ -100,6 +105,7 @@ struct BulkCopies {
 
 // Slots filled by 16-byte copies: each lane copies what it alone reads, and waits for nothing else.
 struct LaneCopies {
+  static constexpr bool kHopeful = true;
   int pending = 0;  // groups started and not awaited
 
   __device__ __forceinline__ void start(uint4* slot, int, const void* from, int left) {
@@ -121,23 +127,8 @@ struct LaneCopies {
 
   // Groups end in order, so the oldest has when only those behind it are left.
   __device__ __forceinline__ void await(int, unsigned) {
-    static_assert(kMaxBlockSlots == 7);
-    switch (--pending) {
-      case 0:
-        return cp_async_wait_group<0>();
-      case 1:
-        return cp_async_wait_group<1>();
-      case 2:
-        return cp_async_wait_group<2>();
-      case 3:
-        return cp_async_wait_group<3>();
-      case 4:
-        return cp_async_wait_group<4>();
-      case 5:
-        return cp_async_wait_group<5>();
-      default:
-        return cp_async_wait_group<6>();
-    }
+    static_assert(kMaxBlockSlots - 1 <= kMostPending);
+    cp_async_wait_group(--pending);
   }
 };
 
@@ -148,64 +139,72 @@ struct LaneCopies {
 // For the gradient its last chunks stay, as many as there are slots, and are read again front to
 // back; the others come again behind them, the latest first. So chunks are taken and let go in the
 // order of their copies, and every slot that is let go takes the next copy: it goes round and
-// round.
+// round. What the next copy needs is kept at hand, for a chunk is read in a few hundred
+// instructions.
 template <class T, class Copies>
 struct Ring {
   uint4* memory;  // [slots, kChunkVectors]
   Copies copies;
   int head;      // the slot of the oldest copy that has not been let go
-  unsigned lap;  // how often the head went round, modulo 2
+  int at;        // of the oldest that has not been taken
+  unsigned lap;  // how often `at` went round, modulo 2
   int next_row;
-  int next_copy;           // of next_row: the next to start
-  const uint4* next_part;  // of next_row: vector 0 of its window
-  int next_end;            // what the block owns of it ends here
+  int next_copy;      // of next_row: the next to start
+  const uint4* next;  // what it copies
+  int next_left;      // vectors from there to the end of the block's part; may be 0 or less
 
   __device__ __forceinline__ static Ring of(const RowArgs& a, const RingShape& shape, uint4* memory,
                                             const Copies& copies, unsigned rank, int first_row) {
-    Ring ring{memory, copies, 0, 0, first_row, 0, nullptr, 0};
+    Ring ring{memory, copies, 0, 0, 0, first_row, 0, nullptr, 0};
     ring.find_next(a, shape, rank);
 #pragma unroll 1
     for (int s = 0; s < shape.slots; ++s) ring.start_next(a, shape, rank, s);
     return ring;
   }
 
-  // Chunks of a row that are copied a second time.
-  __device__ __forceinline__ static int again(const RowArgs& a, const RingShape& shape) {
-    return a.grad == nullptr ? 0 : max(0, shape.rounds - shape.slots);
-  }
-
   __device__ __forceinline__ uint4* slot(int index) const { return memory + index * kChunkVectors; }
 
+  __device__ __forceinline__ static int behind(const RingShape& shape, int index) {
+    return index + 1 == shape.slots ? 0 : index + 1;
+  }
+
+  // The first copy of next_row.
   __device__ __forceinline__ void find_next(const RowArgs& a, const RingShape& shape,
                                             unsigned rank) {
     if (next_row >= static_cast<int>(a.rows)) return;
     const auto part = RowPart<T>::of(a, shape, rank, next_row);
-    next_part = reinterpret_cast<const uint4*>(part.logits - part.window.shift);
-    next_end = part.end;
+    const int first = part.first(0);
+    next = reinterpret_cast<const uint4*>(part.logits - part.window.shift) + first;
+    next_left = part.end - first;
   }
 
   // Starts the next copy into a slot; nothing when no row is left.
   __device__ __forceinline__ void start_next(const RowArgs& a, const RingShape& shape,
                                              unsigned rank, int index) {
     if (next_row >= static_cast<int>(a.rows)) return;
-    const int copies_of_row = shape.rounds + again(a, shape);
-    const int round = next_copy < shape.rounds ? next_copy : copies_of_row - 1 - next_copy;
-    const int first = static_cast<int>(rank) * shape.vectors_per_part + first_of_round(round);
-    copies.start(slot(index), index, next_part + first, next_end - first);
-    if (++next_copy == copies_of_row) {
-      next_copy = 0;
-      next_row += team_count(shape);
-      find_next(a, shape, rank);
+    copies.start(slot(index), index, next, next_left);
+    int rounds = 1;  // to go ahead
+    if (++next_copy >= shape.rounds) {
+      if (next_copy == shape.rounds + shape.again) {
+        next_copy = 0;
+        next_row += shape.teams;
+        find_next(a, shape, rank);
+        return;
+      }
+      rounds = next_copy == shape.rounds ? shape.again - shape.rounds : -1;
     }
+    const int vectors = rounds * round_vectors();
+    next += vectors;
+    next_left -= vectors;
   }
 
-  // The next chunk, as soon as it is there; `held` taken before it have not been let go.
-  __device__ __forceinline__ const uint4* take(const RingShape& shape, int held) {
-    int index = head + held;
-    const bool wraps = index >= shape.slots;
-    if (wraps) index -= shape.slots;
-    copies.await(index, lap ^ static_cast<unsigned>(wraps));
-    return slot(index);
+  // The next chunk, as soon as it is there.
+  __device__ __forceinline__ const uint4* take(const RingShape& shape) {
+    copies.await(at, lap);
+    const uint4* chunk = slot(at);
+    at = behind(shape, at);
+    if (at == 0) lap ^= 1u;
+    return chunk;
   }
 
   // The oldest chunk that was taken and not let go.
@@ -214,10 +213,7 @@ struct Ring {
   // Lets the oldest chunk go and starts the next copy in its place.
   __device__ __forceinline__ void release(const RowArgs& a, const RingShape& shape, unsigned rank) {
     start_next(a, shape, rank, head);
-    if (++head == shape.slots) {
-      head = 0;
-      lap ^= 1u;
-    }
+    head = behind(shape, head);
   }
 };
 
@@ -309,15 +305,17 @@ constexpr int kTurns = 2 * kSumSets;
 template <bool kSmoothed, class Team>
 __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, SharedSums* sets,
                                                int turn, unsigned cluster) {
-  const unsigned warps = cluster * (blockDim.x / 32);  // that share the row
+  const unsigned warps = cluster * (blockDim.x / 32);  // that share the row: a power of two
   SharedSums* set = sets + turn % kSumSets * warps;
   sums.reduce<32, kSmoothed>();
   team.template gather<kSmoothed>(SharedSums::of(sums), set, turn, cluster);
-  RowSums all = RowSums::empty();
-  for (unsigned p = threadIdx.x % 32; p < warps; p += 32) {
+  // As few lanes as there are warps take the sums of one each; the others repeat what they do.
+  const unsigned lanes = min(warps, 32u);
+  RowSums all = set[threadIdx.x % lanes].value<kSmoothed>();
+  for (unsigned p = threadIdx.x % 32 + 32; p < warps; p += 32) {
     all.merge(set[p].value<kSmoothed>());
   }
-  all.reduce<32, kSmoothed>();
+  all.reduce_lanes<kSmoothed>(static_cast<int>(lanes));
   return all;
 }
 
@@ -338,33 +336,44 @@ template <class T>
 constexpr int kMaskedVectors = 2;
 #endif
 
-// Adds this warp's chunk, `count` vectors from `first` on, to its threads' sums.
-template <class T, bool kRare>
+// Whether every logit of the chunk from vector `first` on is one of the row, and not its target.
+template <class T>
+__device__ __forceinline__ bool is_plain(const Window<kElements<T>>& window, int first,
+                                         int target) {
+  constexpr int kLogits = kChunkVectors * kElements<T>;
+  const int column = window.column(first);
+  return column >= 0 && column <= window.classes - kLogits &&
+         offset_in_vector(column, target) >= unsigned{kLogits};
+}
+
+// Adds this warp's chunk of the part, from vector `first` on, to its threads' sums. kHopeful: see
+// WalkedSums.
+template <class T, bool kRare, bool kHopeful>
 __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chunk, int first,
-                                             int count, const Window<kElements<T>>& window,
-                                             int target, RowSums& row, WalkedSums& walked) {
+                                             const RowPart<T>& part, int target, RowSums& row,
+                                             WalkedSums& walked) {
   constexpr int kCount = kElements<T>;
-  if (count == 0) return;
+  if (first >= part.end) return;
+  const auto& window = part.window;
   const int lane = threadIdx.x % 32;
+  if (!kRare && is_plain<T>(window, first, target)) {
+    constexpr int kAtOnce = kWholeVectors<T>;
+#pragma unroll
+    for (int batch = 0; batch < kLaneVectors; batch += kAtOnce) {
+      uint4 raw[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) raw[u] = chunk[lane + (batch + u) * 32];
+      walked.add<T, kHopeful>(raw, static_cast<uint32_t>(a.classes) >> 31);
+    }
+    return;
+  }
+  const int count = part.count(first);
   const int column = window.column(first);
   if constexpr (kRare) {
     for (int v = lane; v < count; v += 32) {
       absorb_vector<T>(a, chunk[v], column + v * kCount, window, target, row);
     }
   } else {
-    constexpr unsigned kLogits = kChunkVectors * kCount;
-    const bool whole = column >= 0 && column <= window.classes - static_cast<int>(kLogits);
-    if (whole && offset_in_vector(column, target) >= kLogits) {
-      constexpr int kAtOnce = kWholeVectors<T>;
-#pragma unroll
-      for (int batch = 0; batch < kLaneVectors; batch += kAtOnce) {
-        uint4 raw[kAtOnce];
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) raw[u] = chunk[lane + (batch + u) * 32];
-        walked.add<T>(raw);
-      }
-      return;
-    }
     constexpr int kBatch = kMaskedVectors<T>;
 #pragma unroll
     for (int batch = 0; batch < kLaneVectors; batch += kBatch) {
@@ -375,31 +384,31 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
         raw[u] = v < count ? chunk[v] : all_minus_infinity<T>();
         raw[u] = leave_out<T>(raw[u], column + min(v, count - 1) * kCount, window, target);
       }
-      walked.add<T>(raw);
+      walked.add<T, false>(raw, 0);  // what is masked is -inf
     }
   }
 }
 
-// Writes the gradient of this warp's chunk, `count` vectors from `first` on.
+// Writes the gradient of this warp's chunk of the part, from vector `first` on. quick: of a row
+// that is, and lies in 16-byte vectors as its logits do.
 template <class T, bool kRare>
 __device__ __forceinline__ void emit_chunk(const RowArgs& a, const uint4* chunk, int first,
-                                           int count, const Window<kElements<T>>& window, T* out,
+                                           const RowPart<T>& part, T* out, bool quick,
                                            const GradientRow& gradient) {
   constexpr int kCount = kElements<T>;
-  if (count == 0) return;
+  if (first >= part.end) return;
+  const auto& window = part.window;
   const int lane = threadIdx.x % 32;
   const int column = window.column(first);
-  const bool whole = column >= 0 && column <= window.classes - kChunkVectors * kCount;
-  const bool clean = offset_in_vector(column, gradient.target) >= kChunkVectors * kCount;
-  if (!kRare && whole && clean && gradient.quick && lies_alike(out, window)) {
+  if (!kRare && quick && is_plain<T>(window, first, gradient.target)) {
+    auto* to = reinterpret_cast<uint4*>(out + column) + lane;
 #pragma unroll
     for (int u = 0; u < kLaneVectors; ++u) {
-      const int v = lane + u * 32;
-      __stcs(reinterpret_cast<uint4*>(out + column + v * kCount),
-             quick_vector<T>(gradient, chunk[v]));
+      __stcs(to + u * 32, quick_vector<T>(gradient, chunk[lane + u * 32]));
     }
     return;
   }
+  const int count = part.count(first);
 #pragma unroll 1
   for (int v = lane; v < count; v += 32) {
     emit_vector<kRare>(
@@ -420,45 +429,44 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
   int row = static_cast<int>(blockIdx.x / cluster);
   uint4* memory = rings + threadIdx.x / 32 * shape.slots * kChunkVectors;
   auto ring = Ring<T, Copies>::of(a, shape, memory, copies, rank, row);
-  int64_t y = __ldg(a.target + min(row, rows - 1));
+  // An int is kept through the row, where 64 bits would be compared for every chunk.
+  int id = class_of(Target::of(a, min(row, rows - 1)));
   team.start();
-  for (int turn = 0; row < rows; row += team_count(shape), turn = (turn + 1) % kTurns) {
-    const Target target = Target::from_class(a, y);
+  for (int turn = 0; row < rows; row += shape.teams, turn = (turn + 1) % kTurns) {
     const auto part = RowPart<T>::of(a, shape, rank, row);
-    const int again = ring.again(a, shape);
-    const int passing = a.grad == nullptr ? shape.rounds : again;  // chunks that do not stay
     RowSums sums = RowSums::empty();
     auto walked = WalkedSums::of(sums.sums);
     for (int round = 0; round < shape.rounds; ++round) {
-      const uint4* chunk = ring.take(shape, max(0, round - passing));
-      const int first = part.first(round);
-      absorb_chunk<T, kRare>(a, chunk, first, part.count(first), part.window, target.column, sums,
-                             walked);
-      if (round < passing) ring.release(a, shape, rank);
+      const uint4* chunk = ring.take(shape);
+      absorb_chunk<T, kRare, Copies::kHopeful>(a, chunk, part.first(round), part, id, sums, walked);
+      if (round < shape.passing) ring.release(a, shape, rank);
     }
     if constexpr (!kRare) {
       walked.settle();
       sums.sums = walked.sums;
     }
+    const Target target = target_of(id);
     // On their way while the sums are gathered.
     const T logit = part.logits[target.column];
-    y = __ldg(a.target + min(row + team_count(shape), rows - 1));
+    const int64_t y = __ldg(a.target + min(row + shape.teams, rows - 1));
     sums = gather_sums<kRare>(sums, team, sets, turn, cluster);
 
     const RowResult result = finish_row<kRare>(a, sums, capped(to_float(logit), a.softcap), target);
     // Before the gradient, which then needs a few of the result's registers alone.
     write_scores<kRingThreads>(a, row, rank == 0, result);
+    id = class_of(Target::from_class(a, y));
     if (a.grad == nullptr) continue;
     T* out = static_cast<T*>(a.grad) + int64_t{row} * a.classes;
     const auto gradient = GradientRow::of<kRare>(a, target, row_gradient(a, row),
                                                  result.field[kMax], result.field[kInvSum],
                                                  result.field[kConfidence], result.field[kMiss]);
-    const int kept = shape.rounds - again;
+    const bool quick = gradient.quick && lies_alike(out, part.window);
+    const int kept = shape.rounds - shape.again;
     for (int i = 0; i < shape.rounds; ++i) {
       const bool stayed = i < kept;
-      const uint4* chunk = stayed ? ring.oldest() : ring.take(shape, 0);
-      const int first = part.first(stayed ? again + i : shape.rounds - 1 - i);
-      emit_chunk<T, kRare>(a, chunk, first, part.count(first), part.window, out, gradient);
+      const uint4* chunk = stayed ? ring.oldest() : ring.take(shape);
+      const int first = part.first(stayed ? shape.again + i : shape.rounds - 1 - i);
+      emit_chunk<T, kRare>(a, chunk, first, part, out, quick, gradient);
       ring.release(a, shape, rank);
     }
   }

@@ -8,8 +8,15 @@
 namespace emp_fast::cuda {
 namespace {
 
+// Of compute capability 12.0 a multiprocessor has shared memory for the rings of one block alone.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBlocks = 1;
+#else
+constexpr int kBlocks = kRingBlocks;
+#endif
+
 template <class T, bool kRare>
-__global__ void __launch_bounds__(kRingThreads, kRare ? 1 : kRingBlocks)
+__global__ void __launch_bounds__(kRingThreads, kRare ? 1 : kBlocks)
     rows_cluster(const __grid_constant__ RowArgs a, const RingShape shape) {
 #if EMP_FAST_BULK_COPIES
   uint4* rings = dynamic_shared<uint4>();
@@ -44,7 +51,7 @@ void score_in_cluster(Dtype dtype, const RowPlan& plan, const RowArgs& args, cud
     const int64_t grid = ring_grid(planned, plan.cluster, resident);
     launch_clusters("rows_cluster", kernel, static_cast<unsigned>(grid), plan.threads,
                     static_cast<unsigned>(plan.cluster), plan.shared_bytes, stream, args,
-                    RingShape::of(plan));
+                    RingShape::of(plan, grid, args.grad != nullptr));
   });
 }
 

@@ -22,7 +22,7 @@ void score_in_ring(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaSt
     using T = decltype(element);
     const auto kernel = has_rare_options(args) ? rows_ring<T, true> : rows_ring<T, false>;
     launch("rows_ring", kernel, static_cast<unsigned>(plan.grid), plan.threads, plan.shared_bytes,
-           stream, args, RingShape::of(plan));
+           stream, args, RingShape::of(plan, plan.grid, args.grad != nullptr));
   });
 }
 

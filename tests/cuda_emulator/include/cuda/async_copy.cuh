@@ -40,5 +40,7 @@ template <int kPending>
 void cp_async_wait_group() {
   emulator::wait_copies(kPending);
 }
+constexpr int kMostPending = 6;
+inline void cp_async_wait_group(int pending) { emulator::wait_copies(pending); }
 
 }  // namespace emp_fast::cuda
