@@ -118,7 +118,13 @@ def test_row_plans_cover_every_row_and_column(
             assert tile >= 16 * held, shape
             assert plan["shared_bytes"] <= 48 * 1024, shape  # with no leave asked of the driver
         if plan["path"] == "registers":
-            assert plan["lanes"] * cuda.REGISTER_VECTORS >= vectors, shape
+            assert plan["lanes"] * plan["register_vectors"] >= vectors, shape
+            # Where one vector a thread is enough for a launch of few threads, it is one.
+            one = plan["register_vectors"] == 1
+            assert one or plan["register_vectors"] == cuda.REGISTER_VECTORS, shape
+            lanes = min(n for n in (8, 32, 128, 256, math.inf) if n >= vectors)
+            assert one == (rows * lanes <= 1024 * device[0]), shape
+            assert not one or plan["lanes"] == lanes, shape
         if plan["path"] in ("shared", "registers", "split"):
             assert not soft, shape
             assert not general, shape
@@ -129,6 +135,16 @@ def test_row_plans_cover_every_row_and_column(
         # Of few rows the block that ends last takes the step, at most four a thread.
         whole = rows <= min(1024, 4 * plan["threads"])
         assert plan["step"] == ("whole" if whole else "claims"), shape
+
+
+def test_smoothed_rows_have_no_kernels_of_one_vector_a_thread() -> None:
+    for classes in (10, 100, 1000):
+        shape = (128, classes, classes, 2, True, False, False)
+        vectors = [
+            plan_rows(*shape, smoothed, False, H200)["register_vectors"]
+            for smoothed in (False, True)
+        ]
+        assert vectors == [1, cuda.REGISTER_VECTORS]
 
 
 @pytest.mark.parametrize("device", [H200, A100, SMALL])
@@ -153,8 +169,9 @@ def test_auto_is_what_was_measured_to_be_fastest(device: tuple[int, int, int]) -
             if ring["rounds"] <= ring["slots"]:
                 assert auto == ring, shape
             else:
-                assert cluster["rounds"] <= cluster["slots"], shape
-                assert auto["path"] == ("ring" if element_bytes == 2 else "cluster"), shape
+                assert keeps_row(cluster, element_bytes), shape
+                in_block = element_bytes == 2 and keeps_row(ring, element_bytes)
+                assert auto == (ring if in_block else cluster), shape
         elif auto != plans[PLAIN]:
             # Between the two: a warp a row instead of rows in registers.
             assert (auto["path"], auto["lanes"], grad) == ("looped", 32, False), shape
@@ -166,9 +183,14 @@ def test_auto_is_what_was_measured_to_be_fastest(device: tuple[int, int, int]) -
         if auto == plans[PLAIN] and grad and not rare and row_bytes > 16384:
             ring, cluster = plans[RING], plans[CLUSTER]
             assert ring["path"] != "ring" or ring["rounds"] > ring["slots"], shape
-            assert (ring["path"], cluster["path"]) != ("ring", "cluster") or cluster[
-                "rounds"
-            ] > cluster["slots"], shape
+            both = (ring["path"], cluster["path"]) == ("ring", "cluster")
+            assert not both or not keeps_row(cluster, element_bytes), shape
+
+
+def keeps_row(plan: dict[str, Any], element_bytes: int) -> bool:
+    """Whether its rings keep a row for the gradient, or two thirds of a 16-bit one."""
+    few = 1.5 if element_bytes == 2 else 1
+    return bool(plan["rounds"] <= few * plan["slots"])
 
 
 def test_scores_of_long_rows_take_the_fewest_threads_that_occupy_the_device() -> None:
@@ -256,7 +278,12 @@ def test_cluster_plans_cover_every_row_and_column(
         # The gradient's row stays on chip wherever some cluster could hold it.
         most_slots = min((shared - cuda.RING_TAIL) // round_bytes, 6)
         if grad and math.ceil(vectors / widest) + 127 <= most_slots * cuda.ROUND_VECTORS:
-            assert rounds <= slots, shape
+            assert keeps_row(plan, element_bytes), shape
+        # No more blocks share a row than that takes, unless there are too few rows.
+        if grad and cluster > 1 and rows * cluster // 2 >= blocks * multiprocessors:
+            halved = math.ceil(vectors / (cluster // 2)) > 1.5 * slots * cuda.ROUND_VECTORS
+            assert halved or element_bytes == 4, shape
+            assert math.ceil(vectors / (cluster // 2)) > slots * cuda.ROUND_VECTORS, shape
     assert (served > 0) == (widest > 0 and shared >= 2 * round_bytes + cuda.RING_TAIL)
 
 
@@ -293,7 +320,7 @@ def test_ring_plans_cover_every_row_and_column(
         assert blocks * (plan["shared_bytes"] + 1024) <= shared + 1024, shape
         assert blocks * warps <= (16 if rare else 32), shape
         assert plan["grid"] == min(rows, blocks * multiprocessors), shape
-        assert plan["step"] == "none", shape
+        assert plan["step"] == "claims", shape
         # Fewer warps than a whole block only where they are enough and the row stays on chip.
         if warps < 16:
             assert blocks * warps >= 16, shape
@@ -318,16 +345,25 @@ def every_shape(element_bytes: int) -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("classes", "element_bytes"),
-    [(32000, 4), (128256, 2), (128256, 4), (151936, 2), (151936, 4), (262144, 2), (262144, 4)],
+    ("classes", "element_bytes", "blocks"),
+    [
+        (32000, 4, 1),
+        (128256, 2, 1),
+        (128256, 4, 4),
+        (151936, 2, 2),
+        (151936, 4, 4),
+        (262144, 2, 2),
+        (262144, 4, 8),
+    ],
 )
 def test_an_h200_keeps_the_rows_of_large_vocabularies_on_chip(
-    classes: int, element_bytes: int
+    classes: int, element_bytes: int, blocks: int
 ) -> None:
     shape = (4096, classes, classes, element_bytes, True, False, False, False, True)
     plan = plan_rows(*shape, H200, kernels=CLUSTER)
     assert plan["path"] == "cluster"
-    assert plan["rounds"] <= plan["slots"]
+    assert plan["cluster"] == blocks
+    assert keeps_row(plan, element_bytes)
 
 
 def test_few_rows_spread_over_wider_clusters() -> None:

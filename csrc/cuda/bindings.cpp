@@ -175,7 +175,6 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64
               a.count, a.rows,         state};
   a.step = plan_step(plan, a.rows);
   run_scores(type, plan, a, workspace, stream);
-  if (a.step == StepPart::kNone) claim_samples(a.update, stream);
   if (a.step != StepPart::kWhole) step_claimed(a.update, a.mean, stream);
   if (plan.path == RowPath::kSplit) {
     gradient(type, plan_backward(shape, properties), a, stream);
@@ -278,6 +277,7 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
   d["lanes"] = p.lanes;
   d["threads"] = p.threads;
   d["grid"] = p.grid;
+  d["register_vectors"] = p.register_vectors;
   d["tile_rows"] = p.tile_rows;
   d["parts"] = p.parts;
   d["vectors_per_part"] = p.vectors_per_part;

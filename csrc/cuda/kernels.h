@@ -22,8 +22,7 @@ int largest_cluster(const void* function, int threads, int64_t shared_bytes);
 int resident_clusters(const void* function, int threads, int cluster, int64_t shared_bytes,
                       const char* kernel);
 
-// Scores of all rows and, with args.grad, their gradient; then args.step too, but for cluster and
-// ring.
+// Scores of all rows and, with args.grad, their gradient and args.step.
 void score_in_shared(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_registers(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_looped(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
@@ -43,9 +42,7 @@ void scale_gradient(Dtype, void* grad, int64_t elements, const float* factor, co
                     cudaStream_t);
 
 void update_state(const UpdateArgs&, cudaStream_t);
-// What StepPart::kClaims does, for kernels that have no registers for it.
-void claim_samples(const UpdateArgs&, cudaStream_t);
-// What the claims leave to do; mean.parts holds step_parts(rows) pairs.
+// What StepPart::kClaims leaves to do; mean.parts holds step_parts(rows) pairs.
 void step_claimed(const UpdateArgs&, const MeanArgs&, cudaStream_t);
 
 void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,

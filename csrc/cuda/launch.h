@@ -41,6 +41,7 @@ struct RowPlan {
   int lanes;             // threads that share a row
   int threads;           // a block
   int64_t grid;          // blocks; each loops over tiles of threads / lanes rows
+  int register_vectors;  // a thread holds (kRegisters)
   int tile_rows;         // that a warp works on at once (kShared)
   int parts;             // of a row (kSplit)
   int vectors_per_part;  // of a row (kSplit); that a block owns (kCluster, kRing)
@@ -89,10 +90,14 @@ constexpr int kMinPartVectors = 2048;      // 32 KiB: less a part costs more to 
 constexpr int kMaxParts = 64;
 constexpr int kPartialFloats = 6;  // m, d, s, q, spread, weight
 
-// The register kernels that are compiled, by lanes a row; each holds lanes * kRegisterVectors
+// The register kernels that are compiled, by lanes a row; each thread holds kRegisterVectors
 // vectors.
 constexpr int kRegisterLanes[] = {8, 32, 64, 256};
 constexpr int kRegisterVectors = 4;
+// And those whose threads hold one: half as long, and a launch that is over when it has read its
+// instructions takes as long as that. For so many threads a multiprocessor at most.
+constexpr int kOneVectorLanes[] = {8, 32, 128, 256};
+constexpr int64_t kOneVectorThreads = 1024;
 
 // Threads that share a row of so many bytes in rows_in_shared: few, for what a row costs besides
 // its logits a warp does for 32 / lanes rows at once; more as rows fill their memory.
@@ -174,13 +179,21 @@ inline RowPlan plan_plain(const RowShape& s, const Device& device) {
   const int64_t vectors = vectors_of(s);
   RowPlan plan{};
   plan.parts = 1;
-  for (const int lanes : kRegisterLanes) {
-    if (vectors > lanes * kRegisterVectors) continue;
+  const auto in_registers = [&](int lanes, int a_thread) {
+    if (vectors > lanes * a_thread) return false;
     plan.path = RowPath::kRegisters;
     plan.lanes = lanes;
+    plan.register_vectors = a_thread;
     plan.threads = lanes <= 32 ? 128 : lanes;
     plan.grid = std::min(ceil_div(s.rows, plan.threads / lanes), kMaxGridX);
-    return plan;
+    return true;
+  };
+  for (const int lanes : kOneVectorLanes) {
+    const bool few = s.rows * lanes <= kOneVectorThreads * device.multiprocessors;
+    if (few && !s.smoothed && in_registers(lanes, 1)) return plan;
+  }
+  for (const int lanes : kRegisterLanes) {
+    if (in_registers(lanes, kRegisterVectors)) return plan;
   }
   const int64_t wanted = ceil_div(2 * device.multiprocessors, std::max<int64_t>(s.rows, 1));
   const int64_t parts = std::min({wanted, vectors / kMinPartVectors, int64_t{kMaxParts}});
@@ -273,9 +286,9 @@ static_assert(kMaxStepRows / (kStateThreads * kRowsOfMany) < int64_t{1} << (63 -
 static_assert(kManyUpdateRows / kStateThreads < int64_t{1} << (63 - kArrivedBit));
 
 // The part of a step that the scoring launch takes. The kernels with rings have no registers for
-// any.
+// more than claims.
 inline StepPart plan_step(const RowPlan& plan, int64_t rows) {
-  if (plan.path == RowPath::kCluster || plan.path == RowPath::kRing) return StepPart::kNone;
+  if (plan.path == RowPath::kCluster || plan.path == RowPath::kRing) return StepPart::kClaims;
   const int64_t most = std::min(kWholeStepRows, kWholeStepThreadRows * plan.threads);
   return rows <= most ? StepPart::kWhole : StepPart::kClaims;
 }

@@ -45,8 +45,18 @@ inline int64_t ring_grid(int64_t rows, int cluster, int64_t resident_clusters) {
   return std::min(rows, std::max<int64_t>(resident_clusters, 1)) * cluster;
 }
 
+// Whether rings of `slots` keep enough of a row of `rounds`. Of 16-bit rows a third may be read
+// twice: by half the bytes, they cost more blocks more time than that.
+inline bool keeps_row(int element_bytes, int64_t rounds, int64_t slots) {
+  return element_bytes == 2 ? 2 * rounds <= 3 * slots : rounds <= slots;
+}
+inline bool keeps_row(const RowShape& s, const RowPlan& plan) {
+  return keeps_row(s.element_bytes, plan.rounds, plan.slots);
+}
+
 // The plan of a row through the rings of a cluster of `widest` blocks at most. For the gradient the
-// row stays on chip where any cluster holds it; else as much of it as the widest does.
+// fewest blocks that keep the row on chip, where any cluster does; else the widest cluster keeps
+// what it can.
 inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest) {
   const int64_t vectors = vectors_of(s);
   const auto rounds = [&](int cluster) {
@@ -56,16 +66,19 @@ inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest)
   plan.path = RowPath::kCluster;
   plan.lanes = plan.threads = kRingThreads;
   plan.parts = 1;
+  plan.cluster = 1;
+  const auto keeps = [&] {
+    return keeps_row(s.element_bytes, rounds(plan.cluster), plan.slots);
+  };
   // The kernels for the rare options take too many registers for more than one block.
   for (int blocks = s.general || s.smoothed ? 1 : kRingBlocks; blocks >= 1; --blocks) {
     plan.slots = ring_slots(device, blocks);
     if (plan.slots < kMinSlots && blocks > 1) continue;
     plan.blocks_per_multiprocessor = blocks;
-    int cluster = 1;
-    while (s.grad && cluster < widest && rounds(cluster) > plan.slots) cluster *= 2;
-    plan.cluster = cluster;
-    if (!s.grad || rounds(cluster) <= plan.slots) break;
+    if (!s.grad || keeps()) break;
   }
+  // One block a multiprocessor has twice the ring: fewer blocks then share a row.
+  while (s.grad && plan.cluster < widest && !keeps()) plan.cluster *= 2;
   // Few rows: more blocks a row, while each has enough to do.
   const int64_t blocks = int64_t{plan.blocks_per_multiprocessor} * device.multiprocessors;
   while (plan.cluster < widest && s.rows * plan.cluster < blocks &&
@@ -162,11 +175,10 @@ inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   if (s.grad && row_bytes > kSharedRowBytes && !s.general && !s.smoothed) {
     const auto ring = plan_ring(s, device);
     if (ring && ring->rounds <= ring->slots) return *ring;
-    // Too long for one block's ring. 16-bit rows are so by half the bytes, and cost a cluster more
-    // exponentials a byte: for them the ring stays ahead.
+    // Too long for one block's ring, by a third at most: worth it where they have 16 bits.
     const auto cluster = plan_clusters(s, device);
-    if (ring && cluster && cluster->rounds <= cluster->slots) {
-      return s.element_bytes == 2 ? *ring : *cluster;
+    if (ring && cluster && keeps_row(s, *cluster)) {
+      return s.element_bytes == 2 && keeps_row(s, *ring) ? *ring : *cluster;
     }
   }
   if (!s.grad && row_bytes > kSharedRowBytes / 2) {

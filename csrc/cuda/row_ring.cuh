@@ -10,6 +10,7 @@
 // warp waits for another but for the sums at the end of a row.
 #pragma once
 #include "cuda/async_copy.cuh"
+#include "cuda/batch_step.cuh"
 #include "cuda/launch_ring.h"
 #include "cuda/row_loop.cuh"
 
@@ -434,6 +435,9 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
   team.start();
   for (int turn = 0; row < rows; row += shape.teams, turn = (turn + 1) % kTurns) {
     const auto part = RowPart<T>::of(a, shape, rank, row);
+    if (a.step != StepPart::kNone && rank == 0 && threadIdx.x == 0) {
+      claim_row(a, row, __ldg(a.update.indices + row), id != -1);
+    }
     RowSums sums = RowSums::empty();
     auto walked = WalkedSums::of(sums.sums);
     for (int round = 0; round < shape.rounds; ++round) {

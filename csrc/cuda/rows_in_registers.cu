@@ -25,9 +25,10 @@ constexpr int kThreads = kLanes <= 32 ? 128 : kLanes;
 template <class T, int kLanes>
 constexpr int kBlocks = (std::is_same_v<T, __half> ? 896 : 1024) / kThreads<kLanes>;
 
-// kStep: with the gradient and what a.step says of the batch's step; else scores alone, in a third
-// of the instructions, which a short launch has to fetch.
-template <class T, int kLanes, int kVectors, bool kStep>
+// A short launch has to fetch its instructions, so each kernel has those alone that it needs. kStep:
+// with the gradient and what a.step says of the batch's step, three times as many. kSmoothed: there
+// may be label smoothing.
+template <class T, int kLanes, int kVectors, bool kStep, bool kSmoothed>
 __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     rows_in_registers(const __grid_constant__ RowArgs a) {
   constexpr int kCount = kElements<T>;
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     sums.sums.s = values[1];
     sums.sums.q = values[2];
 
-    if (a.smoothing > 0.0f) {
+    if (kSmoothed && a.smoothing > 0.0f) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int column = window.column(lane + i * kLanes);
@@ -98,12 +99,12 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     }
 
     if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the first warp's alone
-    const RowResult result = finish_row(a, sums, x_y, target);
+    const RowResult result = finish_row<kSmoothed>(a, sums, x_y, target);
     write_scores<kLanes>(a, row, active, result);
     if (kStep && active) {
-      const auto gradient =
-          GradientRow::of(a, target, row_gradient(a, row), result.field[kMax],
-                          result.field[kInvSum], result.field[kConfidence], result.field[kMiss]);
+      const auto gradient = GradientRow::of<kSmoothed>(
+          a, target, row_gradient(a, row), result.field[kMax], result.field[kInvSum],
+          result.field[kConfidence], result.field[kMiss]);
       T* out = static_cast<T*>(a.grad) + row * a.classes;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
@@ -119,30 +120,53 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
   if constexpr (kStep) end_launch(a);
 }
 
+template <int kValue>
+using Number = std::integral_constant<int, kValue>;
+
 }  // namespace
 
 void score_in_registers(Dtype dtype, const RowPlan& plan, const RowArgs& args,
                         cudaStream_t stream) {
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run = [&](auto scores, auto step) {
-      launch("rows_in_registers", args.grad == nullptr ? scores : step,
-             static_cast<unsigned>(plan.grid), plan.threads, 0, stream, args);
+    const auto run = [&](auto lanes, auto vectors) {
+      constexpr int kLanes = decltype(lanes)::value;
+      constexpr int kVectors = decltype(vectors)::value;
+      const bool step = args.grad != nullptr;
+      auto kernel = step ? rows_in_registers<T, kLanes, kVectors, true, false>
+                         : rows_in_registers<T, kLanes, kVectors, false, false>;
+      if constexpr (kVectors == kRegisterVectors) {
+        if (args.smoothing > 0.0f) {
+          kernel = step ? rows_in_registers<T, kLanes, kVectors, true, true>
+                        : rows_in_registers<T, kLanes, kVectors, false, true>;
+        }
+      }
+      launch("rows_in_registers", kernel, static_cast<unsigned>(plan.grid), plan.threads, 0, stream,
+             args);
     };
-    constexpr int kVectors = kRegisterVectors;
+    if (plan.register_vectors == 1) {
+      constexpr Number<1> kOne;
+      switch (plan.lanes) {
+        case 8:
+          return run(Number<8>{}, kOne);
+        case 32:
+          return run(Number<32>{}, kOne);
+        case 128:
+          return run(Number<128>{}, kOne);
+        default:
+          return run(Number<256>{}, kOne);
+      }
+    }
+    constexpr Number<kRegisterVectors> kMany;
     switch (plan.lanes) {
       case 8:
-        return run(rows_in_registers<T, 8, kVectors, false>,
-                   rows_in_registers<T, 8, kVectors, true>);
+        return run(Number<8>{}, kMany);
       case 32:
-        return run(rows_in_registers<T, 32, kVectors, false>,
-                   rows_in_registers<T, 32, kVectors, true>);
+        return run(Number<32>{}, kMany);
       case 64:
-        return run(rows_in_registers<T, 64, kVectors, false>,
-                   rows_in_registers<T, 64, kVectors, true>);
+        return run(Number<64>{}, kMany);
       default:
-        return run(rows_in_registers<T, 256, kVectors, false>,
-                   rows_in_registers<T, 256, kVectors, true>);
+        return run(Number<256>{}, kMany);
     }
   });
 }

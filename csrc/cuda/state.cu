@@ -125,14 +125,10 @@ void update_state(const UpdateArgs& args, cudaStream_t stream) {
     return launch("update_by_scan", update_by_scan, blocks_of(32 * args.rows), kStateThreads, 0,
                   stream, args);
   }
-  claim_samples(args, stream);
-  step_claimed(args, {}, stream);
-}
-
-void claim_samples(const UpdateArgs& args, cudaStream_t stream) {
   const auto claim = args.rows < kManyUpdateRows ? claim_rows<1> : claim_rows<kRowsOfMany>;
   launch("claim_rows", claim, static_cast<unsigned>(step_parts(args.rows)), kStateThreads, 0,
          stream, args);
+  step_claimed(args, {}, stream);
 }
 
 void step_claimed(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t stream) {
