@@ -239,13 +239,20 @@ SHAPES = [
     Shape(("shared", 16), 18, 521, offset=2, multiprocessors=1),
     Shape(("shared", 32), 9, 2052, multiprocessors=1),
     Shape(("shared", 32), 9, 4099, f16, smoothing=0.1, multiprocessors=1),
-    Shape(("registers", 8), 37, 100),
-    Shape(("registers", 8), 19, 40, bf16),
-    Shape(("registers", 8), 19, 33, f16, padding=3, offset=1),
-    Shape(("registers", 32), 6, 500, offset=2),
+    Shape(("registers", 8), 37, 100, multiprocessors=1),
+    Shape(("registers", 8), 131, 40, bf16, multiprocessors=1),
+    Shape(("registers", 8), 130, 33, f16, padding=3, offset=1, multiprocessors=1),
+    Shape(("registers", 32), 9, 500, offset=2, multiprocessors=1),
     Shape(("registers", 32), 5, 1000, bf16, smoothing=0.1),
-    Shape(("registers", 64), 3, 1000, padding=1),
-    Shape(("registers", 64), 3, 2041, f16, offset=5),
+    Shape(("registers", 64), 5, 1000, padding=1, multiprocessors=1),
+    Shape(("registers", 64), 5, 2041, f16, offset=5, multiprocessors=1),
+    Shape(("one vector", 8), 19, 28),
+    Shape(("one vector", 8), 7, 40, bf16, padding=3, offset=1),
+    Shape(("one vector", 32), 37, 100),
+    Shape(("one vector", 128), 6, 500, offset=2),
+    Shape(("one vector", 128), 5, 1000, bf16, weighted=True),
+    Shape(("one vector", 256), 3, 1000, padding=1),
+    Shape(("one vector", 256), 3, 2041, f16, offset=5),
     Shape(("registers", 256), 2, 4093, offset=3),
     Shape(("registers", 256), 3, 5003, bf16, weighted=True),
     Shape(("looped", 32), 9, 100, softcap=5.0),
@@ -267,9 +274,10 @@ SHAPES = [
     Shape(("split", 512), 3, 33001, bf16),
 ]
 # What is in shared memory there, in registers.
+ELSE_LANES = (8, 8, 8, 8, 8, 8, 32, 32, 64, 64, 256, 256)
 SHAPES += [
-    dataclasses.replace(shape, plan=("registers", lanes))
-    for shape, lanes in zip(SHAPES, (8, 8, 8, 8, 8, 8, 32, 32, 64, 64, 256, 256), strict=False)
+    dataclasses.replace(shape, plan=("one vector" if i < 2 else "registers", lanes))
+    for i, (shape, lanes) in enumerate(zip(SHAPES, ELSE_LANES, strict=False))
 ]
 
 
@@ -290,7 +298,8 @@ def test_every_kernel_scores_and_differentiates(
         *(shape.rows, shape.classes, logits.stride(0), logits.element_size(), aligned),
         *(shape.soft, general, shape.smoothing > 0, True, *device, 0, emulated._row_kernels),
     )
-    assert (plan["path"], plan["lanes"]) == shape.plan
+    path = "one vector" if plan["register_vectors"] == 1 else plan["path"]
+    assert (path, plan["lanes"]) == shape.plan
     if shape.plan[0] == "looped" and shape.plan[1] > 32:
         whole = plan["cached_vectors"] * 16 >= shape.classes * logits.element_size()
         assert whole == shape.cached
@@ -577,8 +586,10 @@ def few_blocks(module: Any) -> Iterator[None]:
         Shape(("shared", 1), 650, 7, bf16, offset=3),
         Shape(("shared", 4), 80, 190, multiprocessors=1),
         Shape(("registers", 8), 700, 10),
-        Shape(("registers", 8), 100, 100),
-        Shape(("registers", 64), 7, 1000),
+        Shape(("registers", 8), 100, 100, multiprocessors=1),
+        Shape(("registers", 64), 7, 1000, multiprocessors=1),
+        Shape(("one vector", 8), 100, 10),
+        Shape(("one vector", 128), 30, 500),
         Shape(("registers", 256), 7, 2100),
         Shape(("looped", 32), 23, 100, softcap=5.0),
         Shape(("looped", 512), 7, 2100, soft=True),
@@ -691,8 +702,8 @@ STEPS = [
     (("plain", 513, 10, 0.0), ("registers", "claims")),
     (("plain", 300, 10, 5.0), ("looped", "whole")),
     (("plain", 600, 10, 5.0), ("looped", "claims")),
-    (("ring", 60, 1100, 0.0), ("ring", "none")),
-    (("ring", 130, 1100, 0.0), ("ring", "none")),
+    (("ring", 60, 1100, 0.0), ("ring", "claims")),
+    (("ring", 130, 1100, 0.0), ("ring", "claims")),
 ]
 
 

@@ -1,5 +1,5 @@
-// Scores (and gradient) of long rows that stream through rings in shared
-// memory, so that the gradient finds the row on chip.
+// Scores (and gradient, and the claims of the state's step) of long rows that stream through rings
+// in shared memory, so that the gradient finds the row on chip.
 //
 // Memory: logits read once, gradient written once, as long as the blocks that share a row hold it
 // (launch_ring.h); what they do not hold is read a second time, the latest first, which the
