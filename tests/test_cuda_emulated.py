@@ -28,6 +28,7 @@ from torch import Tensor
 
 import emp_fast
 import emp_fast.backends
+from emp_fast.backends import cuda
 from emp_fast.backends.base import ROW_FIELDS, LossOptions, Recurrence, RowScores, State
 from emp_fast.backends.reference import ReferenceBackend
 from emp_fast.backends.selfcheck import self_check
@@ -465,6 +466,28 @@ def test_a_mean_step_needs_no_fields_of_the_backward_pass(
     mean, factor = REFERENCE.mean_loss(scores.loss.float(), scores.count, row_scale)
     close(made.mean, mean)
     close(made.factor, factor)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "shared", "held"])
+def test_a_gradient_may_lie_off_the_16_byte_grid(
+    kernels: str, emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated.row_kernels = kernels
+    emulated.set_device(1, 227 * 1024)
+    logits, target, weight, options = Shape((kernels, 16), 70, 904, bf16).make()
+    arguments = (logits, target, weight, options, None, 1.0, torch.arange(70))
+    wanted, wanted_grad = emulated.cross_entropy_step(
+        *arguments, make_state(70), RECURRENCES["ema"]
+    )
+
+    def shifted(like: Tensor) -> Tensor:
+        return like.new_empty(like.numel() + 1)[1:].view(like.shape)
+
+    monkeypatch.setattr(cuda, "_empty_gradient", shifted)
+    scores, grad = emulated.cross_entropy_step(*arguments, make_state(70), RECURRENCES["ema"])
+    assert grad.data_ptr() % 16 != 0
+    assert_scores(scores, wanted)
+    close(grad, wanted_grad, *GRAD_TOLERANCE[bf16])
 
 
 def test_a_mean_step_writes_the_fields_that_its_rule_reads(emulated: EmulatedBackend) -> None:

@@ -1,4 +1,4 @@
-// Scores (and gradient, and the state's step) of very many rows of 32 to 256 vectors of 16 bytes.
+// Scores (and gradient, and the state's step) of very many rows of 33 to 256 vectors of 16 bytes.
 //
 // Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: kLanes
 // threads a row. A thread reads its vectors of the row from shared memory into registers, and at
@@ -75,8 +75,8 @@ __device__ __forceinline__ SoftmaxSums<float> add_with_care(const uint4* x, int 
   return sums;
 }
 
-// Writes the gradient of a lane's vectors of a row, from `raw` or where that is not enough from
-// `logits`. The target is another's of these values: the lane that holds it writes it last.
+// Writes the gradient of a lane's vectors of a row, from `raw`, or from `logits` in memory where
+// the row is not `quick`. What it writes for the target is not the target's: that follows.
 template <class T, int kLanes, int kVectors>
 __device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint4* out,
                                                const uint4 (&raw)[kVectors], const uint4* logits,
