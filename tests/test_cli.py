@@ -147,7 +147,7 @@ def test_doctor_says_that_no_row_kernels_have_that_name(monkeypatch):
     monkeypatch.setenv("EMP_FAST_CUDA_ROWS", "magic")
     report = json.loads(run("doctor", "--json").stdout)
     reasons = {line["backend"]: line["reason"] for line in report["backends"]}
-    names = "['auto', 'plain', 'shared', 'cluster', 'ring']"
+    names = "['auto', 'plain', 'shared', 'cluster', 'ring', 'held']"
     assert f"EMP_FAST_CUDA_ROWS must be one of {names}" in reasons["cuda"]
     assert "got 'magic'" in reasons["cuda"]
     with pytest.raises(ValueError, match="EMP_FAST_CUDA_ROWS"):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import emp_fast
 import emp_fast.backends
+from emp_fast.backends import cuda
 from emp_fast.backends.base import ROW_FIELDS, LossOptions, Recurrence, RowScores, State
 from emp_fast.backends.reference import ReferenceBackend
 from emp_fast.backends.selfcheck import self_check
@@ -208,7 +209,7 @@ class Shape:
     @property
     def kernels(self) -> str:
         """The choice that serves these rows by that plan."""
-        return "shared" if self.plan[0] == "shared" else "plain"
+        return self.plan[0] if self.plan[0] in ("shared", "held") else "plain"
 
     def make(self) -> tuple[Tensor, Tensor, Tensor | None, LossOptions]:
         generator = torch.Generator().manual_seed(self.rows * 1009 + self.classes)
@@ -279,6 +280,17 @@ SHAPES += [
     dataclasses.replace(shape, plan=("one vector" if i < 2 else "registers", lanes))
     for i, (shape, lanes) in enumerate(zip(SHAPES, ELSE_LANES, strict=False))
 ]
+#: A vector more than a kernel's fewest, its most, and some that only a part of the lanes have.
+SHAPES += [
+    Shape(("held", 8), 131, 264, bf16, multiprocessors=1),
+    Shape(("held", 8), 129, 192, weighted=True, multiprocessors=1),
+    Shape(("held", 8), 150, 512, f16, multiprocessors=1),
+    Shape(("held", 16), 65, 300, multiprocessors=1),
+    Shape(("held", 16), 67, 1000, bf16, weighted=True, multiprocessors=1),
+    Shape(("held", 32), 35, 1032, f16, multiprocessors=1),
+    Shape(("held", 32), 150, 1024),
+    Shape(("held", 32), 45, 2040, bf16, multiprocessors=1),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -343,17 +355,36 @@ def test_rows_of_every_kind_in_one_batch(
     classes: int, dtype: torch.dtype, kernels: str, seed: int, emulated: EmulatedBackend
 ) -> None:
     emulated.row_kernels, emulated.seed = kernels, seed
+    assert_rows_of_every_kind(emulated, 67, classes, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f16, bf16], ids=str)
+@pytest.mark.parametrize("vectors", [33, 61, 96, 97, 129, 256])
+@each_seed
+def test_held_rows_of_every_kind_in_one_batch(
+    vectors: int, dtype: torch.dtype, seed: int, emulated: EmulatedBackend
+) -> None:
+    emulated.row_kernels, emulated.seed = "held", seed
+    assert_rows_of_every_kind(emulated, 143, vectors * 16 // dtype.itemsize, dtype)
+
+
+def assert_rows_of_every_kind(
+    emulated: EmulatedBackend, rows: int, classes: int, dtype: torch.dtype
+) -> None:
     emulated.set_device(1, 227 * 1024)
-    logits, target = strange_rows(67, classes, dtype)
+    logits, target = strange_rows(rows, classes, dtype)
     wanted = REFERENCE.cross_entropy(logits.double(), target, None, LossOptions())
-    state, indices = make_state(67), torch.arange(67)
+    alone = emulated.scores(logits, target, None, LossOptions())
+    for got, exact in zip(alone, (wanted.loss, *wanted.rows[:4], *wanted[2:]), strict=True):
+        close(got, exact)
+    state, indices = make_state(rows), torch.arange(rows)
     scores, grad = emulated.cross_entropy_step(
         *(logits, target, None, LossOptions(), None, 1.0, indices, state, RECURRENCES["ema"])
     )
     assert_scores(scores, wanted)
-    ones, rows = torch.ones(67).double(), wanted.rows.double()
+    ones, kept = torch.ones(rows).double(), wanted.rows.double()
     wanted_grad = REFERENCE.cross_entropy_backward(
-        ones, logits.double(), target, None, rows, LossOptions()
+        ones, logits.double(), target, None, kept, LossOptions()
     )
     close(grad, wanted_grad, *GRAD_TOLERANCE[dtype])
 
@@ -446,6 +477,28 @@ def test_a_mean_step_needs_no_fields_of_the_backward_pass(
     close(made.factor, factor)
 
 
+@pytest.mark.parametrize("kernels", ["plain", "shared", "held"])
+def test_a_gradient_may_lie_off_the_16_byte_grid(
+    kernels: str, emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated.row_kernels = kernels
+    emulated.set_device(1, 227 * 1024)
+    logits, target, weight, options = Shape((kernels, 16), 70, 904, bf16).make()
+    arguments = (logits, target, weight, options, None, 1.0, torch.arange(70))
+    wanted, wanted_grad = emulated.cross_entropy_step(
+        *arguments, make_state(70), RECURRENCES["ema"]
+    )
+
+    def shifted(like: Tensor) -> Tensor:
+        return like.new_empty(like.numel() + 1)[1:].view(like.shape)
+
+    monkeypatch.setattr(cuda, "_empty_gradient", shifted)
+    scores, grad = emulated.cross_entropy_step(*arguments, make_state(70), RECURRENCES["ema"])
+    assert grad.data_ptr() % 16 != 0
+    assert_scores(scores, wanted)
+    close(grad, wanted_grad, *GRAD_TOLERANCE[bf16])
+
+
 def test_a_mean_step_writes_the_fields_that_its_rule_reads(emulated: EmulatedBackend) -> None:
     recurrence = Recurrence("ema", "miss", 0.0, "inv_sum", 1.0, 1.0)
     logits, indices = torch.randn(5, 7), torch.arange(5)
@@ -465,6 +518,7 @@ def test_a_mean_step_writes_the_fields_that_its_rule_reads(emulated: EmulatedBac
 def test_a_class_that_does_not_exist_spoils_its_row_alone(
     shape: Shape, emulated: EmulatedBackend
 ) -> None:
+    emulated.set_device(shape.multiprocessors, 227 * 1024)
     emulated.row_kernels = shape.kernels
     logits, target, weight, options = shape.make()
     safe = target.clone()
@@ -489,7 +543,7 @@ def test_special_values_in_every_kernel(
     emulated.seed = shape.classes % 3
     emulated.set_device(shape.multiprocessors, 227 * 1024)
     emulated.row_kernels = shape.kernels
-    count = shape.rows if shape.plan[0] == "shared" else 9  # fewer would be other kernels'
+    count = 9 if shape.kernels == "plain" else shape.rows  # fewer would be other kernels'
     shape = dataclasses.replace(shape, rows=count)
     logits, target, weight, options = shape.make()
     soft, last = shape.soft, shape.classes - 1
@@ -556,6 +610,7 @@ def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend)
 #: Kernels whose blocks loop over tiles, which takes grids beyond 2^31 blocks on a GPU.
 LOOPING = [
     "rows_in_shared",
+    "rows_held",
     "rows_in_registers",
     "rows_looped",
     "row_gradients",
@@ -585,6 +640,9 @@ def few_blocks(module: Any) -> Iterator[None]:
         Shape(("shared", 1), 700, 10),
         Shape(("shared", 1), 650, 7, bf16, offset=3),
         Shape(("shared", 4), 80, 190, multiprocessors=1),
+        Shape(("held", 8), 300, 264, bf16, multiprocessors=1),
+        Shape(("held", 16), 150, 904, f16, multiprocessors=1),
+        Shape(("held", 32), 41, 644, multiprocessors=1),
         Shape(("registers", 8), 700, 10),
         Shape(("registers", 8), 100, 100, multiprocessors=1),
         Shape(("registers", 64), 7, 1000, multiprocessors=1),
@@ -697,6 +755,8 @@ STEPS = [
     (("shared", 300, 32, 0.0), ("shared", "whole")),
     (("shared", 600, 10, 0.0), ("shared", "claims")),
     (("shared", 1025, 10, 0.0), ("shared", "claims")),
+    (("held", 130, 516, 0.0), ("held", "whole")),
+    (("held", 600, 132, 0.0), ("held", "claims")),
     (("plain", 9, 10, 0.0), ("registers", "whole")),
     (("plain", 512, 10, 0.0), ("registers", "whole")),
     (("plain", 513, 10, 0.0), ("registers", "claims")),

@@ -33,7 +33,7 @@ A100 = (108, 163 * 1024, 0)
 RTX5090 = (170, 99 * 1024, 8)
 NARROW = (60, 227 * 1024, 2)  # no such device: clusters of two blocks at most
 SMALL = (1, 48 * 1024, 0)
-AUTO, PLAIN, SHARED, CLUSTER, RING = range(5)
+AUTO, PLAIN, SHARED, CLUSTER, RING, HELD = range(6)
 MAX_GRID_X, MAX_GRID_Y = 2**31 - 1, 65535
 #: The register and thread kernels' reach, and where vectors and warps end.
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 16, 31, 32, 33, 100, 127, 128, 129, 249, 255, 256, 257, 1000]
@@ -153,10 +153,13 @@ def test_auto_is_what_was_measured_to_be_fastest(device: tuple[int, int, int]) -
     for rows, classes, padding, element_bytes, *flags, grad in options:
         aligned, soft, rare = flags
         shape = (rows, classes, classes + padding, element_bytes, aligned, soft, rare, rare, grad)
-        plans = {name: plan_rows(*shape, device, kernels=name) for name in range(5)}
+        plans = {name: plan_rows(*shape, device, kernels=name) for name in range(6)}
         row_bytes = classes * element_bytes
         auto = plans[AUTO]
-        if auto["path"] == "shared":
+        assert (auto["path"] == "held") == (element_bytes == 2 and plans[HELD]["path"] == "held")
+        if auto["path"] == "held":
+            assert auto == plans[HELD], shape
+        elif auto["path"] == "shared":
             assert auto == plans[SHARED], shape
             assert grad or row_bytes <= 8192, shape
         elif auto["path"] in ("ring", "cluster"):
@@ -217,7 +220,53 @@ def test_shared_serves_the_short_rows_that_occupy_the_device() -> None:
     assert path(10**6, 128, padding=3) == "registers"
 
 
-@pytest.mark.parametrize("kernels", [AUTO, PLAIN, SHARED, CLUSTER, RING])
+@pytest.mark.parametrize("device", [H200, A100, RTX5090, SMALL])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_held_serves_every_row_of_whole_vectors_that_its_lanes_hold(
+    device: tuple[int, int, int], element_bytes: int
+) -> None:
+    blocks, elements = 4 * device[0], 16 // element_bytes
+    served = set()
+    for classes in range(1, 257 * elements + 2):
+        vectors, rest = divmod(classes, elements)
+        lanes = 8 if vectors <= 64 else 16 if vectors <= 128 else 32
+        enough = 2 * blocks * (128 // lanes)
+        fits = rest == 0 and 32 < vectors <= 256
+        for rows, grad in itertools.product((1, enough - 1, enough, 2**30, 2**30 + 1), (0, 1)):
+            for padding, aligned, soft, general, smoothed in (
+                (0, True, False, False, False),
+                (3, True, False, False, False),
+                (elements, True, False, False, False),
+                (0, False, False, False, False),
+                (0, True, True, False, False),
+                (0, True, False, True, False),
+                (0, True, False, False, True),
+            ):
+                numbers = (rows, classes, classes + padding, element_bytes)
+                shape = (*numbers, aligned, soft, general, smoothed, bool(grad))
+                plan = plan_rows(*shape, device, kernels=HELD)
+                plain = padding == 0 and aligned and not (soft or general or smoothed)
+                if not (fits and plain and enough <= rows <= 2**30):
+                    assert plan == plan_rows(*shape, device), shape
+                    continue
+                served.add((plan["lanes"], plan["lane_vectors"]))
+                assert plan["path"] == "held", shape
+                assert plan["lanes"] == lanes, shape
+                held = plan["lane_vectors"]
+                assert held in (6, 8), shape
+                # Every lane has all but two of its vectors, and together they have the row.
+                assert (held - 2) * lanes <= vectors <= held * lanes, shape
+                assert plan["threads"] == 128, shape
+                assert plan["grid"] == blocks, shape
+                assert plan["shared_bytes"] == 128 * held * 16, shape
+                assert plan["shared_bytes"] <= 48 * 1024, shape  # with no leave of the driver
+                assert plan["parts"] == 1, shape
+                assert plan["workspace_bytes"] == 0, shape
+                assert plan["step"] == ("whole" if rows <= 512 else "claims"), shape
+    assert served == set(itertools.product((8, 16, 32), (6, 8)))
+
+
+@pytest.mark.parametrize("kernels", [AUTO, PLAIN, SHARED, CLUSTER, RING, HELD])
 def test_workspace_asked_for_covers_any_alignment(kernels: int) -> None:
     # `score_workspace` asks the driver for the device, so its rule is repeated here.
     for rows, classes, element_bytes in itertools.product(ROWS[:8], CLASSES, (2, 4)):
@@ -555,9 +604,9 @@ def test_digits_select_what_a_stable_sort_does(name: str, digit_bits: int) -> No
 def test_row_kernels_are_chosen_by_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMP_FAST_CUDA_ROWS", raising=False)
     assert CudaBackend().row_kernels == "auto"
-    for name in ("auto", "plain", "shared", "cluster", "ring"):
+    for name in ("auto", "plain", "shared", "cluster", "ring", "held"):
         assert CudaBackend(name).row_kernels == name
-    with pytest.raises(ValueError, match=r"row_kernels must be one of .*'ring'\], got 'magic'"):
+    with pytest.raises(ValueError, match=r"row_kernels must be one of .*'held'\], got 'magic'"):
         CudaBackend("magic")
     backend = CudaBackend("plain")
     backend.row_kernels = "cluster"

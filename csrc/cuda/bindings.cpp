@@ -63,12 +63,13 @@ RowArgs row_args(Address logits, int64_t stride, int64_t rows, int64_t classes, 
 
 RowShape shape_of(const RowArgs& a, Dtype dtype, bool grad) {
   const bool general = a.softcap > 0.0f || (a.smoothing > 0.0f && a.weight != nullptr);
-  const auto address = reinterpret_cast<uintptr_t>(a.logits);
+  const auto addresses =
+      reinterpret_cast<uintptr_t>(a.logits) | reinterpret_cast<uintptr_t>(a.grad);
   return {a.rows,
           a.classes,
           a.stride,
           element_bytes(dtype),
-          address % kVectorBytes == 0,
+          addresses % kVectorBytes == 0,
           a.soft != nullptr,
           general,
           a.smoothing > 0.0f,
@@ -90,6 +91,8 @@ void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address work
       return score_in_cluster(dtype, plan, a, stream);
     case RowPath::kRing:
       return score_in_ring(dtype, plan, a, stream);
+    case RowPath::kHeld:
+      return score_held(dtype, plan, a, stream);
   }
 }
 
@@ -271,7 +274,8 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
       plan_rows(static_cast<RowKernels>(kernels),
                 {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
                 {multiprocessors, shared, max_cluster});
-  constexpr const char* names[] = {"shared", "registers", "looped", "split", "cluster", "ring"};
+  constexpr const char* names[] = {"shared",  "registers", "looped", "split",
+                                   "cluster", "ring",      "held"};
   py::dict d;
   d["path"] = names[static_cast<int>(p.path)];
   d["lanes"] = p.lanes;
@@ -279,6 +283,7 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
   d["grid"] = p.grid;
   d["register_vectors"] = p.register_vectors;
   d["tile_rows"] = p.tile_rows;
+  d["lane_vectors"] = p.lane_vectors;
   d["parts"] = p.parts;
   d["vectors_per_part"] = p.vectors_per_part;
   d["cached_vectors"] = p.cached_vectors;

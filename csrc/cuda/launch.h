@@ -34,6 +34,7 @@ enum class RowPath : int {
   kSplit,      // several blocks a row, partial sums merged by a second launch
   kCluster,    // a thread-block cluster a row, through rings that bulk copies fill (launch_ring.h)
   kRing,       // a block a row, through a ring that asynchronous copies fill
+  kHeld,       // lanes a row, the row in registers, the next on its way to shared memory
 };
 
 struct RowPlan {
@@ -43,6 +44,7 @@ struct RowPlan {
   int64_t grid;          // blocks; each loops over tiles of threads / lanes rows
   int register_vectors;  // a thread holds (kRegisters)
   int tile_rows;         // that a warp works on at once (kShared)
+  int lane_vectors;      // of a row, a lane (kHeld)
   int parts;             // of a row (kSplit)
   int vectors_per_part;  // of a row (kSplit); that a block owns (kCluster, kRing)
   int cached_vectors;    // of a row kept in shared memory for the gradient (kLooped)
@@ -59,7 +61,7 @@ struct RowShape {
   int64_t classes;
   int64_t stride;
   int element_bytes;
-  bool base_aligned;  // the first logit lies at a multiple of 16 bytes
+  bool base_aligned;  // the first logit, and of the gradient, lie at multiples of 16 bytes
   bool soft;
   bool general;   // a softcap, or label smoothing with class weights: not in shared or registers
   bool smoothed;  // label smoothing
@@ -142,6 +144,41 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   plan.grid = std::min(ceil_div(s.rows, int64_t{warps} * plan.tile_rows),
                        std::max<int64_t>(resident, 1) * device.multiprocessors);
   return plan;
+}
+
+constexpr int kHeldThreads = 128;  // a block
+constexpr int kHeldBlocks = 4;     // a multiprocessor: more reads at its start took longer
+constexpr int kHeldLanes[] = {8, 16, 32};
+constexpr int kHeldVectors = 8;     // of a row, a lane at most,
+constexpr int kHeldFewVectors = 6;  // and in the kernels for the shorter rows of as many lanes
+constexpr int kHeldTurns = 2;       // rows that every lane has at least
+constexpr int64_t kMaxHeldRows = int64_t{1} << 30;  // row numbers and a grid more fit an int
+
+// The plan of rows_held, where it serves the rows and has enough of them.
+inline std::optional<RowPlan> plan_held(const RowShape& s, const Device& device) {
+  const int64_t row_bytes = s.classes * s.element_bytes;
+  if (s.soft || s.general || s.smoothed || !s.base_aligned || row_bytes % kVectorBytes != 0 ||
+      (s.stride != s.classes && s.rows > 1)) {
+    return std::nullopt;
+  }
+  const int64_t vectors = row_bytes / kVectorBytes;
+  // With these, and the fewest lanes, a lane may lack the last two of its vectors and no other.
+  if (vectors <= kHeldLanes[0] * kHeldVectors / 2) return std::nullopt;
+  for (const int lanes : kHeldLanes) {
+    if (vectors > lanes * kHeldVectors) continue;
+    RowPlan plan{};
+    plan.path = RowPath::kHeld;
+    plan.lanes = lanes;
+    plan.threads = kHeldThreads;
+    plan.parts = 1;
+    plan.lane_vectors = vectors <= lanes * kHeldFewVectors ? kHeldFewVectors : kHeldVectors;
+    plan.grid = int64_t{kHeldBlocks} * device.multiprocessors;
+    plan.shared_bytes = int64_t{kHeldThreads} * plan.lane_vectors * kVectorBytes;
+    const int64_t at_once = plan.grid * (kHeldThreads / lanes);
+    if (s.rows < kHeldTurns * at_once || s.rows > kMaxHeldRows) return std::nullopt;
+    return plan;
+  }
+  return std::nullopt;
 }
 
 // The plan of rows_looped. It serves every shape on every device.

@@ -161,14 +161,18 @@ inline std::optional<RowPlan> plan_ring(const RowShape& s, const Device& device)
 // ----------------------------------------------------------------------------------------
 
 // Which kernels score rows. What a choice cannot serve, the plain kernels do.
-enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing };
+enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing, kHeld };
 
 // What was the fastest on an H200, or within a few per cent of it (benchmarks/results/):
 // rows_in_shared for many short rows, for the gradient of long ones rows_ring or rows_cluster, the
 // plain kernels for all else. Scores alone gain less from shared memory: from half of what a row
-// may take there, a warp a row from memory is faster.
+// may take there, a warp a row from memory is faster. Not among those results yet: rows_held, for
+// very many short rows of 16-bit logits.
 inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
+  if (s.element_bytes == 2) {
+    if (const auto plan = plan_held(s, device)) return *plan;
+  }
   if (s.grad || row_bytes <= kSharedRowBytes / 2) {
     if (const auto plan = plan_shared(s, device)) return *plan;
   }
@@ -199,6 +203,7 @@ inline RowPlan plan_rows(RowKernels kernels, const RowShape& s, const Device& de
   if (kernels == RowKernels::kShared) plan = plan_shared(s, device);
   if (kernels == RowKernels::kCluster) plan = plan_clusters(s, device);
   if (kernels == RowKernels::kRing) plan = plan_ring(s, device);
+  if (kernels == RowKernels::kHeld) plan = plan_held(s, device);
   return plan ? *plan : plan_plain(s, device);
 }
 

@@ -16,6 +16,7 @@
 #include "cuda/async_copy.cuh"
 #include "cuda/batch_step.cuh"
 #include "cuda/dispatch.cuh"
+#include "cuda/hidden_target.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/row_epilogue.cuh"
 
@@ -110,12 +111,6 @@ struct Largest {
     }
   }
 };
-
-// Finite, so that 0 times its distance to a maximum is 0; and within float when taken times
-// log2(e). A maximum is to lie kAboveHidden above it.
-template <class T>
-constexpr float kHidden = std::is_same_v<T, __half> ? -65504.0f : -1e38f;
-constexpr float kAboveHidden = 256.0f;
 
 // The pieces of a row that one of its kLanes threads walks, each by its first column. kRotated:
 // where a thread has a row to itself, neighbours start at different pieces; rows of a multiple of
@@ -304,8 +299,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
       quick.d = G::warp_reduce(quick.d, Add{});
       quick.s = G::warp_reduce(quick.s, Add{});
       quick.q = G::warp_reduce(quick.q, Add{});
-      const bool common = is_quick(sums.sums.m) && sums.sums.m > kHidden<T> + kAboveHidden;
-      const bool careful = !common || is_nan(quick.s);
+      const bool careful = !is_common<T>(sums.sums.m) || is_nan(quick.s);
       if (!careful) quick.into(sums.sums);
       if (__any_sync(kFullWarp, careful)) {
         __syncwarp();  // a group past the end has read the row

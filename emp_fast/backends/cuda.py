@@ -44,10 +44,10 @@ class CudaBackend(RowKernelsChoice, Backend):
     """Serves NVIDIA GPUs of compute capability 8.0 and up.
 
     Args:
-        row_kernels: which kernels score rows: "plain", "shared" (short rows), "cluster" or "ring"
-            (long rows), or "auto", the fastest as far as measured (docs/kernels.md); None for what
-            the environment variable ``EMP_FAST_CUDA_ROWS`` says, else "auto". What a choice cannot
-            serve, the plain kernels do.
+        row_kernels: which kernels score rows: "plain", "shared" or "held" (short rows), "cluster"
+            or "ring" (long rows), or "auto", the fastest as far as measured (docs/kernels.md); None
+            for what the environment variable ``EMP_FAST_CUDA_ROWS`` says, else "auto". What a
+            choice cannot serve, the plain kernels do.
 
     Raises:
         ValueError: no kernels have that name.
@@ -55,7 +55,8 @@ class CudaBackend(RowKernelsChoice, Backend):
 
     name = "cuda"
     fuses_step = True
-    row_kernel_names = ("auto", "plain", "shared", "cluster", "ring")  # as csrc/cuda/launch_ring.h
+    #: As in csrc/cuda/launch_ring.h.
+    row_kernel_names = ("auto", "plain", "shared", "cluster", "ring", "held")
     row_kernels_environment = "EMP_FAST_CUDA_ROWS"
 
     def __init__(self, row_kernels: str | None = None) -> None:

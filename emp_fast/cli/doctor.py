@@ -27,6 +27,7 @@ RUN_ON = {"triton": ["NVIDIA H200"], "cuda": ["NVIDIA H200"]}
 #: What of them no GPU has run, or not since it was rewritten; docs/kernels.md has the whole list.
 NOT_RUN = {
     "cuda": [
+        "rows_held",
         "claim_rows",
         "the end of a scoring launch of many rows",
         "a step in which a loss is not finite",

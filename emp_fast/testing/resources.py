@@ -94,6 +94,22 @@ EXPECTED = (
         loops=1,
     ),
     Expected(
+        r"^rows_held\b",
+        r"cp_async16\(mine \+ i",
+        128,
+        "logits are copied by 16 bytes",
+        6,
+        loops=1,
+    ),
+    Expected(
+        r"^rows_held<.*, true>",  # with the gradient
+        r"__stcs\(out \+",
+        128,
+        "the gradient moves by 16 bytes",
+        6,
+        loops=1,
+    ),
+    Expected(
         r"^((rows_in_registers|rows_looped)<.*, true>|(rows_cluster|rows_ring|row_gradients)\b)",
         r"__stcs\(reinterpret_cast<uint4\*>\(row \+ column\)",
         128,

@@ -42,7 +42,7 @@ test() {
   eval "flags=(${TEST_FLAGS:-})"
   "$python" -m pytest tests/gpu -q --junitxml="$folder/test.xml" "${flags[@]}" || return
   # Rows again by the kernels that auto, the default, does not choose (docs/kernels.md).
-  for kernels in plain shared cluster ring; do
+  for kernels in plain shared cluster ring held; do
     EMP_FAST_CUDA_ROWS=$kernels "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
       -q -k 'not triton' --junitxml="$folder/test-$kernels.xml" "${flags[@]}" || return
   done
@@ -61,12 +61,13 @@ sanitize() {
   local tool kernels which flags
   eval "flags=(${SANITIZE_FLAGS:-})"
   for tool in memcheck racecheck; do
-    for kernels in auto shared cluster ring; do
+    for kernels in auto shared cluster ring held; do
       # Strided logits are copied to memory that ends within a vector: see in_whole_vectors.
       which='cuda and not _as_ and not transposed and not column_strided'
       case $kernels in
         shared) which="$which and (oracle and _10 and not _1025 or current_stream)" ;; # short rows
         cluster | ring) which='cuda and current_stream' ;;                               # long rows
+        held) which='cuda and current_stream and 8500' ;;                                # many rows
       esac
       EMP_FAST_CUDA_ROWS=$kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
         --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \

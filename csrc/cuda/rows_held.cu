@@ -1,0 +1,262 @@
+// Scores (and gradient, and the state's step) of very many rows of 33 to 256 vectors of 16 bytes.
+//
+// Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: kLanes
+// threads a row. A thread reads its vectors of the row from shared memory into registers, and at
+// once starts to copy those of its next row to where they were: copies are under way during all of
+// a row's computation. It reads what it has copied itself, so it waits for nothing but its own
+// copies. As in rows_in_shared, each lane keeps what the scores of one row are made of until the
+// warp has 32 rows, and takes them for that row alone.
+//
+// The lane that has the target's vector hides the target (hidden_target.cuh) before it reads the
+// vector. Of the other logits the sums assume that none is -inf, and that their maximum is of a
+// common size; a row that turns out otherwise is read again and done with care.
+#include "cuda/async_copy.cuh"
+#include "cuda/batch_step.cuh"
+#include "cuda/dispatch.cuh"
+#include "cuda/hidden_target.cuh"
+#include "cuda/launcher.cuh"
+#include "cuda/row_epilogue.cuh"
+
+namespace emp_fast::cuda {
+namespace {
+
+// The sums of a row, until the lane that keeps them writes its scores.
+struct KeptRow {
+  int64_t y;  // its target
+  float x_y;
+  SoftmaxSums<float> sums;
+  bool done;  // else d, s and q are those of QuickSums
+
+  __device__ __forceinline__ RowResult finish(const RowArgs& a, const Target& target) const {
+    RowSums row{sums, 0.0f, 0.0f};
+    if (!done) {
+      QuickSums quick = QuickSums::of(sums.m);
+      quick.d = sums.d;
+      quick.s = sums.s;
+      quick.q = sums.q;
+      row.sums = {sums.m, 0.0f, 0.0f, 0.0f};
+      quick.into(row.sums);
+    }
+    return finish_row<false>(a, row, x_y, target);
+  }
+
+  // Writes the scores if it is a row.
+  __device__ __forceinline__ void conclude(const RowArgs& a, int row, bool active) const {
+    write_scores<1>(a, row, active, finish(a, Target::from_class(a, y)));
+  }
+};
+
+// The sums of a row whatever its logits are, by all threads of the warp. `x`: the lane's first
+// vector in memory; `left`: vectors from it to the end of the row.
+template <class T, int kLanes>
+__device__ __forceinline__ SoftmaxSums<float> add_with_care(const uint4* x, int left, int target) {
+  using G = Group<kLanes>;
+  constexpr int kCount = kElements<T>;
+  auto sums = SoftmaxSums<float>::empty();
+  const auto each = [&](const auto& visit) {
+    int column = G::lane() * kCount;
+#pragma unroll 1
+    for (int at = 0; at < left; at += kLanes, column += kLanes * kCount) {
+      float values[kCount];
+      unpack<T>(load_vector(x + at), values);
+      const unsigned hidden = offset_in_vector(column, target);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        visit(e == static_cast<int>(hidden) ? -INFINITY : values[e]);
+      }
+    }
+  };
+  each([&](float value) { sums.m = max_or_nan(sums.m, value); });
+  sums.m = G::warp_reduce(sums.m, Max{});
+  each([&](float value) { add_logit(sums, value); });
+  sums.d = G::warp_reduce(sums.d, Add{});
+  sums.s = G::warp_reduce(sums.s, Add{});
+  sums.q = G::warp_reduce(sums.q, Add{});
+  return sums;
+}
+
+// Writes the gradient of a lane's vectors of a row, from `raw`, or from `logits` in memory where
+// the row is not `quick`. What it writes for the target is not the target's: that follows.
+template <class T, int kLanes, int kVectors>
+__device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint4* out,
+                                               const uint4 (&raw)[kVectors], const uint4* logits,
+                                               int left) {
+  constexpr int kCount = kElements<T>;
+  if (gradient.quick) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float x[kCount];
+      unpack<T>(raw[i], x);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) x[e] = gradient.quick_value(x[e]);
+      if (i < kVectors - 2 || i * kLanes < left) __stcs(out + i * kLanes, pack<T>(x));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int at = 0; at < left; at += kLanes) {
+    float x[kCount];
+    unpack<T>(load_vector(logits + at), x);
+    gradient.off_target(x);
+    __stcs(out + at, pack<T>(x));
+  }
+}
+
+// A lane has kVectors vectors of a row, of which the last two may lie past its end. kStep: with the
+// gradient and the batch's step, as in rows_in_registers.
+template <class T, int kLanes, int kVectors, bool kStep>
+__global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
+    rows_held(const __grid_constant__ RowArgs a) {
+  using G = Group<kLanes>;
+  constexpr int kCount = kElements<T>;
+  constexpr int kRows = kHeldThreads / kLanes;  // of a block, at a time
+  const int part = threadIdx.x % kLanes;
+  const int group = threadIdx.x / kLanes;
+  const int rows = static_cast<int>(a.rows);
+  const int vectors = a.classes / kCount;
+  const int left = vectors - part;  // of the row, from the lane's first on
+  const int apart = static_cast<int>(gridDim.x) * kRows;
+  int row = static_cast<int>(blockIdx.x) * kRows + group;
+  const int end = rows + group % (32 / kLanes);  // row < end: the warp has a row
+  const auto vectors_of = [&](const void* matrix, int of_row) {
+    return static_cast<const uint4*>(matrix) + int64_t{of_row} * vectors + part;
+  };
+
+  // What lies past the end of a row is hidden once, for no copy reaches it.
+  T* const line = dynamic_shared<T>() + group * kLanes * kVectors * kCount;
+  uint4* const mine = reinterpret_cast<uint4*>(line) + part;
+#pragma unroll
+  for (int i = kVectors - 2; i < kVectors; ++i) {
+    if (i * kLanes >= left) mine[i * kLanes] = all_hidden<T>();
+  }
+
+  const uint4* from = vectors_of(a.logits, row);
+  const int64_t step = int64_t{apart} * vectors;
+  int64_t y = 0;
+  int64_t sample = 0;
+  float scale = 0.0f;
+  // Starts to bring what the next turn needs. A group past the end goes on with what it has.
+  const auto fetch = [&]() {
+    if (row < rows) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        if (i < kVectors - 2 || i * kLanes < left) cp_async16(mine + i * kLanes, from + i * kLanes);
+      }
+      from += step;
+      y = __ldg(a.target + row);
+      if constexpr (kStep) {
+        sample = __ldg(a.update.indices + row);
+        scale = row_gradient(a, row);
+      }
+    }
+    cp_async_commit();
+  };
+  fetch();
+
+  KeptRow kept{};
+  int turn = 0;  // of the lanes of a row, the one that keeps its sums
+  while (true) {
+    const int64_t y_now = y;
+    const float scale_now = scale;
+    const int row_now = min(row, rows - 1);
+    const bool active = row < rows;
+    const bool inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(a.classes);
+    const unsigned column = inside ? static_cast<unsigned>(y) : 0u;
+    const unsigned v = column / kCount;
+    const bool owner = v % kLanes == static_cast<unsigned>(part);
+    if constexpr (kStep) {
+      if (active && part == 0) claim_row(a, row, sample, y != a.ignore_index);
+    }
+
+    cp_async_wait_group<0>();
+    float x_y = 0.0f;
+    if (owner) {
+      x_y = to_float(line[column]);
+      line[column] = from_float<T>(kHidden<T>);
+    }
+    uint4 raw[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) raw[i] = mine[i * kLanes];
+    row += apart;
+    fetch();
+
+    SoftmaxSums<float> sums{G::warp_reduce(largest<T>(raw), Max{}), 0.0f, 0.0f, 0.0f};
+    auto quick = QuickSums::of(sums.m);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float x[kCount];
+      unpack<T>(raw[i], x);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) quick.add_finite(x[e]);
+    }
+    sums.d = G::warp_reduce(quick.d, Add{});
+    sums.s = G::warp_reduce(quick.s, Add{});
+    sums.q = G::warp_reduce(quick.q, Add{});
+    x_y = __shfl_sync(kFullWarp, x_y, v, kLanes);
+    const bool careful = !is_common<T>(sums.m) || is_nan(sums.s);
+    if (__any_sync(kFullWarp, careful)) {
+      const auto again = add_with_care<T, kLanes>(vectors_of(a.logits, row_now), left, column);
+      if (careful) sums = again;
+    }
+    const KeptRow made{y_now, x_y, sums, careful};
+    if constexpr (kStep) {
+      const Target target = Target::from_class(a, y_now);
+      const RowResult result = made.finish(a, target);
+      const auto gradient =
+          GradientRow::of<false>(a, target, scale_now, result.field[kMax], result.field[kInvSum],
+                                 result.field[kConfidence], result.field[kMiss]);
+      if (active) {
+        const uint32_t zero = static_cast<uint32_t>(a.classes) >> 31;
+#pragma unroll
+        for (uint4& vector : raw) vector = forgotten(vector, zero);
+        auto* out = const_cast<uint4*>(vectors_of(a.grad, row_now));
+        write_gradient<T, kLanes>(gradient, out, raw, vectors_of(a.logits, row_now), left);
+        T* elements = reinterpret_cast<T*>(out - part);
+        if (owner) elements[column] = from_float<T>(gradient.value_at_target());
+      }
+    }
+    if (part == turn) kept = made;
+    ++turn;
+    const bool more = row < end;
+    if (turn == kLanes || !more) {
+      const int kept_row = row - (turn - part) * apart;
+      kept.conclude(a, kept_row, part < turn && kept_row < rows);
+      turn = 0;
+    }
+    if (!more) break;
+  }
+  if constexpr (kStep) end_launch(a);
+}
+
+template <class T, bool kStep>
+void score(const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
+  const auto run = [&](auto kernel) {
+    launch("rows_held", kernel, static_cast<unsigned>(plan.grid), plan.threads, plan.shared_bytes,
+           stream, args);
+  };
+  const auto of_vectors = [&](auto few, auto many) {
+    run(plan.lane_vectors == kHeldFewVectors ? few : many);
+  };
+  constexpr int kFew = kHeldFewVectors;
+  constexpr int kMany = kHeldVectors;
+  switch (plan.lanes) {
+    case 8:
+      return of_vectors(rows_held<T, 8, kFew, kStep>, rows_held<T, 8, kMany, kStep>);
+    case 16:
+      return of_vectors(rows_held<T, 16, kFew, kStep>, rows_held<T, 16, kMany, kStep>);
+    default:
+      return of_vectors(rows_held<T, 32, kFew, kStep>, rows_held<T, 32, kMany, kStep>);
+  }
+}
+
+}  // namespace
+
+void score_held(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    return args.grad == nullptr ? score<T, false>(plan, args, stream)
+                                : score<T, true>(plan, args, stream);
+  });
+}
+
+}  // namespace emp_fast::cuda
