@@ -282,12 +282,14 @@ SHAPES += [
 ]
 #: A vector more than a kernel's fewest, its most, and some that only a part of the lanes have.
 SHAPES += [
-    Shape(("held", 8), 131, 264, bf16, multiprocessors=1),
-    Shape(("held", 8), 129, 192, weighted=True, multiprocessors=1),
+    Shape(("held", 8), 261, 136, bf16, multiprocessors=1),
+    Shape(("held", 8), 259, 128, multiprocessors=1),
+    Shape(("held", 8), 163, 264, bf16, multiprocessors=1),
+    Shape(("held", 8), 161, 192, weighted=True, multiprocessors=1),
     Shape(("held", 8), 150, 512, f16, multiprocessors=1),
-    Shape(("held", 16), 65, 300, multiprocessors=1),
+    Shape(("held", 16), 83, 300, multiprocessors=1),
     Shape(("held", 16), 67, 1000, bf16, weighted=True, multiprocessors=1),
-    Shape(("held", 32), 35, 1032, f16, multiprocessors=1),
+    Shape(("held", 32), 43, 1032, f16, multiprocessors=1),
     Shape(("held", 32), 150, 1024),
     Shape(("held", 32), 45, 2040, bf16, multiprocessors=1),
 ]
@@ -755,8 +757,8 @@ STEPS = [
     (("shared", 300, 32, 0.0), ("shared", "whole")),
     (("shared", 600, 10, 0.0), ("shared", "claims")),
     (("shared", 1025, 10, 0.0), ("shared", "claims")),
-    (("held", 130, 516, 0.0), ("held", "whole")),
-    (("held", 600, 132, 0.0), ("held", "claims")),
+    (("held", 170, 516, 0.0), ("held", "whole")),
+    (("held", 650, 132, 0.0), ("held", "claims")),
     (("plain", 9, 10, 0.0), ("registers", "whole")),
     (("plain", 512, 10, 0.0), ("registers", "whole")),
     (("plain", 513, 10, 0.0), ("registers", "claims")),

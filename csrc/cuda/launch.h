@@ -147,10 +147,15 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
 }
 
 constexpr int kHeldThreads = 128;  // a block
-constexpr int kHeldBlocks = 4;     // a multiprocessor: more reads at its start took longer
 constexpr int kHeldLanes[] = {8, 16, 32};
-constexpr int kHeldVectors = 8;     // of a row, a lane at most,
-constexpr int kHeldFewVectors = 6;  // and in the kernels for the shorter rows of as many lanes
+// Vectors of a row that a lane has at most, by kernel; it may lack the last two. Four of them for
+// eight lanes alone, of whose rows they are the shortest.
+constexpr int kHeldVectors[] = {4, 6, 8};
+constexpr int kMostHeldVectors = 8;
+// Blocks a multiprocessor: more reads at its start took longer. The gradient takes registers.
+constexpr int held_blocks(int lane_vectors, bool grad) {
+  return (grad && lane_vectors == 4 ? 24 : 32) / lane_vectors;
+}
 constexpr int kHeldTurns = 2;       // rows that every lane has at least
 constexpr int64_t kMaxHeldRows = int64_t{1} << 30;  // row numbers and a grid more fit an int
 
@@ -162,17 +167,19 @@ inline std::optional<RowPlan> plan_held(const RowShape& s, const Device& device)
     return std::nullopt;
   }
   const int64_t vectors = row_bytes / kVectorBytes;
-  // With these, and the fewest lanes, a lane may lack the last two of its vectors and no other.
-  if (vectors <= kHeldLanes[0] * kHeldVectors / 2) return std::nullopt;
+  if (vectors <= kHeldLanes[0] * (kHeldVectors[0] - 2)) return std::nullopt;
   for (const int lanes : kHeldLanes) {
-    if (vectors > lanes * kHeldVectors) continue;
+    if (vectors > lanes * kMostHeldVectors) continue;
     RowPlan plan{};
     plan.path = RowPath::kHeld;
     plan.lanes = lanes;
     plan.threads = kHeldThreads;
     plan.parts = 1;
-    plan.lane_vectors = vectors <= lanes * kHeldFewVectors ? kHeldFewVectors : kHeldVectors;
-    plan.grid = int64_t{kHeldBlocks} * device.multiprocessors;
+    for (const int held : kHeldVectors) {
+      plan.lane_vectors = held;
+      if (vectors <= lanes * held) break;
+    }
+    plan.grid = int64_t{held_blocks(plan.lane_vectors, s.grad)} * device.multiprocessors;
     plan.shared_bytes = int64_t{kHeldThreads} * plan.lane_vectors * kVectorBytes;
     const int64_t at_once = plan.grid * (kHeldThreads / lanes);
     if (s.rows < kHeldTurns * at_once || s.rows > kMaxHeldRows) return std::nullopt;

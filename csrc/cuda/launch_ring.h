@@ -163,20 +163,20 @@ inline std::optional<RowPlan> plan_ring(const RowShape& s, const Device& device)
 // Which kernels score rows. What a choice cannot serve, the plain kernels do.
 enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing, kHeld };
 
-// What was the fastest on an H200, or within a few per cent of it (benchmarks/results/):
-// rows_in_shared for many short rows, for the gradient of long ones rows_ring or rows_cluster, the
-// plain kernels for all else. Scores alone gain less from shared memory: from half of what a row
-// may take there, a warp a row from memory is faster. Not among those results yet: rows_held, for
-// very many short rows of 16-bit logits.
+// What was the fastest on an H200, or within a few per cent of it (benchmarks/results/): rows_held
+// for very many short rows, rows_in_shared for other short ones, for the gradient of long ones
+// rows_ring or rows_cluster, the plain kernels for all else. Scores alone gain less from shared
+// memory: from half of what a row may take there, a warp a row from memory is faster.
 inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
-  if (s.element_bytes == 2) {
-    if (const auto plan = plan_held(s, device)) return *plan;
+  if (const auto plan = plan_held(s, device)) {
+    // A warp a float32 row has too few logits a thread beside its scores.
+    if (s.grad || s.element_bytes == 2 || plan->lanes < 32) return *plan;
   }
-  if (s.grad || row_bytes <= kSharedRowBytes / 2) {
+  if (row_bytes <= kSharedRowBytes / 2) {
     if (const auto plan = plan_shared(s, device)) return *plan;
   }
-  if (s.grad && row_bytes > kSharedRowBytes && !s.general && !s.smoothed) {
+  if (s.grad && row_bytes > kSharedRowBytes / 2 && !s.general && !s.smoothed) {
     const auto ring = plan_ring(s, device);
     if (ring && ring->rounds <= ring->slots) return *ring;
     // Too long for one block's ring, by a third at most: worth it where they have 16 bits.
@@ -185,7 +185,9 @@ inline RowPlan plan_auto(const RowShape& s, const Device& device) {
       return s.element_bytes == 2 && keeps_row(s, *ring) ? *ring : *cluster;
     }
   }
-  if (!s.grad && row_bytes > kSharedRowBytes / 2) {
+  if (s.grad) {
+    if (const auto plan = plan_shared(s, device)) return *plan;
+  } else if (row_bytes > kSharedRowBytes / 2) {
     const RowPlan plan = plan_looped(s, device);
     if (plan.lanes == 32) return plan;
   }

@@ -1,4 +1,4 @@
-// Scores (and gradient, and the state's step) of very many rows of 33 to 256 vectors of 16 bytes.
+// Scores (and gradient, and the state's step) of very many rows of 17 to 256 vectors of 16 bytes.
 //
 // Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: kLanes
 // threads a row. A thread reads its vectors of the row from shared memory into registers, and at
@@ -105,7 +105,7 @@ __device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint
 // A lane has kVectors vectors of a row, of which the last two may lie past its end. kStep: with the
 // gradient and the batch's step, as in rows_in_registers.
 template <class T, int kLanes, int kVectors, bool kStep>
-__global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
+__global__ void __launch_bounds__(kHeldThreads, held_blocks(kVectors, kStep))
     rows_held(const __grid_constant__ RowArgs a) {
   using G = Group<kLanes>;
   constexpr int kCount = kElements<T>;
@@ -234,18 +234,15 @@ void score(const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
     launch("rows_held", kernel, static_cast<unsigned>(plan.grid), plan.threads, plan.shared_bytes,
            stream, args);
   };
-  const auto of_vectors = [&](auto few, auto many) {
-    run(plan.lane_vectors == kHeldFewVectors ? few : many);
-  };
-  constexpr int kFew = kHeldFewVectors;
-  constexpr int kMany = kHeldVectors;
+  const auto of_vectors = [&](auto few, auto many) { run(plan.lane_vectors == 6 ? few : many); };
   switch (plan.lanes) {
     case 8:
-      return of_vectors(rows_held<T, 8, kFew, kStep>, rows_held<T, 8, kMany, kStep>);
+      if (plan.lane_vectors == 4) return run(rows_held<T, 8, 4, kStep>);
+      return of_vectors(rows_held<T, 8, 6, kStep>, rows_held<T, 8, 8, kStep>);
     case 16:
-      return of_vectors(rows_held<T, 16, kFew, kStep>, rows_held<T, 16, kMany, kStep>);
+      return of_vectors(rows_held<T, 16, 6, kStep>, rows_held<T, 16, 8, kStep>);
     default:
-      return of_vectors(rows_held<T, 32, kFew, kStep>, rows_held<T, 32, kMany, kStep>);
+      return of_vectors(rows_held<T, 32, 6, kStep>, rows_held<T, 32, 8, kStep>);
   }
 }
 
