@@ -13,8 +13,8 @@ from emp_fast.functional import cross_entropy, topk_indices
 RUNS = 3 if DRY_RUN else 20
 #: Steps of one launch and of two; long rows that end within a chunk of the kernels with rings.
 SHAPES = [(64, 10), (300, 100), (65, 1000), (3, 32000), (260, 8192), (264, 20004), (2000, 36)]
-#: Rows enough for rows_held on a device of 132 multiprocessors.
-SHAPES.append((8500, 640))
+#: Rows enough for rows_held on a device of 132 multiprocessors, by 16 or 32 threads and by 8.
+SHAPES += [(11000, 640), (34000, 136)]
 #: Rows enough for Triton's score_rows.
 MANY = (4000, 4096)
 
