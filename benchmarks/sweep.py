@@ -38,8 +38,10 @@ from emp_fast.backends.base import LossOptions, Recurrence, State
 from emp_fast.kernels import plan
 from emp_fast.rules import EMP
 
-#: Rows are as many as make a launch long beside its start.
+#: Rows are as many as make a launch long beside its start; of a few shapes they are few.
 _SHAPES = (
+    (128, 10),
+    (512, 100),
     (2**20, 10),
     (65536, 10),
     (2**18, 32),
