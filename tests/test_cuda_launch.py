@@ -156,10 +156,8 @@ def test_auto_is_what_was_measured_to_be_fastest(device: tuple[int, int, int]) -
         plans = {name: plan_rows(*shape, device, kernels=name) for name in range(6)}
         row_bytes = classes * element_bytes
         auto = plans[AUTO]
-        held = plans[HELD]
-        ahead = held["path"] == "held" and (grad or element_bytes == 2 or held["lanes"] < 32)
-        if ahead:
-            assert auto == held, shape
+        if plans[HELD]["path"] == "held":
+            assert auto == plans[HELD], shape
         elif auto["path"] == "shared":
             assert auto == plans[SHARED], shape
             assert grad or row_bytes <= 8192, shape
@@ -234,7 +232,11 @@ def test_held_serves_every_row_of_whole_vectors_that_its_lanes_hold(
         fits = rest == 0 and 16 < vectors <= 256
         held = min(n for n in (4, 6, 8, math.inf) if n * lanes >= vectors)
         for grad, which in itertools.product((0, 1), range(5)):
-            blocks = {4: 6 if grad else 8, 6: 5}.get(held, 4) * device[0]
+            blocks = {
+                4: 5 if grad else 6,
+                6: (4 if lanes == 8 else 3) if grad else 5,
+                8: (3 if lanes == 8 else 2) if grad else 4,
+            }.get(held, 4) * device[0]
             enough = 2 * blocks * (128 // lanes)
             rows = (1, enough - 1, enough, 2**30, 2**30 + 1)[which]
             for padding, aligned, soft, general, smoothed in (
@@ -261,7 +263,8 @@ def test_held_serves_every_row_of_whole_vectors_that_its_lanes_hold(
                 assert (held - 2) * lanes <= vectors <= held * lanes, shape
                 assert plan["threads"] == 128, shape
                 assert plan["grid"] == blocks, shape
-                assert plan["shared_bytes"] == 128 * held * 16, shape
+                # Rows as they lie in memory, that may begin anywhere in 128 bytes.
+                assert plan["shared_bytes"] == 128 // lanes * vectors * 16 + 128, shape
                 assert plan["shared_bytes"] <= 48 * 1024, shape  # with no leave of the driver
                 assert plan["parts"] == 1, shape
                 assert plan["workspace_bytes"] == 0, shape

@@ -152,11 +152,14 @@ constexpr int kHeldLanes[] = {8, 16, 32};
 // eight lanes alone, of whose rows they are the shortest.
 constexpr int kHeldVectors[] = {4, 6, 8};
 constexpr int kMostHeldVectors = 8;
-// Blocks a multiprocessor: more reads at its start took longer. The gradient takes registers.
-constexpr int held_blocks(int lane_vectors, bool grad) {
-  return (grad && lane_vectors == 4 ? 24 : 32) / lane_vectors;
+constexpr int kLineVectors = 8;  // of the 128 bytes that are a line of the cache, and of all banks
+// Blocks a multiprocessor, as measured: enough bytes on their way, and no more, for the first rows
+// of all come late when all ask at once.
+constexpr int held_blocks(int lanes, int lane_vectors, bool grad) {
+  if (lane_vectors == 4) return grad ? 5 : 6;
+  return grad ? 24 / lane_vectors - (lanes > 8) : 32 / lane_vectors;
 }
-constexpr int kHeldTurns = 2;       // rows that every lane has at least
+constexpr int kHeldTurns = 2;                       // rows that every lane has at least
 constexpr int64_t kMaxHeldRows = int64_t{1} << 30;  // row numbers and a grid more fit an int
 
 // The plan of rows_held, where it serves the rows and has enough of them.
@@ -179,8 +182,8 @@ inline std::optional<RowPlan> plan_held(const RowShape& s, const Device& device)
       plan.lane_vectors = held;
       if (vectors <= lanes * held) break;
     }
-    plan.grid = int64_t{held_blocks(plan.lane_vectors, s.grad)} * device.multiprocessors;
-    plan.shared_bytes = int64_t{kHeldThreads} * plan.lane_vectors * kVectorBytes;
+    plan.grid = int64_t{held_blocks(lanes, plan.lane_vectors, s.grad)} * device.multiprocessors;
+    plan.shared_bytes = (kHeldThreads / lanes * vectors + kLineVectors) * kVectorBytes;
     const int64_t at_once = plan.grid * (kHeldThreads / lanes);
     if (s.rows < kHeldTurns * at_once || s.rows > kMaxHeldRows) return std::nullopt;
     return plan;

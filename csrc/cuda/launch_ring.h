@@ -67,9 +67,7 @@ inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest)
   plan.lanes = plan.threads = kRingThreads;
   plan.parts = 1;
   plan.cluster = 1;
-  const auto keeps = [&] {
-    return keeps_row(s.element_bytes, rounds(plan.cluster), plan.slots);
-  };
+  const auto keeps = [&] { return keeps_row(s.element_bytes, rounds(plan.cluster), plan.slots); };
   // The kernels for the rare options take too many registers for more than one block.
   for (int blocks = s.general || s.smoothed ? 1 : kRingBlocks; blocks >= 1; --blocks) {
     plan.slots = ring_slots(device, blocks);
@@ -169,10 +167,7 @@ enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing, kHeld };
 // memory: from half of what a row may take there, a warp a row from memory is faster.
 inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
-  if (const auto plan = plan_held(s, device)) {
-    // A warp a float32 row has too few logits a thread beside its scores.
-    if (s.grad || s.element_bytes == 2 || plan->lanes < 32) return *plan;
-  }
+  if (const auto plan = plan_held(s, device)) return *plan;
   if (row_bytes <= kSharedRowBytes / 2) {
     if (const auto plan = plan_shared(s, device)) return *plan;
   }

@@ -30,8 +30,13 @@ struct RingShape {
 
   static RingShape of(const RowPlan& p, int64_t grid, bool grad) {
     const int again = grad ? std::max(0, p.rounds - p.slots) : 0;
-    return {p.cluster, p.rounds, p.slots, p.vectors_per_part, static_cast<int>(grid / p.cluster),
-            again,     grad ? again : p.rounds};
+    return {p.cluster,
+            p.rounds,
+            p.slots,
+            p.vectors_per_part,
+            static_cast<int>(grid / p.cluster),
+            again,
+            grad ? again : p.rounds};
   }
 };
 
@@ -73,7 +78,7 @@ struct RowPart {
 // Slots filled by bulk copies, which lane 0 starts; a barrier a slot says when one is there.
 struct BulkCopies {
   static constexpr bool kHopeful = false;  // registers spill
-  uint64_t* barriers;  // [slots], this warp's own
+  uint64_t* barriers;                      // [slots], this warp's own
 
 #if EMP_FAST_BULK_COPIES
   __device__ __forceinline__ static BulkCopies of(uint64_t* barriers, int slots) {

@@ -103,9 +103,10 @@ __device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint
 }
 
 // A lane has kVectors vectors of a row, of which the last two may lie past its end. kStep: with the
-// gradient and the batch's step, as in rows_in_registers.
+// gradient and the batch's step, as in rows_in_registers. The registers are those of a block more
+// than the grid has: with all that there are, the compiler's order of instructions was slower.
 template <class T, int kLanes, int kVectors, bool kStep>
-__global__ void __launch_bounds__(kHeldThreads, held_blocks(kVectors, kStep))
+__global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kStep) + 1)
     rows_held(const __grid_constant__ RowArgs a) {
   using G = Group<kLanes>;
   constexpr int kCount = kElements<T>;
@@ -122,13 +123,12 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kVectors, kStep))
     return static_cast<const uint4*>(matrix) + int64_t{of_row} * vectors + part;
   };
 
-  // What lies past the end of a row is hidden once, for no copy reaches it.
-  T* const line = dynamic_shared<T>() + group * kLanes * kVectors * kCount;
-  uint4* const mine = reinterpret_cast<uint4*>(line) + part;
-#pragma unroll
-  for (int i = kVectors - 2; i < kVectors; ++i) {
-    if (i * kLanes >= left) mine[i * kLanes] = all_hidden<T>();
-  }
+  // The block's rows lie in shared memory one behind the other and within their 128 bytes, as they
+  // do in memory: a line of memory is then copied into one line of banks.
+  const auto first_row = reinterpret_cast<uintptr_t>(vectors_of(a.logits, row - group) - part);
+  uint4* const line =
+      dynamic_shared<uint4>() + first_row / kVectorBytes % kLineVectors + group * vectors;
+  uint4* const mine = line + part;
 
   const uint4* from = vectors_of(a.logits, row);
   const int64_t step = int64_t{apart} * vectors;
@@ -171,12 +171,17 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kVectors, kStep))
     cp_async_wait_group<0>();
     float x_y = 0.0f;
     if (owner) {
-      x_y = to_float(line[column]);
-      line[column] = from_float<T>(kHidden<T>);
+      T& logit = reinterpret_cast<T*>(line)[column];
+      x_y = to_float(logit);
+      logit = from_float<T>(kHidden<T>);
     }
+    // What lies past the end of the row is hidden as the target is, so that no sum masks it.
     uint4 raw[kVectors];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) raw[i] = mine[i * kLanes];
+    for (int i = 0; i < kVectors; ++i) {
+      if (i >= kVectors - 2) raw[i] = all_hidden<T>();
+      if (i < kVectors - 2 || i * kLanes < left) raw[i] = mine[i * kLanes];
+    }
     row += apart;
     fetch();
 

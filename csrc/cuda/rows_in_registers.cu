@@ -25,9 +25,9 @@ constexpr int kThreads = kLanes <= 32 ? 128 : kLanes;
 template <class T, int kLanes>
 constexpr int kBlocks = (std::is_same_v<T, __half> ? 896 : 1024) / kThreads<kLanes>;
 
-// A short launch has to fetch its instructions, so each kernel has those alone that it needs. kStep:
-// with the gradient and what a.step says of the batch's step, three times as many. kSmoothed: there
-// may be label smoothing.
+// A short launch has to fetch its instructions, so each kernel has those alone that it needs.
+// kStep: with the gradient and what a.step says of the batch's step, three times as many.
+// kSmoothed: there may be label smoothing.
 template <class T, int kLanes, int kVectors, bool kStep, bool kSmoothed>
 __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     rows_in_registers(const __grid_constant__ RowArgs a) {
