@@ -67,7 +67,7 @@ sanitize() {
       case $kernels in
         shared) which="$which and (oracle and _10 and not _1025 or current_stream)" ;; # short rows
         cluster | ring) which='cuda and current_stream' ;;                               # long rows
-        held) which='cuda and current_stream and 8500' ;;                                # many rows
+        held) which='cuda and current_stream and (11000 or 34000)' ;;                    # many rows
       esac
       EMP_FAST_CUDA_ROWS=$kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
         --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \
