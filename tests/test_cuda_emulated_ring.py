@@ -27,7 +27,7 @@ from test_update_state import RECURRENCES, make_state
 
 from emp_fast.backends.base import ROW_FIELDS, LossOptions
 
-LARGE, SMALL = 227 * 1024, 76 * 1024  # shared memory for two blocks of three slots; for two slots
+LARGE, SMALL = 227 * 1024, 76 * 1024  # shared memory for six slots; for two
 f16, bf16 = torch.float16, torch.bfloat16
 
 
@@ -59,8 +59,8 @@ STREAMED = [
     Streamed("ring", (1, SMALL, 0), (1, 3, 2), long_rows(3, 17003)),
     Streamed("ring", (1, SMALL, 0), (1, 5, 2), long_rows(2, 65551, bf16, offset=5)),
     Streamed("ring", (1, LARGE, 0), (1, 2, 7), long_rows(3, 4200, smoothing=0.1)),
-    Streamed("cluster", (1, LARGE, 8), (1, 1, 3), long_rows(5, 8301, bf16, offset=7)),
-    Streamed("cluster", (1, LARGE, 8), (1, 2, 3), long_rows(5, 8301)),
+    Streamed("cluster", (1, LARGE, 8), (1, 1, 6), long_rows(5, 8301, bf16, offset=7)),
+    Streamed("cluster", (1, LARGE, 8), (1, 2, 6), long_rows(5, 8301)),
     Streamed("cluster", (1, SMALL, 1), (1, 3, 2), long_rows(3, 17003, padding=2, offset=2)),
     Streamed("cluster", (2, LARGE, 8), (2, 4, 6), long_rows(3, 50001, offset=3)),
     Streamed("cluster", (1, LARGE, 8), (1, 8, 6), long_rows(2, 130001, f16)),  # two read twice

@@ -19,7 +19,7 @@ constexpr int kMaxSlots = 6;                        // of a cluster's block
 constexpr int kMaxBlockSlots = 7;                   // of a block that has its rows alone
 constexpr int64_t kRingRowBytes = 4096;             // rows of such a block at least
 constexpr int kMaxCluster = 8;                      // more is not portable
-constexpr int kRingBlocks = 2;                      // a multiprocessor, where their rings fit
+constexpr int kRingBlocks = 2;  // of rows_ring a multiprocessor, where their rings fit
 // Behind the rings: the sums of every warp of the cluster, twice; a barrier a slot of each warp,
 // and one for each of the two sets of sums.
 constexpr int kSumSets = 2;
@@ -29,10 +29,10 @@ constexpr int kRingBarriers = kRingWarps * kMaxSlots + kSumSets;
 constexpr int64_t kRingTail =
     kSumSets * kSetSums * kSumBytes + kRingBarriers * int64_t{sizeof(uint64_t)};
 
-// Rounds that a block's ring holds when `blocks` share a multiprocessor.
-inline int ring_slots(const Device& device, int blocks) {
-  const int64_t block = (device.shared_bytes + kSystemShared) / blocks - kSystemShared;
-  return static_cast<int>(std::clamp<int64_t>((block - kRingTail) / kRoundBytes, 0, kMaxSlots));
+// Rounds that the ring of a cluster's block holds, which has its multiprocessor alone.
+inline int ring_slots(const Device& device) {
+  const int64_t rounds = (device.shared_bytes - kRingTail) / kRoundBytes;
+  return static_cast<int>(std::clamp<int64_t>(rounds, 0, kMaxSlots));
 }
 
 // Vectors of a row that each block of its cluster owns: whole chunks.
@@ -66,19 +66,16 @@ inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest)
   plan.path = RowPath::kCluster;
   plan.lanes = plan.threads = kRingThreads;
   plan.parts = 1;
+  // One block a multiprocessor has the whole ring, so that fewer blocks share a row.
+  plan.blocks_per_multiprocessor = 1;
+  plan.slots = ring_slots(device);
   plan.cluster = 1;
-  const auto keeps = [&] { return keeps_row(s.element_bytes, rounds(plan.cluster), plan.slots); };
-  // The kernels for the rare options take too many registers for more than one block.
-  for (int blocks = s.general || s.smoothed ? 1 : kRingBlocks; blocks >= 1; --blocks) {
-    plan.slots = ring_slots(device, blocks);
-    if (plan.slots < kMinSlots && blocks > 1) continue;
-    plan.blocks_per_multiprocessor = blocks;
-    if (!s.grad || keeps()) break;
+  while (s.grad && plan.cluster < widest &&
+         !keeps_row(s.element_bytes, rounds(plan.cluster), plan.slots)) {
+    plan.cluster *= 2;
   }
-  // One block a multiprocessor has twice the ring: fewer blocks then share a row.
-  while (s.grad && plan.cluster < widest && !keeps()) plan.cluster *= 2;
   // Few rows: more blocks a row, while each has enough to do.
-  const int64_t blocks = int64_t{plan.blocks_per_multiprocessor} * device.multiprocessors;
+  const int64_t blocks = device.multiprocessors;
   while (plan.cluster < widest && s.rows * plan.cluster < blocks &&
          vectors >= 2 * int64_t{plan.cluster} * kMinPartVectors) {
     plan.cluster *= 2;
@@ -141,7 +138,7 @@ inline std::optional<RowPlan> plan_clusters(const RowShape& s, const Device& dev
   const bool long_rows = plain.path == RowPath::kSplit ||
                          (plain.path == RowPath::kLooped && plain.lanes >= kLoopedThreads);
   if (s.soft || !long_rows || device.max_cluster == 0) return std::nullopt;
-  if (ring_slots(device, 1) < kMinSlots || s.rows > kMaxRingRows) return std::nullopt;
+  if (ring_slots(device) < kMinSlots || s.rows > kMaxRingRows) return std::nullopt;
   if (plain.path == RowPath::kSplit && s.rows * device.max_cluster < device.multiprocessors) {
     return std::nullopt;
   }

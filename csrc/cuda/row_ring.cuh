@@ -77,8 +77,7 @@ struct RowPart {
 
 // Slots filled by bulk copies, which lane 0 starts; a barrier a slot says when one is there.
 struct BulkCopies {
-  static constexpr bool kHopeful = false;  // registers spill
-  uint64_t* barriers;                      // [slots], this warp's own
+  uint64_t* barriers;  // [slots], this warp's own
 
 #if EMP_FAST_BULK_COPIES
   __device__ __forceinline__ static BulkCopies of(uint64_t* barriers, int slots) {
@@ -111,7 +110,6 @@ struct BulkCopies {
 
 // Slots filled by 16-byte copies: each lane copies what it alone reads, and waits for nothing else.
 struct LaneCopies {
-  static constexpr bool kHopeful = true;
   int pending = 0;  // groups started and not awaited
 
   __device__ __forceinline__ void start(uint4* slot, int, const void* from, int left) {
@@ -352,9 +350,8 @@ __device__ __forceinline__ bool is_plain(const Window<kElements<T>>& window, int
          offset_in_vector(column, target) >= unsigned{kLogits};
 }
 
-// Adds this warp's chunk of the part, from vector `first` on, to its threads' sums. kHopeful: see
-// WalkedSums.
-template <class T, bool kRare, bool kHopeful>
+// Adds this warp's chunk of the part, from vector `first` on, to its threads' sums.
+template <class T, bool kRare>
 __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chunk, int first,
                                              const RowPart<T>& part, int target, RowSums& row,
                                              WalkedSums& walked) {
@@ -369,7 +366,7 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
       uint4 raw[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) raw[u] = chunk[lane + (batch + u) * 32];
-      walked.add<T, kHopeful>(raw, static_cast<uint32_t>(a.classes) >> 31);
+      walked.add<T, true>(raw, static_cast<uint32_t>(a.classes) >> 31);
     }
     return;
   }
@@ -447,7 +444,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
     auto walked = WalkedSums::of(sums.sums);
     for (int round = 0; round < shape.rounds; ++round) {
       const uint4* chunk = ring.take(shape);
-      absorb_chunk<T, kRare, Copies::kHopeful>(a, chunk, part.first(round), part, id, sums, walked);
+      absorb_chunk<T, kRare>(a, chunk, part.first(round), part, id, sums, walked);
       if (round < shape.passing) ring.release(a, shape, rank);
     }
     if constexpr (!kRare) {

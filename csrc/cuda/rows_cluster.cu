@@ -8,15 +8,8 @@
 namespace emp_fast::cuda {
 namespace {
 
-// Of compute capability 12.0 a multiprocessor has shared memory for the rings of one block alone.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kBlocks = 1;
-#else
-constexpr int kBlocks = kRingBlocks;
-#endif
-
 template <class T, bool kRare>
-__global__ void __launch_bounds__(kRingThreads, kRare ? 1 : kBlocks)
+__global__ void __launch_bounds__(kRingThreads, 1)
     rows_cluster(const __grid_constant__ RowArgs a, const RingShape shape) {
 #if EMP_FAST_BULK_COPIES
   uint4* rings = dynamic_shared<uint4>();
@@ -34,7 +27,7 @@ __global__ void __launch_bounds__(kRingThreads, kRare ? 1 : kBlocks)
 }  // namespace
 
 int widest_cluster(const Device& device) {
-  const int slots = ring_slots(device, 1);
+  const int slots = ring_slots(device);
   if (slots < kMinSlots) return 0;
   const auto kernel = reinterpret_cast<const void*>(rows_cluster<float, false>);
   return std::min(kMaxCluster,
