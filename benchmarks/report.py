@@ -95,36 +95,84 @@ class CaseResult:
 
 
 @dataclass
-class Result:
-    """A run, or several of one machine."""
+class Run:
+    """What was measured at one commit."""
 
     machine: dict[str, Any]
     commit: dict[str, Any]
     date: str
+    suites: list[str]
+
+    @property
+    def titles(self) -> str:
+        """Its suites in words, in the order of the report."""
+        return "; ".join(title for suite, title in SUITES.items() if suite in self.suites)
+
+    @property
+    def when(self) -> str:
+        """Date and commit."""
+        named = f", commit {self.commit['id'][:12]}" if self.commit.get("id") else ""
+        return self.date + named + (" with uncommitted changes" if self.commit.get("dirty") else "")
+
+
+@dataclass
+class Result:
+    """A run, or several of one machine, each of suites of its own."""
+
+    runs: list[Run]
     cases: list[CaseResult]
     refused: list[dict[str, Any]]
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """As the first run found it."""
+        return self.runs[0].machine
+
+    @property
+    def date(self) -> str:
+        """That of the latest run."""
+        return max(run.date for run in self.runs)
 
     def suite(self, name: str) -> list[CaseResult]:
         """The cases of one suite."""
         return [case for case in self.cases if case.suite == name]
+
+    def add(self, other: Result, path: Path) -> None:
+        """Takes in the result file ``path``.
+
+        Raises:
+            BadResult: it is of another machine, or has a suite that is here of another commit.
+        """
+        if _identity(self) != _identity(other):
+            raise BadResult(f"{path} is of another machine or of other versions than the first")
+        (new,) = other.runs
+        for run in self.runs:
+            same = run.commit.get("id") == new.commit.get("id")
+            twice = [suite for suite in new.suites if suite in run.suites]
+            if twice and not same:
+                raise BadResult(f"{path} has {twice[0]!r} of another commit than a file before it")
+            if same:
+                run.suites += [suite for suite in new.suites if suite not in run.suites]
+        if all(run.commit.get("id") != new.commit.get("id") for run in self.runs):
+            self.runs.append(new)
+        self.cases += other.cases
+        self.refused += other.refused
 
 
 def load(paths: Sequence[Path]) -> Result:
     """Reads result files; later ones add to the first.
 
     Raises:
-        BadResult: a file is missing, damaged, empty or of another machine or commit.
+        BadResult: a file is missing, damaged, empty or of another machine, or two have the same
+            suite of different commits.
     """
     whole: Result | None = None
     for path in paths:
         one = _load(path)
         if whole is None:
             whole = one
-        elif (one.commit.get("id"), _identity(one)) != (whole.commit.get("id"), _identity(whole)):
-            raise BadResult(f"{path} is of another machine or commit than {paths[0]}")
         else:
-            whole.cases += one.cases
-            whole.refused += one.refused
+            whole.add(one, path)
     if whole is None:
         raise BadResult("no result file given")
     return whole
@@ -150,10 +198,9 @@ def _load(path: Path) -> Result:
     if not cases:
         raise BadResult(f"{path} holds no benchmarks")
     unsteady = [one for case in cases.values() for one in case.drop_unsteady()]
+    suites = list(dict.fromkeys(case.suite for case in cases.values()))
     return Result(
-        machine,
-        raw.get("commit_info") or {},
-        raw["datetime"][:10],
+        [Run(machine, raw.get("commit_info") or {}, raw["datetime"][:10], suites)],
         [case for case in cases.values() if case.contenders],
         raw["refused"] + unsteady,
     )
@@ -190,8 +237,8 @@ def markdown(result: Result, plot: str | None) -> str:
         "Times are medians of interleaved rounds with the 20 and 80 percentiles in brackets; a "
         "ratio says how many times as long as emp_fast a peer takes. `% of copy` is the bytes that "
         "the work cannot do without (inputs read once, outputs written once) a second, as a share "
-        "of the copy bandwidth above; what a cache holds can exceed it. Every contender shown "
-        "passed the check against the reference in this run."
+        "of the copy bandwidth of its run; what a cache holds can exceed it. Every contender shown "
+        "passed the check against the reference in its run."
     )
     for suite, title in SUITES.items():
         cases = result.suite(suite)
@@ -214,25 +261,30 @@ def _machine_table(result: Result) -> str:
             f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, compute capability "
             f"{machine['compute_capability']}, CUDA {machine['cuda']}"
         )
-    copied = machine.get("copy_bytes_per_second")
-    if copied:
-        rows["Copy bandwidth"] = (
-            f"{copied['median'] / 1e9:.1f} GB/s ({copied['p20'] / 1e9:.1f} to "
-            f"{copied['p80'] / 1e9:.1f}), read and written bytes"
-        )
-    if machine.get("load_before") is not None:
-        rows["Load before the run"] = f"{machine['load_before']:.1f} processes"
     rows["Versions"] = ", ".join(
         [f"Python {machine['python']}", *(f"{k} {v}" for k, v in machine["versions"].items())]
     )
-    rows["Date"] = result.date + (
-        f", commit {result.commit['id'][:12]}" if result.commit.get("id") else ""
-    )
-    if result.commit.get("dirty"):
-        rows["Date"] += " with uncommitted changes"
+    for run in result.runs:
+        several = len(result.runs) > 1
+        rows |= _run_rows(run, f", {run.commit.get('id', 'unknown')[:12]}" if several else "")
+        if several:
+            rows[f"Measured, {run.commit.get('id', 'unknown')[:12]}"] = run.titles
     if machine.get("quick"):
         rows["Note"] = "a quick run: two rounds of small shapes, a smoke test and no measurement"
     return _table(["", ""], [[name, value] for name, value in rows.items()])
+
+
+def _run_rows(run: Run, which: str) -> dict[str, str]:
+    rows = {}
+    copied = run.machine.get("copy_bytes_per_second")
+    if copied:
+        rows[f"Copy bandwidth{which}"] = (
+            f"{copied['median'] / 1e9:.1f} GB/s ({copied['p20'] / 1e9:.1f} to "
+            f"{copied['p80'] / 1e9:.1f}), read and written bytes"
+        )
+    if run.machine.get("load_before") is not None:
+        rows[f"Load before the run{which}"] = f"{run.machine['load_before']:.1f} processes"
+    return rows | {f"Date{which}": run.when}
 
 
 def _tables(cases: list[CaseResult]) -> Iterator[str]:
@@ -362,6 +414,8 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
         ),
         _table(["", *peers], rows),
     ]
+    if len(result.runs) > 1:
+        lines.append(" ".join(f"Of {run.when}: {run.titles}." for run in result.runs))
     for case in result.suite(_STEP):
         overheads = {
             name: _overhead(value) for name, value in case.facts["overhead_percent"].items()
@@ -539,7 +593,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the report; 2 for input that cannot be reported."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("result", type=Path, nargs="+", help="JSON files of one machine and commit")
+    parser.add_argument("result", type=Path, nargs="+", help="JSON files of one machine")
     parser.add_argument(
         "-o", "--output", type=Path, help="folder; default: beside the first result"
     )

@@ -426,17 +426,38 @@ def test_a_readme_without_markers_is_refused_and_kept(
     assert readme.read_text() == "nothing"
 
 
-def test_results_join_only_of_one_machine_and_commit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_of_one_commit_join(tmp_path: Path) -> None:
     first = result_file(tmp_path)
     more = [record("forward", "c", "emp_fast cpu", 1e-3)]
     second = result_file(tmp_path, "more.json", benchmarks=more, refused=[])
     assert report.main([str(first), str(second)]) == 0
     assert "| c | 1 ms" in (tmp_path / "cpu.md").read_text()
-    other = result_file(tmp_path, "other.json", commit_info={"id": "fedcba"})
-    assert report.main([str(first), str(other)]) == 2
-    assert "another machine or commit" in capsys.readouterr().err
+
+
+def test_results_of_several_commits_join_suite_by_suite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = result_file(tmp_path)
+    (tmp_path / "README.md").write_text("<!-- bench:cpu --><!-- /bench:cpu -->")
+    updates = [record("state update", "c", "emp_fast cpu", 1e-3)]
+    later = {"commit_info": {"id": "fedcba9876543210"}, "refused": []}
+    other = result_file(tmp_path, "other.json", benchmarks=updates, **later)
+    readme = ["--readme", str(tmp_path / "README.md")]
+    assert report.main([str(first), str(other), *readme]) == 0
+    text = (tmp_path / "cpu.md").read_text()
+    assert "| c | 1 ms" in text
+    assert "| Date, fedcba987654 | 2026-11-24, commit fedcba987654 |" in text
+    assert "| Measured, fedcba987654 | State update alone |" in text
+    assert "commit fedcba987654: State update alone." in (tmp_path / "README.md").read_text()
+    # The same suite of two commits would be compared with itself.
+    again = [record("forward", "c", "emp_fast cpu", 1e-3)]
+    twice = result_file(tmp_path, "twice.json", benchmarks=again, **later)
+    assert report.main([str(first), str(twice)]) == 2
+    assert "has 'forward' of another commit" in capsys.readouterr().err
+    machine = {**json.loads(first.read_text())["machine_info"], "processor": "Another"}
+    elsewhere = result_file(tmp_path, "elsewhere.json", machine_info=machine)
+    assert report.main([str(first), str(elsewhere)]) == 2
+    assert "of another machine" in capsys.readouterr().err
 
 
 # ---- a quick run from end to end -----------------------------------------------------------------

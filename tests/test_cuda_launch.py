@@ -298,7 +298,7 @@ def test_cluster_plans_cover_every_row_and_column(
     round_bytes = 16 * cuda.ROUND_VECTORS
     served = 0
     for shape in every_shape(element_bytes):
-        rows, *_, soft, _, rare, grad = shape
+        rows, *_, soft, _, _, grad = shape
         plan = plan_rows(*shape, device, kernels=CLUSTER)
         plain = plan_rows(*shape, device)
         if plan["path"] != "cluster":

@@ -98,7 +98,7 @@ EXPECTED = (
         r"cp_async16\(mine \+ i",
         128,
         "logits are copied by 16 bytes",
-        6,
+        4,
         loops=1,
     ),
     Expected(
@@ -106,11 +106,12 @@ EXPECTED = (
         r"__stcs\(out \+",
         128,
         "the gradient moves by 16 bytes",
-        6,
+        4,
         loops=1,
     ),
     Expected(
-        r"^((rows_in_registers|rows_looped)<.*, true>|(rows_cluster|rows_ring|row_gradients)\b)",
+        r"^(rows_in_registers<.*, true, \w+>|rows_looped<.*, true>"
+        r"|(rows_cluster|rows_ring|row_gradients)\b)",
         r"__stcs\(reinterpret_cast<uint4\*>\(row \+ column\)",
         128,
         "whole vectors of the gradient move by 16 bytes",
