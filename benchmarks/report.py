@@ -109,6 +109,12 @@ class Run:
         return "; ".join(title for suite, title in SUITES.items() if suite in self.suites)
 
     @property
+    def which(self) -> str:
+        """The commit in short, with a plus where it had uncommitted changes."""
+        name = str(self.commit.get("id") or "unknown")[:12]
+        return f"{name}+" if self.commit.get("dirty") else name
+
+    @property
     def when(self) -> str:
         """Date and commit."""
         named = f", commit {self.commit['id'][:12]}" if self.commit.get("id") else ""
@@ -141,20 +147,27 @@ class Result:
         """Takes in the result file ``path``.
 
         Raises:
-            BadResult: it is of another machine, or has a suite that is here of another commit.
+            BadResult: it is of another machine, has a suite that is here of another commit, or a
+                case that is here.
         """
         if _identity(self) != _identity(other):
             raise BadResult(f"{path} is of another machine or of other versions than the first")
+        known = {(case.suite, case.name) for case in self.cases}
+        for case in other.cases:
+            if (case.suite, case.name) in known:
+                raise BadResult(f"{path} has {case.suite} {case.name}, as a file before it")
         (new,) = other.runs
+        same = None
         for run in self.runs:
-            same = run.commit.get("id") == new.commit.get("id")
-            twice = [suite for suite in new.suites if suite in run.suites]
-            if twice and not same:
+            if run.which == new.which:
+                same = run
+            elif twice := [suite for suite in new.suites if suite in run.suites]:
                 raise BadResult(f"{path} has {twice[0]!r} of another commit than a file before it")
-            if same:
-                run.suites += [suite for suite in new.suites if suite not in run.suites]
-        if all(run.commit.get("id") != new.commit.get("id") for run in self.runs):
+        if same is None:
             self.runs.append(new)
+        else:
+            same.suites += [suite for suite in new.suites if suite not in same.suites]
+            same.date = max(same.date, new.date)
         self.cases += other.cases
         self.refused += other.refused
 
@@ -198,7 +211,8 @@ def _load(path: Path) -> Result:
     if not cases:
         raise BadResult(f"{path} holds no benchmarks")
     unsteady = [one for case in cases.values() for one in case.drop_unsteady()]
-    suites = list(dict.fromkeys(case.suite for case in cases.values()))
+    measured = [case.suite for case in cases.values()]
+    suites = list(dict.fromkeys([*measured, *(one["suite"] for one in raw["refused"])]))
     return Result(
         [Run(machine, raw.get("commit_info") or {}, raw["datetime"][:10], suites)],
         [case for case in cases.values() if case.contenders],
@@ -266,10 +280,10 @@ def _machine_table(result: Result) -> str:
     )
     for run in result.runs:
         several = len(result.runs) > 1
-        rows |= _run_rows(run, f", {run.commit.get('id', 'unknown')[:12]}" if several else "")
+        rows |= _run_rows(run, f", {run.which}" if several else "")
         if several:
-            rows[f"Measured, {run.commit.get('id', 'unknown')[:12]}"] = run.titles
-    if machine.get("quick"):
+            rows[f"Measured, {run.which}"] = run.titles
+    if any(run.machine.get("quick") for run in result.runs):
         rows["Note"] = "a quick run: two rounds of small shapes, a smoke test and no measurement"
     return _table(["", ""], [[name, value] for name, value in rows.items()])
 

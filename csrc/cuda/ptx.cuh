@@ -17,6 +17,9 @@ __device__ __forceinline__ float exp2_flushed(float x) {
   return result;
 }
 
+// Keeps the compiler from moving an access to memory across; it is no instruction.
+__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+
 // Starts to bring what lies at `p`, and its neighbours, into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
       x_y = to_float(logit);
       logit = from_float<T>(kHidden<T>);
     }
+    keep_order();  // the vectors below are another type to the compiler
     // What lies past the end of the row is hidden as the target is, so that no sum masks it.
     uint4 raw[kVectors];
 #pragma unroll

@@ -167,7 +167,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         state: State,
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
-        """One launch for few rows, two for many; three where rows are split."""
+        """One launch for few rows, two for many and for long ones; three where rows are split."""
         outputs, grad, device = _empty_scores(logits), _empty_gradient(logits), logits.device
         with _on(device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
