@@ -93,21 +93,20 @@ EXPECTED = (
         1,
         loops=1,
     ),
-    Expected(
-        r"^rows_held\b",
-        r"cp_async16\(mine \+ i",
-        128,
-        "logits are copied by 16 bytes",
-        4,
-        loops=1,
-    ),
-    Expected(
-        r"^rows_held<.*, true>",  # with the gradient
-        r"__stcs\(out \+",
-        128,
-        "the gradient moves by 16 bytes",
-        4,
-        loops=1,
+    *(
+        Expected(
+            rf"^rows_held<.*, {vectors}, {step}>",
+            pattern,
+            128,
+            what,
+            least,
+            loops=1,
+        )
+        for vectors, least in (("4", 4), ("[68]", 6))
+        for step, pattern, what in (
+            (r"\w+", r"cp_async16\(mine \+ i", "logits are copied by 16 bytes"),
+            ("true", r"__stcs\(out \+", "the gradient moves by 16 bytes"),
+        )
     ),
     Expected(
         r"^(rows_in_registers<.*, true, \w+>|rows_looped<.*, true>"
