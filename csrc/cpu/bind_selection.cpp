@@ -48,7 +48,7 @@ void bind_state(py::module_& m) {
             pointer<const int64_t>(indices), pointer<const float>(signal),
             pointer<const float>(direct), pointer<const int32_t>(count), num_rows,
             {pointer<float>(scores), pointer<float>(memory), pointer<int32_t>(visits),
-             pointer<float>(variance), pointer<int32_t>(claims), pointer<int64_t>(counters),
+             pointer<float>(variance), pointer<uint32_t>(claims), pointer<int64_t>(counters),
              num_samples},
             make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
       },

@@ -11,7 +11,7 @@ struct StateView {
   float* memory;
   int32_t* visits;
   float* variance;  // null unless the recurrence is kVariance
-  int32_t* claims;
+  uint32_t* seen;   // a bit a sample, all zero between calls
   int64_t* counters;
   int64_t num_samples;
 };
