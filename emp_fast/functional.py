@@ -401,7 +401,7 @@ def _score_rows(
 ) -> _RowScores:
     arguments = (logits, target, weight, ignore_index, label_smoothing, softcap)
     if _wants_gradient(logits):
-        return ops.CrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+        return ops.cross_entropy_for_backward(*arguments)
     return ops.cross_entropy(*arguments)  # type: ignore[no-any-return]
 
 

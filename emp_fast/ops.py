@@ -212,6 +212,25 @@ class CrossEntropy(torch.autograd.Function):
         return _once(grad, grad_loss, logits), None, None, None, None, None
 
 
+def _past_functorch(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` past its search for a transform, which takes as long as the rest."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
+_apply_cross_entropy = _past_functorch(CrossEntropy)
+
+
+def cross_entropy_for_backward(
+    logits: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`CrossEntropy` of rows whose gradient is wanted."""
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = (
+        CrossEntropy.apply if _watched(logits) else _apply_cross_entropy
+    )
+    return apply(logits, *arguments)
+
+
 # ---- scoring, gradient and state in one ---------------------------------------------------------
 
 
@@ -334,8 +353,7 @@ class CrossEntropyStep(torch.autograd.Function):
         return None, _once(grad, grad_mean, logits), *(None,) * 7
 
 
-#: `Function.apply` looks for functorch's transforms first, which takes about as long as the rest.
-_apply_step = super(torch.autograd.Function, CrossEntropyStep).apply
+_apply_step = _past_functorch(CrossEntropyStep)
 
 
 def cross_entropy_step(backend: Backend, logits: Tensor, *arguments: Any) -> Tensor:
@@ -345,7 +363,7 @@ def cross_entropy_step(backend: Backend, logits: Tensor, *arguments: Any) -> Ten
             None, logits, *arguments
         )
         return watched
-    mean: Tensor = _apply_step(backend, logits, *arguments)  # type: ignore[no-untyped-call]
+    mean: Tensor = _apply_step(backend, logits, *arguments)
     return mean
 
 
