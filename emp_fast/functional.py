@@ -27,7 +27,7 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
-from emp_fast.backends.base import Backend, Recurrence, State, check_target_range
+from emp_fast.backends.base import SCORE_FIELDS, Recurrence, State, check_target_range
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
@@ -96,7 +96,6 @@ def cross_entropy(
 
 
 def cross_entropy_step(
-    backend: Backend,
     logits: Tensor,  # [S, C]
     target: Tensor,
     indices: Tensor,  # [S] int64, on the device of the state
@@ -119,7 +118,7 @@ def cross_entropy_step(
     )
     options = ops.loss_options(ignore_index, smoothing, cap)
     return ops.cross_entropy_step(
-        backend, logits, target, weight, options, row_scale, indices, state, recurrence
+        logits, target, weight, options, row_scale, indices, state, recurrence
     )
 
 
@@ -415,7 +414,7 @@ def _per_sample(scored: _RowScores, shape: Sequence[int], offsets: Tensor | None
 
 
 def _as_stats(loss: Tensor, rows: Tensor, correct: Tensor, count: Tensor) -> SampleStats:
-    entropy, el2n, margin, confidence, _, _, _ = rows.unbind(0)
+    entropy, el2n, margin, confidence = rows.unbind(0)[: len(SCORE_FIELDS)]
     return SampleStats(loss, entropy, el2n, margin, confidence, correct, count)
 
 
@@ -426,7 +425,7 @@ def _means(
     counts = count.view(shape).sum(1, dtype=torch.int32)
     divisor = counts.clamp_min(1)
     mean = loss.view(shape).sum(1) / divisor
-    fields = rows[:4].view(4, *shape).sum(2) / divisor
+    fields = rows[: len(SCORE_FIELDS)].view(len(SCORE_FIELDS), *shape).sum(2) / divisor
     entropy, el2n, margin, confidence = fields.unbind(0)
     return SampleStats(mean, entropy, el2n, margin, confidence, correct.view(shape).all(1), counts)
 
@@ -434,12 +433,12 @@ def _means(
 def _packed_means(
     loss: Tensor, rows: Tensor, correct: Tensor, count: Tensor, offsets: Tensor
 ) -> SampleStats:
-    others = torch.stack([*rows[:4].unbind(0), (~correct).float()])
+    others = torch.stack([*rows[: len(SCORE_FIELDS)].unbind(0), (~correct).float()])
     sums = torch.ops.emp_fast.segment_sum(others, offsets)
     # Counts in float64: exact beyond 2**24 positions a sample.
     counts = torch.ops.emp_fast.segment_sum(count.double()[None], offsets)[0].to(torch.int32)
     divisor = counts.clamp_min(1)
     total: Tensor = ops.SegmentSum.apply(loss[None], offsets)  # type: ignore[no-untyped-call]
     mean = total[0] / divisor
-    entropy, el2n, margin, confidence = (sums[:4] / divisor).unbind(0)
-    return SampleStats(mean, entropy, el2n, margin, confidence, sums[4] == 0, counts)
+    entropy, el2n, margin, confidence = (sums[:-1] / divisor).unbind(0)
+    return SampleStats(mean, entropy, el2n, margin, confidence, sums[-1] == 0, counts)

@@ -22,7 +22,8 @@ from torch.compiler import is_compiling
 
 from emp_fast.backends import reference, resolve
 from emp_fast.backends.base import (
-    Backend,
+    ROW_FIELDS,
+    SCORE_FIELDS,
     LossOptions,
     MeanStep,
     Recurrence,
@@ -95,7 +96,7 @@ def _cross_entropy_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Ten
     rows = logits.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.float32),
-        logits.new_empty((7, rows), dtype=torch.float32),
+        logits.new_empty((len(ROW_FIELDS), rows), dtype=torch.float32),
         logits.new_empty(rows, dtype=torch.bool),
         logits.new_empty(rows, dtype=torch.int32),
     )
@@ -122,7 +123,7 @@ def scores(
         loss, rows, correct, count = torch.ops.emp_fast.cross_entropy(
             logits, target, weight, ignore_index, label_smoothing, softcap
         )
-        return (loss, *rows[:4].unbind(0), correct, count)
+        return (loss, *rows[: len(SCORE_FIELDS)].unbind(0), correct, count)
     options = loss_options(ignore_index, label_smoothing, softcap)
     return resolve(logits.device, logits.dtype).scores(logits, target, weight, options)
 
@@ -282,6 +283,42 @@ _define(
 )
 
 
+def mean_step(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    row_scale: Tensor | None,
+    indices: Tensor,
+    state: State,
+    recurrence: Recurrence,
+) -> MeanStep:
+    """`Backend.mean_step`."""
+    if not _watched(logits):
+        backend = resolve(logits.device, logits.dtype)
+        return backend.mean_step(
+            logits, target, weight, options, row_scale, indices, state, recurrence
+        )
+    return MeanStep(
+        *torch.ops.emp_fast.mean_step(
+            logits,
+            target,
+            weight,
+            *options,
+            row_scale,
+            indices,
+            *state,
+            _RECURRENCES.index(recurrence.kind),
+            recurrence.signal,
+            recurrence.direct,
+            recurrence.decay,
+            recurrence.direct_scale,
+            recurrence.memory_scale,
+            recurrence.variance_scale,
+        )
+    )
+
+
 _scale_ = _define(
     "scale_(Tensor(a!) grad, Tensor factor, Tensor? also) -> ()",
     lambda grad, *factors: resolve(grad.device, grad.dtype).scale_(grad, *factors),
@@ -299,7 +336,6 @@ class CrossEntropyStep(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: Backend | None,  # None: the op, which asks for it itself
         logits: Tensor,  # [S, C]
         target: Tensor,
         weight: Tensor | None,
@@ -309,29 +345,7 @@ class CrossEntropyStep(torch.autograd.Function):
         state: State,
         recurrence: Recurrence,
     ) -> Tensor:
-        if backend is not None:
-            made = backend.mean_step(
-                logits, target, weight, options, row_scale, indices, state, recurrence
-            )
-        else:
-            made = MeanStep(
-                *torch.ops.emp_fast.mean_step(
-                    logits,
-                    target,
-                    weight,
-                    *options,
-                    row_scale,
-                    indices,
-                    *state,
-                    _RECURRENCES.index(recurrence.kind),
-                    recurrence.signal,
-                    recurrence.direct,
-                    recurrence.decay,
-                    recurrence.direct_scale,
-                    recurrence.memory_scale,
-                    recurrence.variance_scale,
-                )
-            )
+        made = mean_step(logits, target, weight, options, row_scale, indices, state, recurrence)
         ctx.options, ctx.grad, ctx.factor = options, made.grad, made.factor
         ctx.save_for_backward(logits, target, weight, row_scale)
         return made.mean
@@ -350,21 +364,23 @@ class CrossEntropyStep(torch.autograd.Function):
         else:
             grad, ctx.grad = ctx.grad, None
             _scale_(grad, grad_mean, ctx.factor)
-        return None, _once(grad, grad_mean, logits), *(None,) * 7
+        return _once(grad, grad_mean, logits), *(None,) * 7
 
 
-_apply_step = _past_functorch(CrossEntropyStep)
+_apply_cross_entropy_step = _past_functorch(CrossEntropyStep)
 
 
-def cross_entropy_step(backend: Backend, logits: Tensor, *arguments: Any) -> Tensor:
-    """`CrossEntropyStep` by ``backend``."""
-    if _watched(logits):
-        watched: Tensor = CrossEntropyStep.apply(  # type: ignore[no-untyped-call]
-            None, logits, *arguments
-        )
-        return watched
-    mean: Tensor = _apply_step(backend, logits, *arguments)
-    return mean
+def cross_entropy_step(logits: Tensor, *arguments: Any) -> Tensor:
+    """`CrossEntropyStep`, where `fuses_step` says that the logits are read once."""
+    apply: Callable[..., Tensor] = (
+        CrossEntropyStep.apply if _watched(logits) else _apply_cross_entropy_step
+    )
+    return apply(logits, *arguments)
+
+
+def fuses_step(logits: Tensor) -> bool:
+    """`Backend.fuses_step` of the backend that serves these logits."""
+    return resolve(logits.device, logits.dtype).fuses_step
 
 
 # ---- state --------------------------------------------------------------------------------------
@@ -590,7 +606,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 9
         hidden, classifier, bias = ctx.saved_tensors[:3]
-        with torch.no_grad():
+        # What was to be cast was cast in the forward pass; backward() may run under autocast too.
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             grads = LinearCrossEntropy._gradients(ctx, grad_loss.detach())
         inputs = (grad_loss, hidden, classifier, bias)
         guarded = [None if grad is None else _once(grad, *inputs) for grad in grads]

@@ -18,8 +18,7 @@ from emp_fast._validation import (
     require_tensor,
 )
 from emp_fast._warnings import EmpFastWarning
-from emp_fast.backends import resolve
-from emp_fast.backends.base import ROW_FIELDS, State
+from emp_fast.backends.base import SCORE_FIELDS, State
 from emp_fast.collectives import Ranks, rank_of, world_size_of
 from emp_fast.functional import SampleStats
 from emp_fast.merging import merge_rows
@@ -43,7 +42,7 @@ class _Merged:
 
 
 #: What `ScoreStore._loss_and_update` can hand to a rule.
-_FUSED_STATS = {"loss", *ROW_FIELDS[: ROW_FIELDS.index("max")]}
+_FUSED_STATS = {"loss", *SCORE_FIELDS}
 
 
 class _RowCount:
@@ -235,10 +234,8 @@ class ScoreStore:
             # Made before the loss scale is known, its small gradients would already be gone.
             or logits.dtype == torch.float16
             or is_compiling()
+            or not ops.fuses_step(logits)
         ):
-            return None
-        backend = resolve(logits.device, logits.dtype)
-        if not backend.fuses_step:
             return None
         indices = self._checked_indices(indices)
         rows, device = indices.numel(), logits.device
@@ -251,10 +248,12 @@ class ScoreStore:
             if not self._follows:
                 return None
             self._move(device)
+        if row_scale is not None:  # made where the state was
+            row_scale = row_scale.to(device, non_blocking=True)
         if indices.device != device:
             indices = indices.to(device, non_blocking=True)
         mean = functional.cross_entropy_step(
-            backend, logits, target, indices, self._state, recurrence, row_scale, *options
+            logits, target, indices, self._state, recurrence, row_scale, *options
         )
         self._rows.add(rows)
         return mean

@@ -316,6 +316,22 @@ def test_a_first_use_that_would_be_captured_is_refused_and_not_remembered(
         assert isinstance(resolve(device), OnCuda)
 
 
+def test_a_device_without_memory_says_nothing_about_a_backend(fresh: pytest.MonkeyPatch) -> None:
+    full = [True]
+
+    class Hungry(Fake):
+        def philox(self, *arguments: Any) -> Tensor:
+            if full.pop():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().philox(*arguments)
+
+    install(fresh, Hungry)
+    with pytest.raises(torch.OutOfMemoryError):
+        resolve(CPU)
+    full.append(False)
+    assert isinstance(resolve(CPU), Hungry)
+
+
 def test_the_self_check_runs_once(fresh: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 

@@ -68,6 +68,27 @@ def test_policy_weights_enter_the_fused_gradient(fuses, backend, monkeypatch):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_policy_weights_follow_the_state_to_the_logits(monkeypatch):
+    """They are made where the state is, which before the first step is not the logits' device."""
+    handed = {}
+
+    def record(logits, target, indices, state, recurrence, row_scale, *options):
+        handed.update(indices=indices, scores=state.scores, row_scale=row_scale)
+        return logits.new_zeros(())
+
+    monkeypatch.setattr("emp_fast.ops.fuses_step", lambda logits: True)
+    monkeypatch.setattr("emp_fast.functional.cross_entropy_step", record)
+    pruner = Pruner(12, policy=BelowMean(0.5))
+    list(pruner.sampler)
+    logits = torch.empty(3, 5, device="meta", requires_grad=True)
+    pruner.loss(logits, torch.zeros(3, dtype=torch.int64, device="meta"), torch.arange(3))
+    assert {name: tensor.device.type for name, tensor in handed.items()} == {
+        "indices": "meta",
+        "scores": "meta",
+        "row_scale": "meta",
+    }
+
+
 def test_the_gradient_scales_and_a_retained_graph_gives_it_again(fuses):
     logits = torch.randn(4, 3, requires_grad=True)
     target = torch.tensor([0, 1, 2, -100])

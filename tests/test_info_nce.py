@@ -170,7 +170,10 @@ def test_autocast_does_not_round_them_either(backend: str) -> None:
     plain = info_nce(query, key, temperature=0.07)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = info_nce(query, key, temperature=0.07)
+        grads = torch.autograd.grad(got.loss.sum(), (query, key))
     for a, b in zip(got, plain, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(grads, torch.autograd.grad(plain.loss.sum(), (query, key)), strict=True):
         assert torch.equal(a, b)
 
 

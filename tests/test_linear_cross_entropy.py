@@ -178,6 +178,16 @@ def test_under_autocast_it_is_the_layer_and_the_loss(dtype: torch.dtype, backend
         torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps * float(b.abs().max()))
 
 
+def test_a_backward_pass_under_autocast_keeps_the_type_of_the_forward_pass(backend: str) -> None:
+    given = inputs(Case("linear_late_autocast", 9, 33), exact=False)
+    grads = []
+    for enabled in (False, True):
+        loss = given.run().loss.sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(loss, given.leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_the_backward_pass_outside_autocast_is_the_same(backend: str) -> None:
     """Training loops leave the context before ``backward``."""
     given = inputs(Case("linear_outside", 9, 33), exact=False)

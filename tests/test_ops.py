@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emp_fast
 from emp_fast import ops
-from emp_fast.backends import resolve
 from emp_fast.backends.base import LossOptions, Recurrence, State
 from emp_fast.functional import cross_entropy, info_nce, linear_cross_entropy, topk_indices
 from emp_fast.policies import BelowMean
@@ -374,9 +373,8 @@ def test_a_fused_step_gives_its_gradient_twice(backend: str, watched: bool) -> N
     """`CrossEntropyStep` hands out its buffer in the first pass, the second computes another."""
     logits, target, scale = leaf(R, C), class_ids(), normal(R).abs()
     arguments = (target, None, LossOptions(), scale, torch.arange(R), State(*state()))
-    by = resolve(logits.device)
     with Seen() if watched else nullcontext():
-        mean = ops.cross_entropy_step(by, logits, *arguments, Recurrence("ema", "loss"))
+        mean = ops.cross_entropy_step(logits, *arguments, Recurrence("ema", "loss"))
     first = torch.autograd.grad(3 * mean, logits, retain_graph=True)[0].clone()
     second = torch.autograd.grad(3 * mean, logits)[0]
     x = logits.detach().requires_grad_()

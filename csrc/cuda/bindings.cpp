@@ -78,6 +78,10 @@ RowShape shape_of(const RowArgs& a, Dtype dtype, bool grad) {
 
 void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address workspace,
                 cudaStream_t stream) {
+  if (plan.workspace_bytes > 0 && workspace == 0) {
+    throw std::logic_error("score_split: no workspace for " + std::to_string(a.rows) +
+                           " rows of " + std::to_string(a.classes) + " classes");
+  }
   switch (plan.path) {
     case RowPath::kShared:
       return score_in_shared(dtype, plan, a, stream);
@@ -457,7 +461,7 @@ void bind(py::module_& m) {
   cuda.attr("ROUND_VECTORS") = kRoundVectors;
   cuda.attr("RING_TAIL") = kRingTail;
   cuda.def("block_ring_bytes", &block_ring_bytes);
-  cuda.attr("SPLIT_BYTES") = 2 * kMinPartVectors * kVectorBytes;
+  cuda.attr("SPLIT_BYTES") = kSplitBytes;
 }
 
 }  // namespace emp_fast::cuda

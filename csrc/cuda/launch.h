@@ -89,6 +89,8 @@ constexpr int kWarpLoopedVectors = 512;    // rows up to this are a warp's in th
 constexpr int64_t kOccupiedThreads = 896;  // of a multiprocessor: seven eighths of what it holds
 constexpr int64_t kStaticShared = 4096;    // kept free for the reductions of the looped kernel
 constexpr int kMinPartVectors = 2048;      // 32 KiB: less a part costs more to merge than it saves
+// Rows of fewer bytes are never split: whatever their alignment, they touch too few vectors.
+constexpr int64_t kSplitBytes = int64_t{2 * kMinPartVectors - 2} * kVectorBytes;
 constexpr int kMaxParts = 64;
 constexpr int kPartialFloats = 6;  // m, d, s, q, spread, weight
 

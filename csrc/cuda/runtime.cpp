@@ -16,6 +16,7 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // taken: the next launch that is checked is not to blame
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 

@@ -14,8 +14,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-#: Order of the float32 rows of `RowScores.rows`; the last three are kept for the backward pass.
-ROW_FIELDS = ("entropy", "el2n", "margin", "confidence", "max", "inv_sum", "miss")
+#: The scores in `RowScores.rows`, in its order; what the backward pass needs comes after them.
+SCORE_FIELDS = ("entropy", "el2n", "margin", "confidence")
+ROW_FIELDS = (*SCORE_FIELDS, "max", "inv_sum", "miss")
 
 
 class LossOptions(NamedTuple):
@@ -111,7 +112,7 @@ class Backend(ABC):
     ) -> tuple[Tensor, ...]:
         """The fields of SampleStats of rows whose gradient is not wanted; see `cross_entropy`."""
         loss, rows, correct, count = self.cross_entropy(logits, target, weight, options)
-        return (loss, *rows[: ROW_FIELDS.index("max")].unbind(0), correct, count)
+        return (loss, *rows[: len(SCORE_FIELDS)].unbind(0), correct, count)
 
     @abstractmethod
     def cross_entropy_backward(

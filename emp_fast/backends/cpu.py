@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emp_fast.backends.base import (
     ROW_FIELDS,
+    SCORE_FIELDS,
     LossOptions,
     MeanStep,
     Recurrence,
@@ -31,9 +32,6 @@ from emp_fast.backends.native import (
     state_arguments,
 )
 from emp_fast.backends.reference import ReferenceBackend
-
-_FIELDS = len(ROW_FIELDS)
-_SCORES = ROW_FIELDS.index("max")  # those for the user come first
 
 
 class CpuBackend(ReferenceBackend):
@@ -59,7 +57,7 @@ class CpuBackend(ReferenceBackend):
         """Scores every row; see `Backend.cross_entropy`."""
         rows = logits.shape[0]
         loss = logits.new_empty(rows, dtype=torch.float32)
-        fields = logits.new_empty(_FIELDS, rows, dtype=torch.float32)
+        fields = logits.new_empty(len(ROW_FIELDS), rows, dtype=torch.float32)
         pointers = loss.data_ptr(), fields.data_ptr()
         correct, count = self._score(logits, target, weight, options, *pointers, for_backward=True)
         return RowScores(loss, fields, correct, count)
@@ -69,7 +67,7 @@ class CpuBackend(ReferenceBackend):
     ) -> tuple[Tensor, ...]:
         """Writes nothing for a backward pass; see `Backend.scores`."""
         rows = logits.shape[0]
-        fields = logits.new_empty(1 + _SCORES, rows, dtype=torch.float32)
+        fields = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
         loss = fields.data_ptr()
         pointers = loss, loss + 4 * rows
         flags = self._score(logits, target, weight, options, *pointers, for_backward=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emp_fast.backends.base import (
     ROW_FIELDS,
+    SCORE_FIELDS,
     Backend,
     LossOptions,
     MeanStep,
@@ -36,7 +37,6 @@ from emp_fast.backends.reference import ReferenceBackend
 from emp_fast.backends.row_kernels import RowKernelsChoice
 
 _OLDEST = (8, 0)
-_SCORES = ROW_FIELDS.index("max")  # of ROW_FIELDS; the rest is kept for the backward pass
 _HERE = nullcontext()
 
 
@@ -101,7 +101,7 @@ class CudaBackend(RowKernelsChoice, Backend):
     ) -> tuple[Tensor, ...]:
         """Writes nothing for a backward pass; see `Backend.scores`."""
         rows = logits.shape[0]
-        fields = logits.new_empty(1 + _SCORES, rows, dtype=torch.float32)
+        fields = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
         correct = logits.new_empty(rows, dtype=torch.bool)
         count = logits.new_empty(rows, dtype=torch.int32)
         loss = fields.data_ptr()

@@ -184,7 +184,7 @@ class ReferenceBackend(Backend):
         if k == 0 or n == 0:
             return torch.empty(0, dtype=torch.int64, device=scores.device)
         keys = order_keys(scores)
-        threshold = keys.kthvalue(n - k + 1).values
+        threshold = _lowest_of_top(keys, k)
         above = keys > threshold
         ties = (keys == threshold).nonzero()[:, 0]
         above[ties[: k - int(above.sum())]] = True
@@ -293,6 +293,14 @@ def _capped(x: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(x / softcap) if softcap > 0 else x
 
 
+def _lowest_of_top(keys: Tensor, k: int) -> Tensor:
+    """The k-th highest."""
+    n = keys.shape[0]
+    if keys.is_cuda:  # kthvalue raises under torch.use_deterministic_algorithms for its index alone
+        return keys.sort().values[n - k]
+    return keys.kthvalue(n - k + 1).values
+
+
 def _class_ids(
     target: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,7 +319,7 @@ def _smoothed(target: Tensor, options: LossOptions, weight: Tensor | None) -> Te
 
 
 def _masked_product(t: Tensor, log_p: Tensor) -> Tensor:
-    """T * log_p, where a class of no weight costs nothing even at log_p = -inf."""
+    """``t * log_p``, where a class of no weight costs nothing even at log_p = -inf."""
     return torch.where(t == 0, 0.0, t * log_p)
 
 

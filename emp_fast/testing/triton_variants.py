@@ -25,7 +25,7 @@ from torch import Tensor
 
 from emp_fast.backends import _triton_selection
 from emp_fast.backends import triton as triton_backend
-from emp_fast.backends.base import LossOptions, Recurrence, State
+from emp_fast.backends.base import ROW_FIELDS, LossOptions, Recurrence, State
 from emp_fast.kernels import cross_entropy, mean_loss, philox, plan, selection, update_state
 
 #: How Triton writes the types of pointers.
@@ -226,7 +226,7 @@ def _scoring_calls() -> Iterator[_Call]:
         rows, classes = shape.rows, shape.classes
         logits = torch.empty((rows, classes + shape.padding), dtype=shape.dtype)[:, :classes]
         ids, grad_loss = torch.zeros(rows, dtype=torch.int64), torch.empty(rows)
-        kept = torch.empty((7, rows))
+        kept = torch.empty((len(ROW_FIELDS), rows))
         for target, weight, smoothing, softcap in itertools.product(
             (ids, torch.empty((rows, classes))), (None, torch.empty(classes)), (0.0, 0.1), (0.0, 5)
         ):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from sizes import DRY_RUN
@@ -22,6 +25,32 @@ MANY = (4000, 4096)
 def test_the_self_check_passes(backend: str, device: torch.device) -> None:
     status = {status.name: status for status in backend_status(device)}[backend]
     assert status.available, status.reason
+
+
+_DETERMINISTIC = """
+import torch
+torch.use_deterministic_algorithms(True)
+from emp_fast import Pruner, use_backend
+from emp_fast.backends import resolve
+from emp_fast.functional import topk_indices
+device = torch.device({device!r})
+with use_backend({backend!r}):
+    assert resolve(device).name == {backend!r}
+    logits = torch.randn(64, 10, device=device, requires_grad=True)
+    target = torch.arange(64, device=device) % 10
+    pruner = Pruner(64, device=device)
+    pruner.loss(logits, target, torch.arange(64, device=device)).backward()
+    chosen = topk_indices(pruner.store.scores, 20)
+with use_backend("reference"):
+    assert torch.equal(chosen, topk_indices(pruner.store.scores, 20))
+"""
+
+
+def test_deterministic_algorithms_refuse_nothing(backend: str, device: torch.device) -> None:
+    """Neither a backend, whose self-check runs the reference, nor the reference itself."""
+    code = _DETERMINISTIC.format(device=str(device), backend=backend)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def batch(shape, device, dtype=torch.float32):

@@ -230,6 +230,23 @@ def test_every_policy_selects_what_it_does_on_the_cpu(policy, balanced, backend,
         assert torch.equal(chosen[0].weights.cpu(), chosen[1].weights)
 
 
+def test_state_and_weights_follow_the_first_batch_to_its_device(backend, device) -> None:
+    """A Pruner without a device starts on the CPU, and so do the weights of the first step."""
+    logits, target = torch.randn(9, 5).to(device), torch.arange(9, device=device) % 5
+    indices = torch.arange(9)
+
+    def first_step(**options) -> list[Tensor]:
+        pruner = Pruner(12, policy=policies.BelowMean(0.5), **options)
+        list(pruner.sampler)
+        leaf = logits.clone().requires_grad_()
+        loss = pruner.loss(leaf, target, indices)
+        return [loss.detach(), *torch.autograd.grad(loss, leaf), pruner.store.scores]
+
+    for got, wanted in zip(first_step(), first_step(device=device), strict=True):
+        assert got.device == device
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize(
     "rule", [rules.EMP(0.5, 0.9), rules.AUM(), rules.UCB(), rules.Forgetting()], ids=repr
 )
