@@ -5,7 +5,7 @@ and ``emp-fast doctor`` repeats the reason recorded here. Environment:
 
     EMP_FAST_REQUIRE_NATIVE=1   a failed native build fails the install (releases, CI)
     EMP_FAST_CUDA=0|1           leave CUDA out | fail when it cannot be built; default: build it
-                                when nvcc works
+                                when nvcc works, and do without it where that fails
     EMP_FAST_CUDA_ARCHS=...     CMake architecture list in place of every one that nvcc knows
     CMAKE_ARGS=...              more arguments for CMake's configuration
 """
@@ -35,21 +35,21 @@ class CMakeBuild(build_ext):
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
         module.unlink(missing_ok=True)
-        try:
-            self._cmake(module)
-            reason = None
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            reason = f"the native build failed: {error}"
+        cuda = os.environ.get("EMP_FAST_CUDA", "AUTO")
+        reason, cuda_reason = self._failure(module, cuda), None
+        if reason is not None and cuda == "AUTO" and self._failure(module, "0") is None:
+            reason, cuda_reason = None, reason  # CUDA it was: an nvcc that is too old, say
+            _say(cuda_reason, "without CUDA it succeeds; Triton serves GPUs where it is installed.")
+        if reason is not None:
             if os.environ.get("EMP_FAST_REQUIRE_NATIVE") == "1":
-                raise RuntimeError(reason) from error
-            print(
-                f"\nemp_fast: {reason}\nemp_fast: installing without native code; everything works "
-                "through the PyTorch reference, slower. A C++17 compiler is what is needed.\n",
-                file=sys.stderr,
+                raise RuntimeError(reason)
+            _say(
+                reason,
+                "installing without native code; everything works through the PyTorch reference, "
+                "slower. A C++17 compiler is what is needed.",
             )
-        (module.parent / BUILD_INFO).write_text(
-            json.dumps({"native": reason is None, "reason": reason}) + "\n"
-        )
+        made = {"native": reason is None, "reason": reason, "cuda_reason": cuda_reason}
+        (module.parent / BUILD_INFO).write_text(json.dumps(made) + "\n")
 
     def get_outputs(self) -> list[str]:
         """The files that exist: an optional module that was not built is not an output."""
@@ -68,7 +68,15 @@ class CMakeBuild(build_ext):
                 if source.exists():
                     shutil.copy2(source, copy)
 
-    def _cmake(self, module: Path) -> None:
+    def _failure(self, module: Path, cuda: str) -> str | None:
+        """Builds the module; returns what went wrong, if anything did."""
+        try:
+            self._cmake(module, cuda)
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            return f"the native build failed: {error}"
+        return None
+
+    def _cmake(self, module: Path, cuda: str) -> None:
         cmake = shutil.which("cmake")
         if cmake is None:
             raise RuntimeError("cmake is not installed")
@@ -90,7 +98,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
             f"-DEMP_FAST_MODULE_FILE={module.name}",
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DEMP_FAST_CUDA={os.environ.get('EMP_FAST_CUDA', 'AUTO')}",
+            f"-DEMP_FAST_CUDA={cuda}",
             f"-DEMP_FAST_CUDA_ARCHS={os.environ.get('EMP_FAST_CUDA_ARCHS', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
@@ -101,6 +109,10 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
         if not module.exists():
             raise RuntimeError(f"CMake finished without making {module.name}")
+
+
+def _say(*lines: str) -> None:
+    print("\n" + "\n".join(f"emp_fast: {line}" for line in lines) + "\n", file=sys.stderr)
 
 
 setup(

@@ -178,6 +178,18 @@ def test_without_a_compiler_it_installs_and_says_what_is_missing(environment, so
     assert "native build failed" in " ".join(doctor.split())
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_an_nvcc_that_cannot_compile_costs_cuda_alone(environment, sources, tmp_path):
+    for source in (sources / "csrc" / "cuda").glob("*.cu"):
+        source.unlink()
+    (sources / "csrc" / "cuda" / "new.cu").write_text("#error this nvcc is too old\n")
+    del environment.variables["EMP_FAST_CUDA"]
+    environment.install(sources, cwd=tmp_path, EMP_FAST_REQUIRE_NATIVE="1")
+    assert environment.report(tmp_path)["cpu"] is None
+    doctor = " ".join(environment.run("-m", "emp_fast", "doctor", "--json", cwd=tmp_path).split())
+    assert "built without CUDA: the native build failed" in doctor
+
+
 def test_a_required_native_build_fails_the_install(environment, sources, tmp_path):
     done = subprocess.run(
         [

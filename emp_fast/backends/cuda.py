@@ -27,6 +27,7 @@ from emp_fast.backends.native import (
     FORMATS,
     MASK32,
     MASK64,
+    build_failure,
     load_native,
     pointer,
     pointers,
@@ -67,9 +68,8 @@ class CudaBackend(RowKernelsChoice, Backend):
         if isinstance(native, str):
             self._reason = native
         elif not hasattr(native, "cuda"):
-            self._reason = (
-                "emp_fast._native was built without CUDA: no nvcc was found, or EMP_FAST_CUDA=0"
-            )
+            why = build_failure("cuda_reason") or "no nvcc was found, or EMP_FAST_CUDA=0"
+            self._reason = f"emp_fast._native was built without CUDA: {why}"
         else:
             self._native = native.cuda
 

@@ -31,7 +31,7 @@ def load_native() -> Any | str:
     try:
         module = import_module("emp_fast._native")
     except ImportError as error:
-        return _build_failure() or f"emp_fast._native cannot be imported: {error}"
+        return build_failure() or f"emp_fast._native cannot be imported: {error}"
     isa = os.environ.get(_ISA_ENVIRONMENT)
     if isa:
         try:
@@ -41,10 +41,12 @@ def load_native() -> Any | str:
     return module
 
 
-def _build_failure() -> str | None:
-    """What setup.py recorded, if the build of this installation failed."""
+def build_failure(which: str = "reason") -> str | None:
+    """What setup.py recorded, if the build of this installation failed: "reason" of the module,
+    "cuda_reason" of its CUDA part.
+    """
     try:
-        reason = json.loads(_BUILD_INFO.read_text()).get("reason")
+        reason = json.loads(_BUILD_INFO.read_text()).get(which)
     except (OSError, ValueError):
         return None
     return None if reason is None else str(reason)
