@@ -9,8 +9,7 @@
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of emp_fast; see emp_fast.backends.cpu and emp_fast.backends.cuda.";
-  emp_fast::cpu::bind_scores(m);
-  emp_fast::cpu::bind_selection(m);
+  emp_fast::cpu::bind(m);
 #ifdef EMP_FAST_WITH_CUDA
   emp_fast::cuda::bind(m);
 #endif

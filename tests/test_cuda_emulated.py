@@ -308,7 +308,7 @@ def test_every_kernel_scores_and_differentiates(
     logits, target, weight, options = shape.make()
     aligned = logits.data_ptr() % 16 == 0
     general = shape.softcap > 0 or (shape.smoothing > 0 and shape.weighted)
-    plan = module.cuda.plan_rows(
+    plan = module.cuda.plans.plan_rows(
         *(shape.rows, shape.classes, logits.stride(0), logits.element_size(), aligned),
         *(shape.soft, general, shape.smoothing > 0, True, *device, 0, emulated._row_kernels),
     )
@@ -437,7 +437,7 @@ def test_the_gradient_of_one_array_is_that_of_its_rows_bit_for_bit(
     target[1] = classes  # no such class
     logits = apart.contiguous()
     plans = [
-        module.cuda.plan_backward(
+        module.cuda.plans.plan_backward(
             *(rows, classes, x.stride(0), x.element_size(), x.data_ptr() % 16 == 0),
             *(False, False, option == "smoothed", 1),
         )
@@ -785,7 +785,7 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
     """From the scores that the kernel itself wrote, the state is the reference's, bit for bit."""
     emulated.row_kernels, rows, classes, softcap = case
     emulated.seed = seed
-    chosen = module.cuda.plan_rows(
+    chosen = module.cuda.plans.plan_rows(
         *(rows, classes, classes, 4, True, False, softcap > 0, softcap > 0, True),
         *(4, 227 * 1024, 0, emulated._row_kernels),
     )

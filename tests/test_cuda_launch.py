@@ -53,7 +53,7 @@ def most_vectors(classes: int, element_bytes: int, aligned: bool) -> int:
 
 def plan_rows(*shape: Any, kernels: int = PLAIN) -> dict[str, Any]:
     *numbers, device = shape
-    plan: dict[str, Any] = cuda.plan_rows(*numbers, *device, kernels)
+    plan: dict[str, Any] = cuda.plans.plan_rows(*numbers, *device, kernels)
     return plan
 
 
@@ -124,7 +124,7 @@ def test_row_plans_cover_every_row_and_column(
             assert plan["lanes"] * plan["register_vectors"] >= vectors, shape
             # Where one vector a thread is enough for a launch of few threads, it is one.
             one = plan["register_vectors"] == 1
-            assert one or plan["register_vectors"] == cuda.REGISTER_VECTORS, shape
+            assert one or plan["register_vectors"] == cuda.plans.REGISTER_VECTORS, shape
             lanes = min(n for n in (8, 32, 128, 256, math.inf) if n >= vectors)
             assert one == (rows * lanes <= 1024 * device[0]), shape
             assert not one or plan["lanes"] == lanes, shape
@@ -147,7 +147,7 @@ def test_smoothed_rows_have_no_kernels_of_one_vector_a_thread() -> None:
             plan_rows(*shape, smoothed, False, H200)["register_vectors"]
             for smoothed in (False, True)
         ]
-        assert vectors == [1, cuda.REGISTER_VECTORS]
+        assert vectors == [1, cuda.plans.REGISTER_VECTORS]
 
 
 @pytest.mark.parametrize("device", [H200, A100, SMALL])
@@ -298,7 +298,7 @@ def test_cluster_plans_cover_every_row_and_column(
     device: tuple[int, int, int], element_bytes: int
 ) -> None:
     multiprocessors, shared, widest = device
-    round_bytes = 16 * cuda.ROUND_VECTORS
+    round_bytes = 16 * cuda.plans.ROUND_VECTORS
     served = 0
     for shape in every_shape(element_bytes):
         rows, *_, soft, _, _, grad = shape
@@ -319,26 +319,28 @@ def test_cluster_plans_cover_every_row_and_column(
         part = plan["vectors_per_part"]
         assert part * cluster >= vectors, shape
         assert part % 128 == 0, shape  # whole chunks: no two warps of two blocks share one
-        assert (rounds - 1) * cuda.ROUND_VECTORS < part <= rounds * cuda.ROUND_VECTORS, shape
+        assert (
+            (rounds - 1) * cuda.plans.ROUND_VECTORS < part <= rounds * cuda.plans.ROUND_VECTORS
+        ), shape
         assert 2 <= slots <= 6, shape
         # A block has its multiprocessor alone.
         assert plan["blocks_per_multiprocessor"] == 1, shape
-        assert plan["shared_bytes"] == slots * round_bytes + cuda.RING_TAIL, shape
+        assert plan["shared_bytes"] == slots * round_bytes + cuda.plans.RING_TAIL, shape
         assert plan["shared_bytes"] <= shared, shape
         # Whole clusters, each with a row at least, and no more than run at once.
         clusters, rest = divmod(plan["grid"], cluster)
         assert rest == 0, shape
         assert clusters == min(rows, max(multiprocessors // cluster, 1)), shape
         # The gradient's row stays on chip wherever some cluster could hold it.
-        most_slots = min((shared - cuda.RING_TAIL) // round_bytes, 6)
-        if grad and math.ceil(vectors / widest) + 127 <= most_slots * cuda.ROUND_VECTORS:
+        most_slots = min((shared - cuda.plans.RING_TAIL) // round_bytes, 6)
+        if grad and math.ceil(vectors / widest) + 127 <= most_slots * cuda.plans.ROUND_VECTORS:
             assert keeps_row(plan, element_bytes), shape
         # No more blocks share a row than that takes, unless there are too few rows.
         if grad and cluster > 1 and rows * cluster // 2 >= multiprocessors:
-            halved = math.ceil(vectors / (cluster // 2)) > 1.5 * slots * cuda.ROUND_VECTORS
+            halved = math.ceil(vectors / (cluster // 2)) > 1.5 * slots * cuda.plans.ROUND_VECTORS
             assert halved or element_bytes == 4, shape
-            assert math.ceil(vectors / (cluster // 2)) > slots * cuda.ROUND_VECTORS, shape
-    assert (served > 0) == (widest > 0 and shared >= 2 * round_bytes + cuda.RING_TAIL)
+            assert math.ceil(vectors / (cluster // 2)) > slots * cuda.plans.ROUND_VECTORS, shape
+    assert (served > 0) == (widest > 0 and shared >= 2 * round_bytes + cuda.plans.RING_TAIL)
 
 
 @pytest.mark.parametrize("device", [H200, A100, RTX5090, NARROW, SMALL])
@@ -370,7 +372,7 @@ def test_ring_plans_cover_every_row_and_column(
         assert 2 <= slots <= 7, shape
         blocks = plan["blocks_per_multiprocessor"]
         assert blocks >= 1, shape
-        assert plan["shared_bytes"] == cuda.block_ring_bytes(warps, slots), shape
+        assert plan["shared_bytes"] == cuda.plans.block_ring_bytes(warps, slots), shape
         assert blocks * (plan["shared_bytes"] + 1024) <= shared + 1024, shape
         assert blocks * warps <= (16 if rare else 32), shape
         assert plan["grid"] == min(rows, blocks * multiprocessors), shape
@@ -379,7 +381,7 @@ def test_ring_plans_cover_every_row_and_column(
         if warps < 16:
             assert blocks * warps >= 16, shape
             assert not grad or rounds <= slots, shape
-    assert (served > 0) == (shared >= cuda.block_ring_bytes(16, 2))
+    assert (served > 0) == (shared >= cuda.plans.block_ring_bytes(16, 2))
 
 
 def vectors_of(shape: tuple[Any, ...]) -> int:
@@ -451,7 +453,7 @@ def plan_backward(
     smoothed: bool = False,
     device: tuple[int, int, int] = H200,
 ) -> dict[str, Any]:
-    plan: dict[str, Any] = cuda.plan_backward(
+    plan: dict[str, Any] = cuda.plans.plan_backward(
         *(rows, classes, stride or classes, element_bytes, aligned),
         *(soft, general, smoothed, device[0]),
     )
@@ -517,7 +519,7 @@ def test_the_row_of_an_element_is_found_by_multiplication(tile: int) -> None:
         elements = sorted(spots | starts | {x - 1 for x in starts} | {0, 1})
         near = sorted({n + d for n in range(0, classes + tile, classes) for d in (-1, 0, 1)})
         near = [n for n in near if 0 <= n <= classes + tile - 2]
-        rows, near_rows = cuda.rows_of_elements(classes, tile, elements, near)
+        rows, near_rows = cuda.plans.rows_of_elements(classes, tile, elements, near)
         assert rows == [x // classes for x in elements]
         assert near_rows == [n // classes for n in near]
 
@@ -528,7 +530,7 @@ def test_a_window_holds_every_column_once(elements: int) -> None:
     for classes in range(1, 70):
         for shift in range(elements):
             address = 0x7F0000000000 + shift * element_bytes
-            vectors = cuda.window_columns(address, classes, elements)
+            vectors = cuda.plans.window_columns(address, classes, elements)
             held = [column for _, _, columns in vectors for column in columns]
             assert held == list(range(classes))
             for column, interior, columns in vectors:
@@ -548,7 +550,7 @@ def test_a_window_holds_every_column_once(elements: int) -> None:
     ],
 )
 def test_selection_plan(n: int, k: int, groups: int, sample_bits: int) -> None:
-    plan = cuda.plan_selection(n, k, groups, sample_bits)
+    plan = cuda.plans.plan_selection(n, k, groups, sample_bits)
     assert n - 1 < 2 ** plan["index_bits"] <= max(2 * (n - 1), 1)
     assert (plan["tiles"] - 1) * 1024 < n <= plan["tiles"] * 1024
     assert (plan["runs"] - 1) * 64 < plan["tiles"] <= plan["runs"] * 64
@@ -603,7 +605,7 @@ def test_digits_select_what_a_stable_sort_does(name: str, digit_bits: int) -> No
     scores = score_sets()[name]
     n = len(scores)
     for k in sorted({0, 1, 2, n // 3, n // 2, n - 1, n} & set(range(n + 1))):
-        assert cuda.select_by_digits(scores, k, digit_bits) == highest(scores, k)
+        assert cuda.plans.select_by_digits(scores, k, digit_bits) == highest(scores, k)
 
 
 def test_row_kernels_are_chosen_by_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:

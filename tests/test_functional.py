@@ -162,6 +162,25 @@ def test_gradient_errs_at_most_twice_as_much_as_torch(
         assert float(error.max()) <= 2 * float(torch_error.max()) + floor
 
 
+@pytest.mark.parametrize("classes", [3, 100, 1000])
+@pytest.mark.parametrize("apart", [1.0, 1e-3])
+def test_a_teachers_probabilities_give_gradients_as_good_as_torchs(
+    backend: str, classes: int, apart: float
+) -> None:
+    """No class has most of the target: the largest must not be computed from what it lacks to 1."""
+    generator = torch.Generator().manual_seed(classes)
+    teacher = torch.randn(20, classes, generator=generator)
+    leaf = (teacher + apart * torch.randn(20, classes, generator=generator)).requires_grad_()
+    target = teacher.softmax(1)
+    ones = torch.ones(20)
+    got = gradient(cross_entropy(leaf, target).loss, leaf, ones)
+    torchs = gradient(torch.nn.functional.cross_entropy(leaf, target, reduction="none"), leaf, ones)
+    wanted = torch.from_numpy(oracle(leaf.detach(), target, grad_loss=ones)[1])
+    error, torch_error = (((made.double() - wanted).abs()).max() for made in (got, torchs))
+    ulp = torch.finfo(torch.float32).eps * float(target.max())
+    assert float(error) <= 2 * float(torch_error) + ulp
+
+
 @pytest.mark.parametrize("classes", [2, 40])
 def test_a_softcap_adds_no_more_error_to_the_gradient_than_in_torch(
     backend: str, classes: int

@@ -60,15 +60,6 @@ EMP_FAST_HD void raise(SoftmaxSums<T>& sums, T max) {
   sums.m = max;
 }
 
-// The sums of two disjoint parts of a row. An empty part changes nothing.
-template <class T>
-EMP_FAST_HD SoftmaxSums<T> merge(SoftmaxSums<T> a, SoftmaxSums<T> b) {
-  const T max = larger(a.m, b.m);
-  raise(a, max);
-  raise(b, max);
-  return {max, a.d + b.d, a.s + b.s, a.q + b.q};
-}
-
 // The scores of one row of class id y; all but `nll` are fields of
 // emp_fast.backends.base.ROW_FIELDS.
 template <class T>

@@ -1,13 +1,11 @@
 // The row scores of the CPU as Python sees them: pointers in, rows shared out among the threads.
 #include "cpu/cross_entropy.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <atomic>
 #include <numeric>
 
+#include "address.h"
 #include "cpu/bindings.h"
 #include "cpu/flush_to_zero.h"
 #include "cpu/parallel.h"
@@ -82,12 +80,12 @@ double weighted_sum(const float* values, const float* scale, int64_t rows) {
   return std::accumulate(parts, parts + kParts, 0.0);
 }
 
-Problem make_problem(uintptr_t logits, int storage, int64_t row_stride, int64_t rows,
-                     int64_t classes, uintptr_t target, bool soft, uintptr_t weight,
-                     int64_t ignore_index, double label_smoothing, double softcap) {
+Problem make_problem(Address logits, int dtype, int64_t row_stride, int64_t rows, int64_t classes,
+                     Address target, bool soft, Address weight, int64_t ignore_index,
+                     double label_smoothing, double softcap) {
   Problem problem{};
   problem.logits = pointer<const void>(logits);
-  problem.storage = static_cast<Storage>(storage);
+  problem.dtype = static_cast<Dtype>(dtype);
   problem.row_stride = row_stride;
   problem.rows = rows;
   problem.classes = classes;
@@ -106,13 +104,12 @@ Problem make_problem(uintptr_t logits, int storage, int64_t row_stride, int64_t 
 }
 
 // Returns the first row with an impossible class id, or -1; the outputs mean nothing then.
-int64_t cross_entropy(uintptr_t logits, int storage, int64_t row_stride, int64_t rows,
-                      int64_t classes, uintptr_t target, bool soft, uintptr_t weight,
-                      int64_t ignore_index, double label_smoothing, double softcap, uintptr_t loss,
-                      uintptr_t fields, uintptr_t correct, uintptr_t count, bool for_backward,
-                      int threads) {
+int64_t cross_entropy(Address logits, int dtype, int64_t row_stride, int64_t rows, int64_t classes,
+                      Address target, bool soft, Address weight, int64_t ignore_index,
+                      double label_smoothing, double softcap, Address loss, Address fields,
+                      Address correct, Address count, bool for_backward, int threads) {
   py::gil_scoped_release released;
-  const Problem problem = make_problem(logits, storage, row_stride, rows, classes, target, soft,
+  const Problem problem = make_problem(logits, dtype, row_stride, rows, classes, target, soft,
                                        weight, ignore_index, label_smoothing, softcap);
   const ScoreOutputs out{pointer<float>(loss), pointer<float>(fields), pointer<bool>(correct),
                          pointer<int32_t>(count), for_backward};
@@ -130,12 +127,12 @@ int64_t cross_entropy(uintptr_t logits, int storage, int64_t row_stride, int64_t
   return first == kNone ? -1 : first;
 }
 
-void cross_entropy_backward(uintptr_t logits, int storage, int64_t row_stride, int64_t rows,
-                            int64_t classes, uintptr_t target, bool soft, uintptr_t weight,
+void cross_entropy_backward(Address logits, int dtype, int64_t row_stride, int64_t rows,
+                            int64_t classes, Address target, bool soft, Address weight,
                             int64_t ignore_index, double label_smoothing, double softcap,
-                            uintptr_t grad_loss, uintptr_t fields, uintptr_t grad, int threads) {
+                            Address grad_loss, Address fields, Address grad, int threads) {
   py::gil_scoped_release released;
-  const Problem problem = make_problem(logits, storage, row_stride, rows, classes, target, soft,
+  const Problem problem = make_problem(logits, dtype, row_stride, rows, classes, target, soft,
                                        weight, ignore_index, label_smoothing, softcap);
   const GradientInputs in{pointer<const float>(grad_loss), pointer<const float>(fields)};
   const ScoreKernels& kernels = score_kernels(active_isa());
@@ -151,23 +148,22 @@ void cross_entropy_backward(uintptr_t logits, int storage, int64_t row_stride, i
 // with nothing applied kWrongTarget or kWrongIndex.
 enum StepError { kNoError, kWrongTarget, kWrongIndex };
 
-int64_t step_workspace(int64_t rows) { return (kNumFields + 3) * rows + (rows + 3) / 4; }
+int64_t step_workspace(int64_t rows) { return (kFields + 3) * rows + (rows + 3) / 4; }
 
-int cross_entropy_step(uintptr_t logits, int storage, int64_t row_stride, int64_t rows,
-                       int64_t classes, uintptr_t target, bool soft, uintptr_t weight,
-                       int64_t ignore_index, double label_smoothing, double softcap,
-                       uintptr_t row_scale, uintptr_t indices, int signal, int direct,
-                       uintptr_t scores, uintptr_t memory, uintptr_t visits, uintptr_t variance,
-                       uintptr_t claims, uintptr_t counters, int64_t num_samples, int kind,
-                       double decay, double direct_scale, double memory_scale,
-                       double variance_scale, uintptr_t mean, uintptr_t grad, uintptr_t workspace,
+int cross_entropy_step(Address logits, int dtype, int64_t row_stride, int64_t rows, int64_t classes,
+                       Address target, bool soft, Address weight, int64_t ignore_index,
+                       double label_smoothing, double softcap, Address row_scale, Address indices,
+                       int signal, int direct, Address scores, Address memory, Address visits,
+                       Address variance, Address claims, Address counters, int64_t num_samples,
+                       int kind, double decay, double direct_scale, double memory_scale,
+                       double variance_scale, Address mean, Address grad, Address workspace,
                        int threads) {
   py::gil_scoped_release released;
-  const Problem problem = make_problem(logits, storage, row_stride, rows, classes, target, soft,
+  const Problem problem = make_problem(logits, dtype, row_stride, rows, classes, target, soft,
                                        weight, ignore_index, label_smoothing, softcap);
   // Row 0 is the loss, then come the fields: as `signal` and `direct` count them.
   float* values = pointer<float>(workspace);
-  float* grad_loss = values + (1 + kNumFields) * rows;
+  float* grad_loss = values + (1 + kFields) * rows;
   int32_t* count = reinterpret_cast<int32_t*>(grad_loss + rows);
   const ScoreOutputs out{values, values + rows, reinterpret_cast<bool*>(count + rows), count, true};
 
@@ -209,17 +205,6 @@ int cross_entropy_step(uintptr_t logits, int storage, int64_t row_stride, int64_
 }  // namespace
 
 void bind_scores(py::module_& m) {
-  m.def(
-      "supported_isas",
-      [] {
-        std::vector<std::string> names;
-        for (const Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
-        return names;
-      },
-      "Instruction sets that this processor runs, the best last.");
-  m.def("isa", [] { return isa_name(active_isa()); }, "The instruction set in use.");
-  m.def("set_isa", &set_isa, py::arg("name"), "Uses another supported instruction set.");
-  // Positional arguments alone: looking names up costs more than a small batch.
   m.def("cross_entropy", &cross_entropy);
   m.def("cross_entropy_backward", &cross_entropy_backward);
   m.def("step_workspace", &step_workspace);

@@ -3,19 +3,14 @@
 #pragma once
 #include <cstdint>
 
+#include "core/row_fields.h"
 #include "cpu/isa.h"
 
 namespace emp_fast::cpu {
 
-enum class Storage { kFloat32, kFloat16, kBFloat16 };
-
-// emp_fast.backends.base.ROW_FIELDS, in their order.
-enum Field { kEntropy, kEl2n, kMargin, kConfidence, kMax, kInvSum, kMiss, kNumFields };
-constexpr int kNumScores = kMax;  // those before it are for the user
-
 struct Problem {
   const void* logits;  // [rows, classes], unit stride along the classes
-  Storage storage;
+  Dtype dtype;
   int64_t row_stride;  // in elements
   int64_t rows;
   int64_t classes;
@@ -30,7 +25,7 @@ struct Problem {
 
 struct ScoreOutputs {
   float* loss;        // [rows]
-  float* fields;      // [kNumFields, rows], or [kNumScores, rows] without a backward pass
+  float* fields;      // [kFields, rows], or [kScoreFields, rows] without a backward pass
   bool* correct;      // [rows]
   int32_t* count;     // [rows]
   bool for_backward;  // whether to keep what the backward pass needs
@@ -38,7 +33,7 @@ struct ScoreOutputs {
 
 struct GradientInputs {
   const float* grad_loss;  // [rows]
-  const float* fields;     // [kNumFields, rows] of the scores
+  const float* fields;     // [kFields, rows] of the scores
 };
 
 constexpr int64_t kNone = INT64_MAX;

@@ -1,4 +1,4 @@
-// Forward: every score of a row from one read of its logits.
+// The scores of rows from one read of their logits, and the gradient from a second.
 //
 // Rows go in groups of kLanes, whose final maths (log, divisions, square roots) is one row a lane.
 // Few classes: the logits too are one row a lane (columns.h). Many: a row at a time in blocks that
@@ -463,7 +463,7 @@ int64_t forward(const Problem& problem, const ScoreOutputs& out, int64_t begin, 
 //
 // and for probabilities, with the effective target t' and T = sum_j t'_j
 //
-//   dx_j = g (T p_j - t'_j)            dx_y = g ((T - t'_y) - T miss)
+//   dx_j = g (T p_j - t'_j)            dx_y = g ((T - t'_y) - T miss) where 2 t'_y > T
 //
 // each times the slope of the softcap.
 template <class Rows, class Format>
@@ -540,6 +540,8 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       const int64_t size = classes - j;
       write_some<Format>(to + j, compute(read_some<Format>(row + j, size), j, size), size);
     }
+    // Without most of the target, the class is one of many: both differences would be next to T.
+    if (t_row && 2 * u_y <= total) continue;
     const float at_y = problem.target ? g * (total * field(kConfidence) - u_y - a * field(kMiss))
                                       : g * ((total - u_y) - total * field(kMiss));
     const Floats slope = logits.capped_with_slope(read_some<Format>(row + y, 1)).slope;

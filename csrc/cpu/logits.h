@@ -63,10 +63,10 @@ EMP_FAST_INLINE auto with_logits(const Problem& problem, Body body) {
     return problem.softcap > 0 ? body(Logits<Chosen, true>{problem}, format)
                                : body(Logits<Chosen, false>{problem}, format);
   };
-  switch (problem.storage) {
-    case Storage::kFloat16:
+  switch (problem.dtype) {
+    case Dtype::kFloat16:
       return with_format(Float16{});
-    case Storage::kBFloat16:
+    case Dtype::kBfloat16:
       return with_format(BFloat16{});
     default:
       return with_format(Float32{});

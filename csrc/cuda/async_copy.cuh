@@ -25,8 +25,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 #if EMP_FAST_BULK_COPIES
 
-// ---- barriers that count threads and bytes
-// ------------------------------------------------------------
+// ---- barriers that count threads and bytes ----
 
 // A barrier of `arrivals` a phase. One thread initialises it, fences and lets the block synchronise
 // before anyone else touches it.
@@ -85,8 +84,7 @@ __device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_
   }
 }
 
-// ---- bulk copies
-// ---------------------------------------------------------------------------------------
+// ---- bulk copies ----
 
 // Orders this thread's accesses to shared memory before later ones of the copy engine.
 __device__ __forceinline__ void fence_proxy_async() {
@@ -104,8 +102,7 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
       : "memory");
 }
 
-// ---- clusters
-// ------------------------------------------------------------------------------------------
+// ---- clusters ----
 
 // The place of this block in its cluster.
 __device__ __forceinline__ unsigned cluster_rank() {
@@ -153,8 +150,7 @@ __device__ __forceinline__ void store_async(uint2* shared, const uint2& value, u
 
 #endif  // EMP_FAST_BULK_COPIES
 
-// ---- copies of 16 bytes, from compute capability 8.0 on
-// --------------------------------------------------
+// ---- copies of 16 bytes, from compute capability 8.0 on ----
 
 // Copies 16 aligned bytes past the first-level cache.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {

@@ -19,8 +19,7 @@ namespace emp_fast::cuda {
 
 __device__ __forceinline__ bool is_finite(float x) { return is_finite_bits(__float_as_uint(x)); }
 
-// ---- one sample
-// -----------------------------------------------------------------------------------------
+// ---- one sample ----
 
 __device__ __forceinline__ SampleState read_state(const StateArgs& s, int64_t sample) {
   SampleState state{0.0f, s.memory[sample], 0.0f, s.visits[sample]};
@@ -54,8 +53,7 @@ __device__ __forceinline__ bool claim_sample(const StateArgs& s, int64_t row, in
   return inside;
 }
 
-// ---- rows
-// -----------------------------------------------------------------------------------------------
+// ---- rows ----
 
 // The values of one row.
 struct RowValues {
@@ -230,8 +228,7 @@ struct ThreadLosses {
   }
 };
 
-// ---- the step of a scoring launch
-// -----------------------------------------------------------------------------------------------
+// ---- the step of a scoring launch ----
 
 constexpr int kRowsAtOnce = 2;  // a thread, of the last block
 

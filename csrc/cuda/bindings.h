@@ -7,4 +7,6 @@ namespace emp_fast::cuda {
 // Adds the submodule `cuda`. Calls nothing of CUDA: the module loads on a machine without a driver.
 void bind(pybind11::module_& m);
 
+void bind_plans(pybind11::module_& cuda);  // its submodule `plans`
+
 }  // namespace emp_fast::cuda

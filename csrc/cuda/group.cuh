@@ -3,10 +3,9 @@
 #pragma once
 #include "core/softmax_sums.h"
 #include "cuda/vector.cuh"
+#include "cuda/warp.cuh"
 
 namespace emp_fast::cuda {
-
-constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 struct Add {
   template <class V>

@@ -24,8 +24,7 @@ struct Device {
   int max_cluster;       // blocks of a cluster that bulk copies feed; 0: none
 };
 
-// ---- rows
-// ------------------------------------------------------------------------------------------
+// ---- rows ----
 
 enum class RowPath : int {
   kShared,     // a few lanes a row, each warp's rows through a tile of shared memory
@@ -320,8 +319,7 @@ inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
   return plan;
 }
 
-// ---- state
-// -----------------------------------------------------------------------------------------
+// ---- state ----
 
 constexpr int64_t kScanUpdateRows = 4096;    // update_state in one launch, each row by itself
 constexpr int64_t kWholeStepRows = 1024;     // of a batch whose step one block takes, at most
@@ -350,8 +348,7 @@ inline int64_t rows_of_state_block(int64_t rows) {
 // Blocks of step_rows, each with a part of the mean.
 inline int64_t step_parts(int64_t rows) { return ceil_div(rows, rows_of_state_block(rows)); }
 
-// ---- selection
-// -------------------------------------------------------------------------------------
+// ---- selection ----
 
 constexpr int kTile = 1024;  // scores a warp marks; a bit each
 constexpr int kTileWords = kTile / 32;

@@ -152,8 +152,7 @@ inline std::optional<RowPlan> plan_ring(const RowShape& s, const Device& device)
   return plan_block_ring(s, device);
 }
 
-// ---- choice
-// ----------------------------------------------------------------------------------------
+// ---- choice ----
 
 // Which kernels score rows. What a choice cannot serve, the plain kernels do.
 enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing, kHeld };

@@ -1,12 +1,15 @@
 // How every kernel is started, and how it finds the shared memory that its launch sizes:
 //
-//   launch("row_parts", row_parts<T>, grid, threads, shared_bytes, stream, args, vectors_per_part);
-//   launch_clusters("row_cluster", row_cluster<T>, grid, threads, cluster, shared_bytes, stream,
-//   args); uint4* cache = dynamic_shared<uint4>();  // in the kernel, once: a second call is the
-//   same memory
+//   launch("row_parts", row_parts<T>, grid, threads, shared_bytes, stream, arguments...);
 //
-// The name goes into the error of a launch that fails. More than 48 KiB of dynamic shared memory is
-// opted in to here. These two are what no C++ compiler knows of CUDA C++ (<<<>>> and extern
+//   launch_clusters("row_cluster", row_cluster<T>, grid, threads, cluster, shared_bytes, stream,
+//   a);
+//
+//   uint4* cache = dynamic_shared<uint4>();
+//
+// The last is the kernel's, which calls it once: a second call is the same memory. The name goes
+// into the error of a launch that fails. More than 48 KiB of dynamic shared memory is opted in to
+// here. These two are what no C++ compiler knows of CUDA C++ (<<<>>> and extern
 // __shared__); kernels use them and csrc/cuda/ptx.cuh, never the syntax itself, because
 // tests/cuda_emulator/ runs the kernels on the host by putting headers of its own in their place.
 #pragma once

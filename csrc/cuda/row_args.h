@@ -4,13 +4,9 @@
 
 #include "core/host_device.h"
 #include "core/recurrence.h"
+#include "core/row_fields.h"
 
 namespace emp_fast::cuda {
-
-enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
-
-// Order of the float32 outputs: emp_fast.backends.base.ROW_FIELDS.
-enum Field : int { kEntropy, kEl2n, kMargin, kConfidence, kMax, kInvSum, kMiss, kFields };
 
 // The rows that a state's counters count.
 enum Refused : int { kNonfinite, kOutOfRange };

@@ -84,8 +84,7 @@ __device__ __forceinline__ void write_row(const RowArgs& a, int64_t row, const R
   }
 }
 
-// ---- gradient
-// --------------------------------------------------------------------------------------
+// ---- gradient ----
 
 // d (g loss) / d x_j = g (scale p_j - spread w_j) off the target, with p_j = exp(x_j - max)
 // inv_sum.
@@ -178,8 +177,7 @@ __device__ __forceinline__ float row_gradient(const RowArgs& a, int64_t row) {
   return a.row_scale == nullptr ? a.scale : a.scale * __ldg(a.row_scale + row);
 }
 
-// ---- soft targets
-// ----------------------------------------------------------------------------------
+// ---- soft targets ----
 
 // What a probability weighs in the loss, after smoothing and class weight.
 __device__ __forceinline__ float smoothed(const RowArgs& a, int j, float t) {
@@ -205,7 +203,8 @@ __device__ __forceinline__ int largest_class(const float* soft, int classes) {
   return G::reduce(best == G::reduce(best, Max{}) ? at : classes - 1, Min{});
 }
 
-// d (g loss) / d x_j = g (total p_j - t_j), with t the smoothed targets and total their sum.
+// d (g loss) / d x_j = g (total p_j - t_j), with t the smoothed targets and total their sum. Where
+// one class has most of it, its difference comes from the miss: g ((total - t_y) - total miss).
 struct SoftGradientRow {
   float g, max, inv_sum, total, at_target;
   int target;
@@ -214,7 +213,7 @@ struct SoftGradientRow {
                                                        int target, float g, float max,
                                                        float inv_sum, float miss, float total) {
     const float t_y = smoothed(a, target, __ldg(soft + target));
-    return {g, max, inv_sum, total, (total - t_y) - total * miss, target};
+    return {g, max, inv_sum, total, (total - t_y) - total * miss, 2.0f * t_y > total ? target : -1};
   }
 
   template <int kCount>
@@ -230,8 +229,7 @@ struct SoftGradientRow {
   }
 };
 
-// ---- softcap
-// ---------------------------------------------------------------------------------------
+// ---- softcap ----
 
 // Fused with a zero, the product is rounded. Else the compiler may fuse it with a difference from
 // the row's maximum, which is rounded, and the largest logit would differ from itself.
@@ -244,8 +242,7 @@ __device__ __forceinline__ float cap_derivative(float x, float softcap) {
   return 1.0f - t * t;
 }
 
-// ---- outputs
-// ---------------------------------------------------------------------------------------
+// ---- outputs ----
 
 // Of the kLanes threads that share a row the first writes its scores.
 template <int kLanes>

@@ -72,8 +72,7 @@ struct RowPart {
   }
 };
 
-// ---- copies
-// --------------------------------------------------------------------------------------------
+// ---- copies ----
 
 // Slots filled by bulk copies, which lane 0 starts; a barrier a slot says when one is there.
 struct BulkCopies {
@@ -136,8 +135,7 @@ struct LaneCopies {
   }
 };
 
-// ---- ring
-// ----------------------------------------------------------------------------------------------
+// ---- ring ----
 
 // One warp's slots and the order of its copies. A row of `rounds` chunks is copied front to back.
 // For the gradient its last chunks stay, as many as there are slots, and are read again front to
@@ -221,8 +219,7 @@ struct Ring {
   }
 };
 
-// ---- sums
-// ----------------------------------------------------------------------------------------------
+// ---- sums ----
 
 // A warp's sums in shared memory.
 struct alignas(kSumBytes) SharedSums {
@@ -323,8 +320,7 @@ __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, S
   return all;
 }
 
-// ---- rows
-// ----------------------------------------------------------------------------------------------
+// ---- rows ----
 
 // Vectors of a chunk that a thread has in registers at once: all, and fewer where each is masked.
 // For compute capability 10.0 and up ptxas makes the same code spill, unless there are fewer.

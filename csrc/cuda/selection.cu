@@ -17,6 +17,7 @@
 #include "cuda/grid.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/radix_select.h"
+#include "cuda/warp.cuh"
 
 namespace emp_fast::cuda {
 namespace {
@@ -27,7 +28,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPerThread = 4;  // scores in a 16-byte load
 constexpr int kFewGroupsThreads = 512;
-constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 struct Control {
   unsigned long long candidates;  // found, which may exceed the capacity
@@ -81,8 +81,7 @@ __device__ __forceinline__ V block_prefix(V x, V& total) {
   return before + inclusive - x;
 }
 
-// ---- the k-th element
-// ------------------------------------------------------------------------------
+// ---- the k-th element ----
 
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kCountThreads = 512;
@@ -351,8 +350,7 @@ __global__ void __launch_bounds__(kThreads)
                          digit, state, true, states + blockIdx.x);
 }
 
-// ---- the bitmap
-// ------------------------------------------------------------------------------------
+// ---- the bitmap ----
 
 // The scores whose key is at least some key, by one comparison of floats each.
 struct Cut {
@@ -602,8 +600,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- expansion
-// -------------------------------------------------------------------------------------
+// ---- expansion ----
 
 // A warp adds up a run of tiles; the last block turns the sums into what comes before each run.
 __global__ void __launch_bounds__(kThreads)
@@ -708,8 +705,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- the host's side
-// -------------------------------------------------------------------------------
+// ---- the host's side ----
 
 struct Workspace {
   unsigned long long* histograms;

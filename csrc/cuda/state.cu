@@ -6,6 +6,7 @@
 #include "core/philox.h"
 #include "cuda/batch_step.cuh"
 #include "cuda/launcher.cuh"
+#include "cuda/warp.cuh"
 
 namespace emp_fast::cuda {
 namespace {
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kStateThreads, 6)
       beaten = beaten || (later.counted && later.finite());
     }
   }
-  beaten = __any_sync(0xFFFFFFFFu, beaten) != 0;
+  beaten = __any_sync(kFullWarp, beaten) != 0;
   if (lane != 0 || !admit(a.state, mine) || beaten) return;
   const SampleState state = read_state(a.state, mine.sample);
   write_visit(a.state, mine.sample, state, mine.signal, a.direct != nullptr, mine.direct);

@@ -225,10 +225,10 @@ class CpuBackend(ReferenceBackend):
         self._native.philox(
             words.data_ptr(),
             n,
-            start & MASK64,
+            seed & MASK64,
             epoch & MASK32,
             stream & MASK32,
-            seed & MASK64,
+            start & MASK64,
             torch.get_num_threads(),
         )
         return words

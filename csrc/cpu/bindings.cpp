@@ -1,0 +1,89 @@
+// The CPU kernels as Python sees them. Positional arguments alone: looking names up costs more than
+// a small batch. The module's functions check nothing; emp_fast.backends.cpu has.
+#include "cpu/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "address.h"
+#include "cpu/isa.h"
+#include "cpu/random_kernels.h"
+#include "cpu/selection.h"
+#include "cpu/state.h"
+
+namespace emp_fast::cpu {
+namespace {
+
+namespace py = pybind11;
+using Released = py::call_guard<py::gil_scoped_release>;
+
+void bind_selection(py::module_& m) {
+  m.def("topk_workspace", &topk_workspace);
+  m.def(
+      "topk",
+      [](Address scores, int64_t n, int64_t k, Address out, Address workspace, int threads) {
+        topk(pointer<const float>(scores), n, k, pointer<int64_t>(out), pointer<void>(workspace),
+             threads);
+      },
+      Released());
+  m.def("grouped_topk_workspace", &grouped_topk_workspace);
+  m.def(
+      "grouped_topk",
+      [](Address scores, Address groups, int64_t n, Address group_k, int64_t num_groups,
+         Address out, Address workspace, int threads) {
+        grouped_topk(pointer<const float>(scores), pointer<const int64_t>(groups), n,
+                     pointer<const int64_t>(group_k), num_groups, pointer<int64_t>(out),
+                     pointer<void>(workspace), threads);
+      },
+      Released());
+}
+
+// Returns false, with nothing done, when an index is out of range.
+bool update(Address indices, Address signal, Address direct, Address count, int64_t num_rows,
+            Address scores, Address memory, Address visits, Address variance, Address claims,
+            Address counters, int64_t num_samples, int kind, double decay, double direct_scale,
+            double memory_scale, double variance_scale) {
+  return update_state(pointer<const int64_t>(indices), pointer<const float>(signal),
+                      pointer<const float>(direct), pointer<const int32_t>(count), num_rows,
+                      {pointer<float>(scores), pointer<float>(memory), pointer<int32_t>(visits),
+                       pointer<float>(variance), pointer<uint32_t>(claims),
+                       pointer<int64_t>(counters), num_samples},
+                      make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
+}
+
+void philox(Address out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,
+            int threads) {
+  constexpr int64_t kBlock = 1 << 14;
+  const FillBits fill = fill_bits();
+  uint32_t* words = pointer<uint32_t>(out);
+#pragma omp parallel for num_threads(threads) if (n > kBlock)
+  for (int64_t at = 0; at < n; at += kBlock) {
+    fill(words + at, std::min(kBlock, n - at), start + static_cast<uint64_t>(at), epoch, stream,
+         seed);
+  }
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  m.def(
+      "supported_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
+        return names;
+      },
+      "Instruction sets that this processor runs, the best last.");
+  m.def("isa", [] { return isa_name(active_isa()); }, "The instruction set in use.");
+  m.def("set_isa", &set_isa, "Uses another supported instruction set.");
+  bind_scores(m);
+  bind_selection(m);
+  m.def("update_state", &update, Released());
+  m.def("philox", &philox, Released());
+}
+
+}  // namespace emp_fast::cpu
