@@ -181,12 +181,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         if metadata.get("format") != _FORMAT:
             raise FileProblem(f"{path} is not a checkpoint that save_checkpoint wrote")
         structure = json.loads(metadata["structure"])
-        parts = _decode(structure, tensors)
+        version, parts = int(metadata["version"]), _decode(structure, tensors)
     except FileProblem:
         raise
     except Exception as error:  # a damaged file can raise nearly anything
         raise FileProblem(f"{path} is not a sound checkpoint: {error}") from error
-    return _parts(path, int(metadata["version"]), parts)
+    return _parts(path, version, parts)
 
 
 def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> list[Any]:

@@ -1,7 +1,9 @@
 """Selection policies: which samples the next epoch trains on, given their scores.
 
-Every policy ranks never-visited samples above all others, in random order, except `Random`, which
-does not look. With labels each class gets its own quota, and the policy works within every class.
+Never-visited samples rank above all others, in random order. What a policy draws regardless of the
+scores is drawn from visited and never-visited samples alike: all of `Random`, and the share of
+`EpsilonGreedy` that explores. With labels each class gets its own quota, and the policy works
+within every class.
 
 All of it is exact and reproducible: ties go to the lowest index, means are exact rationals,
 randomness is counter-based. Every backend, device and rank selects the same samples.
@@ -284,6 +286,9 @@ class Random(Policy):
 class EpsilonGreedy(Policy):
     """round(eps * quota) samples at random, the others by score (Raju et al., arXiv 2111.12621).
 
+    The others are chosen first, as `TopK` does, so never-visited samples lead them. Those at random
+    are drawn uniformly from all samples that are left, visited or not.
+
     Args:
         eps: share of the budget that explores, in [0, 1].
     """
@@ -298,7 +303,7 @@ class EpsilonGreedy(Policy):
     ) -> tuple[Tensor, Tensor | None]:
         quotas = _required(quotas)
         explore = [round(self.eps * quota) for quota in quotas]
-        greedy = [quota - random for quota, random in zip(quotas, explore, strict=True)]
+        greedy = [quota - drawn for quota, drawn in zip(quotas, explore, strict=True)]
         mask, _ = TopK().choose(candidates, greedy)
         keys = candidates.random_keys(Stream.EPSILON)
         return mask | candidates.top(keys, ~mask, explore), None
@@ -341,9 +346,8 @@ class BelowMean(Policy):
 
     Keeps all samples at or above the mean and exactly int(keep * n) of the n below it, at random,
     each of these with weight 1 / keep, so that the expected gradient is that of the full data. It
-    fixes its own
-    number: k is None. Never-visited samples are kept. The mean is exact, over the visited samples
-    of the class.
+    fixes its own number: k is None. Never-visited samples are kept. The mean is exact, over the
+    visited samples of the class.
 
     Args:
         keep: in (0, 1].

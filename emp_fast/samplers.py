@@ -1,18 +1,15 @@
-"""The samplers of a `Pruner`: its epochs in the global order, or one rank's share of them."""
+"""The samplers of a run: its epochs in the global order, or one rank's share of them."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from emp_fast.collectives import rank_of, world_size_of
-
-if TYPE_CHECKING:
-    from emp_fast.pruner import Pruner
+from emp_fast.epochs import Progress
 
 __all__ = ["DistributedEpochSampler", "EpochIterator", "EpochSampler"]
 
@@ -30,22 +27,22 @@ class EpochSampler(Sampler[int]):
     themselves what has been trained on. The pruner's position is the same either way.
     """
 
-    def __init__(self, pruner: Pruner, whole: bool = False) -> None:
-        self._pruner = pruner
+    def __init__(self, progress: Progress, whole: bool = False) -> None:
+        self.progress = progress
         self.whole = whole
 
     def __len__(self) -> int:
-        return self._pruner._length()
+        return self.progress.length()
 
     def __iter__(self) -> EpochIterator:
-        return EpochIterator(self._pruner, whole=self.whole)
+        return EpochIterator(self.progress, whole=self.whole)
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
-        self._pruner.set_epoch(epoch)
+        self.progress.set_epoch(epoch)
 
     def __repr__(self) -> str:
-        return f"<sampler of {self._pruner!r}>"
+        return f"<sampler of Pruner({self.progress.settings()})>"
 
 
 class DistributedEpochSampler(DistributedSampler[int]):
@@ -56,33 +53,33 @@ class DistributedEpochSampler(DistributedSampler[int]):
     when it is needed, so the sampler may be made before torch.distributed is initialised.
     """
 
-    def __init__(self, pruner: Pruner, drop_last: bool = False) -> None:
+    def __init__(self, progress: Progress, drop_last: bool = False) -> None:
         # Not DistributedSampler's own: it fixes the length and wants the group to exist.
-        self._pruner = pruner
-        self.dataset = cast("Dataset[int]", range(pruner.store.num_samples))
+        self.progress = progress
+        self.dataset = cast("Dataset[int]", range(progress.store.num_samples))
         self.drop_last = drop_last
         self.shuffle = True
-        self.seed = pruner.seed
+        self.seed = progress.seed
 
     @property
     def num_replicas(self) -> int:  # type: ignore[override]
         """R, the ranks of the pruner's process group."""
-        return world_size_of(self._pruner.process_group)
+        return world_size_of(self.progress.process_group)
 
     @property
     def rank(self) -> int:  # type: ignore[override]
         """This process's rank in the pruner's process group."""
-        return rank_of(self._pruner.process_group)
+        return rank_of(self.progress.process_group)
 
     @property
     def epoch(self) -> int:  # type: ignore[override]
         """See `Pruner.epoch`."""
-        return self._pruner.epoch
+        return self.progress.epoch
 
     @property
     def num_samples(self) -> int:  # type: ignore[override]
         """Samples of this rank in the epoch."""
-        return _share(self._pruner._length(), self.num_replicas, self.drop_last)
+        return _share(self.progress.length(), self.num_replicas, self.drop_last)
 
     @property
     def total_size(self) -> int:  # type: ignore[override]
@@ -93,14 +90,15 @@ class DistributedEpochSampler(DistributedSampler[int]):
         return self.num_samples
 
     def __iter__(self) -> EpochIterator:
-        return EpochIterator(self._pruner, self.rank, self.num_replicas, self.drop_last)
+        return EpochIterator(self.progress, self.rank, self.num_replicas, self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
-        self._pruner.set_epoch(epoch)
+        self.progress.set_epoch(epoch)
 
     def __repr__(self) -> str:
-        return f"<distributed sampler of {self._pruner!r}, drop_last={self.drop_last}>"
+        of = f"Pruner({self.progress.settings()})"
+        return f"<distributed sampler of {of}, drop_last={self.drop_last}>"
 
 
 class EpochIterator(Iterator[int]):
@@ -112,18 +110,17 @@ class EpochIterator(Iterator[int]):
 
     def __init__(
         self,
-        pruner: Pruner,
+        progress: Progress,
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
         whole: bool = False,
     ) -> None:
-        self._pruner = pruner
+        self._progress = progress
         self._rank, self._world_size, self._drop_last = rank, world_size, drop_last
-        self._plan, start = pruner._begin()
+        self._plan, start = progress.begin(self)
         self._over = False  # by its loaded state; the pass that the pruner is at has not begun
         self._seek(0 if whole else start)
-        pruner._iterator = weakref.ref(self)
 
     def _seek(self, start: int) -> None:
         """Continues at a position of the global order, with the first rank's next sample."""
@@ -142,8 +139,8 @@ class EpochIterator(Iterator[int]):
             self._block_start, offset = self._yielded, 0
             self._block = self._next_block()
             if not self._block:
-                if self._plan is self._pruner._plan and not self._over:
-                    self._pruner._exhausted = True
+                if not self._over:
+                    self._progress.handed_out(self._plan)
                 raise StopIteration
         self._yielded += 1
         return self._block[offset]
@@ -182,7 +179,7 @@ class EpochIterator(Iterator[int]):
             self._over = True
             return
         if epoch != self._plan.epoch:
-            plan = self._pruner._go_back(epoch) if isinstance(epoch, int) else None
+            plan = self._progress.go_back(epoch) if isinstance(epoch, int) else None
             if plan is None:
                 raise ValueError(
                     f"state['epoch'] must be {self._plan.epoch} as in this iterator, got "
@@ -194,7 +191,7 @@ class EpochIterator(Iterator[int]):
                 f"state['position'] must lie in [0, {len(self._plan)}], got {position!r}"
             )
         self._seek(position)
-        self._pruner._move_to(position)
+        self._progress.move_to(position)
 
 
 def _share(samples: int, world_size: int, drop_last: bool) -> int:

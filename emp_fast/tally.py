@@ -126,11 +126,15 @@ class Tally:
             state = torch.load(path, weights_only=True, map_location="cpu")
             theirs, done, tensors = state["facts"], state["done"], state["tensors"]
             sound = state["format"] == _FORMAT and isinstance(theirs, dict)
+            differing = sorted(
+                name for name in facts if not sound or theirs.get(name) != facts[name]
+            )
+            if not differing:  # else they may well be of another size
+                self._check_fits(done, tensors)
         except Exception as error:  # a damaged file can raise nearly anything
             raise FileProblem(
                 f"{path} is not a sound partial result; delete it to start anew: {error}"
             ) from error
-        differing = sorted(name for name in facts if not sound or theirs.get(name) != facts[name])
         if differing:
             raise FileProblem(
                 f"{path} is the partial result of a run of another {' and '.join(differing)}; "
@@ -141,3 +145,17 @@ class Tally:
         for name, tensor in self._tensors.items():
             theirs_here = tensors[name].to(tensor.device)
             tensor.copy_(torch.where(ahead.to(tensor.device), theirs_here, tensor))
+
+    def _check_fits(self, done: object, tensors: Mapping[str, object]) -> None:
+        """Raises ValueError or KeyError unless these can take the place of what is here."""
+        wanted = {"done": self.done, **self._tensors}
+        found = {"done": done, **{name: tensors[name] for name in self._tensors}}
+        for name, tensor in wanted.items():
+            value = found[name]
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} is {value!r}")
+            if value.dtype != tensor.dtype or value.shape != tensor.shape:
+                raise ValueError(
+                    f"{name} is {value.dtype} {tuple(value.shape)}, "
+                    f"not {tensor.dtype} {tuple(tensor.shape)}"
+                )

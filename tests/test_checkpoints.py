@@ -138,6 +138,46 @@ def test_foreign_files_are_refused(path, tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "tensors"),
+    [
+        ({"version": None}, {}),
+        ({"version": "one"}, {}),
+        ({"structure": None}, {}),
+        ({"structure": "[1"}, {}),
+        ({}, {"/rng": None}),
+    ],
+    ids=["no version", "no number", "no structure", "no JSON", "no tensor"],
+)
+def test_a_safetensors_file_that_lacks_something_is_refused(metadata, tensors, tmp_path):
+    library = pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    def changed(whole, changes):
+        return {name: value for name, value in (whole | changes).items() if value is not None}
+
+    path = tmp_path / "run.safetensors"
+    save_checkpoint(path, step=1, rng=torch.arange(3))
+    with library.safe_open(path, framework="pt") as file:
+        whole, arrays = file.metadata(), {"/rng": file.get_tensor("/rng")}
+    save_file(arrays, path, whole)
+    assert load_checkpoint(path)["step"] == 1
+    save_file(changed(arrays, tensors), path, changed(whole, metadata))
+    with pytest.raises(FileProblem, match=r"run\.safetensors is not a sound checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("missing", ["version", "parts"])
+def test_a_file_of_torch_that_lacks_something_is_refused(missing, tmp_path):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, step=1)
+    whole = torch.load(path, weights_only=True)
+    del whole[missing]
+    torch.save(whole, path)
+    with pytest.raises(FileProblem, match=r"run\.pt is a checkpoint of format version"):
+        load_checkpoint(path)
+
+
 def test_a_part_that_refuses_its_state_leaves_all_parts_as_they_were(path):
     save_checkpoint(path, **trained(rule=UCB()))
     fresh = trained(rule=Loss(), seed=1)

@@ -328,7 +328,7 @@ def ranks_share_the_global_order(rank: int, size: int) -> None:
     for epoch in range(3):
         sampler.set_epoch(epoch)
         sampler.set_epoch(epoch)
-        order = alone._plan_of(epoch).order.tolist()
+        order = alone.progress.plan_of(epoch).order.tolist()
         assert sampler.total_size == len(sampler) * size
         length = len(sampler)
         mine = list(sampler)
@@ -364,7 +364,7 @@ def any_number_of_ranks_selects_the_same(rank: int, size: int) -> None:
 def the_tail_is_dropped_on_request(rank: int, size: int) -> None:
     pruner, alone = emp_fast.Pruner(N, 0.4), emp_fast.Pruner(N, 0.4)
     sampler = pruner.distributed_sampler(drop_last=True)
-    order = alone._plan_of(0).order.tolist()
+    order = alone.progress.plan_of(0).order.tolist()
     assert list(sampler) == order[rank : len(order) // size * size : size]
     assert len(sampler) == len(order) // size
 

@@ -215,7 +215,7 @@ def test_setting_the_epoch_twice_is_harmless(tmp_path, monkeypatch):
     monkeypatch.setattr(
         EpochSampler,
         "set_epoch",
-        lambda self, epoch: calls.append(epoch) or self._pruner.set_epoch(epoch),
+        lambda self, epoch: calls.append(epoch) or self.progress.set_epoch(epoch),
     )
     pruner = Recording(N, 0.5, rule=Loss())
     trainer_of(CLASSES, tmp_path, pruner, learning_rate=0.0, num_train_epochs=3).train()

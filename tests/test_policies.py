@@ -156,6 +156,23 @@ def test_epsilon_greedy_spends_its_share_at_random(eps, greedy):
     assert len(chosen & set(range(900))) >= 0.5 * (20 - greedy)
 
 
+def test_epsilon_greedy_explores_visited_and_never_visited_alike():
+    store = ScoreStore(1000, Loss())
+    store.update(torch.arange(500), {"loss": torch.arange(500.0)})
+    fresh, explored = set(range(500, 1000)), Counter()
+    for epoch in range(40):
+        chosen = kept(store.select(200, EpsilonGreedy(0.5), epoch=epoch))
+        assert len(chosen & fresh) >= 100  # the greedy half: all never visited
+        explored.update(visited=len(chosen - fresh), fresh=len(chosen & fresh) - 100)
+    # Of the 900 samples that the greedy half leaves, 500 are visited.
+    assert explored["visited"] / 4000 == pytest.approx(5 / 9, abs=0.04)
+    # Once the greedy part has all that are never visited, it goes on with the highest scores.
+    store.update(torch.arange(500, 970), {"loss": torch.arange(500.0, 970.0)})
+    chosen = kept(store.select(100, EpsilonGreedy(0.4)))
+    assert set(range(940, 1000)) <= chosen
+    assert len(chosen & set(range(940))) == 40
+
+
 def test_gumbel_top_k_follows_the_softmax_of_the_scores():
     store = visited_store(torch.log(torch.tensor([1.0, 2.0, 3.0, 4.0])))
     counts = Counter(

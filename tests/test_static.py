@@ -36,6 +36,7 @@ from emp_fast.functional import cross_entropy
 from emp_fast.rules import AUM, EMP, RHO, GraNd, Loss
 from emp_fast.static import score_dataset
 from emp_fast.store import single_visit_scores
+from emp_fast.tally import Tally
 
 N, FEATURES, CLASSES = 53, 6, 4
 
@@ -456,6 +457,40 @@ def test_a_partial_result_of_another_run_is_refused(tmp_path):
     torch.save({"model": {}}, partial)
     with pytest.raises(FileProblem, match="not a sound partial result; delete it"):
         quiet(Counting(), make_loader(), output=output)
+
+
+DAMAGE = {
+    "no format": lambda state: state.pop("format"),
+    "no counts": lambda state: state.pop("done"),
+    "counts of another length": lambda state: state.update(done=state["done"][:1]),
+    "counts of another kind": lambda state: state.update(done=state["done"].float()),
+    "no array": lambda state: state["tensors"].pop("wrong"),
+    "no arrays": lambda state: state.update(tensors=None),
+    "an array that is none": lambda state: state["tensors"].update(sums=[1.0]),
+    "an array of another shape": lambda state: state["tensors"].update(visits=torch.ones(3).int()),
+    "an array that would broadcast": lambda state: state["tensors"].update(wrong=torch.tensor(7)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_partial_result_is_refused_and_nothing_is_taken_from_it(damage, tmp_path):
+    facts = {"model": "a"}
+    tally = Tally(4, torch.device("cpu"))
+    stats = cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]))
+    tally.add(torch.tensor([1, 3]), stats, 0)
+    tally.save(tmp_path / "partial", facts)
+    whole = torch.load(tmp_path / "partial", weights_only=True)
+    fresh = Tally(4, torch.device("cpu"))
+    fresh.load(tmp_path / "partial", facts)
+    assert_close(fresh.means(), tally.means())
+
+    damage(whole)
+    torch.save(whole, tmp_path / "partial")
+    fresh = Tally(4, torch.device("cpu"))
+    with pytest.raises(FileProblem, match="not a sound partial result; delete it"):
+        fresh.load(tmp_path / "partial", facts)
+    assert fresh.done.sum() == 0
+    assert_close(fresh.means(), Tally(4, torch.device("cpu")).means())
 
 
 def test_an_output_that_fails_at_the_end_keeps_the_partial_result(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def require_one_length(pruner: Pruner, epochs: int, remedy: str) -> None:
         epochs: how many.
         remedy: what the user can do, for the message.
     """
-    budgets = [pruner._budget(epoch) for epoch in range(max(1, epochs))]
+    budgets = [pruner.schedule.budget(epoch) for epoch in range(max(1, epochs))]
     if budgets[0] is None:
         raise ValueError(
             "this trainer computes the length of an epoch once, but policy "

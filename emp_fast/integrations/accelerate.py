@@ -44,7 +44,7 @@ def prepare_loader(accelerator: Accelerator, pruner: Pruner, loader: Any) -> Pru
     """
     require_pruner(pruner)
     sampler = getattr(loader, "sampler", None)
-    if not isinstance(sampler, EpochSampler) or sampler._pruner is not pruner:
+    if not isinstance(sampler, EpochSampler) or sampler.progress is not pruner.progress:
         raise ValueError(
             "loader must have sampler=pruner.sampler, the global order, which Accelerate shards "
             f"itself; got {sampler!r}"
@@ -71,8 +71,7 @@ class PrunedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch = self.pruner._coming()
-        position = self.pruner._coming_position(epoch)
+        epoch, position = self.pruner.progress.coming()
         # Accelerate counts the loader's own iterations, from 0 in a resumed run too.
         self.loader.set_epoch(epoch)
         # Whole batches are skipped, so batches and the repeated tail are an uninterrupted run's.

@@ -137,7 +137,7 @@ class PrunerMixin(_Base):
         epochs = math.ceil(self.args.num_train_epochs) if self.args.max_steps < 0 else 1
         require_one_length(
             self.pruner,
-            max(epochs, self.pruner._epochs or 1),
+            max(epochs, self.pruner.schedule.epochs or 1),
             "use a constant prune_rate without full epochs and a policy that takes a budget",
         )
 
@@ -161,7 +161,7 @@ class PrunerMixin(_Base):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         # Whole: the Trainer skips the batches that a resumed epoch has been trained on.
-        return EpochSampler(self.pruner, whole=True)
+        return EpochSampler(self.pruner.progress, whole=True)
 
     def num_examples(self, dataloader: Any) -> int:
         """Samples of one epoch."""

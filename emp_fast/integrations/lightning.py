@@ -62,7 +62,7 @@ class PrunerCallback(Callback):
         if trainer.reload_dataloaders_every_n_epochs != 1:
             require_one_length(
                 self.pruner,
-                max(trainer.max_epochs or 1, self.pruner._epochs or 1),
+                max(trainer.max_epochs or 1, self.pruner.schedule.epochs or 1),
                 "give the Trainer reload_dataloaders_every_n_epochs=1",
             )
 
@@ -73,7 +73,7 @@ class PrunerCallback(Callback):
         ours = [
             one
             for one in loaders
-            if isinstance(one.sampler, wanted) and one.sampler._pruner is self.pruner
+            if isinstance(one.sampler, wanted) and one.sampler.progress is self.pruner.progress
         ]
         if not ours:
             raise ValueError(

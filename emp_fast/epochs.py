@@ -1,0 +1,511 @@
+"""The epochs of a training run: how many samples each uses, and where the run stands in them.
+
+A `Schedule` is fixed with the run. A `Progress` moves, and is in one of these states:
+
+    not begun    there is no plan yet; `begin` makes the first
+    untouched    begun, and nothing of it is trained on: `begin` continues it, so that loaders that
+                 make several iterators, and ``next(iter(loader))``, cost no epoch
+    under way    something of it is trained on
+    handed out   its last index is out, trained on or not
+    resumed      by `Progress.restore`: `begin` continues at the saved position
+
+Out of "under way" and "handed out" `begin` moves to the next epoch, and out of any state to the one
+that `Progress.set_epoch` named. That something is trained on shows in the rows that the store has
+counted, so nothing is to be called in a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emp_fast import random
+from emp_fast._validation import checked_int, checked_integers, is_number
+from emp_fast._warnings import EmpFastWarning
+from emp_fast.collectives import world_size_of
+from emp_fast.policies import Balance, Policy
+from emp_fast.random import Stream
+from emp_fast.selection import Selection
+from emp_fast.store import ScoreStore
+
+__all__ = ["Plan", "Progress", "SavedProgress", "Schedule"]
+
+
+class Plan:
+    """One epoch: its selection, the order in which it is visited, and the loss weights.
+
+    Args:
+        epoch: which one; keys the order, with
+        seed: the run's.
+        selection: what the epoch trains on.
+        num_samples: N.
+    """
+
+    def __init__(self, epoch: int, selection: Selection, num_samples: int, seed: int) -> None:
+        self.epoch = epoch
+        self.selection = selection
+        indices = selection.indices
+        keys = random.random_keys(
+            num_samples, seed=seed, epoch=epoch, stream=Stream.SHUFFLE, device=indices.device
+        )
+        # As integers: their order is that of the non-negative floats, and sorting them is faster.
+        shuffled = keys.view(torch.int32)[indices].sort(stable=True).indices
+        self.order = indices[shuffled].cpu()  # [K] int64
+        self.weights: Tensor | None = None  # [N] float32
+        if selection.weights is not None:
+            self.weights = torch.ones(num_samples, dtype=torch.float32, device=indices.device)
+            self.weights[indices] = selection.weights
+
+    def __len__(self) -> int:
+        return self.order.shape[0]
+
+    def weights_on(self, device: torch.device) -> Tensor | None:
+        """[N] float32 loss weights, kept on that device from now on; None where all are 1."""
+        if self.weights is not None and self.weights.device != device:
+            self.weights = self.weights.to(device)
+        return self.weights
+
+
+class Schedule:
+    """How many samples each epoch of a run uses. The arguments are those of `Pruner`.
+
+    Attributes:
+        rate: share of the samples left out, a number or a function of the epoch, as it was given.
+        policy: which samples an epoch uses, and whether it takes a budget.
+        epochs: length of the run; None where it is not known.
+
+    Raises:
+        ValueError: an argument is impossible, or a known epoch would have an impossible budget;
+            TypeError: or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        prune_rate: float | Callable[[int], float],
+        policy: Policy,
+        *,
+        epochs: int | None,
+        full_epochs_first: int,
+        full_epochs_last: int,
+    ) -> None:
+        self.policy = policy
+        self.epochs = _checked_count("epochs", epochs, 1) if epochs is not None else None
+        self._num_samples = num_samples
+        self.rate = prune_rate
+        self._full_first = _checked_count("full_epochs_first", full_epochs_first)
+        self._full_last = _checked_count("full_epochs_last", full_epochs_last)
+        if self._full_last and self.epochs is None:
+            raise ValueError(f"full_epochs_last={full_epochs_last} needs epochs, got epochs=None")
+        if self.epochs is not None and self._full_first + self._full_last > self.epochs:
+            raise ValueError(
+                f"full_epochs_first + full_epochs_last must be at most epochs={epochs}, "
+                f"got {full_epochs_first} + {full_epochs_last}"
+            )
+        # Fail now, not in epoch 57.
+        for epoch in range(self.epochs or 1):
+            self.budget(epoch)
+        if not callable(prune_rate):
+            self._pruned_budget(0)
+
+    def prune_rate(self, epoch: int) -> float:
+        """See `Pruner.prune_rate`."""
+        _checked_count("epoch", epoch)
+        if self.is_full(epoch):
+            return 0.0
+        rate = self.rate(epoch) if callable(self.rate) else self.rate
+        if not is_number(rate) or not 0 <= rate < 1:
+            where = f" from prune_rate({epoch})" if callable(self.rate) else ""
+            hint = "" if is_number(rate) else ": a float, or a function of the epoch to a float"
+            raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}{hint}")
+        return float(rate)
+
+    def is_full(self, epoch: int) -> bool:
+        """Whether that epoch is one of the first or last, which use every sample."""
+        last = self.epochs is not None and epoch >= self.epochs - self._full_last
+        return epoch < self._full_first or (last and self._full_last > 0)
+
+    def budget(self, epoch: int) -> int | None:
+        """How many samples that epoch uses; None where the policy decides.
+
+        Raises:
+            ValueError: as `prune_rate`, or that rate leaves no sample, or too many for the policy.
+        """
+        if self.is_full(epoch):
+            return self._num_samples
+        return self._pruned_budget(epoch) if self.policy.takes_budget else None
+
+    def _pruned_budget(self, epoch: int) -> int:
+        n = self._num_samples
+        rate = self.prune_rate(epoch)
+        budget = round((1 - rate) * n)
+        if budget < 1:
+            raise ValueError(
+                f"prune_rate must leave at least one of {n} samples, got {rate!r} for epoch {epoch}"
+            )
+        if rate > 0:
+            self.policy.check_fraction(1 - rate)
+        return budget
+
+
+class SavedProgress(NamedTuple):
+    """Where a saved run stood, checked by `Progress.checked_state`."""
+
+    epoch: int
+    position: int
+    plan: Plan | None  # of an epoch that had begun
+
+
+class Progress:
+    """Which epoch a run is at, what that trains on, and how far it is trained.
+
+    Args:
+        store: selects, and counts what is trained on.
+        schedule: of the same samples.
+        seed: keys selection and order.
+        labels: [N] class ids, or None.
+        balance: of the classes.
+        process_group: the ranks that train together; None is the default group.
+
+    Attributes:
+        plan: of the epoch that began last; None before the first. Read it, `begin` replaces it.
+
+    Raises:
+        ValueError, TypeError: the labels are not [N] integers.
+    """
+
+    def __init__(
+        self,
+        store: ScoreStore,
+        schedule: Schedule,
+        *,
+        seed: int,
+        labels: Tensor | None,
+        balance: Balance,
+        process_group: Any,
+    ) -> None:
+        self.store = store
+        self.schedule = schedule
+        self.seed = seed
+        self.labels = None if labels is None else checked_integers("labels", labels)
+        if self.labels is not None:
+            store._checked_labels(self.labels)
+        self.process_group = process_group
+        store._process_group = process_group
+        self._balance = balance
+        self._digest: str | None = None  # of the labels
+        self.plan: Plan | None = None
+        self._epoch = 0  # begun last, or to be begun first
+        self._early: tuple[int, Plan] | None = None  # made before its epoch, from these rows seen
+        self._begun_at = 0  # position in the plan where the iteration in progress began
+        self._start = 0  # samples seen by all ranks when the epoch's position was 0
+        self._requested: int | None = None  # by set_epoch
+        self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
+        self._iterator: weakref.ref[object] | None = None  # the last that has begun
+        self._exhausted = False  # it has handed out its last index
+        self._unused: Plan | None = None  # the plan before, if it was handed out and never used
+        self._told_unpruned = False  # that nothing is pruned
+
+    # ---- where the run stands -------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """See `Pruner.epoch`."""
+        return self._epoch if self._requested is None else self._requested
+
+    @property
+    def selection(self) -> Selection:
+        """See `Pruner.selection`."""
+        return (self.plan or self.plan_of(self.epoch)).selection
+
+    def position(self) -> int:
+        """How many samples of the epoch in progress have been trained on, by all ranks."""
+        if self._resume_at is not None:
+            return self._resume_at
+        if self.plan is None:
+            return 0
+        return min(self._samples_seen() - self._start, len(self.plan))
+
+    def coming(self) -> tuple[int, int]:
+        """The epoch of the next iteration, and the position in its plan where that will start."""
+        epoch = self._coming_epoch()
+        return epoch, self.position() if self._goes_on(epoch) else 0
+
+    def length(self) -> int:
+        """Samples of the epoch in progress, or of the next one once this is over."""
+        if self.plan is not None and self._requested is None and self._resume_at is None:
+            left = len(self.plan) - self.position()
+            # Less than a batch is left over when drop_last dropped it, or when it is still to be
+            # trained on; all of it, after an epoch that scored nothing. (To size the next epoch can
+            # be collective, which this may be too early for.)
+            batch = self.store.largest_update * self._world_size()
+            alone = self.schedule.policy.takes_budget or self._world_size() == 1
+            skipped = alone and not self._trained()
+            if left and not (self._is_handed_out() and (left < batch or skipped)):
+                return len(self.plan)
+        epoch = self._coming_epoch()
+        if self.schedule.epochs is not None:  # loaders ask after the last epoch too
+            epoch = min(epoch, self.schedule.epochs - 1)
+        budget = self.schedule.budget(epoch)
+        if self.plan is not None and self.plan.epoch == epoch:
+            return len(self.plan)
+        return len(self.plan_of(epoch)) if budget is None else budget
+
+    def settings(self) -> str:
+        """N, schedule, rule and epoch: what a `Pruner` and its samplers are represented by."""
+        schedule = self.schedule
+        return (
+            f"{self.store.num_samples}, prune_rate={schedule.rate!r}, "
+            f"rule={self.store.rule!r}, policy={schedule.policy!r}, epoch={self.epoch}"
+        )
+
+    def warn_if_unused(self) -> None:
+        """Warns once where a loader was made without the sampler, and so trains on everything.
+
+        For where epochs begin and end, not for the step: a step by itself is used without a sampler
+        too. The warning names the line that called the caller.
+        """
+        if self.plan is not None or self._told_unpruned:
+            return
+        made_otherwise = self._epoch or self._requested is not None or self._early is not None
+        if made_otherwise or self.store.rows_seen <= 2 * self.store.num_samples:
+            return  # resumed, or `selection` is what is trained on; or scored by hand beforehand
+        self._told_unpruned = True
+        warnings.warn(
+            f"{self.store.rows_seen} rows of {self.store.num_samples} samples were scored and the "
+            "pruner has selected none of them: give the loader sampler=pruner.sampler",
+            EmpFastWarning,
+            stacklevel=3,
+        )
+
+    # ---- moving on ------------------------------------------------------------------------------
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `Pruner.set_epoch`."""
+        epoch = _checked_count("epoch", epoch)
+        has_begun = epoch == self._epoch and self._is_untouched()
+        self._requested = None if has_begun else epoch
+
+    def begin(self, iterator: object) -> tuple[Plan, int]:
+        """Starts an iteration of a sampler, of the `coming` epoch. Collective on several ranks.
+
+        Args:
+            iterator: hands the plan out. While it lives, the last batch may be still to be trained
+                on.
+
+        Returns:
+            The plan of the epoch, and the position where to start in it.
+        """
+        epoch, position = self.coming()
+        if not self._goes_on(epoch):
+            self._unused = None if self._trained() else self.plan
+        self.plan = self.plan_of(epoch)
+        self._epoch, self._early, self._exhausted = epoch, None, False
+        self._requested = self._resume_at = None
+        self.move_to(position)
+        self._iterator = weakref.ref(iterator)
+        return self.plan, position
+
+    def move_to(self, position: int) -> None:
+        """The iteration in progress begins at that position of its plan."""
+        self._begun_at = position
+        self._start = self._samples_seen() - position
+
+    def handed_out(self, plan: Plan) -> None:
+        """An iterator of that plan has no more of it; of no interest unless it is in progress."""
+        if plan is self.plan:
+            self._exhausted = True
+
+    def go_back(self, epoch: int) -> Plan | None:
+        """Takes the beginning of this epoch back, if all of the one before was handed out and none
+        of it trained on.
+
+        So it is when a loader that resumes has first let its workers fetch ahead to the end.
+
+        Args:
+            epoch: the one before.
+
+        Returns:
+            Its plan, in progress again; None where there is no way back.
+        """
+        plan, self._unused = self._unused, None
+        if plan is None or plan.epoch != epoch or self._trained():
+            return None
+        self.plan, self._epoch, self._exhausted = plan, epoch, False
+        return plan
+
+    def _coming_epoch(self) -> int:
+        if self._requested is not None:
+            return self._requested
+        goes_on = self.plan is None or self._goes_on(self._epoch)
+        return self._epoch if goes_on else self._epoch + 1
+
+    def _goes_on(self, epoch: int) -> bool:
+        """Whether an iteration of that epoch continues the one in progress."""
+        return epoch == self._epoch and (self._resume_at is not None or self._is_untouched())
+
+    def _is_untouched(self) -> bool:
+        """Whether the iteration in progress was given up before anything was trained, as
+        ``next(iter(loader))`` and loaders that make several iterators do: it was no epoch then.
+        """
+        return self.plan is not None and not self._exhausted and not self._trained()
+
+    def _trained(self) -> bool:
+        """Whether anything was trained on since the iteration in progress began."""
+        return self.position() > self._begun_at
+
+    def _is_handed_out(self) -> bool:
+        """Whether the last index of the epoch in progress is out, and nobody asks for more.
+
+        In the main process the loader holds the iterator until its last batch is done with. Worker
+        processes fetch ahead: a length asked for in their last batch is the next epoch's.
+        """
+        alive = self._iterator is not None and self._iterator() is not None
+        return self._exhausted and not alive
+
+    def _samples_seen(self) -> int:
+        """By all ranks: as they said in the last merge, and since then as many as this rank."""
+        merged = self.store._merged.rows_seen if self._world_size() > 1 else 0
+        return merged + (self.store.rows_seen - merged) * self._world_size()
+
+    # ---- plans ----------------------------------------------------------------------------------
+
+    def plan_of(self, epoch: int) -> Plan:
+        """The plan of that epoch: the one in progress, or one made of the scores as they are now,
+        and no second time from the same. Collective on several ranks.
+        """
+        if self.plan is not None and self.plan.epoch == epoch:
+            return self.plan
+        known = self._early
+        if known is None or known[0] != self.store.rows_seen or known[1].epoch != epoch:
+            self.merge(epoch)
+            plan = Plan(epoch, self._select(epoch), self.store.num_samples, self.seed)
+            self._early = known = self.store.rows_seen, plan
+        return known[1]
+
+    def _select(self, epoch: int) -> Selection:
+        if self.schedule.is_full(epoch):
+            return Selection(torch.arange(self.store.num_samples), None)
+        return self.store.select(
+            self.schedule.budget(epoch),
+            self.schedule.policy,
+            labels=self.labels,
+            epoch=epoch,
+            seed=self.seed,
+            balance=self._balance,
+        )
+
+    # ---- several ranks --------------------------------------------------------------------------
+
+    def merge(self, epoch: int | None = None) -> None:
+        """Brings every rank's updates to every rank, once they agree about the run.
+
+        Args:
+            epoch: that the ranks are at, or about to begin; None is `Progress.epoch`.
+
+        Raises:
+            ValueError, RuntimeError: as `Pruner.merge`.
+        """
+        if self._world_size() == 1:
+            return
+        epoch = self.epoch if epoch is None else epoch
+        self.store._merge(
+            {
+                "epoch": epoch,
+                "seed": self.seed,
+                "policy": repr(self.schedule.policy),
+                "samples of the epoch": self.schedule.budget(epoch),
+                "balance": self._balance,
+                "labels": self._labels_digest(),
+            }
+        )
+
+    def _labels_digest(self) -> str | None:
+        if self.labels is None:
+            return None
+        if self._digest is None:
+            labels = self.labels.to("cpu", torch.int64).contiguous()
+            self._digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+        return self._digest
+
+    def _world_size(self) -> int:
+        return world_size_of(self.process_group)
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the position in it, and its selection; of a finished epoch, the next one."""
+        position, plan = self.position(), self.plan
+        finished = plan is not None and position == len(plan)
+        selection = None if plan is None or finished else plan.selection
+        return {
+            "epoch": self._epoch + 1 if finished else self._epoch,
+            "position": 0 if finished else position,
+            "indices": None if selection is None else selection.indices.cpu().clone(),
+            "weights": None
+            if selection is None or selection.weights is None
+            else selection.weights.cpu().clone(),
+        }
+
+    def checked_state(self, state: Mapping[str, Any]) -> SavedProgress:
+        """Reads what `state_dict` returned; changes nothing.
+
+        Raises:
+            ValueError: it is damaged, or of another data set.
+        """
+        epoch, position = state.get("epoch"), state.get("position")
+        if not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"state['epoch'] must be a count, got {epoch!r}")
+        if not isinstance(position, int) or position < 0:
+            raise ValueError(f"state['position'] must be a count, got {position!r}")
+        selection = self._checked_selection(state.get("indices"), state.get("weights"), position)
+        if selection is None:
+            return SavedProgress(epoch, position, None)
+        plan = Plan(epoch, selection, self.store.num_samples, self.seed)
+        return SavedProgress(epoch, position, plan)
+
+    def restore(self, saved: SavedProgress) -> None:
+        """The next iteration continues there. The store's own state must have been restored."""
+        self._epoch, self.plan = saved.epoch, saved.plan
+        self._resume_at = None if saved.plan is None else saved.position
+        self._early, self._requested, self._exhausted = None, None, False
+        self._unused = None
+
+    def _checked_selection(self, indices: Any, weights: Any, position: int) -> Selection | None:
+        if indices is None:
+            if position:
+                raise ValueError(f"state['position'] must be 0 without indices, got {position}")
+            return None
+        n = self.store.num_samples
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
+            raise ValueError(f"state['indices'] must be an int64 vector, got {indices!r}")
+        ascending = bool((indices[1:] > indices[:-1]).all())
+        if not ascending or (indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < n):
+            raise ValueError(f"state['indices'] must be ascending in [0, {n}), got {indices!r}")
+        if position > indices.numel():
+            raise ValueError(f"state['position'] must be at most {indices.numel()}, got {position}")
+        if weights is not None and (
+            not isinstance(weights, Tensor) or weights.shape != indices.shape
+        ):
+            raise ValueError(
+                f"state['weights'] must have shape {tuple(indices.shape)}, got {weights!r}"
+            )
+        return Selection(indices, weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, pickled or deep, has no iterator in progress."""
+        return {**vars(self), "_iterator": None}
+
+
+def _checked_count(name: str, value: int, least: int = 0) -> int:
+    value = checked_int(name, value)
+    if value < least:
+        bound = f"be at least {least}" if least else "not be negative"
+        raise ValueError(f"{name} must {bound}, got {value}")
+    return value

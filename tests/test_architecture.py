@@ -1,0 +1,64 @@
+"""What docs/architecture.md says of the files: imports point one way."""
+
+from __future__ import annotations
+
+import ast
+import os
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "emp_fast"
+
+
+def modules() -> dict[str, Path]:
+    """The package's files by the names under which they are imported."""
+    named = {}
+    for folder, _, files in os.walk(PACKAGE, followlinks=True):  # kernels is a link
+        for file in sorted(files):
+            if file.endswith(".py"):
+                path = Path(folder, file)
+                parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+                named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def imported_by(name: str, known: dict[str, Path]) -> set[str]:
+    """The package's modules that one of them imports: at its top, in functions and for types."""
+    path, names = known[name], set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            of = resolve_name("." * node.level + (node.module or ""), package)
+            parts = {f"{of}.{alias.name}" for alias in node.names}
+            names |= {part if part in known else of for part in parts}
+    return names & set(known)
+
+
+def test_imports_make_no_circle() -> None:
+    known = modules()
+    graph = {name: imported_by(name, known) for name in known}
+    assert graph["emp_fast.samplers"] >= {"emp_fast.epochs", "emp_fast.collectives"}
+    assert any(graph[name] for name in graph if name.startswith("emp_fast.kernels."))
+    TopologicalSorter(graph).prepare()  # a CycleError names the circle
+
+
+@pytest.mark.parametrize(
+    "path",
+    [PACKAGE / "samplers.py", *sorted((PACKAGE / "integrations").glob("*.py"))],
+    ids=lambda path: path.stem,
+)
+def test_what_stands_on_the_epochs_uses_no_private_name_of_theirs(path: Path) -> None:
+    used = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and ast.unparse(node.value) not in ("self", "super()")
+    ]
+    assert not used
