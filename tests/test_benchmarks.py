@@ -31,7 +31,9 @@ from benchmarks.harness import (  # noqa: E402
     percentiles,
     rotations,
 )
+from benchmarks.markdown import markdown, readme_block  # noqa: E402
 from benchmarks.models import ResNet18  # noqa: E402
+from benchmarks.result import SUITES, load  # noqa: E402
 
 
 def outputs(result: Tensor) -> dict[str, Tensor]:
@@ -356,14 +358,14 @@ def test_kernel_times_with_the_hosts_pauses_in_them_are_not_reported(tmp_path: P
             record("linear", "s", "emp_fast cpu", 1.2e-5, **wide),  # wall times may vary
         ],
     )
-    result = report.load([path])
+    result = load([path])
     assert [case.name for case in result.cases] == ["a", "s"]
     assert list(result.cases[0].contenders) == ["emp_fast cuda", "eager"]
-    text = report.markdown(result, None)
+    text = markdown(result, None)
     unsteady = "its 80 percentile is more than 1.5 times its 20 percentile"
     assert f"- Liger (forward a): {unsteady}" in text
     assert f"- every contender (forward b): of emp_fast cuda {unsteady}" in text
-    assert "| Loss and five scores, 1 of 2 cases |" in report.readme_block(result, "r.md", None)
+    assert "| Loss and five scores, 1 of 2 cases |" in readme_block(result, "r.md", None)
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
@@ -448,7 +450,12 @@ def test_results_of_several_commits_join_suite_by_suite(
     assert "| c | 1 ms" in text
     assert "| Date, fedcba987654 | 2026-11-24, commit fedcba987654 |" in text
     assert "| Measured, fedcba987654 | State update alone |" in text
-    assert "commit fedcba987654: State update alone." in (tmp_path / "README.md").read_text()
+    assert "| All numbers, fedcba987654 | `other.json` |" in text
+    told = (tmp_path / "README.md").read_text()
+    assert "Row *State update alone*: measured 2026-11-24 at fedcba987654." in told
+    rows = "Rows *Loss and five scores* and *Selection of the highest scores*"
+    at = "measured 2026-11-24 at 0123456789ab with uncommitted changes."
+    assert f"{rows}, and the training steps below: {at}" in told
     # The same suite of two commits would be compared with itself.
     again = [record("forward", "c", "emp_fast cpu", 1e-3)]
     twice = result_file(tmp_path, "twice.json", benchmarks=again, **later)
@@ -482,9 +489,9 @@ def test_a_quick_run_measures_and_reports_every_suite(tmp_path: Path) -> None:
     assert raw["machine_info"]["copy_bytes_per_second"]["median"] > 0
     assert set(raw["commit_info"]) <= {"id", "time", "dirty"}
 
-    result = report.load([path])
+    result = load([path])
     assert [case.suite for case in result.cases].count("forward") == 4
-    assert {case.suite for case in result.cases} == set(report.SUITES)
+    assert {case.suite for case in result.cases} == set(SUITES)
     for one in result.cases:
         assert one.ours is not None, one.name
         assert len(one.contenders) >= 2, one.name
