@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
 
 from benchmarks import baselines, machine, report, sweep  # noqa: E402
+from benchmarks.floors import floor_bytes  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
     MIN_ROUNDS,
     Bound,
@@ -467,6 +468,23 @@ def test_results_of_several_commits_join_suite_by_suite(
     assert "of another machine" in capsys.readouterr().err
 
 
+# ---- floors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "nbytes"),
+    [
+        ("scores 4 x 10 bfloat16", 4 * (20 + 28)),
+        ("step 4 x 10 float32", 4 * (80 + 56)),
+        ("backward 4 x 10 float16", 4 * (40 + 28)),
+        ("select 30% of 1e+06", 4 * 10**6 + 8 * 300_000),
+        ("update 128", 36 * 128),
+    ],
+)
+def test_the_floor_of_a_case_follows_from_its_name(case: str, nbytes: int) -> None:
+    assert floor_bytes(case) == nbytes
+
+
 # ---- a quick run from end to end -----------------------------------------------------------------
 
 
@@ -538,9 +556,12 @@ def small_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_sweep_times_every_case_by_every_backend(small_sweep: None, tmp_path: Path) -> None:
     results = tmp_path / "sweep.json"
     assert sweep.main(["--device", "cpu", "-o", str(results)]) == 0
-    found = json.loads(results.read_text())
-    assert found.pop("copy") > 0
-    assert found.pop("machine")["device"] == "cpu"
+    written = json.loads(results.read_text())
+    assert written["machine"]["device"] == "cpu"
+    (measured,) = written["runs"]
+    assert measured["copy_bytes_per_second"] > 0
+    assert measured["commit"] == machine.commit()
+    found = measured["seconds"]
     rows = [
         f"{work} {shape} {dtype}"
         for shape in ("6 x 10", "3 x 70")
