@@ -2,7 +2,8 @@
 
 python -m benchmarks.report RESULT.json [RESULT.json ...] [-o DIR] [--readme README.md]
 
-Files of several runs of one machine join suite by suite.
+Files of several runs of one machine join suite by suite. What is committed in benchmarks/results/
+is made from the JSON there by `make results` (benchmarks/committed.py).
 """
 
 from __future__ import annotations

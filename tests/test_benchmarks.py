@@ -17,7 +17,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
 
-from benchmarks import baselines, machine, report, sweep  # noqa: E402
+from benchmarks import baselines, committed, machine, report, sweep  # noqa: E402
 from benchmarks.floors import floor_bytes  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
     MIN_ROUNDS,
@@ -468,7 +468,39 @@ def test_results_of_several_commits_join_suite_by_suite(
     assert "of another machine" in capsys.readouterr().err
 
 
-# ---- floors -------------------------------------------------------------------------------------
+# ---- what is committed ---------------------------------------------------------------------------
+
+
+def test_every_committed_page_is_what_its_generator_makes() -> None:
+    """After a change of the generator or of the JSON: `make results`."""
+    for path, text in committed.pages().items():
+        assert path.read_text() == text, f"{path.relative_to(ROOT)} is stale: make results"
+
+
+def test_every_result_file_is_reported() -> None:
+    index = json.loads((committed.RESULTS / "index.json").read_text())
+    used = {name for files in index["reports"].values() for name in files}
+    used |= {one["file"] for tables in index["kernels"].values() for one in tables}
+    assert used == {path.name for path in committed.RESULTS.glob("*.json")} - {"index.json"}
+    made = {*index["reports"], *index["kernels"]}
+    assert made == {path.stem for path in committed.RESULTS.glob("*.md")}
+    for tables in index["kernels"].values():
+        for name in {one["file"] for one in tables}:
+            runs = json.loads((committed.RESULTS / name).read_text())["runs"]
+            assert sorted(one["run"] for one in tables if one["file"] == name) == [
+                *range(len(runs))
+            ]
+
+
+def test_a_stale_page_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert committed.main(["--check"]) == 0
+    path = committed.ROOT / "page.md"
+    monkeypatch.setattr(committed, "pages", lambda: {path: "new"})
+    assert committed.main(["--check"]) == 1
+    assert "page.md is not what `make results` makes" in capsys.readouterr().out
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
