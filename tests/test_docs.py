@@ -130,6 +130,20 @@ def test_the_readme_leads_to_every_page():
     assert {named(page) for page in PAGES[1:]} <= linked
 
 
+def test_every_environment_variable_is_listed():
+    listed = re.search(
+        r"## Environment variables\n(.*?)\n## ",
+        (ROOT / "docs" / "contributing.md").read_text(),
+        re.DOTALL,
+    )[1]
+    sources = [ROOT / "setup.py", ROOT / ".ci" / "run"]
+    sources += [p for f in ("emp_fast", "tests") for p in (ROOT / f).rglob("*.[ps][yh]")]
+    named = {name for p in sources for name in re.findall(r"EMP_FAST_[A-Z_]+", p.read_text())}
+    named -= {"EMP_FAST_", "EMP_FAST_MODULE_FILE"}  # a prefix; what setup.py tells CMake
+    assert "EMP_FAST_CPU_ISA" in named
+    assert named == set(re.findall(r"EMP_FAST_[A-Z_]+", listed))
+
+
 def test_the_readme_names_what_no_gpu_has_run():
     verified = json.loads((ROOT / "emp_fast" / "verified.json").read_text())
     readme = " ".join((ROOT / "README.md").read_text().split())
