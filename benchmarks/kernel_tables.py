@@ -44,13 +44,14 @@ def _report(files: dict[str, Any], shown: Sequence[Shown]) -> str:
     parts = [
         f"# The GPU kernels on an {machine['gpu']}",
         "Our own kernels, without peers: a column for each backend and each choice of its kernels, "
-        "as `python -m benchmarks.sweep` names them; `cuda` and `triton` alone are `auto`. Where a "
-        "choice cannot serve a case, the plain kernels ran in its place. A time is the median time "
-        "of a call's kernels behind a cache that a read has flushed; the share is that of the "
-        "bytes that the work cannot do without a second in the copy bandwidth of the same run, "
-        "left out below half a per cent. *scores* are all scores of a batch; *step* is the whole "
-        "training step without a model: scores, gradient, the state's update and the mean; "
-        "*backward* the backward pass alone; *update* the state's alone, of 2^21 samples.",
+        "as `python -m benchmarks.sweep` names them; `cuda` and `triton` alone are `auto` as it "
+        "was at that commit. Where a choice cannot serve a case, the plain kernels ran in its "
+        "place. Given is the median time of a call's kernels behind a cache that a read has "
+        "flushed, and the bytes that the work cannot do without, a second, as a share of the copy "
+        "bandwidth of the same run; less than half a per cent is left out. *scores* are all scores "
+        "of a batch; *step* is the whole training step without a model: scores, gradient, the "
+        "state's update and the mean; *backward* the backward pass alone; *update* the state's "
+        "alone, of 2^21 samples.",
         f"torch {machine['versions']['torch']}, Triton {machine['versions']['triton']}, CUDA "
         f"{machine['cuda']}, Python {machine['python']}. Against other libraries: "
         "[h200.md](h200.md).",

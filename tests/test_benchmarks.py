@@ -32,9 +32,10 @@ from benchmarks.harness import (  # noqa: E402
     percentiles,
     rotations,
 )
+from benchmarks.kernel_tables import Shown, kernel_report  # noqa: E402
 from benchmarks.markdown import markdown, readme_block  # noqa: E402
 from benchmarks.models import ResNet18  # noqa: E402
-from benchmarks.result import SUITES, load  # noqa: E402
+from benchmarks.result import SUITES, BadResult, load  # noqa: E402
 
 
 def outputs(result: Tensor) -> dict[str, Tensor]:
@@ -501,6 +502,30 @@ def test_a_stale_page_is_named(
     assert committed.main(["--check"]) == 1
     assert "page.md is not what `make results` makes" in capsys.readouterr().out
     assert not path.exists()
+
+
+def test_a_sweep_becomes_a_table(tmp_path: Path) -> None:
+    seconds = {
+        "scores 4 x 10 bfloat16": {"cuda": 9.96e-6, "cuda, plain": 1.234e-5},
+        "update 128": {"cuda": 0.0123},
+    }
+    run = {"commit": "0123456789abcdef", "copy_bytes_per_second": 1e8, "seconds": seconds}
+    versions = {"torch": "2.11.0", "triton": "3.6.0"}
+    machine = {"gpu": "GPU", "cuda": "13.0", "python": "3.12.3", "versions": versions}
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps({"date": "2026-11-24", "machine": machine, "runs": [run]}))
+    shown = [Shown("A title", "sweep.json", 0, "A note.", 12.0)]
+    text = kernel_report(tmp_path, shown)
+    assert "2026-11-24, commit 0123456789ab, copy bandwidth 0 GB/s" in text
+    assert "| case | cuda | cuda, plain |" in text
+    assert "| scores 4 x 10 bf16 | 10.0 us, 19 % | 12 us, 16 % |" in text
+    assert "| update 128 | 12.3 ms |  |" in text
+    with pytest.raises(BadResult, match="no results of the sweep"):
+        kernel_report(tmp_path, [shown[0]._replace(run=1)])
+    other = {"date": "2026-11-24", "machine": machine | {"gpu": "another"}, "runs": [run]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(BadResult, match="several machines"):
+        kernel_report(tmp_path, [*shown, shown[0]._replace(file="other.json")])
 
 
 @pytest.mark.parametrize(
