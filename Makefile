@@ -8,7 +8,7 @@ GPU_STEPS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint format resources bench gpu-check clean
+.PHONY: help setup demo test lint format resources bench results gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,9 @@ bench: setup  ## the CPU benchmark: a JSON file, a table and a plot in $(OUT)/be
 	mkdir -p $(OUT)/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench/cpu.json
 	$(BIN)/python -m benchmarks.report $(OUT)/bench/cpu.json -o $(OUT)/bench
+
+results: setup  ## the committed pages of results again, from the committed JSON; measures nothing
+	$(BIN)/python -m benchmarks.committed
 
 gpu-check:  ## on a machine with a GPU: build, GPU tests, sanitizer, GPU benchmark into $(OUT)/gpu; installs nothing
 	PYTHON=$(PYTHON) tests/gpu/check.sh $(OUT)/gpu $(GPU_STEPS)

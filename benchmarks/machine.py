@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import statistics
+import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -71,6 +72,20 @@ def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
 def load() -> float | None:
     """Processes that wanted a core in the last minute: above zero, others take part in the run."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def commit() -> str | None:
+    """The commit of the sources, with a plus where there are changes; None without history."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -7,12 +7,13 @@ Every number is the time of a call, on a GPU the median of its kernels behind a 
 share of the measured copy bandwidth where the work has a floor in bytes. A variant is a backend
 with a choice of kernels or with other launch arithmetic (`emp_fast.kernels.plan`). `--warm`
 compiles a share of what the same command would launch, and times nothing: several such processes
-fill Triton's cache side by side.
+fill Triton's cache side by side. benchmarks/kernel_tables.py makes tables of what it writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import itertools
 import json
@@ -32,6 +33,7 @@ from torch.nn import functional
 import emp_fast
 from benchmarks import contenders, machine
 from benchmarks.cases import scores as drawn_scores
+from benchmarks.floors import floor_bytes
 from benchmarks.harness import Clock, clock_of
 from emp_fast.backends import load
 from emp_fast.backends.base import LossOptions, Recurrence, State
@@ -62,6 +64,10 @@ _NUM_SAMPLES = 2**21
 _REPEATS = 12
 _NO_OPTIONS = LossOptions(-100, 0.0, 0.0)
 _EMP = Recurrence("ema", "entropy", 0.9, "loss", 1.0, 0.5)
+_WHAT = (
+    "Medians of the kernel time of a call, in seconds, by case and variant; "
+    "python -m benchmarks.sweep."
+)
 
 
 class Variant(NamedTuple):
@@ -132,9 +138,8 @@ def _state(device: torch.device) -> State:
 class Case(NamedTuple):
     """Work that every variant does alike."""
 
-    name: str
+    name: str  # as benchmarks/floors.py reads it
     shape: tuple[int, int]
-    floor_bytes: int
     call: Callable[[Any], Any]  # of the backend
 
 
@@ -153,24 +158,20 @@ def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bo
     fields = load("reference").cross_entropy(logits[:1], target[:1], None, _NO_OPTIONS).rows
     fields = fields.expand(-1, held).contiguous()
     name = f"{rows} x {classes} {str(dtype).removeprefix('torch.')}"
-    nbytes = classes * dtype.itemsize
     return [
         Case(
             f"scores {name}",
             shape,
-            rows * (nbytes + 28),
             lambda b: b.scores(logits, target, None, _NO_OPTIONS),
         ),
         Case(
             f"step {name}",
             shape,
-            rows * (2 * nbytes + 56),
             lambda b: b.mean_step(logits, target, None, _NO_OPTIONS, None, indices, state, _EMP),
         ),
         Case(
             f"backward {name}",
             shape,
-            rows * (2 * nbytes + 28),
             lambda b: b.cross_entropy_backward(
                 grad_loss, logits, target, None, fields, _NO_OPTIONS
             ),
@@ -187,7 +188,6 @@ def selection_cases(n: int, device: torch.device, warm: bool) -> list[Case]:
         return Case(
             f"select {share:.0%} of {n:.0e}",
             (n, 1),
-            4 * n + 8 * k,
             lambda b: b.topk_indices(scores, k),
         )
 
@@ -202,7 +202,6 @@ def update_case(rows: int, state: State) -> Case:
     return Case(
         f"update {rows}",
         (rows, 1),
-        36 * rows,
         lambda b: b.update_state(indices, values[0], values[1], None, state, _EMP),
     )
 
@@ -276,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = [v for v in variants(device) if any(fnmatch(v.name, p) for p in given.variants)]
     clock = None if given.warm else clock_of(device)
     rate = machine.copy_bandwidth(device, 2**20 if given.warm else 2**30)["median"]
-    results: dict[str, Any] = {"machine": machine.describe(device), "copy": rate}
+    results: dict[str, dict[str, float]] = {}
+    host: dict[str, float] = {}
     print(f"copy {rate / 1e9:.0f} GB/s", flush=True)
     for place, case in enumerate(cases(device, bool(given.warm))):
         if case.name.startswith(tuple(given.only)) and place % parts == part:
@@ -284,8 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fewest = 0 if given.warm else plan.KEPT_STEPS
             with mock.patch.object(plan, "KEPT_STEPS", fewest):
                 results[case.name] = _measured(case, every, clock)
+            floor = floor_bytes(case.name)
             shares = (
-                f"{name} {1e6 * seconds:.1f} us = {100 * case.floor_bytes / seconds / rate:.0f} %"
+                f"{name} {1e6 * seconds:.1f} us = {100 * floor / seconds / rate:.0f} %"
                 for name, seconds in results[case.name].items()
             )
             print(f"{case.name}: " + " | ".join(shares), flush=True)
@@ -294,10 +295,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if clock is not None and device.type == "cuda" and "host".startswith(tuple(given.only)):
         for rows, classes in ((128, 10), (512, 10), (128, 100), (128, 1000), (512, 1000)):
             for name, seconds in host_times(rows, classes):
-                results[name] = seconds
+                host[name] = seconds
                 print(f"{name}: {1e6 * seconds:.1f} us", flush=True)
     if given.output is not None:
-        given.output.write_text(json.dumps(results, indent=1))
+        run = {
+            "commit": machine.commit(),
+            "copy_bytes_per_second": rate,
+            "seconds": results,
+            **({"host_seconds": host} if host else {}),
+        }
+        written = {
+            "what": _WHAT,
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "machine": machine.describe(device),
+            "runs": [run],
+        }
+        given.output.write_text(json.dumps(written, indent=1) + "\n")
     return 0
 
 

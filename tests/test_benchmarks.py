@@ -17,7 +17,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
 
-from benchmarks import baselines, machine, report, sweep  # noqa: E402
+from benchmarks import baselines, committed, machine, report, sweep  # noqa: E402
+from benchmarks.floors import floor_bytes  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
     MIN_ROUNDS,
     Bound,
@@ -31,7 +32,10 @@ from benchmarks.harness import (  # noqa: E402
     percentiles,
     rotations,
 )
+from benchmarks.kernel_tables import Shown, kernel_report  # noqa: E402
+from benchmarks.markdown import markdown, readme_block  # noqa: E402
 from benchmarks.models import ResNet18  # noqa: E402
+from benchmarks.result import SUITES, BadResult, load  # noqa: E402
 
 
 def outputs(result: Tensor) -> dict[str, Tensor]:
@@ -356,14 +360,14 @@ def test_kernel_times_with_the_hosts_pauses_in_them_are_not_reported(tmp_path: P
             record("linear", "s", "emp_fast cpu", 1.2e-5, **wide),  # wall times may vary
         ],
     )
-    result = report.load([path])
+    result = load([path])
     assert [case.name for case in result.cases] == ["a", "s"]
     assert list(result.cases[0].contenders) == ["emp_fast cuda", "eager"]
-    text = report.markdown(result, None)
+    text = markdown(result, None)
     unsteady = "its 80 percentile is more than 1.5 times its 20 percentile"
     assert f"- Liger (forward a): {unsteady}" in text
     assert f"- every contender (forward b): of emp_fast cuda {unsteady}" in text
-    assert "| Loss and five scores, 1 of 2 cases |" in report.readme_block(result, "r.md", None)
+    assert "| Loss and five scores, 1 of 2 cases |" in readme_block(result, "r.md", None)
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
@@ -448,7 +452,12 @@ def test_results_of_several_commits_join_suite_by_suite(
     assert "| c | 1 ms" in text
     assert "| Date, fedcba987654 | 2026-11-24, commit fedcba987654 |" in text
     assert "| Measured, fedcba987654 | State update alone |" in text
-    assert "commit fedcba987654: State update alone." in (tmp_path / "README.md").read_text()
+    assert "| All numbers, fedcba987654 | `other.json` |" in text
+    told = (tmp_path / "README.md").read_text()
+    assert "Row *State update alone*: measured 2026-11-24 at fedcba987654." in told
+    rows = "Rows *Loss and five scores* and *Selection of the highest scores*"
+    at = "measured 2026-11-24 at 0123456789ab with uncommitted changes."
+    assert f"{rows}, and the training steps below: {at}" in told
     # The same suite of two commits would be compared with itself.
     again = [record("forward", "c", "emp_fast cpu", 1e-3)]
     twice = result_file(tmp_path, "twice.json", benchmarks=again, **later)
@@ -458,6 +467,79 @@ def test_results_of_several_commits_join_suite_by_suite(
     elsewhere = result_file(tmp_path, "elsewhere.json", machine_info=machine)
     assert report.main([str(first), str(elsewhere)]) == 2
     assert "of another machine" in capsys.readouterr().err
+
+
+# ---- what is committed ---------------------------------------------------------------------------
+
+
+def test_every_committed_page_is_what_its_generator_makes() -> None:
+    """After a change of the generator or of the JSON: `make results`."""
+    for path, text in committed.pages().items():
+        assert path.read_text() == text, f"{path.relative_to(ROOT)} is stale: make results"
+
+
+def test_every_result_file_is_reported() -> None:
+    index = json.loads((committed.RESULTS / "index.json").read_text())
+    used = {name for files in index["reports"].values() for name in files}
+    used |= {one["file"] for tables in index["kernels"].values() for one in tables}
+    assert used == {path.name for path in committed.RESULTS.glob("*.json")} - {"index.json"}
+    made = {*index["reports"], *index["kernels"]}
+    assert made == {path.stem for path in committed.RESULTS.glob("*.md")}
+    for tables in index["kernels"].values():
+        for name in {one["file"] for one in tables}:
+            runs = json.loads((committed.RESULTS / name).read_text())["runs"]
+            assert sorted(one["run"] for one in tables if one["file"] == name) == [
+                *range(len(runs))
+            ]
+
+
+def test_a_stale_page_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert committed.main(["--check"]) == 0
+    path = committed.ROOT / "page.md"
+    monkeypatch.setattr(committed, "pages", lambda: {path: "new"})
+    assert committed.main(["--check"]) == 1
+    assert "page.md is not what `make results` makes" in capsys.readouterr().out
+    assert not path.exists()
+
+
+def test_a_sweep_becomes_a_table(tmp_path: Path) -> None:
+    seconds = {
+        "scores 4 x 10 bfloat16": {"cuda": 9.96e-6, "cuda, plain": 1.234e-5},
+        "update 128": {"cuda": 0.0123},
+    }
+    run = {"commit": "0123456789abcdef", "copy_bytes_per_second": 1e8, "seconds": seconds}
+    versions = {"torch": "2.11.0", "triton": "3.6.0"}
+    machine = {"gpu": "GPU", "cuda": "13.0", "python": "3.12.3", "versions": versions}
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps({"date": "2026-11-24", "machine": machine, "runs": [run]}))
+    shown = [Shown("A title", "sweep.json", 0, "A note.", 12.0)]
+    text = kernel_report(tmp_path, shown)
+    assert "2026-11-24, commit 0123456789ab, copy bandwidth 0 GB/s" in text
+    assert "| case | cuda | cuda, plain |" in text
+    assert "| scores 4 x 10 bf16 | 10.0 us, 19 % | 12 us, 16 % |" in text
+    assert "| update 128 | 12.3 ms |  |" in text
+    with pytest.raises(BadResult, match="no results of the sweep"):
+        kernel_report(tmp_path, [shown[0]._replace(run=1)])
+    other = {"date": "2026-11-24", "machine": machine | {"gpu": "another"}, "runs": [run]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(BadResult, match="several machines"):
+        kernel_report(tmp_path, [*shown, shown[0]._replace(file="other.json")])
+
+
+@pytest.mark.parametrize(
+    ("case", "nbytes"),
+    [
+        ("scores 4 x 10 bfloat16", 4 * (20 + 28)),
+        ("step 4 x 10 float32", 4 * (80 + 56)),
+        ("backward 4 x 10 float16", 4 * (40 + 28)),
+        ("select 30% of 1e+06", 4 * 10**6 + 8 * 300_000),
+        ("update 128", 36 * 128),
+    ],
+)
+def test_the_floor_of_a_case_follows_from_its_name(case: str, nbytes: int) -> None:
+    assert floor_bytes(case) == nbytes
 
 
 # ---- a quick run from end to end -----------------------------------------------------------------
@@ -482,9 +564,9 @@ def test_a_quick_run_measures_and_reports_every_suite(tmp_path: Path) -> None:
     assert raw["machine_info"]["copy_bytes_per_second"]["median"] > 0
     assert set(raw["commit_info"]) <= {"id", "time", "dirty"}
 
-    result = report.load([path])
+    result = load([path])
     assert [case.suite for case in result.cases].count("forward") == 4
-    assert {case.suite for case in result.cases} == set(report.SUITES)
+    assert {case.suite for case in result.cases} == set(SUITES)
     for one in result.cases:
         assert one.ours is not None, one.name
         assert len(one.contenders) >= 2, one.name
@@ -531,9 +613,12 @@ def small_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_sweep_times_every_case_by_every_backend(small_sweep: None, tmp_path: Path) -> None:
     results = tmp_path / "sweep.json"
     assert sweep.main(["--device", "cpu", "-o", str(results)]) == 0
-    found = json.loads(results.read_text())
-    assert found.pop("copy") > 0
-    assert found.pop("machine")["device"] == "cpu"
+    written = json.loads(results.read_text())
+    assert written["machine"]["device"] == "cpu"
+    (measured,) = written["runs"]
+    assert measured["copy_bytes_per_second"] > 0
+    assert measured["commit"] == machine.commit()
+    found = measured["seconds"]
     rows = [
         f"{work} {shape} {dtype}"
         for shape in ("6 x 10", "3 x 70")

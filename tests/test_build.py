@@ -157,7 +157,7 @@ def test_a_wheel_built_from_the_sdist_has_the_native_module(environment, sources
     names = zipfile.ZipFile(wheel).namelist()
     assert sum(name.startswith("emp_fast/_native.") for name in names) == 1
     assert "emp_fast/kernels/selection.py" in names
-    assert "emp_fast/py.typed" in names
+    assert {"emp_fast/py.typed", "emp_fast/verified.json"} <= set(names)
     assert not [name for name in names if name.startswith(("csrc/", "tests/", "benchmarks/"))]
     environment.install(wheel, cwd=tmp_path)
     assert environment.report(tmp_path) == {

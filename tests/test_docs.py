@@ -13,6 +13,7 @@ what else it needs, and is not seen by the reader::
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -127,6 +128,31 @@ def anchors(page: Path) -> set[str]:
 def test_the_readme_leads_to_every_page():
     linked = {target for target, _ in _LINK.findall((ROOT / "README.md").read_text())}
     assert {named(page) for page in PAGES[1:]} <= linked
+
+
+def test_every_environment_variable_is_listed():
+    listed = re.search(
+        r"## Environment variables\n(.*?)\n## ",
+        (ROOT / "docs" / "contributing.md").read_text(),
+        re.DOTALL,
+    )[1]
+    sources = [ROOT / "setup.py", ROOT / ".ci" / "run"]
+    sources += [p for f in ("emp_fast", "tests") for p in (ROOT / f).rglob("*.[ps][yh]")]
+    named = {name for p in sources for name in re.findall(r"EMP_FAST_[A-Z_]+", p.read_text())}
+    named -= {"EMP_FAST_", "EMP_FAST_MODULE_FILE"}  # a prefix; what setup.py tells CMake
+    assert "EMP_FAST_CPU_ISA" in named
+    assert named == set(re.findall(r"EMP_FAST_[A-Z_]+", listed))
+
+
+def test_the_readme_names_what_no_gpu_has_run():
+    verified = json.loads((ROOT / "emp_fast" / "verified.json").read_text())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    kernels = [one["what"] for one in verified["not_run"] if one["used"]]
+    assert len(kernels) >= 1
+    for what in kernels:
+        assert what in readme
+    for one in verified["ran"] + verified["not_run"]:
+        assert one["backend"] in ("cuda", "triton")
 
 
 # ---- the tests' own tools -----------------------------------------------------------------------

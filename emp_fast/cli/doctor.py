@@ -22,15 +22,6 @@ from emp_fast.functional import cross_entropy, topk_indices
 
 __all__ = ["doctor"]
 
-#: The GPUs that have run the kernels, by backend; results in benchmarks/results/.
-RUN_ON = {"triton": ["NVIDIA H200"], "cuda": ["NVIDIA H200"]}
-#: What of them no GPU has run, or not since it was rewritten; docs/kernels.md has the whole list.
-NOT_RUN = {
-    "cuda": [
-        "rows_cluster of 16-bit logits (gradients of more than 163 840 classes)",
-        "rows_ring and rows_cluster with a softcap or label smoothing (by choice alone)",
-    ],
-}
 _SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
 #: The environment variables that choose kernels, and what holds without them.
 _SETTINGS = dict.fromkeys(
@@ -76,8 +67,7 @@ def examine() -> dict[str, Any]:
         "backends": [line for device in devices for line in _backends(device)],
         "automatic_choice": {str(device): _choice(device) for device in devices},
         "reference_problem": _reference_problem(),
-        "kernels_have_run_on": RUN_ON,
-        "kernels_not_run_yet": NOT_RUN,
+        **_verified(),
     }
 
 
@@ -170,6 +160,21 @@ def _build_info() -> dict[str, Any]:
     except (OSError, ValueError) as error:
         return {"native": False, "reason": f"_build_info.json cannot be read: {error}"}
     return info
+
+
+def _verified() -> dict[str, dict[str, list[str]]]:
+    """What has run on which GPU, by backend, and what has not, from verified.json."""
+    file = resources.files("emp_fast") / "verified.json"
+    verified = json.loads(file.read_text(encoding="utf-8"))
+    gpus: dict[str, list[str]] = {"triton": [], "cuda": []}
+    for entry in verified["ran"]:
+        if entry["gpu"] not in gpus[entry["backend"]]:
+            gpus[entry["backend"]].append(entry["gpu"])
+    missing: dict[str, list[str]] = {}
+    for entry in verified["not_run"]:
+        used = f" ({entry['used']})" if entry["used"] else ""
+        missing.setdefault(entry["backend"], []).append((entry["what"] + used).replace("`", ""))
+    return {"kernels_have_run_on": gpus, "kernels_not_run_yet": missing}
 
 
 def _instruction_set() -> str | None:

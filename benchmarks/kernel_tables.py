@@ -1,0 +1,100 @@
+"""The results of the sweep over our own kernels (benchmarks/sweep.py) as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.floors import floor_bytes
+from benchmarks.markdown import table
+from benchmarks.result import BadResult, read_json
+
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+class Shown(NamedTuple):
+    """A run of the sweep, and what is to be said of it."""
+
+    title: str
+    file: str
+    run: int  # its place in the file
+    note: str
+    decimal_below_us: float  # shorter times are given with a decimal
+
+
+def kernel_report(folder: Path, shown: Sequence[Shown]) -> str:
+    """A heading and a table for each run.
+
+    Raises:
+        BadResult: a file is damaged, lacks the run, or is of another machine than the first.
+    """
+    files = {one.file: read_json(folder / one.file) for one in shown}
+    try:
+        return _report(files, shown)
+    except (KeyError, IndexError, TypeError) as error:
+        raise BadResult(f"{', '.join(files)}: no results of the sweep: {error!r}") from None
+
+
+def _report(files: dict[str, Any], shown: Sequence[Shown]) -> str:
+    machine, *others = (raw["machine"] for raw in files.values())
+    for other in others:
+        if _identity(other) != _identity(machine):
+            raise BadResult(f"{', '.join(files)} are of several machines or versions")
+    parts = [
+        f"# The GPU kernels on an {machine['gpu']}",
+        "Our own kernels, without peers: a column for each backend and each choice of its kernels, "
+        "as `python -m benchmarks.sweep` names them; `cuda` and `triton` alone are `auto` as it "
+        "was at that commit. Where a choice cannot serve a case, the plain kernels ran in its "
+        "place. Given is the median time of a call's kernels behind a cache that a read has "
+        "flushed, and the bytes that the work cannot do without, a second, as a share of the copy "
+        "bandwidth of the same run; less than half a per cent is left out. *scores* are all scores "
+        "of a batch; *step* is the whole training step without a model: scores, gradient, the "
+        "state's update and the mean; *backward* the backward pass alone; *update* the state's "
+        "alone, of 2^21 samples.",
+        f"torch {machine['versions']['torch']}, Triton {machine['versions']['triton']}, CUDA "
+        f"{machine['cuda']}, Python {machine['python']}. Against other libraries: "
+        "[h200.md](h200.md).",
+    ]
+    for one in shown:
+        raw = files[one.file]
+        run = raw["runs"][one.run]
+        rate = run["copy_bytes_per_second"]
+        parts += [
+            f"## {one.title}",
+            f"{raw['date']}, commit {run['commit'][:12]}, copy bandwidth {rate / 1e9:.0f} GB/s; "
+            f"all numbers in [{one.file}]({one.file}).",
+            *([one.note] if one.note else []),
+            _run_table(run["seconds"], rate, one.decimal_below_us),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _identity(machine: dict[str, Any]) -> list[Any]:
+    versions = machine["versions"]
+    facts = [machine.get(name) for name in ("gpu", "processor", "python", "cuda")]
+    return [*facts, versions.get("torch"), versions.get("triton")]
+
+
+def _run_table(seconds: dict[str, dict[str, float]], rate: float, decimal_below: float) -> str:
+    variants = list(dict.fromkeys(name for times in seconds.values() for name in times))
+    rows = []
+    for case, times in seconds.items():
+        cells = [
+            _cell(times[name], floor_bytes(case), rate, decimal_below) if name in times else ""
+            for name in variants
+        ]
+        rows.append([" ".join(_SHORT.get(word, word) for word in case.split()), *cells])
+    return table(["case", *variants], rows)
+
+
+def _cell(seconds: float, floor: int, rate: float, decimal_below: float) -> str:
+    share = f"{100 * floor / seconds / rate:.0f} %"
+    return _time(seconds, decimal_below) + ("" if share == "0 %" else f", {share}")
+
+
+def _time(seconds: float, decimal_below: float) -> str:
+    micro = 1e6 * seconds
+    if micro >= 1e4:
+        return f"{1e3 * seconds:.1f} ms"
+    return f"{micro:.1f} us" if micro < decimal_below else f"{micro:.0f} us"

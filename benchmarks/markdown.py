@@ -1,0 +1,319 @@
+"""Results as Markdown: the report of a run, and the README's summary of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from benchmarks.result import (
+    EVERYBODY,
+    STEP,
+    SUITES,
+    BadResult,
+    CaseResult,
+    Measured,
+    Result,
+    Run,
+    names,
+)
+
+_PLAIN = "F.cross_entropy"
+
+
+def markdown(result: Result, plot: str | None) -> str:
+    """The whole report."""
+    parts = [f"# Benchmarks: {result.hardware}", _machine_table(result)]
+    if plot is not None:
+        parts.append(f"![Time relative to emp_fast]({plot})")
+    parts.append(
+        "Times are medians of interleaved rounds with the 20 and 80 percentiles in brackets; a "
+        "ratio says how many times as long as emp_fast a peer takes. `% of copy` is the bytes that "
+        "the work cannot do without (inputs read once, outputs written once) a second, as a share "
+        "of the copy bandwidth of its run; what a cache holds can exceed it. Every contender shown "
+        "passed the check against the reference in its run."
+    )
+    for suite, title in SUITES.items():
+        cases = result.suite(suite)
+        if not cases:
+            continue
+        parts += [f"## {title}", *(_step_tables(cases) if suite == STEP else _tables(cases))]
+    if result.refused:
+        parts += ["## Not measured", _refused_list(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _machine_table(result: Result) -> str:
+    machine = result.machine
+    rows = {
+        "Processor": f"{machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, {machine['cpu_capability']}, {machine['threads']} threads",
+    }
+    if "gpu" in machine:
+        rows["GPU"] = (
+            f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, compute capability "
+            f"{machine['compute_capability']}, CUDA {machine['cuda']}"
+        )
+    rows["Versions"] = ", ".join(
+        [f"Python {machine['python']}", *(f"{k} {v}" for k, v in machine["versions"].items())]
+    )
+    for run in result.runs:
+        several = len(result.runs) > 1
+        rows |= _run_rows(run, f", {run.which}" if several else "")
+        if several:
+            rows[f"Measured, {run.which}"] = "; ".join(run.titles)
+    if any(run.machine.get("quick") for run in result.runs):
+        rows["Note"] = "a quick run: two rounds of small shapes, a smoke test and no measurement"
+    return table(["", ""], [[name, value] for name, value in rows.items()])
+
+
+def _run_rows(run: Run, which: str) -> dict[str, str]:
+    rows = {}
+    copied = run.machine.get("copy_bytes_per_second")
+    if copied:
+        rows[f"Copy bandwidth{which}"] = (
+            f"{copied['median'] / 1e9:.1f} GB/s ({copied['p20'] / 1e9:.1f} to "
+            f"{copied['p80'] / 1e9:.1f}), read and written bytes"
+        )
+    if run.machine.get("load_before") is not None:
+        rows[f"Load before the run{which}"] = f"{run.machine['load_before']:.1f} processes"
+    files = ", ".join(f"`{name}`" for name in run.files)
+    return rows | {f"Date{which}": run.when, f"All numbers{which}": files}
+
+
+def _tables(cases: list[CaseResult]) -> Iterator[str]:
+    ours, peers = names(cases, ours=True), names(cases, ours=False)
+    first, others = ours[:1], [*ours[1:], *peers]
+    with_peak = cases[0].suite == "selection"
+    header = ["case", *first, "% of copy", *(["bytes a score*"] if with_peak else []), *others]
+    rows = []
+    for case in cases:
+        mine = case.ours
+        row = [
+            case.name,
+            *(["not measured", ""] if mine is None else [_span(mine), _percent(mine)]),
+        ]
+        if with_peak:
+            row.append(_extra_memory(case, mine))
+        rows.append(row + [_ratio(case.ratio(name)) for name in others])
+    for title, summary in (("geometric mean", _geometric_mean), ("lowest", min)):
+        found = [[r for case in cases if (r := case.ratio(name)) is not None] for name in others]
+        cells = [f"**{_ratio(summary(ratios))}**" if ratios else "" for ratios in found]
+        rows.append([f"**{title}**", *[""] * (len(header) - len(cells) - 1), *cells])
+    yield table(header, rows)
+    notes = {one.name: one.note for case in cases for one in case.contenders.values() if one.note}
+    lines = [f"{name}: {note}." for name, note in notes.items()]
+    if with_peak:
+        lines.append(
+            "*Memory that the call held at its height beyond its input and its output, over the "
+            "number of scores; small cases are below what can be measured."
+        )
+    if lines:
+        yield " ".join(lines)
+    if cases[0].suite == "linear":
+        yield "Memory that a call held at its height beyond its inputs:"
+        everyone = [*ours, *peers]
+        yield table(
+            ["case", *everyone],
+            [[case.name, *(_peak(case.contenders.get(one)) for one in everyone)] for case in cases],
+        )
+    if any(one.host is not None for case in cases for one in case.contenders.values()):
+        yield "Host time of a call, and latency until its result is there:"
+        everyone = [*ours, *peers]
+        yield table(
+            ["case", *everyone],
+            [[case.name, *(_call(case.contenders.get(one)) for one in everyone)] for case in cases],
+        )
+
+
+def _step_tables(cases: list[CaseResult]) -> Iterator[str]:
+    rows = []
+    for case in cases:
+        overheads = case.facts["overhead_percent"]
+        row = [case.name, _span(case.contenders[_PLAIN])]
+        for name in ("pruner.loss", "eager pruning"):
+            row += [_span(case.contenders[name]), _overhead(overheads[name])]
+        rows.append([*row, _span(case.contenders["selection"])])
+    yield table(
+        [
+            "step",
+            "plain",
+            "pruner.loss",
+            "overhead",
+            "eager EMP",
+            "overhead",
+            "selection, an epoch",
+        ],
+        rows,
+    )
+    steps = cases[0].facts["steps"]
+    yield (
+        "The overhead is that of a step with scores, state update and the epoch's selection shared "
+        f"out over its steps ({steps} in the first row), against the plain step of the same round: "
+        "median with the 20 and 80 percentiles over the rounds."
+    )
+
+
+def _refused_list(result: Result) -> str:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for one in result.refused:
+        at = f"{one['suite']} {one['case']}"
+        reasons.setdefault((one["name"], one["refused"]), []).append(at)
+    lines = []
+    for (name, reason), cases in reasons.items():
+        if name == EVERYBODY or len(cases) == 1:
+            where = "; ".join(cases)
+        else:
+            where = f"{len(cases)} cases, the first {cases[0]}"
+        lines.append(f"- {name} ({where}): {reason}")
+    return "\n".join(lines)
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+
+def readme_block(result: Result, report: str, picture: str | None) -> str:
+    """The summary that stands between the README's markers."""
+    peers = [
+        name
+        for name in names(result.cases, ours=False)
+        if any(case.ratio(name) is not None for case in result.cases if case.suite != STEP)
+    ]
+    rows = []
+    for suite, title in SUITES.items():
+        cases = [] if suite == STEP else result.suite(suite)
+        ratios = {
+            name: [r for case in cases if (r := case.ratio(name)) is not None] for name in peers
+        }
+        if any(ratios.values()):
+            dropped = sum(
+                one["suite"] == suite and one["name"] == EVERYBODY for one in result.refused
+            )
+            of = f"{len(cases)} of {len(cases) + dropped}" if dropped else f"{len(cases)}"
+            rows.append(
+                [f"{title}, {of} case{'' if of == '1' else 's'}"]
+                + [
+                    f"{_ratio(_geometric_mean(found))} ({_ratio(min(found))})" if found else ""
+                    for found in ratios.values()
+                ]
+            )
+    without_scores = [name for name in peers if _scores_nothing(result, name)]
+    lines = [
+        "How many times as long as emp_fast each peer takes, geometric mean over the cases "
+        f"(lowest), on {result.hardware}, {result.date}."
+        + (
+            f" Without any score, the loss alone: {', '.join(without_scores)}."
+            if without_scores
+            else ""
+        ),
+        table(["", *peers], rows),
+    ]
+    if len(result.runs) > 1:
+        lines += [_measured_when(run) for run in result.runs]
+    for case in result.suite(STEP):
+        overheads = {
+            name: _overhead(value) for name, value in case.facts["overhead_percent"].items()
+        }
+        lines += [
+            f"The whole overhead of pruning on a training step ({case.name}): "
+            f"{overheads['pruner.loss']}; by hand in eager PyTorch {overheads['eager pruning']}."
+        ]
+    if picture is not None:
+        lines.append(f"![Time of the peers relative to emp_fast]({picture})")
+    lines.append(f"Every case, the machine, versions and method: [{report}]({report}).")
+    return "\n\n".join(lines)
+
+
+def _measured_when(run: Run) -> str:
+    rows = [f"*{SUITES[suite]}*" for suite in SUITES if suite in run.suites and suite != STEP]
+    subject = f"Row{'' if len(rows) == 1 else 's'} {_listed(rows)}" if rows else ""
+    if STEP in run.suites:
+        subject = f"{subject}, and the training steps below" if rows else "The training steps below"
+    dirty = " with uncommitted changes" if run.commit.get("dirty") else ""
+    at = f" at {run.commit['id'][:12]}{dirty}" if run.commit.get("id") else ""
+    return f"{subject}: measured {run.date}{at}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _scores_nothing(result: Result, peer: str) -> bool:
+    forward = [case.contenders for case in result.suite("forward")]
+    return any(peer in them and "loss alone" in them[peer].note for them in forward)
+
+
+def rewrite(text: str, marker: str, block: str) -> str:
+    """``text`` with ``block`` between ``<!-- MARKER -->`` and ``<!-- /MARKER -->``.
+
+    Raises:
+        BadResult: the markers are not there, once each.
+    """
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise BadResult(f"the page must hold {begin} and after it {end}, once each")
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n\n{block}\n\n{end}", text)
+
+
+# ---- words and numbers ---------------------------------------------------------------------------
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
+
+
+def _percent(one: Measured) -> str:
+    return "" if one.copy_percent is None else f"{one.copy_percent:.0f} %"
+
+
+def _span(one: Measured) -> str:
+    unit, scale = _unit(one.median)
+    median, p20, p80 = (_three(value * scale) for value in (one.median, one.p20, one.p80))
+    return f"{median} {unit} ({p20} to {p80})"
+
+
+def _three(value: float) -> str:
+    """Three digits, never in powers of ten."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def _call(one: Measured | None) -> str:
+    if one is None or one.host is None or one.latency is None:
+        return ""
+    return f"{one.host * 1e6:.1f} / {one.latency * 1e6:.1f} us"
+
+
+def _peak(one: Measured | None) -> str:
+    return "" if one is None or one.peak_bytes is None else f"{one.peak_bytes / 2**20:.0f} MiB"
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return unit, scale
+    return "us", 1e6
+
+
+def _overhead(percent: dict[str, float]) -> str:
+    return f"{percent['median']:.1f} % ({percent['p20']:.1f} to {percent['p80']:.1f})"
+
+
+def _extra_memory(case: CaseResult, mine: Measured | None) -> str:
+    scores = int(case.facts["num_scores"])
+    if mine is None or mine.peak_bytes is None or scores < 10**6:
+        return ""
+    return f"{max(0, mine.peak_bytes - 8 * int(case.facts['k'])) / scores:.2f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, without padding."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
