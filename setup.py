@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
             _say(
                 reason,
                 "installing without native code; everything works through the PyTorch reference, "
-                "slower. A C++17 compiler is what is needed.",
+                "slower.",
             )
         made = {"native": reason is None, "reason": reason, "cuda_reason": cuda_reason}
         (module.parent / BUILD_INFO).write_text(json.dumps(made) + "\n")
@@ -72,7 +72,7 @@ class CMakeBuild(build_ext):
         """Builds the module; returns what went wrong, if anything did."""
         try:
             self._cmake(module, cuda)
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        except (OSError, RuntimeError) as error:
             return f"the native build failed: {error}"
         return None
 
@@ -82,11 +82,9 @@ class CMakeBuild(build_ext):
             raise RuntimeError("cmake is not installed")
         build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build_dir.mkdir(parents=True, exist_ok=True)
-        # A cache of another source folder or generator makes CMake refuse to run.
-        cache = build_dir / "CMakeCache.txt"
-        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
-            shutil.rmtree(build_dir)
-            build_dir.mkdir()
+        # The cache names tools of an earlier build's environment, which pip has deleted, and keeps
+        # that there was no nvcc. What is compiled stays.
+        (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
         import pybind11
 
         configure = [
@@ -102,13 +100,41 @@ class CMakeBuild(build_ext):
             f"-DEMP_FAST_CUDA_ARCHS={os.environ.get('EMP_FAST_CUDA_ARCHS', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
-        subprocess.run(configure, check=True)
+        generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
+        _run([*configure, "-G", generator])
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-        subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
+        _run([cmake, "--build", str(build_dir), "--parallel", jobs])
         if not module.exists():
             raise RuntimeError(f"CMake finished without making {module.name}")
+
+
+def _run(command: list[str]) -> None:
+    """Runs a command, whose output goes on to this one's.
+
+    Raises:
+        RuntimeError: it failed, for the reason that its output names first.
+    """
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line.strip())
+    if process.returncode:
+        raise RuntimeError(_cause([line for line in lines if line]))
+
+
+def _cause(lines: list[str]) -> str:
+    """The first error in the output of CMake or a compiler."""
+    if any("CMAKE_CXX_COMPILER" in line for line in lines):
+        return "no C++ compiler was found; one of C++17, such as g++, is needed"
+    for number, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # whose message stands in the next line, or behind it
+            return " ".join(lines[number : number + 2])
+        if "error:" in line or "error #" in line or line.startswith("#error"):
+            return line
+    return lines[-1] if lines else "without a word"
 
 
 def _say(*lines: str) -> None:

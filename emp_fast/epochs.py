@@ -202,10 +202,11 @@ class Progress:
         self._digest: str | None = None  # of the labels
         self.plan: Plan | None = None
         self._epoch = 0  # begun last, or to be begun first
-        self._early: tuple[int, Plan] | None = None  # made before its epoch, from these rows seen
+        self._early: tuple[int, Plan] | None = None  # made before its epoch, at this revision
         self._begun_at = 0  # position in the plan where the iteration in progress began
         self._start = 0  # samples seen by all ranks when the epoch's position was 0
         self._requested: int | None = None  # by set_epoch
+        self._announced = False  # by set_epoch: the epoch in progress
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
         self._iterator: weakref.ref[object] | None = None  # the last that has begun
         self._exhausted = False  # it has handed out its last index
@@ -239,16 +240,8 @@ class Progress:
 
     def length(self) -> int:
         """Samples of the epoch in progress, or of the next one once this is over."""
-        if self.plan is not None and self._requested is None and self._resume_at is None:
-            left = len(self.plan) - self.position()
-            # Less than a batch is left over when drop_last dropped it, or when it is still to be
-            # trained on; all of it, after an epoch that scored nothing. (To size the next epoch can
-            # be collective, which this may be too early for.)
-            batch = self.store.largest_update * self._world_size()
-            alone = self.schedule.policy.takes_budget or self._world_size() == 1
-            skipped = alone and not self._trained()
-            if left and not (self._is_handed_out() and (left < batch or skipped)):
-                return len(self.plan)
+        if self.plan is not None and self._lasts():
+            return len(self.plan)
         epoch = self._coming_epoch()
         if self.schedule.epochs is not None:  # loaders ask after the last epoch too
             epoch = min(epoch, self.schedule.epochs - 1)
@@ -291,6 +284,7 @@ class Progress:
         epoch = _checked_count("epoch", epoch)
         has_begun = epoch == self._epoch and self._is_untouched()
         self._requested = None if has_begun else epoch
+        self._announced = self._announced or has_begun
 
     def begin(self, iterator: object) -> tuple[Plan, int]:
         """Starts an iteration of a sampler, of the `coming` epoch. Collective on several ranks.
@@ -307,6 +301,7 @@ class Progress:
             self._unused = None if self._trained() else self.plan
         self.plan = self.plan_of(epoch)
         self._epoch, self._early, self._exhausted = epoch, None, False
+        self._announced = self._requested is not None
         self._requested = self._resume_at = None
         self.move_to(position)
         self._iterator = weakref.ref(iterator)
@@ -360,14 +355,30 @@ class Progress:
         """Whether anything was trained on since the iteration in progress began."""
         return self.position() > self._begun_at
 
-    def _is_handed_out(self) -> bool:
-        """Whether the last index of the epoch in progress is out, and nobody asks for more.
+    def _lasts(self) -> bool:
+        """Whether the loop over the epoch in progress still runs, as far as can be told from here.
 
-        In the main process the loader holds the iterator until its last batch is done with. Worker
-        processes fetch ahead: a length asked for in their last batch is the next epoch's.
+        Without worker processes the loader holds the iterator until that loop is over, by itself or
+        by ``break``. Worker processes let go of it when they have fetched ahead to the end; then
+        what is trained on has to tell, and a length asked for in the last batch, once that is
+        trained on, is the next epoch's. But to size the next epoch can be collective, and one rank
+        may be alone in asking: where every epoch is announced by `set_epoch`, that waits for it.
         """
-        alive = self._iterator is not None and self._iterator() is not None
-        return self._exhausted and not alive
+        if self.plan is None or self._requested is not None or self._resume_at is not None:
+            return False
+        if self._iterator is not None and self._iterator() is not None:
+            return True
+        if not self._exhausted:
+            return False  # given up
+        collective = self._world_size() > 1 and not self.schedule.policy.takes_budget
+        if collective and self._announced:
+            return True
+        left = len(self.plan) - self.position()
+        # Less than a batch is left over when drop_last dropped it, or when it is still to be
+        # trained on; all of it, after an epoch that scored nothing.
+        batch = self.store.largest_update * self._world_size()
+        skipped = not collective and not self._trained()
+        return left >= max(batch, 1) and not skipped
 
     def _samples_seen(self) -> int:
         """By all ranks: as they said in the last merge, and since then as many as this rank."""
@@ -383,10 +394,10 @@ class Progress:
         if self.plan is not None and self.plan.epoch == epoch:
             return self.plan
         known = self._early
-        if known is None or known[0] != self.store.rows_seen or known[1].epoch != epoch:
+        if known is None or known[0] != self.store.revision or known[1].epoch != epoch:
             self.merge(epoch)
             plan = Plan(epoch, self._select(epoch), self.store.num_samples, self.seed)
-            self._early = known = self.store.rows_seen, plan
+            self._early = known = self.store.revision, plan
         return known[1]
 
     def _select(self, epoch: int) -> Selection:

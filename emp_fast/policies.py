@@ -41,6 +41,7 @@ __all__ = [
 
 Balance = Literal["equal", "proportional"]
 _SIGNIFICAND = 24  # bits of a float32's
+_MOST_BINS = 1 << 20  # of Stratified: more take minutes and gigabytes
 
 
 class Candidates:
@@ -387,7 +388,7 @@ class Stratified(Policy):
     rest away.
 
     Args:
-        bins: at least 1.
+        bins: at least 1, at most 2^20.
         cutoff: share of the highest scores that is dropped first, in [0, 1): mislabelled samples
             are among them. A budget that the remaining samples cannot fill spares as many of those.
     """
@@ -396,8 +397,8 @@ class Stratified(Policy):
     cutoff: float = 0.0
 
     def __post_init__(self) -> None:
-        if not is_plain_int(self.bins) or self.bins < 1:
-            raise ValueError(f"bins must be an int of at least 1, got {self.bins!r}")
+        if not is_plain_int(self.bins) or not 1 <= self.bins <= _MOST_BINS:
+            raise ValueError(f"bins must be an int in [1, {_MOST_BINS}], got {self.bins!r}")
         if not (is_plain_number(self.cutoff) and 0 <= self.cutoff < 1):
             raise ValueError(f"cutoff must lie in [0, 1), got {self.cutoff!r}")
 
@@ -442,9 +443,9 @@ class Stratified(Policy):
 class Window(Policy):
     """k random samples between two quantiles of the score: neither the easiest nor the hardest.
 
-    Of V visited samples in rising order, ties by index, those of rank floor(low * V) up to
-    ceil(high * V), exactly, so that round((high - low) * V) always fit. With ``k=None`` all of
-    them, and every never-visited sample.
+    Of V visited samples in rising order, equal ones by falling index, those of rank
+    floor(low * V) up to ceil(high * V), exactly, so that round((high - low) * V) always fit. With
+    ``k=None`` all of them, and every never-visited sample.
 
     Args:
         low: lower quantile, in [0, 1).

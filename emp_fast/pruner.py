@@ -210,6 +210,11 @@ class Pruner:
             given = by_name(stats)
         elif stats is None and loss is not None:
             given = {"loss": loss}
+            if memory is None and {"entropy"} <= {*self.store.rule.reads} - {*extra}:
+                raise ValueError(
+                    f"memory must be given with loss: {self.store.rule!r} reads a memory term, "
+                    "got memory=None"
+                )
         else:
             told = "neither" if stats is None else "both"
             raise ValueError(f"either stats or loss must be given, got {told}")

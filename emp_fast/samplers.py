@@ -20,7 +20,8 @@ class EpochSampler(Sampler[int]):
     """Yields the selected samples of each epoch in the global order; every iteration is the next
     epoch.
 
-    ``len`` is right before the epoch starts. On several ranks this is for whoever shards it, as
+    ``len`` is right before the epoch starts, and until its loop is over; where worker processes
+    fetch ahead, until its last batch is trained on. On several ranks this is for whoever shards it, as
     Accelerate does; plain DDP and Lightning take `Pruner.distributed_sampler`.
 
     With ``whole`` a resumed epoch is yielded from its first sample, for loaders that skip by

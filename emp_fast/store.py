@@ -131,6 +131,7 @@ class ScoreStore:
         self._buffers = _checked_buffers(rule, num_samples, at)
         self._warned = 0
         self._rows = _RowCount()
+        self._loads = 0
         self._merged = _Merged()
         self._process_group: Any = None
 
@@ -164,6 +165,11 @@ class ScoreStore:
     @rows_seen.setter
     def rows_seen(self, rows: int) -> None:
         self._rows.total = rows
+
+    @property
+    def revision(self) -> tuple[int, int]:
+        """Another one after every update, merge that brought one, and loaded state."""
+        return self.rows_seen, self._loads
 
     @property
     def largest_update(self) -> int:
@@ -603,6 +609,7 @@ class ScoreStore:
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
         self.rows_seen = rows_seen
+        self._loads += 1
         self._warned = self.num_nonfinite
         merged = self._merged = _Merged()
         if unmerged is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,13 @@ def test_a_plain_install_works_from_anywhere(environment, sources, tmp_path):
     assert Path(seen["file"]).is_relative_to(sources)
     assert "_native" in seen["cpu"]
     assert (seen["topk"], seen["kernels"]) == ([1, 2], True)
+    # pip deletes the environment that it builds in, and with it the tools that CMake has noted.
+    (cache,) = sources.glob("build/cmake-*/CMakeCache.txt")
+    noted = re.sub(r"(CMAKE_MAKE_PROGRAM:\w+)=.*", r"\1=/nonexistent/ninja", cache.read_text())
+    assert "/nonexistent/ninja" in noted
+    cache.write_text(noted)
+    environment.install("--force-reinstall", sources, cwd=tmp_path, EMP_FAST_REQUIRE_NATIVE="1")
+    assert environment.report(tmp_path)["cpu"] is None
 
 
 def test_an_editable_install_follows_the_sources(environment, sources, tmp_path):
@@ -173,7 +181,8 @@ def test_without_a_compiler_it_installs_and_says_what_is_missing(environment, so
     environment.install(sources, cwd=tmp_path, **nothing)
     seen = environment.report(tmp_path)
     assert (seen["topk"], seen["kernels"]) == ([1, 2], True)
-    assert "the native build failed" in seen["cpu"]
+    assert "the native build failed: no C++ compiler was found" in seen["cpu"]
+    assert len(seen["cpu"]) < 100
     doctor = environment.run("-m", "emp_fast", "doctor", cwd=tmp_path)
     assert "native build failed" in " ".join(doctor.split())
 
@@ -188,6 +197,7 @@ def test_an_nvcc_that_cannot_compile_costs_cuda_alone(environment, sources, tmp_
     assert environment.report(tmp_path)["cpu"] is None
     doctor = " ".join(environment.run("-m", "emp_fast", "doctor", "--json", cwd=tmp_path).split())
     assert "built without CUDA: the native build failed" in doctor
+    assert "this nvcc is too old" in doctor
 
 
 def test_a_required_native_build_fails_the_install(environment, sources, tmp_path):

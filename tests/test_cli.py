@@ -90,6 +90,24 @@ def test_misuse_is_one_line(arguments, message):
 # ---- doctor -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("cuda", "the cuda backend cannot serve cpu: "),
+        ("magic", "EMP_FAST_BACKEND must be one of"),
+    ],
+)
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_a_backend_that_cannot_serve_is_refused_first(command, backend, message, monkeypatch):
+    monkeypatch.setenv("EMP_FAST_BACKEND", backend)
+    assert message in refused(command, "--quick")
+
+
+def test_select_says_that_a_backend_cannot_serve(file, monkeypatch):
+    monkeypatch.setenv("EMP_FAST_BACKEND", "triton")
+    assert "the triton backend cannot serve cpu: " in refused("select", file, "out.npy", "--k", 2)
+
+
 def test_doctor_reports_backends_versions_and_where_kernels_ran():
     report = json.loads(run("doctor", "--json").stdout)
     backends = {line["backend"]: line for line in report["backends"] if line["device"] == "cpu"}
@@ -335,7 +353,7 @@ def test_select_takes_infinities_and_counts_nan(tmp_path):
         ),
         (("--k", -1), "--k must lie in [1, 1009], the number of scores, got -1"),
         (("--k", 3, "--bins", 4), "--bins means nothing to --policy topk, got 4"),
-        (("--k", 3, "--policy", "stratified", "--bins", 0), "bins must be an int of at least 1"),
+        (("--k", 3, "--policy", "stratified", "--bins", 0), "bins must be an int in [1, 1048576]"),
         (("--k", 3, "--policy", "stratified", "--cutoff", 1), "cutoff must lie in [0, 1), got 1"),
         (
             ("--k", 3, "--policy", "gumbel", "--temperature", "inf"),

@@ -392,6 +392,28 @@ def loaders_of_all_ranks_cover_the_epoch(rank: int, size: int) -> None:
         assert len(everyone) == -(-len(selected) // size) * size
 
 
+@ranks_check
+def a_length_that_one_rank_alone_asks_for_waits_for_nobody(rank: int, size: int) -> None:
+    """As a progress bar on the first rank does, also in the last step, of a policy whose number
+    of samples takes all ranks to know; worker processes have fetched the epoch's end by then.
+    """
+    data = emp_fast.with_indices(range(N))
+    for workers in (0, 1) if size == 2 else (0,):
+        pruner = emp_fast.Pruner(N, policy=emp_fast.policies.BelowMean(0.5))
+        sampler = pruner.distributed_sampler()
+        loader = DataLoader(data, 64, sampler=sampler, num_workers=workers)
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            announced, steps = len(loader), 0
+            for _, index in loader:
+                pruner.update(index, stats_of(index, epoch))
+                if rank == 0:
+                    assert len(loader) == announced
+                dist.all_reduce(torch.zeros(1))  # as DDP's backward pass
+                steps += 1
+            assert steps == announced
+
+
 # ---- which device the data travels from ---------------------------------------------------------
 
 

@@ -410,7 +410,7 @@ def test_labels_may_be_any_integers():
         (lambda: GumbelTopK(0.0), "temperature must be a positive finite number, got 0.0"),
         (lambda: GumbelTopK(math.inf), "temperature must be.*got inf"),
         (lambda: BelowMean(0.0), r"keep must lie in \(0, 1\], got 0.0"),
-        (lambda: Stratified(0), "bins must be an int of at least 1, got 0"),
+        (lambda: Stratified(0), r"bins must be an int in \[1, 1048576\], got 0"),
         (lambda: Stratified(5, 1.0), r"cutoff must lie in \[0, 1\), got 1.0"),
         (lambda: Window(0.5, 0.5), "low must be below high, got low=0.5 and high=0.5"),
         (lambda: Window(-0.1, 0.5), r"low must lie in \[0, 1\], got -0.1"),

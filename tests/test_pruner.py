@@ -148,13 +148,51 @@ def test_the_length_is_right_before_each_epoch(prune_rate):
         assert len(seen) == len(set(seen)) == round((1 - prune_rate) * N)
 
 
-def test_the_length_holds_throughout_an_epoch():
-    pruner = Pruner(N, lambda epoch: [0.5, 0.75][epoch], rule=Loss())
+@pytest.mark.parametrize("policy", [TopK(), BelowMean(0.5)], ids=repr)
+@pytest.mark.parametrize("announced", [False, True])
+def test_the_length_holds_to_the_end_of_the_last_step(policy, announced):
+    """Loops that accumulate gradients ask ``step + 1 == len(loader)``, after the loss."""
+    pruner = Pruner(N, lambda epoch: [0.0, 0.5, 0.75][epoch], rule=Loss(), policy=policy)
     loader = make_loader(pruner)
-    for _, indices in loader:
-        assert len(loader) == 4
-        pruner.update(indices, loss=loss_of(indices))
-    assert len(loader) == 2
+    for epoch in range(3):
+        if announced:
+            pruner.set_epoch(epoch)
+        batches, last_steps = len(loader), 0
+        for step, (_, indices) in enumerate(loader):
+            assert len(loader) == batches
+            pruner.update(indices, loss=loss_of(indices, epoch))
+            last_steps += step + 1 == len(loader)
+        assert step + 1 == batches
+        assert last_steps == 1
+
+
+def test_the_length_after_a_break_is_that_of_the_next_epoch():
+    pruner = Pruner(N, lambda epoch: [0.0, 0.5, 0.75][epoch], rule=Loss())
+    loader = make_loader(pruner)
+    for epoch, batches in enumerate([8, 4, 2]):
+        assert len(loader) == batches
+        for step, (_, indices) in enumerate(loader):
+            pruner.update(indices, loss=loss_of(indices, epoch))
+            if step == 1:
+                break
+    assert pruner.epoch == 2
+
+
+def test_a_state_loaded_into_the_store_is_what_the_next_epoch_selects_from():
+    pruner, other = Pruner(N, 0.5, rule=Loss()), Pruner(N, 0.5, rule=Loss())
+    every = torch.arange(N)
+    pruner.update(every, loss=every.float())
+    other.update(every, loss=-every.float())
+    assert pruner.selection.indices.tolist() == list(range(N // 2, N))
+    pruner.store.load_state_dict(other.store.state_dict())
+    assert pruner.selection.indices.tolist() == list(range(N // 2))
+
+
+def test_a_loss_without_the_memory_term_that_the_rule_reads_is_refused():
+    pruner = Pruner(N)
+    with pytest.raises(ValueError, match=r"memory must be given with loss: EMP\(.*got memory=None"):
+        pruner.update(torch.tensor([3]), loss=torch.tensor([1.0]))
+    assert pruner.store.rows_seen == 0
 
 
 def test_epochs_that_score_nothing_have_the_right_length_too():

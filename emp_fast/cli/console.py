@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from emp_fast._validation import checked_device
+from emp_fast.backends import BackendError, resolve
 from emp_fast.files import FileProblem
 
 __all__ = ["InputError", "OneLineErrors", "chosen_device", "stderr", "stdout"]
@@ -64,7 +65,8 @@ def chosen_device(name: str) -> torch.device:
     """The device that ``--device`` names.
 
     Raises:
-        InputError: it does not exist here.
+        InputError: it does not exist here, or the backend that the environment names cannot serve
+            it.
     """
     try:
         device = checked_device(name)
@@ -73,6 +75,10 @@ def chosen_device(name: str) -> torch.device:
         raise InputError(f"--device {name!r} cannot be used: {problem}") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {name!r}")
+    try:
+        resolve(device)
+    except (ValueError, BackendError) as error:
+        raise InputError(str(error)) from error
     return device
 
 
@@ -105,7 +111,7 @@ def _end(error: Exception) -> NoReturn:
         sys.exit(_INTERRUPTED)
     if isinstance(error, _UsageProblem):
         message = error.format_message()
-    elif isinstance(error, (InputError, FileProblem)):
+    elif isinstance(error, (InputError, FileProblem, BackendError)):
         message = str(error)
     else:
         raise error
