@@ -202,7 +202,7 @@ class Progress:
         self._digest: str | None = None  # of the labels
         self.plan: Plan | None = None
         self._epoch = 0  # begun last, or to be begun first
-        self._early: tuple[int, Plan] | None = None  # made before its epoch, at this revision
+        self._early: tuple[tuple[int, int], Plan] | None = None  # made before, at this revision
         self._begun_at = 0  # position in the plan where the iteration in progress began
         self._start = 0  # samples seen by all ranks when the epoch's position was 0
         self._requested: int | None = None  # by set_epoch
@@ -311,6 +311,10 @@ class Progress:
         """The iteration in progress begins at that position of its plan."""
         self._begun_at = position
         self._start = self._samples_seen() - position
+
+    def end_loop(self) -> None:
+        """The loop over the epoch in progress is over, for trainers that keep its iterator."""
+        self._iterator = None
 
     def handed_out(self, plan: Plan) -> None:
         """An iterator of that plan has no more of it; of no interest unless it is in progress."""

@@ -85,6 +85,7 @@ class PrunerCallback(Callback):
             require_data_of(self.pruner, getattr(loader, "dataset", None), "the training set")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.pruner.progress.end_loop()  # the trainer keeps the iterator, and asks for lengths
         if self._log:
             stats = {f"pruner/{name}": value for name, value in self.pruner.stats().items()}
             pl_module.log_dict(stats, rank_zero_only=True)
