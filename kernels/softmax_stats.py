@@ -12,11 +12,14 @@ The statistics of a *part* of a row, over its classes j other than the target, a
     tilt    sum_j c_j (x_j - peak)
 
 where c_j is the weight of class j in the loss beyond the plain term of the target: label smoothing
-or a soft target. A part without a finite logit has d == 0 and moves no other part. Logits of
-exactly -inf add nothing; a NaN reaches d and from there every score of its row, and no other row.
+or a soft target (`RowSums`). A part without a finite logit has d == 0 and moves no other part.
+Logits of exactly -inf add nothing; a NaN reaches d and from there every score of its row, and no
+other row.
 
-Every function works on tensors of any shape, elementwise.
+Every function works on tensors of any shape, elementwise; `join` alone reduces.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,6 +29,32 @@ LN_2 = tl.constexpr(0.6931471805599453)
 EMPTY_PEAK = tl.constexpr(-3.4028234663852886e38)
 #: e^x is exactly 0 in float32 below this, so a clamped difference changes no product with e^x.
 EXP_IS_ZERO = tl.constexpr(-200.0)
+
+
+class RowSums(NamedTuple):
+    """The statistics of a part of a row, as the head of this file defines them."""
+
+    peak: tl.tensor
+    d: tl.tensor
+    s: tl.tensor
+    q: tl.tensor
+    mass: tl.tensor
+    tilt: tl.tensor
+
+
+class Folded(NamedTuple):
+    """What the statistics of a whole row make of it, its target folded in (`fold_target`)."""
+
+    nll: tl.tensor
+    log_total: tl.tensor  # log sum_j e^(x_j - largest)
+    tilt: tl.tensor  # of the classes other than the target, from `largest`
+    entropy: tl.tensor
+    el2n: tl.tensor  # that of a one-hot target
+    margin: tl.tensor
+    confidence: tl.tensor
+    largest: tl.tensor
+    inv_sum: tl.tensor
+    miss: tl.tensor
 
 
 @triton.jit
@@ -68,12 +97,25 @@ def softcap_slope(x, softcap):
 
 
 @triton.jit
-def rebase(peak, d, s, q, mass, tilt, new_peak):
-    """Moves a part's sums to a peak that is no lower. Returns d, s, q, tilt."""
-    delta = tl.where(d == 0, 0.0, tl.maximum(peak - new_peak, EMPTY_PEAK))
+def rebase(sums, new_peak):
+    """A part's sums, moved to a peak that is no lower."""
+    delta = tl.where(sums.d == 0, 0.0, tl.maximum(sums.peak - new_peak, EMPTY_PEAK))
     factor = exp(delta)
-    s = (s + tl.maximum(delta, EXP_IS_ZERO) * d) * factor
-    return d * factor, s, q * (factor * factor), tilt + delta * mass
+    s = (sums.s + tl.maximum(delta, EXP_IS_ZERO) * sums.d) * factor
+    d, q = sums.d * factor, sums.q * (factor * factor)
+    return RowSums(new_peak, d, s, q, sums.mass, sums.tilt + delta * sums.mass)
+
+
+@triton.jit
+def join(sums):
+    """The statistics of all parts [P] together."""
+    sums = rebase(sums, tl.max(sums.peak, axis=0))
+    d = tl.sum(sums.d, axis=0)
+    s = tl.sum(sums.s, axis=0)
+    q = tl.sum(sums.q, axis=0)
+    mass = tl.sum(sums.mass, axis=0)
+    tilt = tl.sum(sums.tilt, axis=0)
+    return RowSums(sums.peak, d, s, q, mass, tilt)
 
 
 @triton.jit
@@ -95,10 +137,13 @@ def log2_exp(x, peak, NARROW: tl.constexpr):
 
 @triton.jit
 def from_base2(peak, d, s, q, NARROW: tl.constexpr):
-    """The sums d, s and q of a part from those in which `log2_exp` stands for the difference."""
+    """The sums, of no mass, of a part from those in which `log2_exp` stands for the difference."""
     excess = log2_exp(peak, peak, NARROW)
     factor = tl.exp2(-excess)
-    return d * factor, (s - excess * d) * (factor * LN_2), q * (factor * factor)
+    none = tl.zeros_like(d)
+    return RowSums(
+        peak, d * factor, (s - excess * d) * (factor * LN_2), q * (factor * factor), none, none
+    )
 
 
 @triton.jit
@@ -108,28 +153,29 @@ def weighted_difference(c, diff):
 
 
 @triton.jit
-def fold_target(x_y, peak, d, s, q, mass, tilt):
-    """Folds the target's logit into the sums of all other classes.
+def fold_target(x_y, sums):
+    """Folds the target's logit into the sums of all other classes; returns `Folded`.
 
-    Returns:
-        (nll, log_total, tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss), where
-        el2n is that of a one-hot target, log_total = log sum_j e^(x_j - largest), and mass *
-        log_total - tilt is the share of the classes other than the target in the smoothed or soft
-        loss.
+    mass * log_total - tilt is the share of the classes other than the target in the smoothed or
+    soft loss.
     """
-    alone = d == 0
-    margin = tl.where(alone, x_y + float("inf"), x_y - peak)
-    largest = tl.where(alone, x_y, tl.maximum(peak, x_y))
-    d, s, q, tilt = rebase(peak, d, s, q, mass, tilt, largest)
+    alone = sums.d == 0
+    margin = tl.where(alone, x_y + float("inf"), x_y - sums.peak)
+    largest = tl.where(alone, x_y, tl.maximum(sums.peak, x_y))
+    sums = rebase(sums, largest)
+    d = sums.d
     t_y = x_y - largest
     e_y = exp(t_y)
     total = d + e_y
     log_total = tl.where(e_y == 1.0, log1p(d), tl.log(total))
     inv_sum = 1.0 / total
-    s = s + tl.where(e_y == 0, 0.0, t_y * e_y)
-    # The clamp drops a NaN; `spoil` puts it back.
+    s = sums.s + tl.where(e_y == 0, 0.0, t_y * e_y)
+    # The clamp drops a NaN; `settle` puts it back.
     entropy = tl.maximum(log_total - s * inv_sum, 0.0)
     miss = d * inv_sum
-    el2n = tl.sqrt(miss * miss + q * inv_sum * inv_sum)
+    el2n = tl.sqrt(miss * miss + sums.q * inv_sum * inv_sum)
     nll = log_total - t_y
-    return nll, log_total, tilt, entropy, el2n, margin, e_y * inv_sum, largest, inv_sum, miss
+    confidence = e_y * inv_sum
+    return Folded(
+        nll, log_total, sums.tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss
+    )

@@ -20,6 +20,8 @@ Tiles: `BLOCK` rows a program and step. Up to `plan.ONE_PROGRAM_ROWS` rows one p
 phases in one launch, a barrier apart; beyond, each phase is a launch of its own.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -33,27 +35,61 @@ APPLY = tl.constexpr(2)
 MOST_VISITS = tl.constexpr(2**31 - 1)
 
 
+class Visits(NamedTuple):
+    """A block of rows, each a visit to a sample."""
+
+    row: tl.tensor
+    index: tl.tensor
+    signal: tl.tensor
+    direct: tl.tensor
+    counted: tl.tensor
+
+
+class SampleState(NamedTuple):
+    """The state of all samples: pointers as those of `update_state`, and their number."""
+
+    scores: tl.tensor
+    memory: tl.tensor
+    visits: tl.tensor
+    variance: tl.tensor | None
+    claims: tl.tensor
+    counters: tl.tensor
+    num_samples: tl.tensor
+
+
+class Rule(NamedTuple):
+    """How a visit moves the state, as `update_state` has it."""
+
+    mean: tl.tensor
+    decay: tl.tensor
+    gain: tl.tensor
+    direct_scale: tl.tensor
+    memory_scale: tl.tensor
+    variance_scale: tl.tensor
+
+
 @triton.jit
-def valid_rows(index, signal, direct, counted, num_samples):
+def valid_rows(visits, num_samples):
     """Returns valid, refused as non-finite, refused as out of range."""
-    in_range = (index >= 0) & (index < num_samples)
-    finite = (tl.abs(signal) < float("inf")) & (tl.abs(direct) < float("inf"))
+    in_range = (visits.index >= 0) & (visits.index < num_samples)
+    finite = (tl.abs(visits.signal) < float("inf")) & (tl.abs(visits.direct) < float("inf"))
     return (
-        counted & in_range & finite,
-        counted & in_range & (finite == 0),
-        counted & (in_range == 0),
+        visits.counted & in_range & finite,
+        visits.counted & in_range & (finite == 0),
+        visits.counted & (in_range == 0),
     )
 
 
 @triton.jit
-def claim_rows(row, index, signal, direct, counted, claims_ptr, counters_ptr, num_samples):
+def claim_rows(visits, state):
     """The claim phase of one block of rows."""
-    valid, non_finite, outside = valid_rows(index, signal, direct, counted, num_samples)
-    tl.atomic_max(claims_ptr + index, (row + 1).to(tl.int32), mask=valid, sem="relaxed")
+    valid, non_finite, outside = valid_rows(visits, state.num_samples)
+    at = state.claims + visits.index
+    tl.atomic_max(at, (visits.row + 1).to(tl.int32), mask=valid, sem="relaxed")
     refused = tl.sum(non_finite.to(tl.int64), axis=0)
-    tl.atomic_add(counters_ptr, refused, mask=refused > 0, sem="relaxed")
+    tl.atomic_add(state.counters, refused, mask=refused > 0, sem="relaxed")
     refused = tl.sum(outside.to(tl.int64), axis=0)
-    tl.atomic_add(counters_ptr + 1, refused, mask=refused > 0, sem="relaxed")
+    tl.atomic_add(state.counters + 1, refused, mask=refused > 0, sem="relaxed")
 
 
 @triton.jit
@@ -63,56 +99,41 @@ def rounded(product, zero):
 
 
 @triton.jit
-def apply_rows(
-    row,
-    index,
-    signal,
-    direct,
-    counted,
-    scores_ptr,
-    memory_ptr,
-    visits_ptr,
-    variance_ptr,
-    claims_ptr,
-    num_samples,
-    mean,
-    decay,
-    gain,
-    direct_scale,
-    memory_scale,
-    variance_scale,
-):
+def apply_rows(visits, state, rule):
     """The apply phase of one block of rows. The formulas are those of `Recurrence`."""
-    valid, _, _ = valid_rows(index, signal, direct, counted, num_samples)
+    index, signal = visits.index, visits.signal
+    valid, _, _ = valid_rows(visits, state.num_samples)
     # From L2, where the atomics wrote: a line in L1 may be older.
-    claim = tl.load(claims_ptr + index, mask=valid, other=0, cache_modifier=".cg")
-    won = valid & (claim == (row + 1).to(tl.int32))
-    memory = tl.load(memory_ptr + index, mask=won, other=0.0)
-    visits = tl.load(visits_ptr + index, mask=won, other=0)
-    zero = (num_samples >> 62).to(tl.int32)
-    following = visits + (visits < MOST_VISITS).to(tl.int32)
+    claim = tl.load(state.claims + index, mask=valid, other=0, cache_modifier=".cg")
+    won = valid & (claim == (visits.row + 1).to(tl.int32))
+    memory = tl.load(state.memory + index, mask=won, other=0.0)
+    count = tl.load(state.visits + index, mask=won, other=0)
+    zero = (state.num_samples >> 62).to(tl.int32)
+    following = count + (count < MOST_VISITS).to(tl.int32)
     change = signal - memory
     average = memory + tl.div_rn(change, following.to(tl.float32))
-    smoothed = rounded(decay * memory, zero) + rounded(gain * signal, zero)
-    moved = tl.where(mean != 0, average, smoothed)
-    moved = tl.where(visits == 0, signal, moved)
-    score = rounded(direct_scale * direct, zero) + rounded(memory_scale * moved, zero)
-    if variance_ptr is not None:
-        variance = tl.load(variance_ptr + index, mask=won, other=0.0)
+    smoothed = rounded(rule.decay * memory, zero) + rounded(rule.gain * signal, zero)
+    moved = tl.where(rule.mean != 0, average, smoothed)
+    moved = tl.where(count == 0, signal, moved)
+    score = rounded(rule.direct_scale * visits.direct, zero)
+    score += rounded(rule.memory_scale * moved, zero)
+    if state.variance is not None:
+        variance = tl.load(state.variance + index, mask=won, other=0.0)
         square = rounded(change * change, zero)
-        variance = rounded(decay * variance, zero) + rounded(gain * square, zero)
-        variance = tl.where(visits == 0, 0.0, variance)
-        score += rounded(variance_scale * variance, zero)
-        tl.store(variance_ptr + index, variance, mask=won)
-    tl.store(memory_ptr + index, moved, mask=won)
-    tl.store(scores_ptr + index, score, mask=won)
-    tl.store(visits_ptr + index, following, mask=won)
-    tl.store(claims_ptr + index, tl.zeros_like(claim), mask=won)
+        variance = rounded(rule.decay * variance, zero) + rounded(rule.gain * square, zero)
+        variance = tl.where(count == 0, 0.0, variance)
+        score += rounded(rule.variance_scale * variance, zero)
+        tl.store(state.variance + index, variance, mask=won)
+    tl.store(state.memory + index, moved, mask=won)
+    tl.store(state.scores + index, score, mask=won)
+    tl.store(state.visits + index, following, mask=won)
+    tl.store(state.claims + index, tl.zeros_like(claim), mask=won)
 
 
 @triton.jit
-def load_rows(row, row_ok, indices_ptr, signal_ptr, direct_ptr, count_ptr):
-    """Returns index, signal, direct, counted; without a direct term it is 0."""
+def load_rows(row, num_rows, indices_ptr, signal_ptr, direct_ptr, count_ptr):
+    """The visits that ``row`` makes; without a direct term it is 0."""
+    row_ok = row < num_rows
     index = tl.load(indices_ptr + row, mask=row_ok, other=-1)
     signal = tl.load(signal_ptr + row, mask=row_ok, other=0.0)
     if direct_ptr is not None:
@@ -123,7 +144,7 @@ def load_rows(row, row_ok, indices_ptr, signal_ptr, direct_ptr, count_ptr):
         counted = tl.load(count_ptr + row, mask=row_ok, other=0) > 0
     else:
         counted = row_ok
-    return index, signal, direct, counted
+    return Visits(row, index, signal, direct, counted)
 
 
 @kernel
@@ -150,42 +171,24 @@ def update_state(
     BLOCK: tl.constexpr,
 ):
     """One launch of `BOTH` by one program, or a launch of `CLAIM` and then of `APPLY` by many."""
+    state = SampleState(
+        scores_ptr, memory_ptr, visits_ptr, variance_ptr, claims_ptr, counters_ptr, num_samples
+    )
+    rule = Rule(mean, decay, gain, direct_scale, memory_scale, variance_scale)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     if PHASE != APPLY:
         for start in range(first, num_rows, step):
-            row = start + lane
-            row_ok = row < num_rows
-            index, signal, direct, counted = load_rows(
-                row, row_ok, indices_ptr, signal_ptr, direct_ptr, count_ptr
+            visits = load_rows(
+                start + lane, num_rows, indices_ptr, signal_ptr, direct_ptr, count_ptr
             )
-            claim_rows(row, index, signal, direct, counted, claims_ptr, counters_ptr, num_samples)
+            claim_rows(visits, state)
     if PHASE == BOTH:
         tl.debug_barrier()
     if PHASE != CLAIM:
         for start in range(first, num_rows, step):
-            row = start + lane
-            row_ok = row < num_rows
-            index, signal, direct, counted = load_rows(
-                row, row_ok, indices_ptr, signal_ptr, direct_ptr, count_ptr
+            visits = load_rows(
+                start + lane, num_rows, indices_ptr, signal_ptr, direct_ptr, count_ptr
             )
-            apply_rows(
-                row,
-                index,
-                signal,
-                direct,
-                counted,
-                scores_ptr,
-                memory_ptr,
-                visits_ptr,
-                variance_ptr,
-                claims_ptr,
-                num_samples,
-                mean,
-                decay,
-                gain,
-                direct_scale,
-                memory_scale,
-                variance_scale,
-            )
+            apply_rows(visits, state, rule)

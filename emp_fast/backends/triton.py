@@ -24,14 +24,16 @@ from emp_fast.backends.base import (
     check_target_range,
 )
 from emp_fast.backends.row_kernels import RowKernelsChoice
-from emp_fast.kernels import cross_entropy as ce
 from emp_fast.kernels import mean_loss as mean_kernels
 from emp_fast.kernels import philox as philox_kernels
-from emp_fast.kernels import plan
+from emp_fast.kernels import plan, row_epilogue, score_loop, score_rows, score_tile
 from emp_fast.kernels import update_state as state_kernels
 
 _OLDEST = (8, 0)
-_FIELD_ROWS = {"loss": ce.LOSS_ROW.value, **{name: i for i, name in enumerate(ROW_FIELDS)}}
+_FIELD_ROWS = {
+    "loss": row_epilogue.LOSS_ROW.value,
+    **{name: i for i, name in enumerate(ROW_FIELDS)},
+}
 
 
 class TritonBackend(RowKernelsChoice, Backend):
@@ -90,7 +92,7 @@ class TritonBackend(RowKernelsChoice, Backend):
             if loop.parts == 1:
                 _score_loop(loop, logits, target, weight, options, scores)
                 return scores
-            shape = (loop.parts, ce.PART_FIELDS.value, num_rows)
+            shape = (loop.parts, score_loop.PART_FIELDS.value, num_rows)
             parts = torch.empty(shape, dtype=torch.float32, device=logits.device)
             _score_loop(loop, logits, target, weight, options, None, stats=True, parts=parts)
             _merge_parts(loop, logits, target, weight, options, scores, parts)
@@ -302,7 +304,7 @@ def _score_rows(
         rows.segment,
         plan.KEPT_ROWS,
     )
-    launch(ce.score_rows, (rows.grid, 1, 1), pointers, numbers, constants, rows.warps)
+    launch(score_rows.score_rows, (rows.grid, 1, 1), pointers, numbers, constants, rows.warps)
 
 
 def _score_tile(
@@ -354,7 +356,7 @@ def _score_tile(
         tile.segment,
         32 * tile.warps,
     )
-    launch(ce.score_tile, (tile.grid, 1, 1), pointers, numbers, constants, tile.warps)
+    launch(score_tile.score_tile, (tile.grid, 1, 1), pointers, numbers, constants, tile.warps)
 
 
 def _score_loop(
@@ -415,7 +417,7 @@ def _score_loop(
         loop.vector,
     )
     grid = (num_rows, loop.parts, 1)
-    launch(ce.score_loop, grid, pointers, numbers, constants, loop.warps)
+    launch(score_loop.score_loop, grid, pointers, numbers, constants, loop.warps)
 
 
 def _merge_parts(
@@ -439,7 +441,7 @@ def _merge_parts(
         options.softcap,
     )
     constants = (*_flags(target, options)[1:], plan.merge_lanes(loop.parts))
-    launch(ce.merge_parts, (num_rows, 1, 1), pointers, numbers, constants, 1)
+    launch(score_loop.merge_parts, (num_rows, 1, 1), pointers, numbers, constants, 1)
 
 
 def _plan_loop(
@@ -537,6 +539,6 @@ def _update_arguments(
         return None, (None,) * len(State._fields), (0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0), 0
     indices, state, recurrence = update
     direct = recurrence.direct
-    direct_row = ce.NO_ROW.value if direct is None else _FIELD_ROWS[direct]
+    direct_row = row_epilogue.NO_ROW.value if direct is None else _FIELD_ROWS[direct]
     rule = (_FIELD_ROWS[recurrence.signal], direct_row, *_rule(recurrence))
     return indices, _state_pointers(state, recurrence), rule, state.scores.shape[0]

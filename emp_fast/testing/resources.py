@@ -143,7 +143,7 @@ EXPECTED = (
     # Triton
     *(
         Expected(
-            rf"^(cross_entropy\.score_(tile|rows)|mean_loss\..*)\(.*ALIGN_BYTES={align},",
+            rf"^(score_tile|score_rows|mean_loss)\..*\(.*ALIGN_BYTES={align},",
             r"^(raw = tl\.load|tl\.store\(tl\.multiple_of\(out|grad = tl\.load)|address, grad",
             8 * align,
             "logits and gradient move by the widest access that fits every row",
@@ -153,7 +153,7 @@ EXPECTED = (
     ),
     *(
         Expected(
-            rf"^cross_entropy\.score_loop\({logits}(?!.*(SMOOTH=|SOFT=))",
+            rf"^score_loop\.score_loop\({logits}(?!.*(SMOOTH=|SOFT=))",
             r"^values = tl\.load\(origin \+ at\)",
             128,
             "logits move by 16 bytes",
@@ -163,7 +163,7 @@ EXPECTED = (
         for logits, vectors in (("logits=fp32", 4), ("logits=(fp16|bf16)", 2))
     ),
     Expected(
-        r"^cross_entropy\.score_loop\(",
+        r"^score_loop\.score_loop\(",
         r"^values = tl\.load\(origin \+ at\)",
         128,
         "logits move by 16 bytes; weights and soft targets have an alignment of their own",
@@ -173,7 +173,7 @@ EXPECTED = (
     ),
     Expected("", r"^values = tl\.load\(origin \+ at, mask", 16, "the ends of a row"),
     Expected(
-        r"^cross_entropy\.score_loop\((?=.*SHIFTED_ALIKE=).*GRAD=",
+        r"^score_loop\.score_loop\((?=.*SHIFTED_ALIKE=).*GRAD=",
         r"^tl\.store\(grad_row \+ out, value\)",
         128,
         "the gradient moves by 16 bytes where its rows lie as those of the logits do",
@@ -181,9 +181,9 @@ EXPECTED = (
         loops=1,
     ),
     Expected("", r"^tl\.store\(grad_row", 16, "rows of the gradient off the 16-byte grid, or ends"),
-    Expected("", r"^tl\.store\(scores_ptr \+ index, score, mask=won", 32, "one sample's state"),
+    Expected("", r"^tl\.store\(state\.scores \+ index, score, mask=won", 32, "one sample's state"),
     Expected("", r"^near = tl\.load|^tl\.store\(out, value\.to", 16, "the target's vector"),
-    Expected("", r"^x_y = tl\.load|_capped\(tl\.load\(logits_ptr", 16, "one logit a row"),
+    Expected("", r"^x_y = tl\.load", 16, "one logit a row"),
     Expected(
         r"^selection\.mark_scores\(.*ALIGN_BYTES=16",
         r"^score = tl\.load\(address\)",

@@ -26,7 +26,16 @@ from torch import Tensor
 from emp_fast.backends import _triton_selection
 from emp_fast.backends import triton as triton_backend
 from emp_fast.backends.base import ROW_FIELDS, LossOptions, Recurrence, State
-from emp_fast.kernels import cross_entropy, mean_loss, philox, plan, selection, update_state
+from emp_fast.kernels import (
+    mean_loss,
+    philox,
+    plan,
+    score_loop,
+    score_rows,
+    score_tile,
+    selection,
+    update_state,
+)
 
 #: How Triton writes the types of pointers.
 _POINTER_TYPES = {
@@ -343,7 +352,15 @@ def _answer(
 @functools.cache
 def _kernels() -> dict[str, Any]:
     """Every entry point of `emp_fast.kernels` by name."""
-    modules = (cross_entropy, mean_loss, philox, selection, update_state)
+    modules = (
+        mean_loss,
+        philox,
+        score_loop,
+        score_rows,
+        score_tile,
+        selection,
+        update_state,
+    )
     functions = [function for module in modules for function in vars(module).values()]
     return {_name_of(f): f for f in functions if getattr(f, "do_not_specialize", None)}
 

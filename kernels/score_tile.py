@@ -1,0 +1,372 @@
+"""Scores, gradient and state update of rows that fit into registers, from one reading.
+
+Serves rows of up to 4096 classes, 8192 with the gradient (`plan.plan_tile`), with every option;
+with STATS=False it is the backward pass by itself.
+
+A program holds whole rows as a tile [SEGMENTS, ROWS, SEGMENT], where the segments of a row make
+BLOCK >= C elements. Few threads share a row and each holds its part of every segment, so sums over
+the classes are mostly sums within a thread; then one thread a row folds the target in and writes
+the scores.
+
+Traffic: R * C * itemsize read, as much again written for the gradient, 4 bytes a class for soft
+targets, about 40 bytes a row.
+
+Row offsets are int64. C is a runtime value; it and the strides come in units of `ALIGN` elements,
+the largest power of two that divides them (and the address), so the compiler knows how wide it may
+load.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ._jit import kernel
+from .gradient import RowFactors, gradient
+from .row_epilogue import Outputs, is_spoiled, load_kept, store_scores, update_if_last
+from .softmax_stats import (
+    EMPTY_PEAK,
+    EXP_IS_ZERO,
+    RowSums,
+    exp,
+    fold_target,
+    weighted_difference,
+)
+from .target import Options, capped, class_ids, class_weights, row_loss
+from .update_state import Rule, SampleState
+
+
+class Inputs(NamedTuple):
+    """What is read, as the arguments of `score_tile`."""
+
+    logits: tl.tensor
+    target: tl.tensor
+    weight: tl.tensor | None
+    weight_sum: tl.tensor | None
+    row_scale: tl.tensor | None
+    class_units: tl.tensor
+    row_units: tl.tensor
+    ALIGN: tl.constexpr
+
+
+class Tile(NamedTuple):
+    """Where the elements of a tile are, in the matrix and in memory."""
+
+    row: tl.tensor  # [ROWS]
+    row_ok: tl.tensor
+    segment: tl.tensor  # [SEGMENTS, 1, 1]: the first class of each
+    in_segment: tl.tensor  # [1, 1, SEGMENT]
+    col: tl.tensor  # [SEGMENTS, 1, SEGMENT]
+    ok: tl.tensor  # [SEGMENTS, ROWS, SEGMENT]
+    row_start: tl.tensor  # [ROWS]
+    piece_row: tl.tensor  # [SEGMENTS * ROWS, 1]
+    piece_col: tl.tensor  # [SEGMENTS * ROWS, SEGMENT]
+    piece_ok: tl.tensor
+    num_classes: tl.tensor
+
+
+class Shape(NamedTuple):
+    """The shape of a tile, and the width in bytes of the accesses that fit every row of logits."""
+
+    ROWS: tl.constexpr
+    SEGMENTS: tl.constexpr
+    SEGMENT: tl.constexpr
+    ALIGN_BYTES: tl.constexpr
+
+
+@triton.jit
+def _total(tile):
+    """The sums over the classes of a tile [SEGMENTS, ROWS, SEGMENT]."""
+    return tl.sum(tl.sum(tile, axis=0), axis=1)
+
+
+@triton.jit
+def _highest(tile):
+    return tl.max(tl.max(tile, axis=0), axis=1)
+
+
+@triton.jit
+def _spread(values):
+    """The same values, one row a thread: what all threads of a row would compute alike, one does.
+
+    Triton would keep them where the reduction left them, in every thread of their row.
+    """
+    return tl.gather(values, tl.arange(0, values.shape[0]), axis=0)
+
+
+@triton.jit
+def _place(inputs, num_rows, shape):
+    """The tile of this program."""
+    num_classes = inputs.class_units * inputs.ALIGN
+    ROWS: tl.constexpr = shape.ROWS
+    SEGMENT: tl.constexpr = shape.SEGMENT
+    SEGMENTS: tl.constexpr = shape.SEGMENTS
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    row_ok = row < num_rows
+    segment = tl.arange(0, SEGMENTS)[:, None, None] * SEGMENT
+    in_segment = tl.arange(0, SEGMENT)[None, None, :]
+    col = segment + in_segment
+    ok = row_ok[None, :, None] & (col < num_classes)
+    row_start = row * (inputs.row_units * inputs.ALIGN)
+    # Memory is read and written as pieces, segment after segment of all rows: so neighbouring
+    # threads share a segment, then take the next rows, and a thread has all segments of its rows.
+    piece = tl.arange(0, SEGMENTS * ROWS)[:, None]
+    piece_row = first_row + piece % ROWS
+    piece_col = piece // ROWS * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+    piece_ok = (piece_row < num_rows) & (piece_col < num_classes)
+    return Tile(
+        row,
+        row_ok,
+        segment,
+        in_segment,
+        col,
+        ok,
+        row_start,
+        piece_row,
+        piece_col,
+        piece_ok,
+        num_classes,
+    )
+
+
+@triton.jit
+def _load_logits(inputs, tile, shape):
+    row_stride = inputs.row_units * inputs.ALIGN
+    address = inputs.logits + tile.piece_row * row_stride + tile.piece_col
+    address = tl.multiple_of(address, [1, shape.ALIGN_BYTES])
+    raw = tl.load(address, mask=tile.piece_ok, other=float("-inf"))
+    return tl.reshape(raw, [shape.SEGMENTS, shape.ROWS, shape.SEGMENT]).to(tl.float32)
+
+
+@triton.jit
+def _soft_target(target_ptr, tile, shape):
+    """Returns the distributions, the highest share of each and its class."""
+    address = target_ptr + tile.piece_row * tile.num_classes + tile.piece_col
+    t = tl.load(address, mask=tile.piece_ok, other=float("-inf"))
+    t = tl.reshape(t, [shape.SEGMENTS, shape.ROWS, shape.SEGMENT])
+    t_y = _highest(t)
+    # The lowest such class. A row of NaN has none.
+    y = tl.min(tl.min(tl.where(t == t_y[None, :, None], tile.col, 0x7FFFFFFF), axis=0), axis=1)
+    return t, t_y, tl.minimum(y, tile.num_classes - 1)
+
+
+@triton.jit
+def _sums(x, c, is_target, shape, options):
+    """The statistics of the classes other than the target, and the target's own c.
+
+    Returns RowSums, c_y, and e^(x - peak) of the tile, 0 at the target.
+    """
+    others = tl.where(is_target, float("-inf"), x)
+    peak = tl.maximum(_highest(others), EMPTY_PEAK)
+    diff = others - peak[None, :, None]
+    e = exp(diff)
+    d = _total(e)
+    s = _total(tl.maximum(diff, EXP_IS_ZERO) * e)
+    q = _total(e * e)
+    mass = tl.zeros_like(d)
+    tilt = tl.zeros_like(d)
+    c_y = tl.zeros_like(d)
+    if options.SOFT or options.SMOOTH:
+        others_c = tl.where(is_target, 0.0, c)
+        c_y = _total(tl.where(is_target, c, 0.0))
+        mass = _total(others_c)
+        tilt = _total(weighted_difference(others_c, diff))
+    if shape.ROWS > 1:
+        peak, d, s, q = _spread(peak), _spread(d), _spread(s), _spread(q)
+        if options.SOFT or options.SMOOTH:
+            mass, tilt, c_y = _spread(mass), _spread(tilt), _spread(c_y)
+    return RowSums(peak, d, s, q, mass, tilt), c_y, e
+
+
+@triton.jit
+def _soft_el2n(x, t, t_y, is_target, folded, tile):
+    """The distance of the probabilities from a soft target."""
+    off = exp(x - folded.largest[None, :, None]) * folded.inv_sum[None, :, None] - t
+    off = tl.where(is_target, (1.0 - t_y - folded.miss)[None, :, None], off)
+    return tl.sqrt(_total(tl.where(tile.ok, off * off, 0.0)))
+
+
+@triton.jit
+def _row_scale(inputs, scale, tile, shape):
+    """The gradient to each loss."""
+    g = tl.full([shape.ROWS], 1.0, tl.float32) * scale
+    if inputs.row_scale is not None:
+        g = g * tl.load(inputs.row_scale + tile.row, mask=tile.row_ok, other=0.0)
+    return g
+
+
+@triton.jit
+def _total_weight(c, like, weight_sum_ptr, num_classes, options):
+    """The sum of c over all classes of each row, in the shape of ``like``."""
+    total = tl.zeros_like(like)
+    if options.SOFT:
+        total = _total(c)
+    elif options.SMOOTH:
+        total = total + options.smoothing
+        if options.WEIGHTED:
+            total = total * (tl.load(weight_sum_ptr) / num_classes.to(tl.float32))
+    return total
+
+
+@triton.jit
+def _store_gradient(grad_ptr, value, valid, tile, shape):
+    value = tl.where(valid[None, :, None], value, 0.0)
+    value = value.to(grad_ptr.dtype.element_ty)
+    value = tl.reshape(value, [shape.SEGMENTS * shape.ROWS, shape.SEGMENT])
+    out = grad_ptr + tile.piece_row * tile.num_classes + tile.piece_col
+    tl.store(tl.multiple_of(out, [1, shape.ALIGN_BYTES]), value, mask=tile.piece_ok)
+
+
+@triton.jit
+def _score(
+    inputs,
+    outputs,
+    grad_ptr,
+    scale,
+    shape,
+    options,
+    STATS: tl.constexpr,
+    GRAD: tl.constexpr,
+):
+    """The scores of a tile of rows, or those that a forward pass left, and the gradient."""
+    MASS: tl.constexpr = options.SOFT or options.SMOOTH
+    tile = _place(inputs, outputs.num_rows, shape)
+    num_classes = tile.num_classes
+    raw = _load_logits(inputs, tile, shape)
+    x = capped(raw, options)
+    if options.SOFTCAP:
+        x = tl.where(tile.col < num_classes, x, float("-inf"))
+
+    t = tl.zeros_like(x)
+    if options.SOFT:
+        t, t_y, y = _soft_target(inputs.target, tile, shape)
+        valid = tile.row_ok
+        bad = tile.row_ok & (tile.row_ok == 0)
+    else:
+        y, valid, bad = class_ids(
+            inputs.target, tile.row, tile.row_ok, options.ignore_index, num_classes
+        )
+    # Of col == y the part that is the same for all segments of a row, once.
+    is_target = tile.segment == y[None, :, None] - tile.in_segment
+    w = tl.full([1, 1, 1], 1.0, tl.float32)
+    w_y = tl.full([shape.ROWS], 1.0, tl.float32)
+    if options.WEIGHTED:
+        w = tl.load(inputs.weight + tile.col, mask=tile.col < num_classes, other=0.0)
+        w_y = tl.load(inputs.weight + y)
+    c = t
+    if MASS:
+        c = class_weights(t, w, num_classes, options)
+        c = tl.where(tile.ok, c, 0.0)
+
+    if STATS:
+        x_y = tl.load(inputs.logits + tile.row_start + y, mask=tile.row_ok, other=0.0)
+        x_y = capped(x_y.to(tl.float32), options)
+        sums, c_y, e = _sums(x, c, is_target, shape, options)
+        folded = fold_target(x_y, sums)
+        loss = row_loss(folded, sums.mass, w_y, c_y, options)
+        el2n = folded.el2n
+        if options.SOFT:
+            el2n = _soft_el2n(x, t, t_y, is_target, folded, tile)
+        spoiled = is_spoiled(bad, loss, folded)
+        store_scores(outputs, tile.row, tile.row_ok, valid, spoiled, loss, el2n, folded)
+        largest = folded.largest
+        inv_sum = tl.where(spoiled, float("nan"), folded.inv_sum)
+        miss = tl.where(spoiled, float("nan"), folded.miss)
+    else:
+        largest, inv_sum, miss = load_kept(outputs, tile.row, tile.row_ok, 0.0)
+
+    if GRAD:
+        g = _row_scale(inputs, scale, tile, shape)
+        total = _total_weight(c, g, inputs.weight_sum, num_classes, options)
+        sharp = w_y * (1.0 - options.smoothing)
+        if STATS and not MASS:
+            inv_sum = inv_sum * exp(sums.peak - largest)  # e is relative to the peak
+        else:
+            e = exp(x - largest[None, :, None])
+        factors = RowFactors(
+            inv_sum[None, :, None],
+            miss[None, :, None],
+            sharp[None, :, None],
+            total[None, :, None],
+            g[None, :, None],
+        )
+        value = gradient(raw, e, is_target, c, factors, options)
+        _store_gradient(grad_ptr, value, valid, tile, shape)
+
+
+@kernel
+def score_tile(
+    logits_ptr,  # [R, C]
+    target_ptr,  # [R] int64, or [R, C] float32 with SOFT
+    weight_ptr,  # [C] float32 or None
+    weight_sum_ptr,  # [] float32: the sum of weight, for the gradient of smoothed class ids
+    loss_ptr,  # [R] float32
+    rows_ptr,  # [7, R] float32: written with STATS, else read
+    correct_ptr,  # [R] bool
+    count_ptr,  # [R] int32
+    grad_ptr,  # [R, C] contiguous
+    row_scale_ptr,  # [R] float32 or None: the gradient to each loss, times scale
+    indices_ptr,  # [R] int64, and the state as in update_state
+    scores_ptr,
+    memory_ptr,
+    visits_ptr,
+    variance_ptr,
+    claims_ptr,
+    counters_ptr,
+    num_rows: tl.int64,
+    class_units: tl.int32,
+    row_units: tl.int64,
+    ignore_index: tl.int64,
+    smoothing: tl.float32,
+    softcap: tl.float32,
+    scale: tl.float32,
+    num_samples: tl.int64,
+    signal_row: tl.int32,
+    direct_row: tl.int32,
+    mean: tl.int32,
+    decay: tl.float32,
+    gain: tl.float32,
+    direct_scale: tl.float32,
+    memory_scale: tl.float32,
+    variance_scale: tl.float32,
+    ALIGN: tl.constexpr,
+    ALIGN_BYTES: tl.constexpr,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    GRAD: tl.constexpr,
+    UPDATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Rows that fit a tile. Grid: ceil(R / ROWS)."""
+    outputs = Outputs(loss_ptr, rows_ptr, correct_ptr, count_ptr, num_rows)
+    _score(
+        Inputs(
+            logits_ptr,
+            target_ptr,
+            weight_ptr,
+            weight_sum_ptr,
+            row_scale_ptr,
+            class_units,
+            row_units,
+            ALIGN,
+        ),
+        outputs,
+        grad_ptr,
+        scale,
+        Shape(ROWS, BLOCK // SEGMENT, SEGMENT, ALIGN_BYTES),
+        Options(ignore_index, smoothing, softcap, weight_ptr is not None, SOFT, SMOOTH, SOFTCAP),
+        STATS,
+        GRAD,
+    )
+    if UPDATE:
+        state = SampleState(
+            scores_ptr, memory_ptr, visits_ptr, variance_ptr, claims_ptr, counters_ptr, num_samples
+        )
+        rule = Rule(mean, decay, gain, direct_scale, memory_scale, variance_scale)
+        update_if_last(outputs, indices_ptr, signal_row, direct_row, state, rule, LANES)

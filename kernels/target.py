@@ -1,0 +1,67 @@
+"""The target of a row: its class, what every class weighs in the loss, and the loss itself.
+
+Serves every kernel that scores rows. Beyond the loads of `class_ids`, 8 bytes a row, nothing here
+touches memory. Every function works on tensors of any shape, elementwise.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .softmax_stats import tanh, weighted_difference
+
+
+class Options(NamedTuple):
+    """What the loss asks for. The flags are known when compiling."""
+
+    ignore_index: tl.tensor
+    smoothing: tl.tensor
+    softcap: tl.tensor
+    WEIGHTED: tl.constexpr  # there are class weights
+    SOFT: tl.constexpr  # targets are distributions over the classes
+    SMOOTH: tl.constexpr
+    SOFTCAP: tl.constexpr
+
+
+@triton.jit
+def capped(raw, options):
+    """The logits that are scored, from those that were read."""
+    # Fused with a zero, the product is rounded. Else the compiler may fuse it with a difference
+    # from the row's maximum, which is rounded, and the largest logit would differ from itself.
+    return tl.fma(tanh(raw / options.softcap), options.softcap, 0.0) if options.SOFTCAP else raw
+
+
+@triton.jit
+def class_ids(target_ptr, row, row_ok, ignore_index, num_classes):
+    """Returns each row's class id, safe to index with, whether it counts, whether it is bad."""
+    y = tl.load(target_ptr + row, mask=row_ok, other=0)
+    valid = row_ok & (y != ignore_index)
+    bad = valid & ((y < 0) | (y >= num_classes))
+    return tl.where(valid & (bad == 0), y, 0).to(tl.int32), valid, bad
+
+
+@triton.jit
+def class_weights(t, w, num_classes, options):
+    """c_j of softmax_stats: the smoothed and weighted target; of class ids the smoothing alone."""
+    share = options.smoothing / num_classes.to(tl.float32)
+    if options.SOFT:
+        c = t * (1.0 - options.smoothing) + share if options.SMOOTH else t
+        if options.WEIGHTED:
+            c = c * w
+    else:
+        c = share * w
+    return c
+
+
+@triton.jit
+def row_loss(folded, mass, w_y, c_y, options):
+    """The loss from the target's own term and that of all other classes."""
+    if options.SOFT:
+        loss = weighted_difference(c_y, folded.nll) + (mass * folded.log_total - folded.tilt)
+    else:
+        loss = w_y * folded.nll if options.WEIGHTED else folded.nll
+        if options.SMOOTH:
+            others = weighted_difference(c_y, folded.nll) + (mass * folded.log_total - folded.tilt)
+            loss = (1.0 - options.smoothing) * loss + others
+    return loss
