@@ -26,14 +26,16 @@ class RowFactors(NamedTuple):
 def gradient(raw, e, is_target, c, factors, options):
     """The gradient to the raw logits: total p - c + sharp (p - [j == y]), with p_y - 1 = -miss.
 
-    A soft target is all sharp: total (p - [j == y]) - (c - total [j == y]). What is the same for
-    all classes of a row is multiplied once.
+    A soft target is total p - c; its largest class, where it has most of it, is
+    total (p - 1) - (c - total): two differences of what is near 1, with all their digits. What is
+    the same for all classes of a row is multiplied once.
     """
     inv_sum, miss, sharp, total, scale = factors
     if options.SOFT or options.SMOOTH:
         p = e * inv_sum
         if options.SOFT:
-            value = total * tl.where(is_target, -miss, p) - tl.where(is_target, c - total, c)
+            most = is_target & (2.0 * c > total)
+            value = total * tl.where(most, -miss, p) - tl.where(most, c - total, c)
         else:
             value = (total * p - c) + sharp * tl.where(is_target, -miss, p)
         value = value * scale
