@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from emp_fast import ops
 from emp_fast._validation import (
@@ -191,7 +192,7 @@ def linear_cross_entropy(
     flat_hidden = hidden if hidden.dim() == 2 else hidden.flatten(0, 1)
     flat_target = target if hidden.dim() == 2 else target.flatten(0, 1)
     ids_on_cpu = hidden.device.type == "cpu" and not target.is_floating_point()
-    if ids_on_cpu and not torch.compiler.is_compiling():
+    if ids_on_cpu and not ops.is_traced(flat_target):
         # The op would do, but say where in its block of rows.
         check_target_range(flat_target, num_classes, ignore_index)
     scored: _RowScores = ops.LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -262,7 +263,7 @@ def info_nce(
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be a bool, got {symmetric!r}")
     # Half-precision similarities over a small temperature would lose what tells neighbours apart.
-    with torch.autocast(query.device.type, enabled=False):
+    with ops.without_autocast(query.device):
         dtype = carried_type(query.dtype)
         q = torch.nn.functional.normalize(query.to(dtype), dim=1)
         k = torch.nn.functional.normalize(key.to(dtype), dim=1)
@@ -349,7 +350,7 @@ def _autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts as ``torch.nn.functional.linear`` would; here, so that backward sees it too."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, classifier, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), classifier.to(dtype), None if bias is None else bias.to(dtype)
@@ -387,7 +388,8 @@ def _rows(
 
 
 def _wants_gradient(logits: Tensor) -> bool:
-    return torch.is_grad_enabled() and logits.requires_grad
+    """Also where forward-mode differentiation may want one: the autograd function then refuses."""
+    return (torch.is_grad_enabled() and logits.requires_grad) or forward_ad._current_level >= 0
 
 
 def _score_rows(

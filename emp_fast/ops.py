@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ def _define(
     """Registers an op; returns how to call one whose first argument is a tensor."""
     name = schema[: schema.index("(")]
     _library.define(schema)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    # Without gradients, as where it is called past the dispatcher: what a backend does in tensor
+    # code is not to be recorded.
+    _library.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"emp_fast::{name}", fake, lib=_library)
     op = getattr(torch.ops.emp_fast, name)
 
@@ -62,9 +65,9 @@ def _define(
 loss_options = functools.lru_cache(maxsize=64)(LossOptions)
 
 
-def _watched(tensor: Tensor) -> bool:
-    """Whether something is to see the ops on ``tensor``: a compiler, tracer, transform, mode,
-    profiler, or the tensor itself.
+def is_traced(tensor: Tensor) -> bool:
+    """Whether ``tensor`` may stand for others: to a compiler, tracer, transform or mode, or by
+    itself. What it holds must not decide anything then.
     """
     return (
         is_compiling()
@@ -73,8 +76,19 @@ def _watched(tensor: Tensor) -> bool:
         or _len_torch_dispatch_stack() > 0
         or _peek_interpreter_stack() is not None
         or _get_tracing_state() is not None
-        or _profiler_enabled()
     )
+
+
+def _watched(tensor: Tensor) -> bool:
+    """Whether something is to see the ops on ``tensor``: what traces it, or a profiler."""
+    return is_traced(tensor) or _profiler_enabled()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Computes in the types that the tensors have."""
+    if device.type == "meta":  # which torch.autocast does not know
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 # ---- scoring ------------------------------------------------------------------------------------
@@ -607,7 +621,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             return (None,) * 9
         hidden, classifier, bias = ctx.saved_tensors[:3]
         # What was to be cast was cast in the forward pass; backward() may run under autocast too.
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(hidden.device):
             grads = LinearCrossEntropy._gradients(ctx, grad_loss.detach())
         inputs = (grad_loss, hidden, classifier, bias)
         guarded = [None if grad is None else _once(grad, *inputs) for grad in grads]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,6 +135,12 @@ def test_opcheck(name: str, backend: str) -> None:
     op = getattr(torch.ops.emp_fast, name).default
     for arguments in ARGUMENTS[name]():
         torch.library.opcheck(op, arguments)
+
+
+def test_opcheck_of_logits_that_want_a_gradient(backend: str) -> None:
+    """That is the autograd functions' business; the ops by themselves record nothing."""
+    op = torch.ops.emp_fast.cross_entropy.default
+    torch.library.opcheck(op, (leaf(R, C), class_ids(), None, -100, 0.0, 0.0))
 
 
 def test_the_fake_of_every_op_has_the_strides_of_its_result(backend: str) -> None:
@@ -482,6 +489,43 @@ def test_transforms_and_tracers_see_the_ops() -> None:
     assert torch.equal(make_fx(loss)(logits)(logits * 2), loss(logits * 2))
     on_meta = cross_entropy(logits.to("meta"), given.target.to("meta"))
     assert all(field.is_meta for field in on_meta)
+
+
+TRACEABLE: dict[str, Callable[..., Any]] = {
+    "cross_entropy": lambda x, key, t: cross_entropy(x, t),
+    "linear_cross_entropy": lambda x, key, t: linear_cross_entropy(x, key, t),
+    "info_nce": lambda x, key, t: info_nce(x, key, hidden=x),
+}
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_tensors_without_values_have_shapes(name: str) -> None:
+    given = normal(R, R), normal(R, R), torch.arange(R)
+    real = TRACEABLE[name](*given)
+    on_meta = TRACEABLE[name](*(tensor.to("meta") for tensor in given))
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = TRACEABLE[name](*map(mode.from_tensor, given))
+    for one, other in ((real, on_meta), (real, fake)):
+        for a, b in zip(one, other, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    traced = make_fx(lambda *x: TRACEABLE[name](*x).loss, tracing_mode="symbolic")(*given)
+    torch.testing.assert_close(traced(*given), real.loss)
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_forward_mode_is_refused_and_not_taken_for_a_constant(name: str, backend: str) -> None:
+    given = normal(R, R), normal(R, R), torch.arange(R)
+
+    def loss(x: Tensor) -> Tensor:
+        made: Tensor = TRACEABLE[name](x, *given[1:]).loss
+        return made
+
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(loss, given[:1], given[:1])
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="jvp"):
+            loss(forward_ad.make_dual(given[0], given[0]))
+        assert torch.equal(loss(given[0]), TRACEABLE[name](*given).loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

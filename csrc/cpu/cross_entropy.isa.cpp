@@ -286,7 +286,10 @@ EMP_FAST_INLINE void write_scores(const Problem& problem, const ScoreOutputs& ou
   if (out.for_backward) {
     field(kMax, scores.max);
     field(kInvSum, scores.inv_sum);
-    field(kMiss, scores.miss);
+    // Of an unlikely target the probability has the smaller rounding, of a likely one the miss.
+    const Floats one = broadcast(1.0f);
+    const Mask unlikely = scores.confidence < broadcast(0.5f);
+    field(kMiss, choose(unlikely, one - scores.confidence, scores.miss));
   }
   const float* margin = out.fields + kMargin * problem.rows + first;
   for_each_row(count, [&](int64_t i) {
