@@ -1,4 +1,8 @@
-"""Checks arguments once, at the public edge: the error names the argument and the value it had."""
+"""Checks arguments once, at the public edge: the error names the argument and the value it had.
+
+``require_*`` returns nothing; ``checked_*`` returns the value in the form that the rest uses;
+``is_*`` only says whether.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ def is_plain_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_plain_number(value: object) -> bool:
+def is_plain_real(value: object) -> bool:
     """The same of an int or a float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -115,22 +119,22 @@ def checked_int(name: str, value: object) -> int:
     return int(value)
 
 
-def checked_number(name: str, value: float) -> float:
+def checked_positive(name: str, value: float) -> float:
     """A positive finite number."""
-    value = _number(name, value)
+    value = _checked_real(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return value
 
 
-def is_number(value: object) -> TypeGuard[float]:
+def is_real(value: object) -> TypeGuard[float]:
     """Whether it is a real number, Python's or NumPy's; a bool is none."""
     number = isinstance(value, (int, float, np.integer, np.floating))
     return number and not isinstance(value, bool)
 
 
-def _number(name: str, value: object) -> float:
-    if not is_number(value):
+def _checked_real(name: str, value: object) -> float:
+    if not is_real(value):
         raise TypeError(f"{name} must be a float, got {value!r}")
     return float(value)
 
@@ -196,10 +200,10 @@ def checked_options(
     ignore_index = checked_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must lie in [-2**63, 2**63), got {ignore_index}")
-    label_smoothing = _number("label_smoothing", label_smoothing)
+    label_smoothing = _checked_real("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
-    cap = 0.0 if softcap is None else checked_number("softcap", softcap)
+    cap = 0.0 if softcap is None else checked_positive("softcap", softcap)
     return ignore_index, label_smoothing, cap
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import random
-from emp_fast._validation import checked_int, checked_integers, is_number
+from emp_fast._validation import checked_int, checked_integers, is_real
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.collectives import world_size_of
 from emp_fast.policies import Balance, Policy
@@ -120,9 +120,9 @@ class Schedule:
         if self.is_full(epoch):
             return 0.0
         rate = self.rate(epoch) if callable(self.rate) else self.rate
-        if not is_number(rate) or not 0 <= rate < 1:
+        if not is_real(rate) or not 0 <= rate < 1:
             where = f" from prune_rate({epoch})" if callable(self.rate) else ""
-            hint = "" if is_number(rate) else ": a float, or a function of the epoch to a float"
+            hint = "" if is_real(rate) else ": a float, or a function of the epoch to a float"
             raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}{hint}")
         return float(rate)
 

@@ -19,9 +19,9 @@ from emp_fast._validation import (
     carried_type,
     checked_groups,
     checked_int,
-    checked_number,
     checked_offsets,
     checked_options,
+    checked_positive,
     checked_target,
     checked_weight,
     require_float,
@@ -250,7 +250,7 @@ def info_nce(
         raise TypeError(f"key must be {query.dtype} like query, got {key.dtype}")
     if key.device != query.device:
         raise ValueError(f"key must be on {query.device} like query, got {key.device}")
-    temperature = checked_number("temperature", temperature)
+    temperature = checked_positive("temperature", temperature)
     samples = query.shape[0]
     if hidden is not None:
         require_float("hidden", hidden)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, random
-from emp_fast._validation import is_plain_int, is_plain_number
+from emp_fast._validation import is_plain_int, is_plain_real
 from emp_fast.random import Stream
 
 __all__ = [
@@ -324,7 +324,7 @@ class GumbelTopK(Policy):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (is_plain_number(self.temperature) and 0 < self.temperature < math.inf):
+        if not (is_plain_real(self.temperature) and 0 < self.temperature < math.inf):
             raise ValueError(
                 f"temperature must be a positive finite number, got {self.temperature!r}"
             )
@@ -359,7 +359,7 @@ class BelowMean(Policy):
     takes_budget: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (is_plain_number(self.keep) and 0 < self.keep <= 1):
+        if not (is_plain_real(self.keep) and 0 < self.keep <= 1):
             raise ValueError(f"keep must lie in (0, 1], got {self.keep!r}")
 
     def choose(
@@ -399,7 +399,7 @@ class Stratified(Policy):
     def __post_init__(self) -> None:
         if not is_plain_int(self.bins) or not 1 <= self.bins <= _MOST_BINS:
             raise ValueError(f"bins must be an int in [1, {_MOST_BINS}], got {self.bins!r}")
-        if not (is_plain_number(self.cutoff) and 0 <= self.cutoff < 1):
+        if not (is_plain_real(self.cutoff) and 0 <= self.cutoff < 1):
             raise ValueError(f"cutoff must lie in [0, 1), got {self.cutoff!r}")
 
     def choose(
@@ -606,5 +606,5 @@ def _required(quotas: list[int] | None) -> list[int]:
 
 
 def _require_share(name: str, value: float) -> None:
-    if not (is_plain_number(value) and 0 <= value <= 1):
+    if not (is_plain_real(value) and 0 <= value <= 1):
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")

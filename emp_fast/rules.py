@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from emp_fast._validation import is_plain_int, is_plain_number
+from emp_fast._validation import is_plain_int, is_plain_real
 from emp_fast.backends.base import Recurrence
 
 __all__ = [
@@ -374,10 +374,10 @@ class RHO(Rule):
 
 
 def _require_decay(decay: float) -> None:
-    if not (is_plain_number(decay) and 0 <= decay < 1):
+    if not (is_plain_real(decay) and 0 <= decay < 1):
         raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
 
 
 def _require_finite(name: str, value: float) -> None:
-    if not (is_plain_number(value) and math.isfinite(value)):
+    if not (is_plain_real(value) and math.isfinite(value)):
         raise ValueError(f"{name} must be a finite number, got {value!r}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from emp_fast._validation import checked_device, is_number, is_plain_int
+from emp_fast._validation import checked_device, is_plain_int, is_real
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.batches import moved, rebatched, score_by_logits
 from emp_fast.collectives import Ranks, rank_of
@@ -202,7 +202,7 @@ class _Partial:
     def __init__(
         self, path: Path | None, tally: Tally, facts: dict[str, Any], ranks: Ranks, every: float
     ) -> None:
-        if not is_number(every) or not every >= 0:
+        if not is_real(every) or not every >= 0:
             raise ValueError(f"save_every must be a number of seconds, got {every!r}")
         self.tally = tally
         self._path = self._own = path

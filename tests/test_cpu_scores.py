@@ -1,7 +1,7 @@
 """The C++ row scores under every instruction set that this processor runs, and any thread count.
 
 Selection and random numbers are held to the same in test_selection.py and test_philox.py; the state
-update by itself has one build and one thread.
+update by itself has one build.
 """
 
 from __future__ import annotations

@@ -147,8 +147,9 @@ def test_update_is_the_model(backend: str, data: st.DataObject, name: str) -> No
 
 
 @pytest.mark.parametrize("name", RECURRENCES)
-def test_large_updates_are_the_model(backend: str, name: str) -> None:
-    recurrence, num_samples, rows = RECURRENCES[name], 3001, 5000  # repeats are certain
+@pytest.mark.parametrize(("num_samples", "rows"), [(3001, 5000), (30_011, 20_000)])
+def test_large_updates_are_the_model(backend: str, name: str, num_samples: int, rows: int) -> None:
+    recurrence = RECURRENCES[name]  # and repeats are certain
     rng = np.random.default_rng(5)
     state, model = make_state(num_samples), Model(num_samples)
     for _ in range(3):

@@ -46,13 +46,14 @@ void bind_selection(py::module_& m) {
 bool update(Address indices, Address signal, Address direct, Address count, int64_t num_rows,
             Address scores, Address memory, Address visits, Address variance, Address claims,
             Address counters, int64_t num_samples, int kind, double decay, double direct_scale,
-            double memory_scale, double variance_scale) {
+            double memory_scale, double variance_scale, int threads) {
   return update_state(pointer<const int64_t>(indices), pointer<const float>(signal),
                       pointer<const float>(direct), pointer<const int32_t>(count), num_rows,
                       {pointer<float>(scores), pointer<float>(memory), pointer<int32_t>(visits),
                        pointer<float>(variance), pointer<uint32_t>(claims),
                        pointer<int64_t>(counters), num_samples},
-                      make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
+                      make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale),
+                      threads);
 }
 
 void philox(Address out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,

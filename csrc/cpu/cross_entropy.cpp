@@ -189,13 +189,13 @@ int cross_entropy_step(Address logits, int dtype, int64_t row_stride, int64_t ro
       });
   if (wrong) return kWrongTarget;
 
-  const bool applied =
-      update_state(pointer<const int64_t>(indices), values + signal * rows,
-                   direct < 0 ? nullptr : values + direct * rows, count, rows,
-                   {pointer<float>(scores), pointer<float>(memory), pointer<int32_t>(visits),
-                    pointer<float>(variance), pointer<uint32_t>(claims), pointer<int64_t>(counters),
-                    num_samples},
-                   make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
+  const bool applied = update_state(
+      pointer<const int64_t>(indices), values + signal * rows,
+      direct < 0 ? nullptr : values + direct * rows, count, rows,
+      {pointer<float>(scores), pointer<float>(memory), pointer<int32_t>(visits),
+       pointer<float>(variance), pointer<uint32_t>(claims), pointer<int64_t>(counters),
+       num_samples},
+      make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale), threads);
   if (!applied) return kWrongIndex;
 
   *pointer<float>(mean) = static_cast<float>(weighted_sum(values, scale, rows) / divisor);

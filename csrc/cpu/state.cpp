@@ -1,21 +1,24 @@
-// The per-sample state update, O(S): one thread, since the rows of a training step fit a few
-// microseconds, and waiting for another thread can take milliseconds where processes share a core.
+// The per-sample state update, O(S).
 //
 // Rows are taken from the last on, and a bitmap tells which samples have had theirs: of several
 // rows of one sample the last is applied. The bitmap is N / 8 bytes, which a cache mostly holds,
-// and all zero again in the end. A block of rows is first sorted out and then applied, for the
-// waits for memory overlap best in a loop of little else. Traffic: 12 to 20 bytes a row in order,
-// and one visit to each of the sample's three or four arrays.
+// and all zero again in the end. A block of rows is first sorted out by one thread and then
+// applied, by several where it is large: its samples differ, and the waits for memory overlap best
+// in a loop of little else. Traffic: 12 to 20 bytes a row in order, and one visit to each of the
+// sample's three or four arrays.
 #include "cpu/state.h"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 
+#include "cpu/parallel.h"
+
 namespace emp_fast::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1 << 12;  // rows
+constexpr int64_t kBlock = 1 << 14;          // rows
+constexpr int64_t kRowsPerThread = 1 << 12;  // fewer take less time than a thread to come
 
 bool finite(const float* value) {
   uint32_t bits;
@@ -23,14 +26,16 @@ bool finite(const float* value) {
   return is_finite_bits(bits);
 }
 
-// Applies rows of different samples. What all rows have in common is known when it is compiled: the
-// fewer instructions a row takes, the more rows wait for memory at once.
+// Applies rows of different samples, given as distances from the row `first`. What all rows have in
+// common is known when it is compiled: the fewer instructions a row takes, the more rows wait for
+// memory at once.
 template <RecurrenceKind kind, bool has_direct>
-void apply_rows(const int64_t* rows, int64_t num_rows, const int64_t* indices, const float* signal,
-                const float* direct, const StateView& state, Recurrence recurrence) {
+void apply_rows(const uint32_t* rows, int64_t num_rows, int64_t first, const int64_t* indices,
+                const float* signal, const float* direct, const StateView& state,
+                Recurrence recurrence) {
   recurrence.kind = kind;
   for (int64_t at = 0; at < num_rows; ++at) {
-    const int64_t row = rows[at], i = indices[row];
+    const int64_t row = first + rows[at], i = indices[row];
     const float variance = kind == RecurrenceKind::kVariance ? state.variance[i] : 0.0f;
     const SampleState after =
         visit(recurrence, {state.scores[i], state.memory[i], variance, state.visits[i]},
@@ -60,7 +65,7 @@ ApplyRows apply_rows_of(RecurrenceKind kind) {
 
 bool update_state(const int64_t* indices, const float* signal, const float* direct,
                   const int32_t* count, int64_t num_rows, const StateView& state,
-                  const Recurrence& recurrence) {
+                  const Recurrence& recurrence, int threads) {
   bool in_range = true;
   for (int64_t row = 0; row < num_rows; ++row) {
     in_range &= static_cast<uint64_t>(indices[row]) < static_cast<uint64_t>(state.num_samples);
@@ -71,10 +76,11 @@ bool update_state(const int64_t* indices, const float* signal, const float* dire
   const ApplyRows apply =
       has_direct ? apply_rows_of<true>(recurrence.kind) : apply_rows_of<false>(recurrence.kind);
   int64_t refused = 0;
-  std::array<int64_t, kBlock> applied;
+  std::array<uint32_t, kBlock> applied;
   for (int64_t end = num_rows; end > 0; end -= kBlock) {
+    const int64_t first = std::max<int64_t>(end - kBlock, 0);
     int64_t num_applied = 0;
-    for (int64_t row = end; row-- > std::max<int64_t>(end - kBlock, 0);) {
+    for (int64_t row = end; row-- > first;) {
       if (count != nullptr && count[row] <= 0) continue;
       if (!finite(signal + row) || (has_direct && !finite(direct + row))) {
         ++refused;
@@ -82,11 +88,14 @@ bool update_state(const int64_t* indices, const float* signal, const float* dire
       }
       uint32_t& word = state.seen[indices[row] / 32];
       const uint32_t bit = 1u << (indices[row] % 32);
-      applied[num_applied] = row;
+      applied[num_applied] = static_cast<uint32_t>(row - first);
       num_applied += (word & bit) == 0;  // no branch, which repeated samples would mislead
       word |= bit;
     }
-    apply(applied.data(), num_applied, indices, signal, direct, state, recurrence);
+    parallel_ranges(num_applied, kRowsPerThread, threads, [&](int64_t begin, int64_t stop) {
+      apply(applied.data() + begin, stop - begin, first, indices, signal, direct, state,
+            recurrence);
+    });
   }
   for (int64_t row = 0; row < num_rows; ++row) state.seen[indices[row] / 32] = 0;
   state.counters[0] += refused;

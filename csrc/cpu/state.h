@@ -16,10 +16,10 @@ struct StateView {
   int64_t num_samples;
 };
 
-// Applies the num_rows visits; `direct` and `count` may be null. Returns false, with nothing
-// applied or counted, when an index lies outside [0, num_samples).
+// Applies the num_rows visits on up to `threads` threads; `direct` and `count` may be null. Returns
+// false, with nothing applied or counted, when an index lies outside [0, num_samples).
 bool update_state(const int64_t* indices, const float* signal, const float* direct,
                   const int32_t* count, int64_t num_rows, const StateView& state,
-                  const Recurrence& recurrence);
+                  const Recurrence& recurrence, int threads);
 
 }  // namespace emp_fast::cpu

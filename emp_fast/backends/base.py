@@ -2,8 +2,9 @@
 
 Arguments arrive validated (`emp_fast.functional` and `emp_fast.store` do that once) and normalised:
 ``logits`` is [R, C] with unit stride along C and any row stride; everything else is contiguous.
-Outputs are allocated by torch on the device of the inputs. No method synchronises with the host,
-except that on CPU tensors a bad value raises IndexError.
+Outputs are allocated by torch on the device of the inputs, where all tensors are unless it is said.
+Scoring and updating never synchronise with the host, except that on CPU tensors a bad value raises
+IndexError.
 """
 
 from __future__ import annotations
@@ -228,15 +229,17 @@ class Backend(ABC):
 
     @abstractmethod
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
-        """Indices of the ``k`` highest of [N] float32 scores: int64 [k], ascending.
+        """Indices of the ``k`` highest of [N] float32 scores, 0 <= k <= N: int64 [k], ascending.
 
-        0 <= k <= N < 2**31 - 1 or larger where the device allows. Ties go to the lowest index, -0.0
-        equals 0.0, +inf is highest, NaN is lowest and equal to NaN.
+        Ties go to the lowest index, -0.0 equals 0.0, +inf is highest, NaN is lowest and equal to
+        NaN. May synchronise with the host, but not where a CUDA graph is captured.
         """
 
     @abstractmethod
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
         """Indices of the ``group_k[g]`` highest of every group g: int64 [sum(group_k)], ascending.
+
+        May synchronise with the host.
 
         Args:
             scores: [N] float32.

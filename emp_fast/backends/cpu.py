@@ -177,6 +177,7 @@ class CpuBackend(ReferenceBackend):
             pointer(count),
             indices.shape[0],
             *state_arguments(state, recurrence),
+            torch.get_num_threads(),
         )
         if not applied:
             check_index_range(indices, state.scores.shape[0])

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emp_fast.backends._gpu import empty_gradient, empty_scores, why_not_gpu
 from emp_fast.backends.base import (
-    ROW_FIELDS,
     SCORE_FIELDS,
     Backend,
     LossOptions,
@@ -37,7 +37,6 @@ from emp_fast.backends.native import (
 from emp_fast.backends.reference import ReferenceBackend
 from emp_fast.backends.row_kernels import RowKernelsChoice
 
-_OLDEST = (8, 0)
 _HERE = nullcontext()
 
 
@@ -77,22 +76,13 @@ class CudaBackend(RowKernelsChoice, Backend):
         """The reason that ``device`` is no GPU that this build has code for."""
         if self._reason is not None:
             return self._reason
-        if device.type != "cuda":
-            return f"it serves CUDA devices alone, not {device}"
-        if not torch.cuda.is_available():
-            return "torch finds no CUDA device"
-        if torch.version.hip is not None:
-            return "it serves NVIDIA GPUs alone, and this torch is built for AMD's"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _OLDEST:
-            return "compute capability {}.{} is below {}.{}".format(*capability, *_OLDEST)
-        return None
+        return why_not_gpu(device)
 
     def cross_entropy(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> RowScores:
         """One launch; two for few rows of very many classes."""
-        outputs = _empty_scores(logits)
+        outputs = empty_scores(logits)
         self._score(logits, target, weight, options, pointers(*outputs), for_backward=True)
         return outputs
 
@@ -143,7 +133,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         options: LossOptions,
     ) -> Tensor:
         """One launch."""
-        grad = _empty_gradient(logits)
+        grad = empty_gradient(logits)
         with _on(logits.device):
             weight_sum = _weight_sum(weight, options)
             self._native.backward(
@@ -168,7 +158,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
         """One launch for few rows, two for many and for long ones; three where rows are split."""
-        outputs, grad, device = _empty_scores(logits), _empty_gradient(logits), logits.device
+        outputs, grad, device = empty_scores(logits), empty_gradient(logits), logits.device
         with _on(device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
             self._native.step(
@@ -199,7 +189,7 @@ class CudaBackend(RowKernelsChoice, Backend):
     ) -> MeanStep:
         """As many launches as `cross_entropy_step`, with all scores in one workspace."""
         native, device = self._native, logits.device
-        grad = _empty_gradient(logits)
+        grad = empty_gradient(logits)
         if logits.shape[0] == 0:  # nothing to launch
             mean = logits.new_zeros((), dtype=torch.float32)
             return MeanStep(mean, grad, torch.ones_like(mean))
@@ -373,21 +363,6 @@ def _stream(device: torch.device) -> int:
     """``torch.cuda.current_stream(device).cuda_stream``, without the object around it."""
     stream: int = torch._C._cuda_getCurrentRawStream(device.index)
     return stream
-
-
-def _empty_scores(logits: Tensor) -> RowScores:
-    rows = logits.shape[0]
-    # Of all ways to say it, the cheapest for the host: no device, no tuple.
-    return RowScores(
-        logits.new_empty(rows, dtype=torch.float32),
-        logits.new_empty(len(ROW_FIELDS), rows, dtype=torch.float32),
-        logits.new_empty(rows, dtype=torch.bool),
-        logits.new_empty(rows, dtype=torch.int32),
-    )
-
-
-def _empty_gradient(logits: Tensor) -> Tensor:
-    return logits.new_empty(*logits.shape)
 
 
 def _weight_sum(weight: Tensor | None, options: LossOptions) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emp_fast.backends._gpu import empty_gradient, empty_scores, why_not_gpu
 from emp_fast.backends._triton_launch import INTERPRETED, device_of, launch, multiprocessors
 from emp_fast.backends._triton_selection import grouped_topk_indices, topk_indices
 from emp_fast.backends.base import (
@@ -29,7 +30,6 @@ from emp_fast.kernels import philox as philox_kernels
 from emp_fast.kernels import plan, row_epilogue, score_loop, score_rows, score_tile
 from emp_fast.kernels import update_state as state_kernels
 
-_OLDEST = (8, 0)
 _FIELD_ROWS = {
     "loss": row_epilogue.LOSS_ROW.value,
     **{name: i for i, name in enumerate(ROW_FIELDS)},
@@ -62,26 +62,16 @@ class TritonBackend(RowKernelsChoice, Backend):
             if INTERPRETED:
                 return None
             return "it serves CPU tensors only through its interpreter: set TRITON_INTERPRET=1"
-        if device.type != "cuda":
-            return f"it serves CUDA devices, got {device.type}"
-        if INTERPRETED:
+        if device.type == "cuda" and INTERPRETED:
             return "TRITON_INTERPRET is set, which serves CPU tensors"
-        if not torch.cuda.is_available():
-            return "no CUDA device is available"
-        if torch.version.hip is not None:
-            return "its kernels are written for NVIDIA devices"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _OLDEST:
-            found = ".".join(map(str, capability))
-            return f"it needs compute capability 8.0 or higher, the device has {found}"
-        return None
+        return why_not_gpu(device)
 
     def cross_entropy(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> RowScores:
         _check_target(logits, target, options)
         num_rows, num_classes = logits.shape
-        scores = _empty_scores(logits)
+        scores = empty_scores(logits)
         if num_rows == 0:
             return scores
         with device_of(logits):
@@ -107,7 +97,7 @@ class TritonBackend(RowKernelsChoice, Backend):
         rows: Tensor,
         options: LossOptions,
     ) -> Tensor:
-        grad = logits.new_empty(*logits.shape)
+        grad = empty_gradient(logits)
         if logits.shape[0] == 0:
             return grad
         # Only the rows are read: the other fields of a forward pass stay away.
@@ -149,8 +139,8 @@ class TritonBackend(RowKernelsChoice, Backend):
             )
         _check_target(logits, target, options)
         _check_indices(indices, state)
-        scores = _empty_scores(logits)
-        grad = logits.new_empty(*logits.shape)
+        scores = empty_scores(logits)
+        grad = empty_gradient(logits)
         update = num_rows <= plan.STEP_UPDATE_ROWS and state.scores.shape[0] > 0
         gradient: dict[str, Any] = {"grad": grad, "row_scale": row_scale, "scale": scale}
         if update:
@@ -460,17 +450,6 @@ def _plan_loop(
         weighted=soft or smooth,
         capped=capped,
         grad=grad,
-    )
-
-
-def _empty_scores(logits: Tensor) -> RowScores:
-    num_rows = logits.shape[0]
-    # Of all ways to say it, the cheapest for the host: no device, no tuple.
-    return RowScores(
-        logits.new_empty(num_rows, dtype=torch.float32),
-        logits.new_empty(len(ROW_FIELDS), num_rows, dtype=torch.float32),
-        logits.new_empty(num_rows, dtype=torch.bool),
-        logits.new_empty(num_rows, dtype=torch.int32),
     )
 
 

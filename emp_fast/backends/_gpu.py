@@ -1,0 +1,41 @@
+"""What both GPU backends share: which devices they serve, and the outputs that they write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emp_fast.backends.base import ROW_FIELDS, RowScores
+
+_OLDEST = (8, 0)
+
+
+def why_not_gpu(device: torch.device) -> str | None:
+    """The reason that ``device`` is no NVIDIA GPU of compute capability 8.0 and up."""
+    if device.type != "cuda":
+        return f"it serves CUDA devices alone, not {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.version.hip is not None:
+        return "it serves NVIDIA GPUs alone, and this torch is built for AMD's"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        return "compute capability {}.{} is below {}.{}".format(*capability, *_OLDEST)
+    return None
+
+
+def empty_scores(logits: Tensor) -> RowScores:
+    """`RowScores` of as many rows."""
+    rows = logits.shape[0]
+    # Of all ways to say it, the cheapest for the host: no device, no tuple.
+    return RowScores(
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(len(ROW_FIELDS), rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.bool),
+        logits.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """[R, C] contiguous, whatever the strides of the logits."""
+    return logits.new_empty(*logits.shape)
