@@ -90,6 +90,15 @@ def test_misuse_is_one_line(arguments, message):
 # ---- doctor -------------------------------------------------------------------------------------
 
 
+def test_an_interrupt_is_one_line_and_the_shells_exit_code(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[doctor.__module__], "examine", interrupted)
+    result = run("doctor", exit_code=130)
+    assert result.stderr.split("\n")[-2:] == ["emp-fast: interrupted", ""]
+
+
 @pytest.mark.parametrize(
     ("backend", "message"),
     [

@@ -57,6 +57,8 @@ class OneLineErrors(TyperGroup):
                 raise
             _end(error)
         if standalone_mode:
+            if result == _INTERRUPTED:  # of the versions of typer that raise no Abort
+                typer.echo("emp-fast: interrupted", err=True)
             sys.exit(result if isinstance(result, int) else 0)
         return result
 

@@ -144,7 +144,7 @@ def select(
         "high": high,
     }
     chosen = _policy(policy, numbers, keep, k)
-    values = _scores(scores, column, policy, allow_nan)
+    values, rounded = _scores(scores, column, policy, allow_nan)
     budget = _budget(len(values), keep, k, chosen) if chosen.takes_budget else None
     groups, num_groups = (None, 1) if labels is None else _labels(labels, label_column, len(values))
     candidates = Candidates(
@@ -158,6 +158,8 @@ def select(
         kept.save(output, overwrite=overwrite)
     else:
         _export(kept, dataset, len(values), output, overwrite)
+    if rounded:
+        _say(f"--policy {policy} works in float32: the scores of {scores} were rounded")
     _say(f"kept {len(kept.indices):,} of {len(values):,} samples: {output}")
 
 
@@ -225,8 +227,10 @@ def _budget(num_samples: int, keep: float | None, k: int | None, policy: Policy)
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> Tensor:
-    """[N] scores without NaN: float32, or float64 where only that holds them and the policy can."""
+def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> tuple[Tensor, bool]:
+    """[N] scores without NaN: float32, or float64 where only that holds them and the policy can;
+    and whether they were rounded.
+    """
     array = read_vector(path, column, "score")
     if array.dtype.kind not in "fiu":
         raise InputError(f"{path} must hold numbers, got dtype {array.dtype}")
@@ -243,17 +247,16 @@ def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> Ten
         )
     wide[nans] = -np.inf
     if fits:
-        return torch.from_numpy(wide)
+        return torch.from_numpy(wide), False
     with np.errstate(over="ignore"):
         single = wide.astype(np.float32)
     if (single == wide).all():
-        return torch.from_numpy(single)
+        return torch.from_numpy(single), False
     if policy in _FLOAT64_POLICIES:
-        return torch.from_numpy(wide)
+        return torch.from_numpy(wide), False
     if (np.isinf(single) & ~np.isinf(wide)).any():
         raise InputError(f"{path} holds scores beyond float32, which --policy {policy} works in")
-    _say(f"--policy {policy} works in float32: the scores of {path} were rounded")
-    return torch.from_numpy(single)
+    return torch.from_numpy(single), True
 
 
 def _labels(path: Path, column: str | None, num_samples: int) -> tuple[Tensor, int]:
