@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BUILD_INFO = "_build_info.json"
+BUILD_DIR = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 
 
 class CMakeBuild(build_ext):
@@ -37,7 +39,8 @@ class CMakeBuild(build_ext):
         module.unlink(missing_ok=True)
         cuda = os.environ.get("EMP_FAST_CUDA", "AUTO")
         reason, cuda_reason = self._failure(module, cuda), None
-        if reason is not None and cuda == "AUTO" and self._failure(module, "0") is None:
+        with_cuda = cuda == "AUTO" and self._found_nvcc()
+        if reason is not None and with_cuda and self._failure(module, "0") is None:
             reason, cuda_reason = None, reason  # CUDA it was: an nvcc that is too old, say
             _say(cuda_reason, "without CUDA it succeeds; Triton serves GPUs where it is installed.")
         if reason is not None:
@@ -76,21 +79,28 @@ class CMakeBuild(build_ext):
             return f"the native build failed: {error}"
         return None
 
+    def _found_nvcc(self) -> bool:
+        """Whether the last configuration found a CUDA compiler."""
+        try:
+            cache = (BUILD_DIR / "CMakeCache.txt").read_text()
+        except OSError:
+            return False
+        return re.search(r"^CMAKE_CUDA_COMPILER:\w+=(?!.*NOTFOUND).+$", cache, re.M) is not None
+
     def _cmake(self, module: Path, cuda: str) -> None:
         cmake = shutil.which("cmake")
         if cmake is None:
             raise RuntimeError("cmake is not installed")
-        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        build_dir.mkdir(parents=True, exist_ok=True)
+        BUILD_DIR.mkdir(parents=True, exist_ok=True)
         # The cache names tools of an earlier build's environment, which pip has deleted, and keeps
         # that there was no nvcc. What is compiled stays.
-        (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
+        (BUILD_DIR / "CMakeCache.txt").unlink(missing_ok=True)
         import pybind11
 
         configure = [
             cmake,
             "-S", str(ROOT),
-            "-B", str(build_dir),
+            "-B", str(BUILD_DIR),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
@@ -100,10 +110,12 @@ class CMakeBuild(build_ext):
             f"-DEMP_FAST_CUDA_ARCHS={os.environ.get('EMP_FAST_CUDA_ARCHS', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
-        generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
-        _run([*configure, "-G", generator])
+        chosen = "CMAKE_GENERATOR" in os.environ or any(x.startswith("-G") for x in configure)
+        if shutil.which("ninja") and not chosen:
+            configure += ["-G", "Ninja"]
+        _run(configure)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-        _run([cmake, "--build", str(build_dir), "--parallel", jobs])
+        _run([cmake, "--build", str(BUILD_DIR), "--parallel", jobs])
         if not module.exists():
             raise RuntimeError(f"CMake finished without making {module.name}")
 
@@ -129,11 +141,12 @@ def _cause(lines: list[str]) -> str:
     """The first error in the output of CMake or a compiler."""
     if any("CMAKE_CXX_COMPILER" in line for line in lines):
         return "no C++ compiler was found; one of C++17, such as g++, is needed"
-    for number, line in enumerate(lines):
-        if line.startswith("CMake Error"):  # whose message stands in the next line, or behind it
-            return " ".join(lines[number : number + 2])
-        if "error:" in line or "error #" in line or line.startswith("#error"):
+    for line in lines:
+        if re.search(r"error:|error #|^#error|\bfatal\s*:", line):
             return line
+    for number, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # whose message is in the lines behind it
+            return " ".join(lines[number : number + 4])
     return lines[-1] if lines else "without a word"
 
 

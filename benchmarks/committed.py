@@ -62,15 +62,17 @@ def _index() -> Any:
 def verified_block(verified: dict[str, Any]) -> str:
     """What has run on which GPU, and what has not, as two tables."""
     ran = [
-        [one["what"], f"{one['gpu']}, {one['date']}", one["commit"], one["passed"]]
+        [one["backend"], one["what"], f"{one['gpu']}, {one['date']}", one["commit"], one["passed"]]
         for one in verified["ran"]
     ]
-    missing = [[one["what"], one["used"], one["last"]] for one in verified["not_run"]]
+    missing = [
+        [one["backend"], one["what"], one["used"], one["last"]] for one in verified["not_run"]
+    ]
     return "\n\n".join(
         [
-            table(["what", "on", "at commit", "passed"], ran),
+            table(["backend", "what", "on", "at commit", "passed"], ran),
             "Not run on any GPU as it is now, as far as is on record:",
-            table(["what", "used for", "what ran before"], missing),
+            table(["backend", "what", "used for", "what ran before"], missing),
         ]
     )
 

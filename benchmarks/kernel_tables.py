@@ -62,12 +62,19 @@ def _report(files: dict[str, Any], shown: Sequence[Shown]) -> str:
         rate = run["copy_bytes_per_second"]
         parts += [
             f"## {one.title}",
-            f"{raw['date']}, commit {run['commit'][:12]}, copy bandwidth {rate / 1e9:.0f} GB/s; "
+            f"{raw['date']}, {_commit(run['commit'])}, copy bandwidth {rate / 1e9:.0f} GB/s; "
             f"all numbers in [{one.file}]({one.file}).",
             *([one.note] if one.note else []),
             _run_table(run["seconds"], rate, one.decimal_below_us),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def _commit(found: str | None) -> str:
+    """As `machine.commit` tells it, with a plus for changes that were not committed."""
+    if found is None:
+        return "commit unknown"
+    return f"commit {found[:12]}" + (" with uncommitted changes" if found.endswith("+") else "")
 
 
 def _identity(machine: dict[str, Any]) -> list[Any]:

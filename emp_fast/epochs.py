@@ -364,9 +364,10 @@ class Progress:
 
         Without worker processes the loader holds the iterator until that loop is over, by itself or
         by ``break``. Worker processes let go of it when they have fetched ahead to the end; then
-        what is trained on has to tell, and a length asked for in the last batch, once that is
-        trained on, is the next epoch's. But to size the next epoch can be collective, and one rank
-        may be alone in asking: where every epoch is announced by `set_epoch`, that waits for it.
+        what is trained on has to tell, and a length asked for in the last step is the next epoch's:
+        once a whole batch is trained on, and from the start if the batch is a short one. But to
+        size the next epoch can be collective, and one rank may be alone in asking: where every
+        epoch is announced by `set_epoch`, that waits for it.
         """
         if self.plan is None or self._requested is not None or self._resume_at is not None:
             return False

@@ -182,7 +182,7 @@ class _Once(torch.autograd.Function):
 
 def _once(grad: Tensor, *inputs: Tensor | None) -> Tensor:
     """Guards ``grad``, computed from ``inputs``, when the caller asked for ``create_graph``."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         guarded: Tensor = _Once.apply(  # type: ignore[no-untyped-call]
             grad.detach(), *(x for x in inputs if x is not None)
         )

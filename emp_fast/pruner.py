@@ -210,7 +210,7 @@ class Pruner:
             given = by_name(stats)
         elif stats is None and loss is not None:
             given = {"loss": loss}
-            if memory is None and {"entropy"} <= {*self.store.rule.reads} - {*extra}:
+            if memory is None and "entropy" in self.store.rule.reads and "entropy" not in extra:
                 raise ValueError(
                     f"memory must be given with loss: {self.store.rule!r} reads a memory term, "
                     "got memory=None"

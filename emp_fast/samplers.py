@@ -21,8 +21,9 @@ class EpochSampler(Sampler[int]):
     epoch.
 
     ``len`` is right before the epoch starts, and until its loop is over; where worker processes
-    fetch ahead, until its last batch is trained on. On several ranks this is for whoever shards it,
-    as Accelerate does; plain DDP and Lightning take `Pruner.distributed_sampler`.
+    have fetched its end, while a whole batch is left to train on. On several ranks this is for
+    whoever shards it, as Accelerate does; plain DDP and Lightning take
+    `Pruner.distributed_sampler`.
 
     With ``whole`` a resumed epoch is yielded from its first sample, for loaders that skip by
     themselves what has been trained on. The pruner's position is the same either way.

@@ -520,6 +520,13 @@ def test_a_sweep_becomes_a_table(tmp_path: Path) -> None:
     assert "| case | cuda | cuda, plain |" in text
     assert "| scores 4 x 10 bf16 | 10.0 us, 19 % | 12 us, 16 % |" in text
     assert "| update 128 | 12.3 ms |  |" in text
+    for commit, told in (
+        ("0123456789abcdef+", "commit 0123456789ab with uncommitted changes,"),
+        (None, "commit unknown,"),
+    ):
+        dirty = {"date": "2026-11-24", "machine": machine, "runs": [run | {"commit": commit}]}
+        path.write_text(json.dumps(dirty))
+        assert told in kernel_report(tmp_path, shown)
     with pytest.raises(BadResult, match="no results of the sweep"):
         kernel_report(tmp_path, [shown[0]._replace(run=1)])
     other = {"date": "2026-11-24", "machine": machine | {"gpu": "another"}, "runs": [run]}

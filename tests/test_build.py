@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,37 @@ def test_an_nvcc_that_cannot_compile_costs_cuda_alone(environment, sources, tmp_
     doctor = " ".join(environment.run("-m", "emp_fast", "doctor", "--json", cwd=tmp_path).split())
     assert "built without CUDA: the native build failed" in doctor
     assert "this nvcc is too old" in doctor
+
+
+@pytest.mark.parametrize(
+    ("output", "cause"),
+    [
+        (
+            "CMake Error at CMakeTestCUDACompiler.cmake:59 (message):\n  The CUDA compiler\n"
+            '    "/usr/bin/nvcc"\n  is not able to compile a simple test program.\n'
+            "    /usr/include/host_config.h:143:2: error: #error -- unsupported GNU version!\n",
+            "/usr/include/host_config.h:143:2: error: #error -- unsupported GNU version!",
+        ),
+        (
+            "[1/2] Building\nnvcc fatal   : Unsupported gpu architecture 'compute_120'\n"
+            "ninja: build stopped: subcommand failed.\n",
+            "nvcc fatal   : Unsupported gpu architecture 'compute_120'",
+        ),
+        (
+            "CMake Error at CMakeLists.txt:14 (find_package):\n  By not providing\n\n  a file\n",
+            "CMake Error at CMakeLists.txt:14 (find_package): By not providing a file",
+        ),
+        ("CMake Error: CMAKE_CXX_COMPILER not set\n", "no C++ compiler was found; one of C++17, "),
+        ("gone\n", "gone"),
+    ],
+)
+def test_the_cause_of_a_failed_build_is_its_first_error(output, cause, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    found = runpy.run_path(str(ROOT / "setup.py"))["_cause"](
+        [line.strip() for line in output.splitlines() if line.strip()]
+    )
+    assert found.startswith(cause)
+    assert "\n" not in found
 
 
 def test_a_required_native_build_fails_the_install(environment, sources, tmp_path):

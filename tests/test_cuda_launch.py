@@ -1,6 +1,6 @@
 """The launch arithmetic and the per-element logic of the CUDA kernels, on the host, without a GPU.
 
-What is tested is what the kernels run: `_native.cuda` exposes the same inline functions.
+What is tested is what the kernels run: `_native.cuda.plans` exposes the same inline functions.
 """
 
 from __future__ import annotations

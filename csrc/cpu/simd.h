@@ -110,7 +110,6 @@ EMP_FAST_INLINE Floats larger(Floats x, Floats otherwise) {
   return {_mm512_maskz_max_ps(kAllLanes, x.v, otherwise.v)};
 }
 EMP_FAST_INLINE Floats square_root(Floats x) { return {_mm512_maskz_sqrt_ps(kAllLanes, x.v)}; }
-EMP_FAST_INLINE uint32_t bit_mask(Mask condition) { return condition.v; }
 
 #else
 

@@ -1,5 +1,6 @@
 // The launch arithmetic as Python sees it: what tests/test_cuda_launch.py goes through shape by
 // shape, and benchmarks look up. Nothing here touches a device.
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <vector>

@@ -7,7 +7,6 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
-#include <vector>
 
 #include "address.h"
 #include "cuda/kernels.h"
@@ -71,7 +70,7 @@ RowShape shape_of(const RowArgs& a, Dtype dtype, bool grad) {
 void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address workspace,
                 cudaStream_t stream) {
   if (plan.workspace_bytes > 0 && workspace == 0) {
-    throw std::logic_error("score_split: no workspace for " + std::to_string(a.rows) + " rows of " +
+    throw std::logic_error("row_parts: no workspace for " + std::to_string(a.rows) + " rows of " +
                            std::to_string(a.classes) + " classes");
   }
   switch (plan.path) {

@@ -1,5 +1,5 @@
 // Launch arithmetic: which kernel serves a shape, with what grid, split and workspace. Plain host
-// code, tested exhaustively through `_native.cuda.plan_*` (tests/test_cuda_launch.py).
+// code, tested exhaustively through `_native.cuda.plans.plan_*` (tests/test_cuda_launch.py).
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,6 +1,6 @@
 // Launch arithmetic of the kernels that stream long rows through rings of shared memory
 // (row_ring.cuh), and the choice between them and those of launch.h. Plain host code, tested
-// exhaustively through `_native.cuda.plan_rows`.
+// exhaustively through `_native.cuda.plans.plan_rows`.
 #pragma once
 #include "cuda/launch.h"
 

@@ -17,7 +17,7 @@ from emp_fast.backends.base import ROW_FIELDS, Recurrence, State
 _BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 _ISA_ENVIRONMENT = "EMP_FAST_CPU_ISA"
 
-#: As Storage of csrc/cpu/cross_entropy.h and Dtype of csrc/cuda/row_args.h number them.
+#: As Dtype of csrc/core/row_fields.h numbers them.
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: As the fused steps count what a recurrence reads.
 VALUES = ("loss", *ROW_FIELDS)

@@ -88,7 +88,7 @@ def select(
         float | None, typer.Option("--temperature", help="Of the noise, for gumbel.")
     ] = None,
     bins: Annotated[
-        int | None, typer.Option("--bins", help="Of equal width, for stratified.")
+        int | None, typer.Option("--bins", help="Of equal width, for stratified; at most 2^20.")
     ] = None,
     cutoff: Annotated[
         float | None,
