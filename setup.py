@@ -147,7 +147,7 @@ def _cause(lines: list[str]) -> str:
     for number, line in enumerate(lines):
         if line.startswith("CMake Error"):  # whose message is in the lines behind it
             return " ".join(lines[number : number + 4])
-    return lines[-1] if lines else "without a word"
+    return lines[-1] if lines else "the compiler failed without output"
 
 
 def _say(*lines: str) -> None:

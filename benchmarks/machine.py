@@ -8,11 +8,12 @@ import platform
 import statistics
 import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from emp_fast.cli.machine import package_version, processor_name
 
 #: Packages whose version a result needs beside it.
 _PACKAGES = ("numpy", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy")
@@ -22,7 +23,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Hardware and versions, without anything that names the host or its user."""
     facts: dict[str, Any] = {
         "device": device.type,
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(_memory_bytes() / 2**30),
@@ -31,7 +32,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": {
             "torch": torch.__version__,  # with its build, which the metadata may lack
-            **{name: version for name in _PACKAGES if (version := _version(name))},
+            **{name: version for name in _PACKAGES if (version := package_version(name))},
         },
     }
     if device.type == "cuda":
@@ -135,21 +136,5 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -147,10 +147,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parts(path: Path, version: Any, parts: Any) -> dict[str, Any]:
-    if version != _VERSION or not isinstance(parts, dict):
+    if version != _VERSION:
         raise FileProblem(
             f"{path} is a checkpoint of format version {version!r}, this reads {_VERSION}"
         )
+    if not isinstance(parts, dict):
+        raise FileProblem(f"{path} is a damaged checkpoint: its parts are {parts!r}")
     return parts
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import threading
@@ -424,15 +423,13 @@ def test_using_the_cpu_loads_no_gpu_code() -> None:
     assert "emp_fast.backends.cuda" not in loaded
 
 
-def test_importing_costs_less_than_a_tenth_of_a_second() -> None:
-    """Beyond torch's own import, and in the processor's time: another process must not count."""
-    script = (
-        "import json, time, torch; start = time.process_time(); import emp_fast;"
-        "print(json.dumps(time.process_time() - start))"
+def test_importing_loads_no_other_package_than_torch_does() -> None:
+    """Of the command line's, the trainers' and the plots' none: they take seconds to import."""
+    loaded = in_a_new_process(
+        "import json, sys, numpy, torch; before = set(sys.modules); import emp_fast;"
+        "packages = {name.partition('.')[0] for name in set(sys.modules) - before};"
+        "print(json.dumps(sorted(packages - set(sys.stdlib_module_names))))"
     )
-    costs: list[float] = []
-    for _ in range(5):  # the first may compile bytecode; a busy machine errs upwards alone
-        costs.append(in_a_new_process(script))
-        if costs[-1] < 0.1:
-            break
-    assert min(costs) < 0.1, statistics.median(costs)
+    # The last is what torch.distributed.nn writes and imports.
+    assert set(loaded) <= {"emp_fast", "numpy", "torch", "_remote_module_non_scriptable"}
+    assert "emp_fast" in loaded

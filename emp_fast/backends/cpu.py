@@ -14,6 +14,7 @@ from torch import Tensor
 from emp_fast.backends.base import (
     ROW_FIELDS,
     SCORE_FIELDS,
+    Backend,
     LossOptions,
     MeanStep,
     Recurrence,
@@ -31,11 +32,10 @@ from emp_fast.backends.native import (
     read_fields,
     state_arguments,
 )
-from emp_fast.backends.reference import ReferenceBackend
 
 
-class CpuBackend(ReferenceBackend):
-    """Serves CPU tensors; what has no kernel is the reference's."""
+class CpuBackend(Backend):
+    """Serves CPU tensors."""
 
     name = "cpu"
     fuses_step = True

@@ -112,11 +112,11 @@ class CudaBackend(RowKernelsChoice, Backend):
         """Writes to the addresses of `RowScores`, without the last fields unless for_backward."""
         device = logits.device
         with _on(device):
-            # Named, so that no tensor behind a pointer goes away before the launch.
-            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+            workspace = self._workspace(logits)
             self._native.score(
                 self._row_kernels,
-                *_inputs(logits, target, weight, weight_sum, options),
+                # Without the sum of the class weights, which a gradient alone needs.
+                *_inputs(logits, target, weight, None, options),
                 *outputs,
                 for_backward,
                 pointer(workspace),

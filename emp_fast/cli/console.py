@@ -73,7 +73,7 @@ def chosen_device(name: str) -> torch.device:
     try:
         device = checked_device(name)
     except ValueError as error:
-        problem = str(error.__cause__).split(".")[0]
+        problem = str(error.__cause__).splitlines()[0].split(". ")[0].rstrip(".")
         raise InputError(f"--device {name!r} cannot be used: {problem}") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {name!r}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from emp_fast.cli.console import InputError, chosen_device, stderr, stdout
+from emp_fast.cli.machine import processor_name
 from emp_fast.demo.comparison import Comparison, Summary, compare, defaults
 from emp_fast.demo.datasets import DATASETS, ImageData, load
 from emp_fast.demo.training import METHODS, Settings
@@ -73,7 +76,7 @@ def demo(
 
     comparison = _run(images, settings, names, num_seeds)
 
-    report = {**comparison.report(), "figure": _save_figure(comparison, output)}
+    report = {**comparison.report(), **_facts(), "figure": _save_figure(comparison, output)}
     text = json.dumps(report, indent=2)
     results = output / f"{data}.json"
     write_atomically(results, lambda file: file.write(text.encode()), overwrite=True)
@@ -170,6 +173,15 @@ def _run(images: ImageData, settings: Settings, names: list[str], num_seeds: int
         comparison = compare(images, settings, names, range(num_seeds), advance)
         progress.update(task, description="training".ljust(18))
     return comparison
+
+
+def _facts() -> dict[str, Any]:
+    """When and on what the runs were made."""
+    return {
+        "date": date.today().isoformat(),
+        "processor": processor_name(),
+        "python": platform.python_version(),
+    }
 
 
 def _save_figure(comparison: Comparison, output: Path) -> str | None:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import warnings
-from importlib import metadata, resources
+from importlib import resources
 from typing import Annotated, Any
 
 import torch
@@ -18,6 +18,7 @@ import emp_fast
 from emp_fast.backends import BackendError, backend_status, resolve, use_backend
 from emp_fast.backends.native import load_native
 from emp_fast.cli.console import stdout
+from emp_fast.cli.machine import package_version, processor_name
 from emp_fast.functional import cross_entropy, topk_indices
 
 __all__ = ["doctor"]
@@ -53,11 +54,11 @@ def examine() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,  # with its build, which the metadata may lack
             "torch's CUDA": torch.version.cuda,
-            **{package: _version(package) for package in _PACKAGES},
+            **{package: package_version(package) for package in _PACKAGES},
         },
         "machine": {
             "system": platform.platform(),
-            "cpu": _cpu_name(),
+            "cpu": processor_name(),
             "threads": torch.get_num_threads(),
             "instruction set": _instruction_set(),
             "cuda devices": [_cuda_device(device) for device in devices[1:]],
@@ -119,24 +120,6 @@ def _reference_problem() -> str | None:
     if kept.tolist() != [0, 1, 3]:
         return f"it selected {kept.tolist()} where [0, 1, 3] are the highest"
     return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _cuda_device(device: torch.device) -> dict[str, Any]:
