@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from emp_fast import ops
+from emp_fast._torch_internals import forward_level
 from emp_fast._validation import (
     are_rows_and_ids,
     carried_type,
@@ -389,7 +389,7 @@ def _rows(
 
 def _wants_gradient(logits: Tensor) -> bool:
     """Also where forward-mode differentiation may want one: the autograd function then refuses."""
-    return (torch.is_grad_enabled() and logits.requires_grad) or forward_ad._current_level >= 0
+    return (torch.is_grad_enabled() and logits.requires_grad) or forward_level() >= 0
 
 
 def _score_rows(

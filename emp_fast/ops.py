@@ -16,11 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
 from torch.compiler import is_compiling
 
+from emp_fast._torch_internals import (
+    apply_past_transforms,
+    count_dispatch_modes,
+    innermost_transform,
+    is_profiled,
+    tracing_state,
+)
 from emp_fast.backends import reference, resolve
 from emp_fast.backends.base import (
     ROW_FIELDS,
@@ -69,19 +73,19 @@ def is_traced(tensor: Tensor) -> bool:
     """Whether ``tensor`` may stand for others: to a compiler, tracer, transform or mode, or by
     itself. What it holds must not decide anything then.
     """
-    return (
+    return bool(
         is_compiling()
         or type(tensor) is not Tensor
         or tensor.is_meta
-        or _len_torch_dispatch_stack() > 0
-        or _peek_interpreter_stack() is not None
-        or _get_tracing_state() is not None
+        or count_dispatch_modes()
+        or innermost_transform()
+        or tracing_state()
     )
 
 
 def _watched(tensor: Tensor) -> bool:
     """Whether something is to see the ops on ``tensor``: what traces it, or a profiler."""
-    return is_traced(tensor) or _profiler_enabled()
+    return is_traced(tensor) or bool(is_profiled())
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -227,13 +231,7 @@ class CrossEntropy(torch.autograd.Function):
         return _once(grad, grad_loss, logits), None, None, None, None, None
 
 
-def _past_functorch(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` past its search for a transform, which takes as long as the rest."""
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    return apply
-
-
-_apply_cross_entropy = _past_functorch(CrossEntropy)
+_apply_cross_entropy = apply_past_transforms(CrossEntropy)
 
 
 def cross_entropy_for_backward(
@@ -381,7 +379,7 @@ class CrossEntropyStep(torch.autograd.Function):
         return _once(grad, grad_mean, logits), *(None,) * 7
 
 
-_apply_cross_entropy_step = _past_functorch(CrossEntropyStep)
+_apply_cross_entropy_step = apply_past_transforms(CrossEntropyStep)
 
 
 def cross_entropy_step(logits: Tensor, *arguments: Any) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emp_fast._torch_internals import current_device, current_stream
+
 #: Whether Triton interprets its kernels on CPU tensors instead of compiling them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
@@ -38,7 +40,7 @@ def launch(
         kernel[grid](*pointers, *numbers, *constants)
         return
     types = tuple([None if pointer is None else pointer.dtype for pointer in pointers])
-    device = torch._C._cuda_getDevice()  # there are tensors: CUDA need not be started first
+    device = current_device()
     key = (id(kernel), device, types, constants, warps)
     binary = _binaries.get(key)
     if binary is None:
@@ -46,13 +48,13 @@ def launch(
         return
     # Of a tensor Triton asks the driver where it is, each time; not of an address.
     addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    stream = current_stream(device)
     binary[grid](*addresses, *numbers, *constants, stream=stream)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the device of ``tensor`` current: Triton launches on the current device."""
-    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
+    if not tensor.is_cuda or tensor.get_device() == current_device():
         return _HERE
     return torch.cuda.device(tensor.device)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emp_fast._torch_internals import current_device, current_stream
 from emp_fast.backends._gpu import empty_gradient, empty_scores, why_not_gpu
 from emp_fast.backends.base import (
     SCORE_FIELDS,
@@ -353,15 +354,13 @@ class CudaBackend(RowKernelsChoice, Backend):
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Makes ``device`` the current one; free when it is."""
-    # As torch.cuda.current_device(), which first sees to it that CUDA runs: there are tensors.
-    if device.index == torch._C._cuda_getDevice():
+    if device.index == current_device():
         return _HERE
     return torch.cuda.device(device)
 
 
 def _stream(device: torch.device) -> int:
-    """``torch.cuda.current_stream(device).cuda_stream``, without the object around it."""
-    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    stream: int = current_stream(device.index)
     return stream
 
 

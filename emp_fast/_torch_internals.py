@@ -1,0 +1,67 @@
+"""Parts of torch that are not public, used because every batch asks them.
+
+The public ways take a microsecond each, of about ten that a small batch takes. Each part has a
+stand-in that gives the same answer, or the safe one, for a torch that has it no more.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = [
+    "apply_past_transforms",
+    "count_dispatch_modes",
+    "current_device",
+    "current_stream",
+    "forward_level",
+    "innermost_transform",
+    "is_profiled",
+    "tracing_state",
+]
+
+
+def _inner(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch has under ``name``, else ``otherwise``."""
+    try:
+        found: Callable[..., Any] = operator.attrgetter(name)(torch)
+    except AttributeError:
+        return otherwise
+    return found
+
+
+def _perhaps() -> bool:
+    """Where torch cannot tell: something may look on, for which the longer way is right."""
+    return True
+
+
+#: The index of the current CUDA device. It does not start CUDA: who asks has a tensor there.
+current_device = _inner("_C._cuda_getDevice", torch.cuda.current_device)
+#: The handle of the current stream of the CUDA device of that index.
+current_stream = _inner(
+    "_C._cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+#: True where torch.jit traces.
+tracing_state = _inner("_C._get_tracing_state", _inner("jit.is_tracing", _perhaps))
+#: Above 0 within a TorchDispatchMode.
+count_dispatch_modes = _inner("_C._len_torch_dispatch_stack", _perhaps)
+#: True within a transform of torch.func.
+innermost_transform = _inner("_C._functorch.peek_interpreter_stack", _perhaps)
+#: True while a profiler records.
+is_profiled = _inner("_C._autograd._profiler_enabled", _perhaps)
+
+
+def forward_level() -> int:
+    """At least 0 where forward-mode differentiation may be on."""
+    level: int = getattr(forward_ad, "_current_level", 0)
+    return level
+
+
+def apply_past_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its search for a transform, which takes as long as the rest."""
+    plain = getattr(super(torch.autograd.Function, function), "apply", None)
+    return function.apply if plain is None else plain
