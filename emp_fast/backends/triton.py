@@ -6,7 +6,7 @@ kernels run through Triton's interpreter, slowly, for tests.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +30,46 @@ from emp_fast.kernels import philox as philox_kernels
 from emp_fast.kernels import plan, row_epilogue, score_loop, score_rows, score_tile
 from emp_fast.kernels import update_state as state_kernels
 
+#: The fields of `RowScores`, of which a launch may be given some.
+_Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_NO_OUTPUTS: _Outputs = (None, None, None, None)
+
 _FIELD_ROWS = {
     "loss": row_epilogue.LOSS_ROW.value,
     **{name: i for i, name in enumerate(ROW_FIELDS)},
 }
+
+
+class _Rows(NamedTuple):
+    """What is scored, as `Backend.cross_entropy` is given it."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    options: LossOptions
+
+    @property
+    def flags(self) -> tuple[bool, bool, bool]:
+        """SOFT, SMOOTH, SOFTCAP."""
+        options = self.options
+        soft = self.target.is_floating_point()
+        return soft, options.label_smoothing > 0, options.softcap > 0
+
+
+class _Wanted(NamedTuple):
+    """What a launch makes beside the scores."""
+
+    grad: Tensor | None = None  # [R, C], of ``scale * sum(row_scale * loss)``
+    row_scale: Tensor | None = None
+    scale: float = 1.0
+    update: tuple[Tensor, State, Recurrence] | None = None  # of which samples, and how
+
+    def weight_sum(self, rows: _Rows) -> Tensor | None:
+        """That of the classes, which the gradient of a smoothed, weighted loss needs."""
+        soft, smooth, _ = rows.flags
+        if rows.weight is None or self.grad is None or not smooth or soft:
+            return None
+        return rows.weight.sum()
 
 
 class TritonBackend(RowKernelsChoice, Backend):
@@ -74,18 +110,19 @@ class TritonBackend(RowKernelsChoice, Backend):
         scores = empty_scores(logits)
         if num_rows == 0:
             return scores
+        rows = _Rows(logits, target, weight, options)
         with device_of(logits):
             if num_classes <= plan.TILE_CLASSES:
-                self._score_whole(logits, target, weight, options, scores)
+                self._score_whole(rows, scores, _Wanted())
                 return scores
-            loop = _plan_loop(logits, target, options, grad=False)
+            loop = _plan_loop(rows, grad=False)
             if loop.parts == 1:
-                _score_loop(loop, logits, target, weight, options, scores)
+                _score_loop(loop, rows, scores, _Wanted())
                 return scores
             shape = (loop.parts, score_loop.PART_FIELDS.value, num_rows)
             parts = torch.empty(shape, dtype=torch.float32, device=logits.device)
-            _score_loop(loop, logits, target, weight, options, None, stats=True, parts=parts)
-            _merge_parts(loop, logits, target, weight, options, scores, parts)
+            _score_loop(loop, rows, _NO_OUTPUTS, _Wanted(), parts=parts)
+            _merge_parts(loop, rows, scores, parts)
         return scores
 
     def cross_entropy_backward(
@@ -100,20 +137,14 @@ class TritonBackend(RowKernelsChoice, Backend):
         grad = empty_gradient(logits)
         if logits.shape[0] == 0:
             return grad
-        # Only the rows are read: the other fields of a forward pass stay away.
-        known = RowScores(None, rows, None, None)  # type: ignore[arg-type]
-        gradient: dict[str, Any] = {
-            "grad": grad,
-            "row_scale": grad_loss,
-            "scale": 1.0,
-            "stats": False,
-        }
+        known = (None, rows, None, None)  # read, not written
+        given, wanted = _Rows(logits, target, weight, options), _Wanted(grad, grad_loss)
         with device_of(logits):
             if logits.shape[1] <= plan.TILE_CLASSES:
-                _score_tile(logits, target, weight, options, known, **gradient)
+                _score_tile(given, known, wanted, stats=False)
             else:
-                loop = _plan_loop(logits, target, options, grad=True)
-                _score_loop(loop, logits, target, weight, options, known, **gradient)
+                loop = _plan_loop(given, grad=True)
+                _score_loop(loop, given, known, wanted, stats=False)
         return grad
 
     def cross_entropy_step(
@@ -128,11 +159,12 @@ class TritonBackend(RowKernelsChoice, Backend):
         state: State,
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
+        rows = _Rows(logits, target, weight, options)
         num_rows, num_classes = logits.shape
-        soft, smooth, _ = _flags(target, options)
+        soft, smooth, _ = rows.flags
         most = plan.TILE_CLASSES if soft or smooth else plan.TILE_CLASSES_GRAD
         tile = num_classes <= most
-        loop = None if tile else _plan_loop(logits, target, options, grad=True)
+        loop = None if tile else _plan_loop(rows, grad=True)
         if num_rows == 0 or (loop is not None and loop.parts > 1):
             return super().cross_entropy_step(
                 logits, target, weight, options, row_scale, scale, indices, state, recurrence
@@ -141,16 +173,15 @@ class TritonBackend(RowKernelsChoice, Backend):
         _check_indices(indices, state)
         scores = empty_scores(logits)
         grad = empty_gradient(logits)
-        update = num_rows <= plan.STEP_UPDATE_ROWS and state.scores.shape[0] > 0
-        gradient: dict[str, Any] = {"grad": grad, "row_scale": row_scale, "scale": scale}
-        if update:
-            gradient["update"] = (indices, state, recurrence)
+        at_once = num_rows <= plan.STEP_UPDATE_ROWS and state.scores.shape[0] > 0
+        update = (indices, state, recurrence) if at_once else None
+        wanted = _Wanted(grad, row_scale, scale, update)
         with device_of(logits):
             if loop is None:
-                self._score_whole(logits, target, weight, options, scores, **gradient)
+                self._score_whole(rows, scores, wanted)
             else:
-                _score_loop(loop, logits, target, weight, options, scores, **gradient)
-        if not update:
+                _score_loop(loop, rows, scores, wanted)
+        if not at_once:
             fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
             direct = None if recurrence.direct is None else fields[recurrence.direct]
             signal = fields[recurrence.signal]
@@ -229,20 +260,13 @@ class TritonBackend(RowKernelsChoice, Backend):
                 launch(philox_kernels.philox, grid, (bits,), numbers, constants, 4)
         return bits
 
-    def _score_whole(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: LossOptions,
-        scores: RowScores,
-        **gradient: Any,
-    ) -> None:
-        """Scores, and what else is asked for, of rows that stay in registers."""
-        itemsize, grad = logits.element_size(), "grad" in gradient
-        served = weight is None and "update" not in gradient and not any(_flags(target, options))
+    def _score_whole(self, rows: _Rows, scores: RowScores, wanted: _Wanted) -> None:
+        """Scores, and what else is wanted, of rows that stay in registers."""
+        logits, grad = rows.logits, wanted.grad is not None
+        itemsize = logits.element_size()
+        served = rows.weight is None and wanted.update is None and not any(rows.flags)
         if served and self._prefers_rows(itemsize, grad):
-            rows = plan.plan_rows(
+            stepped = plan.plan_rows(
                 *logits.shape,
                 logits.stride(0),
                 logits.data_ptr() % plan.VECTOR_BYTES,
@@ -250,10 +274,10 @@ class TritonBackend(RowKernelsChoice, Backend):
                 multiprocessors(logits.device),
                 grad=grad,
             )
-            if rows is not None:
-                _score_rows(rows, logits, target, options, scores, **gradient)
+            if stepped is not None:
+                _score_rows(stepped, rows, scores, wanted)
                 return
-        _score_tile(logits, target, weight, options, scores, **gradient)
+        _score_tile(rows, scores, wanted)
 
     def _prefers_rows(self, itemsize: int, grad: bool) -> bool:
         """Whether the choice of row kernels is `score_rows` where it serves."""
@@ -265,82 +289,70 @@ class TritonBackend(RowKernelsChoice, Backend):
 # ---- scoring ------------------------------------------------------------------------------------
 
 
-def _score_rows(
-    rows: plan.RowsPlan,
-    logits: Tensor,
-    target: Tensor,
-    options: LossOptions,
-    scores: RowScores,
-    *,
-    grad: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    scale: float = 1.0,
-) -> None:
+def _score_rows(stepped: plan.RowsPlan, rows: _Rows, scores: RowScores, wanted: _Wanted) -> None:
+    logits = rows.logits
     num_rows, num_classes = logits.shape
-    pointers = (logits, target, *scores, grad, row_scale)
+    pointers = (logits, rows.target, *scores, wanted.grad, wanted.row_scale)
     numbers = (
         num_rows,
-        num_classes // rows.align,
-        logits.stride(0) // rows.align,
-        rows.steps,
-        options.ignore_index,
-        scale,
+        num_classes // stepped.align,
+        logits.stride(0) // stepped.align,
+        stepped.steps,
+        rows.options.ignore_index,
+        wanted.scale,
     )
     constants = (
-        rows.align,
-        rows.align * logits.element_size(),
-        rows.rows,
-        rows.block,
-        rows.segment,
+        stepped.align,
+        stepped.align * logits.element_size(),
+        stepped.rows,
+        stepped.block,
+        stepped.segment,
         plan.KEPT_ROWS,
     )
-    launch(score_rows.score_rows, (rows.grid, 1, 1), pointers, numbers, constants, rows.warps)
+    grid = (stepped.grid, 1, 1)
+    launch(score_rows.score_rows, grid, pointers, numbers, constants, stepped.warps)
 
 
-def _score_tile(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    scores: RowScores,
-    *,
-    stats: bool = True,
-    grad: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    scale: float = 1.0,
-    update: tuple[Tensor, State, Recurrence] | None = None,
-) -> None:
+def _score_tile(rows: _Rows, scores: _Outputs, wanted: _Wanted, *, stats: bool = True) -> None:
+    """stats: makes ``scores``; else it reads from them what the gradient needs."""
+    logits, target, weight, options = rows
     num_rows, num_classes = logits.shape
-    flags = _flags(target, options)
     tile = plan.plan_tile(
         num_rows,
         num_classes,
         logits.stride(0),
         logits.data_ptr() % plan.VECTOR_BYTES,
         logits.element_size(),
-        crowded=any(flags),
+        crowded=any(rows.flags),
     )
-    weight_sum = _weight_sum(weight, target, options, grad)
-    indices, state, rule, num_samples = _update_arguments(update)
-    pointers = (logits, target, weight, weight_sum, *scores, grad, row_scale, indices, *state)
+    indices, state, rule, num_samples = _update_arguments(wanted.update)
+    pointers = (
+        logits,
+        target,
+        weight,
+        wanted.weight_sum(rows),
+        *scores,
+        wanted.grad,
+        wanted.row_scale,
+        indices,
+        *state,
+    )
     numbers = (
         num_rows,
         num_classes // tile.align,
         logits.stride(0) // tile.align,
-        options.ignore_index,
-        options.label_smoothing,
-        options.softcap,
-        scale,
+        *options,
+        wanted.scale,
         num_samples,
         *rule,
     )
     constants = (
         tile.align,
         tile.align * logits.element_size(),
-        *flags,
+        *rows.flags,
         stats,
-        grad is not None,
-        update is not None,
+        wanted.grad is not None,
+        wanted.update is not None,
         tile.rows,
         tile.block,
         tile.segment,
@@ -351,31 +363,25 @@ def _score_tile(
 
 def _score_loop(
     loop: plan.LoopPlan,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    scores: RowScores | None,
+    rows: _Rows,
+    scores: _Outputs,
+    wanted: _Wanted,
     *,
     stats: bool = True,
     parts: Tensor | None = None,
-    grad: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    scale: float = 1.0,
-    update: tuple[Tensor, State, Recurrence] | None = None,
 ) -> None:
+    """stats: as of `_score_tile`. With ``parts`` it leaves the sums of each part of a row there."""
+    logits, target, weight, options = rows
     num_rows, num_classes = logits.shape
-    weight_sum = _weight_sum(weight, target, options, grad)
-    indices, state, rule, num_samples = _update_arguments(update)
-    outputs = (None,) * 4 if scores is None else scores
+    indices, state, rule, num_samples = _update_arguments(wanted.update)
     pointers = (
         logits,
         target,
         weight,
-        weight_sum,
-        *outputs,
-        grad,
-        row_scale,
+        wanted.weight_sum(rows),
+        *scores,
+        wanted.grad,
+        wanted.row_scale,
         indices,
         *state,
         parts,
@@ -386,10 +392,8 @@ def _score_loop(
         logits.stride(0) // loop.align,
         loop.shift,
         loop.part_tiles,
-        options.ignore_index,
-        options.label_smoothing,
-        options.softcap,
-        scale,
+        *options,
+        wanted.scale,
         num_samples,
         *rule,
     )
@@ -397,11 +401,11 @@ def _score_loop(
         loop.align,
         loop.shifted,
         loop.shifted_alike,
-        *_flags(target, options),
+        *rows.flags,
         stats,
         parts is not None,
-        grad is not None,
-        update is not None,
+        wanted.grad is not None,
+        wanted.update is not None,
         loop.unroll,
         loop.lanes,
         loop.vector,
@@ -410,38 +414,20 @@ def _score_loop(
     launch(score_loop.score_loop, grid, pointers, numbers, constants, loop.warps)
 
 
-def _merge_parts(
-    loop: plan.LoopPlan,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    scores: RowScores,
-    parts: Tensor,
-) -> None:
+def _merge_parts(loop: plan.LoopPlan, rows: _Rows, scores: RowScores, parts: Tensor) -> None:
+    logits, target, weight, options = rows
     num_rows, num_classes = logits.shape
     pointers = (logits, target, weight, *scores, parts)
-    numbers = (
-        num_rows,
-        num_classes,
-        logits.stride(0),
-        loop.parts,
-        options.ignore_index,
-        options.label_smoothing,
-        options.softcap,
-    )
-    constants = (*_flags(target, options)[1:], plan.merge_lanes(loop.parts))
+    numbers = (num_rows, num_classes, logits.stride(0), loop.parts, *options)
+    constants = (*rows.flags[1:], plan.merge_lanes(loop.parts))
     launch(score_loop.merge_parts, (num_rows, 1, 1), pointers, numbers, constants, 1)
 
 
-def _plan_loop(
-    logits: Tensor, target: Tensor, options: LossOptions, *, grad: bool
-) -> plan.LoopPlan:
-    num_rows, num_classes = logits.shape
-    soft, smooth, capped = _flags(target, options)
+def _plan_loop(rows: _Rows, *, grad: bool) -> plan.LoopPlan:
+    logits = rows.logits
+    soft, smooth, capped = rows.flags
     return plan.plan_loop(
-        num_rows,
-        num_classes,
+        *logits.shape,
         logits.stride(0),
         logits.data_ptr() % plan.VECTOR_BYTES,
         logits.element_size(),
@@ -451,19 +437,6 @@ def _plan_loop(
         capped=capped,
         grad=grad,
     )
-
-
-def _flags(target: Tensor, options: LossOptions) -> tuple[bool, bool, bool]:
-    """SOFT, SMOOTH, SOFTCAP."""
-    return target.is_floating_point(), options.label_smoothing > 0, options.softcap > 0
-
-
-def _weight_sum(
-    weight: Tensor | None, target: Tensor, options: LossOptions, grad: Tensor | None
-) -> Tensor | None:
-    if weight is None or grad is None or options.label_smoothing == 0 or target.is_floating_point():
-        return None
-    return weight.sum()
 
 
 def _check_target(logits: Tensor, target: Tensor, options: LossOptions) -> None:
