@@ -105,7 +105,7 @@ class Candidates:
         """
         groups = self.groups if groups is None else groups
         if groups is None:
-            own = torch.tensor([len(self)]) if mask is None else mask.sum().view(1)
+            own = torch.tensor([len(self)]) if mask is None else torch.count_nonzero(mask).view(1)
         else:
             members = groups if mask is None else groups[mask]
             own = torch.bincount(members, minlength=num_groups or self.num_groups)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from emp_fast import ops  # noqa: F401  (registers the ops)
 
-_BLOCK = 1 << 22  # samples a step of the integer arithmetic: bounds its int64 temporaries to 32 MiB
+#: Samples a step of the integer arithmetic, which bounds its temporaries of 8 bytes a sample: on a
+#: GPU to 32 MiB; on the CPU to 2 MiB, which the allocator reuses, where it would return larger ones
+#: to the system and fault every page in again at the next step.
+_GPU_BLOCK, _CPU_BLOCK = 1 << 22, 1 << 18
 _LARGEST_FLOAT_PATTERN = 0x7F800000  # the bit pattern of +inf; all below it are finite, in order
 
 
@@ -38,9 +41,10 @@ def random_keys(
     Not uniform as numbers; their order is a uniform one, with ties one in 2**31.
     """
     keys = torch.empty(n, dtype=torch.int32, device=device)
-    for low in range(0, n, _BLOCK):
-        bits = _bits(min(_BLOCK, n - low), seed, epoch, stream, start + low, device)
-        keys[low : low + _BLOCK] = ((bits * _LARGEST_FLOAT_PATTERN) >> 32).to(torch.int32)
+    block = _block(device)
+    for low in range(0, n, block):
+        bits = _bits(min(block, n - low), seed, epoch, stream, start + low, device)
+        keys[low : low + block] = ((bits * _LARGEST_FLOAT_PATTERN) >> 32).to(torch.int32)
     return keys.view(torch.float32)
 
 
@@ -53,11 +57,16 @@ def gumbel(
     devices in the last bit, which could swap two samples at the threshold.
     """
     noise = torch.empty(n, dtype=torch.float32, device=device)
-    for low in range(0, n, _BLOCK):
-        bits = _bits(min(_BLOCK, n - low), seed, epoch, stream, start + low, device)
+    block = _block(device)
+    for low in range(0, n, block):
+        bits = _bits(min(block, n - low), seed, epoch, stream, start + low, device)
         uniform = (bits.double() + 0.5) * 2.0**-32
-        noise[low : low + _BLOCK] = -_exact_log(-_exact_log(uniform))
+        noise[low : low + block] = -_exact_log(-_exact_log(uniform))
     return noise
+
+
+def _block(device: torch.device) -> int:
+    return _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
 
 
 def _bits(

@@ -24,7 +24,7 @@ def test_keys_are_finite_floats_in_uniform_order():
 def test_a_sample_draws_the_same_wherever_the_range_starts(monkeypatch):
     whole = keys(1000)
     assert torch.equal(whole[300:700], keys(400, start=300))
-    monkeypatch.setattr("emp_fast.random._BLOCK", 64)
+    monkeypatch.setattr("emp_fast.random._CPU_BLOCK", 64)
     assert torch.equal(whole, keys(1000))
 
 

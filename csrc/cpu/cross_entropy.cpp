@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <numeric>
+#include <vector>
 
 #include "address.h"
 #include "cpu/bindings.h"
@@ -80,9 +81,10 @@ double weighted_sum(const float* values, const float* scale, int64_t rows) {
   return std::accumulate(parts, parts + kParts, 0.0);
 }
 
-Problem make_problem(Address logits, int dtype, int64_t row_stride, int64_t rows, int64_t classes,
-                     Address target, bool soft, Address weight, int64_t ignore_index,
-                     double label_smoothing, double softcap) {
+// weight_before: holds what the problem points to.
+Problem make_problem(std::vector<double>& weight_before, Address logits, int dtype,
+                     int64_t row_stride, int64_t rows, int64_t classes, Address target, bool soft,
+                     Address weight, int64_t ignore_index, double label_smoothing, double softcap) {
   Problem problem{};
   problem.logits = pointer<const void>(logits);
   problem.dtype = static_cast<Dtype>(dtype);
@@ -95,7 +97,11 @@ Problem make_problem(Address logits, int dtype, int64_t row_stride, int64_t rows
   problem.weight_sum = static_cast<double>(classes);
   if (problem.weight && label_smoothing > 0) {
     problem.weight_sum = 0;
-    for (int64_t j = 0; j < classes; ++j) problem.weight_sum += problem.weight[j];
+    for (int64_t j = 0; j < classes; ++j) {
+      if (j % kWeightStep == 0) weight_before.push_back(problem.weight_sum);
+      problem.weight_sum += problem.weight[j];
+    }
+    problem.weight_before = weight_before.data();
   }
   problem.ignore_index = ignore_index;
   problem.label_smoothing = static_cast<float>(label_smoothing);
@@ -109,8 +115,10 @@ int64_t cross_entropy(Address logits, int dtype, int64_t row_stride, int64_t row
                       double label_smoothing, double softcap, Address loss, Address fields,
                       Address correct, Address count, bool for_backward, int threads) {
   py::gil_scoped_release released;
-  const Problem problem = make_problem(logits, dtype, row_stride, rows, classes, target, soft,
-                                       weight, ignore_index, label_smoothing, softcap);
+  std::vector<double> weight_before;
+  const Problem problem =
+      make_problem(weight_before, logits, dtype, row_stride, rows, classes, target, soft, weight,
+                   ignore_index, label_smoothing, softcap);
   const ScoreOutputs out{pointer<float>(loss), pointer<float>(fields), pointer<bool>(correct),
                          pointer<int32_t>(count), for_backward};
   const ScoreKernels& kernels = score_kernels(active_isa());
@@ -132,8 +140,10 @@ void cross_entropy_backward(Address logits, int dtype, int64_t row_stride, int64
                             int64_t ignore_index, double label_smoothing, double softcap,
                             Address grad_loss, Address fields, Address grad, int threads) {
   py::gil_scoped_release released;
-  const Problem problem = make_problem(logits, dtype, row_stride, rows, classes, target, soft,
-                                       weight, ignore_index, label_smoothing, softcap);
+  std::vector<double> weight_before;
+  const Problem problem =
+      make_problem(weight_before, logits, dtype, row_stride, rows, classes, target, soft, weight,
+                   ignore_index, label_smoothing, softcap);
   const GradientInputs in{pointer<const float>(grad_loss), pointer<const float>(fields)};
   const ScoreKernels& kernels = score_kernels(active_isa());
   parallel_ranges(rows, rows_per_range(problem, kernels, threads), threads,
@@ -159,8 +169,10 @@ int cross_entropy_step(Address logits, int dtype, int64_t row_stride, int64_t ro
                        double variance_scale, Address mean, Address grad, Address workspace,
                        int threads) {
   py::gil_scoped_release released;
-  const Problem problem = make_problem(logits, dtype, row_stride, rows, classes, target, soft,
-                                       weight, ignore_index, label_smoothing, softcap);
+  std::vector<double> weight_before;
+  const Problem problem =
+      make_problem(weight_before, logits, dtype, row_stride, rows, classes, target, soft, weight,
+                   ignore_index, label_smoothing, softcap);
   // Row 0 is the loss, then come the fields: as `signal` and `direct` count them.
   float* values = pointer<float>(workspace);
   float* grad_loss = values + (1 + kFields) * rows;

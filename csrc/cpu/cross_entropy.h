@@ -8,6 +8,8 @@
 
 namespace emp_fast::cpu {
 
+constexpr int64_t kWeightStep = 1024;
+
 struct Problem {
   const void* logits;  // [rows, classes], unit stride along the classes
   Dtype dtype;
@@ -18,6 +20,9 @@ struct Problem {
   const float* soft_target;  // [rows, classes] probabilities, or null
   const float* weight;       // [classes], or null
   double weight_sum;         // the number of classes without weights
+  // [ceil(classes / kWeightStep)] with weights and label smoothing: the sum of the weights before
+  // each multiple of kWeightStep.
+  const double* weight_before;
   int64_t ignore_index;
   float label_smoothing;
   float softcap;  // 0: none

@@ -17,6 +17,7 @@ namespace {
 // At most 16 KiB of floats, and at most 256 terms a lane: the rounding of a sum grows with its
 // terms.
 constexpr int64_t kBlock = 256 * kLanes;
+static_assert(kBlock % kWeightStep == 0);
 
 // The class ids of a group of rows; a row without one is computed as class 0 and not written as
 // such.
@@ -202,10 +203,16 @@ EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Ro
                                            int64_t y) {
   const Problem& problem = logits.problem;
   Accumulated result{SoftmaxSums<Floats>::empty(), broadcast(0.0f)};
-  double weight_before = 0;
   for (int64_t start = 0; start < problem.classes; start += kBlock) {
     const int64_t size = std::min(kBlock, problem.classes - start);
     const float* weight = problem.weight ? problem.weight + start : nullptr;
+    double weight_before = 0;  // of the classes before this block, without y
+    if (problem.label_smoothing > 0 && weight == nullptr) {
+      weight_before = static_cast<double>(start - (y < start));
+    } else if (problem.label_smoothing > 0) {
+      weight_before =
+          problem.weight_before[start / kWeightStep] - (y < start ? problem.weight[y] : 0.0f);
+    }
     const void* ahead = row + start + kBlock;
     if constexpr (Rows::kHasCap) {  // a tanh each: once
       alignas(64) float capped[kBlock];
@@ -221,14 +228,6 @@ EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Ro
     } else {
       accumulate_block(result, Block<Rows>{logits, row + start, size, y - start}, problem, weight,
                        weight_before, ahead);
-    }
-    if (problem.label_smoothing > 0) {
-      const int64_t y_here = y - start;
-      const bool has_y = y_here >= 0 && y_here < size;
-      if (weight == nullptr) weight_before += static_cast<double>(size - has_y);
-      for (int64_t i = 0; weight != nullptr && i < size; ++i) {
-        weight_before += i == y_here ? 0.0 : weight[i];
-      }
     }
   }
   return result;
@@ -375,13 +374,38 @@ int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t beg
 
 // The class of the largest probability, the lowest such; the first NaN is larger than any.
 int64_t largest_class(const float* t, int64_t classes) {
-  int64_t best = 0;
-  for (int64_t j = 0; j < classes; ++j) {
-    if (t[j] != t[j]) return j;
-    if (t[j] > t[best]) best = j;
+  Floats max = broadcast(kMinusInfinity);
+  Mask nan = is_nan(max);
+  for (int64_t j = 0; j < classes; j += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, classes - j);
+    const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(count));
+    const Floats some = count == kLanes ? load(t + j) : read_some<Float32>(t + j, count);
+    const Floats x = choose(present, some, broadcast(kMinusInfinity));
+    nan = nan | is_nan(x);
+    max = larger(x, max);
   }
-  return best;
+  int64_t j = 0;
+  if (any(nan)) {
+    while (t[j] == t[j]) ++j;
+    return j;
+  }
+  max = reduce_lanes(max, Larger{});
+  while (j + kLanes <= classes && !any(load(t + j) == max)) j += kLanes;
+  while (t[j] != max.v[0]) ++j;
+  return j;
 }
+
+// A sum whose error does not grow with its terms (W. Kahan).
+struct CompensatedSum {
+  Floats sum = broadcast(0.0f), lost = broadcast(0.0f);
+
+  EMP_FAST_INLINE void add(Floats x) {
+    const Floats term = x - lost;
+    const Floats next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
+  }
+};
 
 // t' of label smoothing and class weights.
 EMP_FAST_INLINE Floats effective_target(const Problem& problem, Floats t, const float* weight,
@@ -498,19 +522,22 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       t_row = problem.soft_target + r * classes;
       y = largest_class(t_row, classes);
       // Compensated: next to t'_y close to T, the rounding of a plain sum is what the gradient of
-      // the target would consist of.
-      Floats sum = broadcast(0.0f), lost = broadcast(0.0f);
-      for (int64_t j = 0; j < classes; j += kLanes) {
-        const int64_t size = std::min<int64_t>(kLanes, classes - j);
-        const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
-        const float* weight = problem.weight ? problem.weight + j : nullptr;
-        const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
-        const Floats share = effective_target(problem, t, weight, size);
-        const Floats term = choose(present, share, broadcast(0.0f)) - lost;
-        const Floats next = sum + term;
-        lost = (next - sum) - term;
-        sum = next;
+      // the target would consist of. Four sums, which do not wait for each other.
+      constexpr int64_t kSums = 4;
+      CompensatedSum sums[kSums];
+      for (int64_t start = 0; start < classes; start += kSums * kLanes) {
+        for (int64_t k = 0; k < kSums; ++k) {
+          const int64_t j = start + k * kLanes;
+          const int64_t size = std::clamp<int64_t>(classes - j, 0, kLanes);
+          if (size == 0) break;
+          const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+          const float* weight = problem.weight ? problem.weight + j : nullptr;
+          const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
+          const Floats share = effective_target(problem, t, weight, size);
+          sums[k].add(choose(present, share, broadcast(0.0f)));
+        }
       }
+      const Floats sum = (sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum);
       total = reduce_lanes(sum, Add{}).v[0];
       const float* weight = problem.weight ? problem.weight + y : nullptr;
       u_y = effective_target(problem, broadcast(t_row[y]), weight, 1).v[0];

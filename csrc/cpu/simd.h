@@ -147,6 +147,18 @@ EMP_FAST_INLINE Floats square_root(Floats x) {
 
 #endif
 
+EMP_FAST_INLINE bool any(Mask mask) {
+#if defined(__AVX512F__)
+  return mask.v != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask.v)) != 0;
+#else
+  int32_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= mask.v[i];
+  return lanes != 0;
+#endif
+}
+
 EMP_FAST_INLINE Floats absolute(Floats x) { return from_bits(bits_of(x) & 0x7FFFFFFF); }
 EMP_FAST_INLINE Floats with_sign_of(Floats magnitude, Floats sign) {
   return from_bits(bits_of(magnitude) | (bits_of(sign) & INT32_MIN));
