@@ -93,7 +93,10 @@ def cross_entropy(
     if offsets is None and not _wants_gradient(logits) and logits.dim() == 2:
         return SampleStats(*ops.scores(*arguments))
     starts = checked_offsets(offsets, logits)
-    return _per_sample(_score_rows(*arguments), logits.shape[:-1], starts)
+    shape: Sequence[int] = logits.shape[:-1]
+    if len(shape) == 2 and shape[0] > 0:  # with `_with_gaps` there may be more positions
+        shape = (shape[0], arguments[0].shape[0] // shape[0])
+    return _per_sample(_score_rows(*arguments), shape, starts)
 
 
 def cross_entropy_step(
@@ -380,11 +383,50 @@ def _rows(
     target = checked_target(logits.shape, logits.dtype, logits.device, target)
     class_weight = checked_weight(weight, num_classes, logits)
     ignore_index, smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)
+    if logits.dim() == 3:
+        logits, target = _with_gaps(logits, target, ignore_index)
     rows = logits if logits.dim() == 2 else logits.flatten(0, 1)
     if rows.stride(-1) != 1 and num_classes > 1:
         rows = rows.contiguous()
     flat_target = target if logits.dim() == 2 else target.flatten(0, 1)
     return rows, flat_target, class_weight, ignore_index, smoothing, cap
+
+
+def _with_gaps(
+    logits: Tensor,  # [S, T, C]
+    target: Tensor,  # [S, T], or probabilities
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """The same with few more positions, all of them ignored, that make rows of it without a copy.
+
+    So it can be for ``logits[:, :-1]``, the logits of a language model without those that have no
+    label: the copy would cost several times as much as the scores.
+    """
+    samples, positions, classes = logits.shape
+    sequence, row, column = logits.stride()
+    if (
+        ops.is_traced(logits)
+        or target.dim() != 2
+        or samples < 2
+        or column != 1
+        or row < classes
+        or sequence % row != 0
+        # How many rows between are worth it, and none where the sequences touch.
+        or not 0 < sequence // row - positions <= positions // 8
+    ):
+        return logits, target
+    between = sequence // row - positions
+    start, end = logits.storage_offset(), logits.untyped_storage().nbytes() // logits.itemsize
+    # Rows in front of the positions, where the memory ends behind them: that of logits[:, 1:].
+    front = max(0, -((end - start - samples * sequence + row - classes) // row))
+    if front > between or start < front * row:
+        return logits, target
+    if target.device.type == "cpu":  # the op would do, but say where among the rows with gaps
+        check_target_range(target.flatten(), classes, ignore_index)
+    filled = target.new_full((samples, positions + between), ignore_index)
+    filled.narrow(1, front, positions).copy_(target)
+    rows: Tensor = ops.WithGaps.apply(logits, front)  # type: ignore[no-untyped-call]
+    return rows, filled
 
 
 def _wants_gradient(logits: Tensor) -> bool:

@@ -244,6 +244,27 @@ def cross_entropy_for_backward(
     return apply(logits, *arguments)
 
 
+class WithGaps(torch.autograd.Function):
+    """The positions [S, T, C] of sequences with the rows that lie between them in memory, as
+    [S, P, C]: P rows a sequence without a hole, the positions from ``front`` on.
+
+    No copy; the gradient of the rows between is dropped. What they hold must not matter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, front: int) -> Tensor:
+        samples, ctx.positions, classes = logits.shape
+        ctx.front = front
+        sequence, row, column = logits.stride()
+        start = logits.storage_offset() - front * row
+        shape = samples, sequence // row, classes
+        return logits.as_strided(shape, (sequence, row, column), start)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.narrow(1, ctx.front, ctx.positions), None
+
+
 # ---- scoring, gradient and state in one ---------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import SampleStats
-from emp_fast.functional import cross_entropy
+from emp_fast.functional import _with_gaps, cross_entropy
 from emp_fast.testing import ATOL, CASES, RTOL, Case, make, oracle
 
 FLOAT_FIELDS = ("loss", "entropy", "el2n", "margin", "confidence")
@@ -449,6 +449,43 @@ def test_a_sequence_is_correct_only_when_all_its_positions_are(backend: str) -> 
     logits = torch.eye(3).expand(2, 3, 3)
     target = torch.tensor([[0, 1, 2], [0, 1, 0]])
     assert cross_entropy(logits, target).correct.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("cut", "copied"),
+    [
+        (slice(None, -1), False),  # the logits that have a next token
+        (slice(1, None), False),
+        (slice(1, -1), False),
+        (slice(None, 9), True),  # more rows between than it is worth
+    ],
+)
+def test_sequences_with_rows_between_are_scored_where_they_lie(
+    cut: slice, copied: bool, backend: str
+) -> None:
+    whole = torch.randn(3, 33, 11)
+    between = torch.ones(33, dtype=torch.bool)
+    between[cut] = False
+    whole[:, between] = torch.nan  # is read by nobody
+    target = torch.randint(0, 11, (3, 33))[:, cut]
+    target[1, 4] = -100
+    options = {"label_smoothing": 0.1, "weight": torch.rand(11)}
+    results = []
+    for prepare in (torch.Tensor.view_as, lambda part, _: part.clone()):
+        leaf = whole.clone().requires_grad_()
+        logits = prepare(leaf[:, cut], leaf[:, cut])
+        stats = cross_entropy(logits, target, **options)
+        scale = torch.arange(1.0, 4.0)
+        results.append((*stats, *torch.autograd.grad((stats.loss * scale).sum(), leaf)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+    rows, _ = _with_gaps(whole[:, cut], target, -100)
+    shares = rows.flatten(0, 1).untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    assert shares != copied
+    wrong = target.clone()
+    wrong[2, 3] = 11
+    with pytest.raises(IndexError, match=f"got 11 at position {2 * target.shape[1] + 3}"):
+        cross_entropy(whole[:, cut], wrong)
 
 
 def test_packed_samples_equal_the_padded_ones(backend: str) -> None:
