@@ -65,7 +65,7 @@ def outcomes(
 
 
 def assert_same_state(store: emp_fast.ScoreStore, other: emp_fast.ScoreStore) -> None:
-    tensors, others = store._tensors(), other._tensors()
+    tensors, others = store.state_dict()["tensors"], other.state_dict()["tensors"]
     assert tensors.keys() == others.keys()
     for name in tensors:
         ours, theirs = (
@@ -84,7 +84,7 @@ def assert_same_on_all_ranks(value: Any) -> None:
 def state_bytes(store: emp_fast.ScoreStore) -> list[Any]:
     return [
         (name, tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        for name, tensor in store._tensors().items()
+        for name, tensor in store.state_dict()["tensors"].items()
     ] + [store.rows_seen]
 
 

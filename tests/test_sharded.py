@@ -111,7 +111,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 def assert_own_rows_equal(store: ShardedScoreStore, alone: ScoreStore) -> None:
     own = slice(store.owned_range.start, store.owned_range.stop)
-    tensors, others = store._shard._tensors(), alone._tensors()
+    tensors, others = store.state_dict()["tensors"], alone.state_dict()["tensors"]
     assert tensors.keys() == others.keys()
     for name in tensors:
         if name != "counters":
@@ -531,6 +531,7 @@ def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> 
         ({"num_samples": 5}, r"state\[0\]\['num_samples'\] must be 1003, got 5"),
         ({"rule": "Loss()"}, r"state\[0\]\['rule'\] must be 'EMP"),
         ({"rows_seen": None}, r"state\[0\]\['rows_seen'\] must be a count, got None"),
+        ({"start": False}, r"state\[0\]\['start'\] must be a count, got False"),
         ({"stop": N + 1}, r"state\[0\] must hold a range within \[0, 1003\], got 0 to 1004"),
         ({"start": 10}, r"state\[0\]\['tensors'\]\['scores'\] must be .* \(993,\), got"),
         ({"tensors": {}}, r"state\[0\]\['tensors'\] must hold .*'scores'.*, got \[\]"),
@@ -542,10 +543,10 @@ def test_damaged_snapshots_are_refused_whole(damage: dict[str, Any], message: st
     batch = torch.arange(0, N, 3)
     store.update(batch, stats_of(batch, 0))
     state = ShardedScoreStore(N).state_dict() | damage
-    before = {name: tensor.clone() for name, tensor in store._shard._tensors().items()}
+    before = store.state_dict()["tensors"]
     with pytest.raises(ValueError, match=message):
         store.load_state_dict(state)
-    for name, tensor in store._shard._tensors().items():
+    for name, tensor in store.state_dict()["tensors"].items():
         assert torch.equal(tensor, before[name])
 
 
@@ -555,7 +556,7 @@ def test_snapshots_must_hold_every_sample_once_and_be_of_one_moment() -> None:
     def piece(start: int, stop: int, rows_seen: int = 0) -> dict[str, Any]:
         tensors = {
             name: tensor if name == "counters" else tensor[start:stop]
-            for name, tensor in store._shard._tensors().items()
+            for name, tensor in store.state_dict()["tensors"].items()
         }
         span = {"start": start, "stop": stop, "rows_seen": rows_seen}
         return {**store.state_dict(), **span, "tensors": tensors}
