@@ -28,7 +28,7 @@ from torch import Tensor
 from emp_fast import random
 from emp_fast._validation import checked_int, is_real
 from emp_fast._warnings import EmpFastWarning
-from emp_fast.collectives import world_size_of
+from emp_fast.distributed.ranks import world_size_of
 from emp_fast.policies import Balance, Policy
 from emp_fast.random import Stream
 from emp_fast.selection import Selection

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from emp_fast._validation import is_plain_int
-from emp_fast.collectives import rank_of, world_size_of
+from emp_fast.distributed.ranks import rank_of, world_size_of
 from emp_fast.epochs import Progress
 
 __all__ = ["DistributedEpochSampler", "EpochIterator", "EpochSampler"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from emp_fast._warnings import EmpFastWarning
+from emp_fast.distributed.replicas import Replicas
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Candidates, Policy, TopK, choose
-from emp_fast.replicas import Replicas
 from emp_fast.row_count import RowCount
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, StepOptions, checked_store_arguments
@@ -40,7 +40,8 @@ class ScoreStore:
     Attributes:
         num_samples: N.
         rule: as it was given.
-        replicas: what the ranks of `merge` know of each other; see `emp_fast.replicas.Replicas`.
+        replicas: what the ranks of `merge` know of each other; a
+            `emp_fast.distributed.replicas.Replicas`.
 
     Raises:
         ValueError: num_samples is below 1, the rule does not fit it, or there is no such device;

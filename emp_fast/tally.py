@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emp_fast.collectives import Ranks
+from emp_fast.distributed.ranks import Ranks
 from emp_fast.files import FileProblem, write_atomically
 from emp_fast.functional import SampleStats
 from emp_fast.snapshots import Form, require_form

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import emp_fast
-from emp_fast import collectives, merging, rules
+from emp_fast import rules
+from emp_fast.distributed import merging
+from emp_fast.distributed import ranks as collectives
 
 SIZES = tuple(range(1, 9))
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from emp_fast._validation import checked_integers
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends.base import check_index_range
-from emp_fast.collectives import Ranks, rank_of, same_group, world_size_of
-from emp_fast.exchange import Layout, layout_of, pack_rows, row_bytes, unpack_rows
+from emp_fast.distributed.exchange import Layout, layout_of, pack_rows, row_bytes, unpack_rows
+from emp_fast.distributed.ranks import Ranks, rank_of, same_group, world_size_of
+from emp_fast.distributed.sharded_candidates import ShardedCandidates
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK, choose
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, checked_indices, checked_store_arguments
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import check_chosen, checked_selection
-from emp_fast.sharded_selection import ShardedCandidates
 from emp_fast.snapshots import checked_count, checked_tensors, require_entries, store_facts
 
 __all__ = ["ShardedScoreStore"]

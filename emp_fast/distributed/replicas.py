@@ -11,8 +11,8 @@ from torch import Tensor
 
 from emp_fast._validation import is_plain_int
 from emp_fast._warnings import EmpFastWarning
-from emp_fast.collectives import Ranks, rank_of, world_size_of
-from emp_fast.merging import merge_rows
+from emp_fast.distributed.merging import merge_rows
+from emp_fast.distributed.ranks import Ranks, rank_of, world_size_of
 from emp_fast.row_count import RowCount
 from emp_fast.sample_state import SampleState
 from emp_fast.snapshots import Form, is_of_form, store_facts
