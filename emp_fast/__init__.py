@@ -13,6 +13,7 @@ from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends import BackendError, use_backend
 from emp_fast.checkpoints import load_checkpoint, save_checkpoint
 from emp_fast.data import collate_with_indices, with_indices
+from emp_fast.distributed import ShardedScoreStore
 from emp_fast.files import FileProblem
 from emp_fast.functional import SampleStats
 from emp_fast.in_batch import select_in_batch
@@ -20,7 +21,6 @@ from emp_fast.policies import Policy
 from emp_fast.pruner import Pruner
 from emp_fast.rules import Rule
 from emp_fast.selection import Selection
-from emp_fast.sharded import ShardedScoreStore
 from emp_fast.static import score_dataset
 from emp_fast.store import ScoreStore
 

@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 
 from emp_fast import random
-from emp_fast._validation import checked_int, checked_integers, is_real
+from emp_fast._validation import checked_int, is_real
 from emp_fast._warnings import EmpFastWarning
-from emp_fast.collectives import world_size_of
+from emp_fast.distributed.ranks import world_size_of
 from emp_fast.policies import Balance, Policy
 from emp_fast.random import Stream
 from emp_fast.selection import Selection
+from emp_fast.selection_checks import checked_labels
+from emp_fast.snapshots import checked_count
 from emp_fast.store import ScoreStore
 
 __all__ = ["Plan", "Progress", "SavedProgress", "Schedule"]
@@ -193,11 +195,9 @@ class Progress:
         self.store = store
         self.schedule = schedule
         self.seed = seed
-        self.labels = None if labels is None else checked_integers("labels", labels)
-        if self.labels is not None:
-            store._checked_labels(self.labels)
+        self.labels = None if labels is None else checked_labels(labels, store.num_samples)
         self.process_group = process_group
-        store._process_group = process_group
+        store.replicas.process_group = process_group
         self._balance = balance
         self._digest: str | None = None  # of the labels
         self.plan: Plan | None = None
@@ -387,7 +387,7 @@ class Progress:
 
     def _samples_seen(self) -> int:
         """By all ranks: as they said in the last merge, and since then as many as this rank."""
-        merged = self.store._merged.rows_seen if self._world_size() > 1 else 0
+        merged = self.store.replicas.rows_seen if self._world_size() > 1 else 0
         return merged + (self.store.rows_seen - merged) * self._world_size()
 
     # ---- plans ----------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ class Progress:
         if self._world_size() == 1:
             return
         epoch = self.epoch if epoch is None else epoch
-        self.store._merge(
+        self.store.replicas.merge(
             {
                 "epoch": epoch,
                 "seed": self.seed,
@@ -475,11 +475,8 @@ class Progress:
         Raises:
             ValueError: it is damaged, or of another data set.
         """
-        epoch, position = state.get("epoch"), state.get("position")
-        if not isinstance(epoch, int) or epoch < 0:
-            raise ValueError(f"state['epoch'] must be a count, got {epoch!r}")
-        if not isinstance(position, int) or position < 0:
-            raise ValueError(f"state['position'] must be a count, got {position!r}")
+        epoch = checked_count("state['epoch']", state.get("epoch"))
+        position = checked_count("state['position']", state.get("position"))
         selection = self._checked_selection(state.get("indices"), state.get("weights"), position)
         if selection is None:
             return SavedProgress(epoch, position, None)

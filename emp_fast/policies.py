@@ -47,7 +47,7 @@ _MOST_BINS = 1 << 20  # of Stratified: more take minutes and gigabytes
 class Candidates:
     """What a policy chooses from: N samples in G groups (classes), and the tools to choose exactly.
 
-    Its tensors may hold the samples of one rank alone (`emp_fast.sharded_selection`). Whatever a
+    Its tensors may hold the samples of one rank alone (`ShardedCandidates`). Whatever a
     policy decides across samples it asks for here, in the same order on every rank, and never sums
     or ranks those tensors itself: then it selects the same samples however they are spread.
 

@@ -14,9 +14,11 @@ from emp_fast.epochs import Progress, Schedule
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK, check_balance
 from emp_fast.rules import EMP, Rule
+from emp_fast.sample_state import by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
 from emp_fast.selection import Selection
-from emp_fast.store import ScoreStore, by_name, require_state
+from emp_fast.snapshots import require_entries, require_state
+from emp_fast.store import ScoreStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,7 +147,7 @@ class Pruner:
         if offsets is None and not extra:
             row_scale = self.weights(indices) if self._weighs() else None
             options = weight, ignore_index, label_smoothing, softcap
-            mean = self.store._loss_and_update(logits, target, indices, row_scale, *options)
+            mean = self.store.loss_and_update(logits, target, indices, row_scale, options)
             if mean is not None:
                 return mean
         stats = functional.cross_entropy(
@@ -412,9 +414,7 @@ class Pruner:
         """
         require_state(state)
         wanted = {"format": _FORMAT, "seed": self.seed, "policy": repr(self.policy)}
-        for name, value in wanted.items():
-            if state.get(name) != value:
-                raise ValueError(f"state[{name!r}] must be {value!r}, got {state.get(name)!r}")
+        require_entries("state", state, wanted)
         saved = self.progress.checked_state(state)
         store = state.get("store")
         if not isinstance(store, Mapping):

@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
-from emp_fast.collectives import rank_of, world_size_of
+from emp_fast._validation import is_plain_int
+from emp_fast.distributed.ranks import rank_of, world_size_of
 from emp_fast.epochs import Progress
 
 __all__ = ["DistributedEpochSampler", "EpochIterator", "EpochSampler"]
@@ -181,14 +182,14 @@ class EpochIterator(Iterator[int]):
             self._over = True
             return
         if epoch != self._plan.epoch:
-            plan = self._progress.go_back(epoch) if isinstance(epoch, int) else None
+            plan = self._progress.go_back(epoch) if is_plain_int(epoch) else None
             if plan is None:
                 raise ValueError(
                     f"state['epoch'] must be {self._plan.epoch} as in this iterator, got "
                     f"{epoch!r}; restore the pruner's own state first"
                 )
             self._plan = plan
-        if not isinstance(position, int) or not 0 <= position <= len(self._plan):
+        if not is_plain_int(position) or not 0 <= position <= len(self._plan):
             raise ValueError(
                 f"state['position'] must lie in [0, {len(self._plan)}], got {position!r}"
             )

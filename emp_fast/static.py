@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from emp_fast._validation import checked_device, is_plain_int, is_real
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.batches import moved, rebatched, score_by_logits
-from emp_fast.collectives import Ranks, rank_of
 from emp_fast.data import IndexedDataset
+from emp_fast.distributed.ranks import Ranks, rank_of
 from emp_fast.files import check_writable, write_columns
 from emp_fast.functional import SampleStats
 from emp_fast.rules import EMP, Rule
-from emp_fast.store import single_visit_scores
+from emp_fast.sample_state import single_visit_scores
 from emp_fast.tally import Tally
 
 if TYPE_CHECKING:

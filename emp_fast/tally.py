@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emp_fast.collectives import Ranks
+from emp_fast.distributed.ranks import Ranks
 from emp_fast.files import FileProblem, write_atomically
 from emp_fast.functional import SampleStats
+from emp_fast.snapshots import Form, require_form
 
 __all__ = ["Tally"]
 
@@ -148,14 +149,6 @@ class Tally:
 
     def _check_fits(self, done: object, tensors: Mapping[str, object]) -> None:
         """Raises ValueError or KeyError unless these can take the place of what is here."""
-        wanted = {"done": self.done, **self._tensors}
-        found = {"done": done, **{name: tensors[name] for name in self._tensors}}
-        for name, tensor in wanted.items():
-            value = found[name]
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{name} is {value!r}")
-            if value.dtype != tensor.dtype or value.shape != tensor.shape:
-                raise ValueError(
-                    f"{name} is {value.dtype} {tuple(value.shape)}, "
-                    f"not {tensor.dtype} {tuple(tensor.shape)}"
-                )
+        require_form("done", done, Form.of(self.done))
+        for name, tensor in self._tensors.items():
+            require_form(name, tensors[name], Form.of(tensor))

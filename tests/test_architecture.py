@@ -42,23 +42,51 @@ def imported_by(name: str, known: dict[str, Path]) -> set[str]:
 def test_imports_make_no_circle() -> None:
     known = modules()
     graph = {name: imported_by(name, known) for name in known}
-    assert graph["emp_fast.samplers"] >= {"emp_fast.epochs", "emp_fast.collectives"}
+    assert graph["emp_fast.samplers"] >= {"emp_fast.epochs", "emp_fast.distributed.ranks"}
     assert any(graph[name] for name in graph if name.startswith("emp_fast.kernels."))
     TopologicalSorter(graph).prepare()  # a CycleError names the circle
 
 
-@pytest.mark.parametrize(
-    "path",
-    [PACKAGE / "samplers.py", *sorted((PACKAGE / "integrations").glob("*.py"))],
-    ids=lambda path: path.stem,
-)
-def test_what_stands_on_the_epochs_uses_no_private_name_of_theirs(path: Path) -> None:
-    used = [
-        f"line {node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute)
-        and node.attr.startswith("_")
-        and not node.attr.startswith("__")
-        and ast.unparse(node.value) not in ("self", "super()")
-    ]
+#: What a store is made of, at the bottom.
+STATE = {"emp_fast.sample_state", "emp_fast.row_count", "emp_fast.snapshots"}
+NAMED_TUPLES = {"_asdict", "_fields", "_replace"}  # their public methods, for all the underscore
+
+
+def stands_on_the_state() -> list[str]:
+    """Those files, all modules that import them, directly or through others, and integrations."""
+    known = modules()
+    graph = {name: imported_by(name, known) for name in known}
+    found = STATE | {name for name in known if name.startswith("emp_fast.integrations")}
+    for name in TopologicalSorter(graph).static_order():  # what is imported comes first
+        if graph[name] & found:
+            found.add(name)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", stands_on_the_state())
+def test_what_stands_on_the_state_uses_no_private_name_of_another(name: str) -> None:
+    used = []
+    for node in ast.walk(ast.parse(modules()[name].read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "super()"):
+            names = {node.attr} - NAMED_TUPLES
+        elif isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+        else:
+            continue
+        private = [name for name in names if name.startswith("_") and not name.startswith("__")]
+        used += [f"line {node.lineno}: {ast.unparse(node)}"] if private else []
     assert not used
+
+
+def test_the_parts_of_a_run_stand_on_the_state() -> None:
+    found = stands_on_the_state()
+    parts = ("distributed.sharded_store", "store", "epochs", "samplers", "pruner", "static")
+    assert {f"emp_fast.{part}" for part in parts} <= {*found}
+    assert "emp_fast.functional" not in found
+
+
+def test_what_several_ranks_need_knows_nothing_of_the_store() -> None:
+    known = modules()
+    parts = [name for name in known if name.startswith("emp_fast.distributed")]
+    assert len(parts) > 1
+    assert not [name for name in parts if "emp_fast.store" in imported_by(name, known)]

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import emp_fast
-from emp_fast import collectives, merging, rules
+from emp_fast import rules
+from emp_fast.distributed import merging
+from emp_fast.distributed import ranks as collectives
 
 SIZES = tuple(range(1, 9))
 
@@ -65,7 +67,7 @@ def outcomes(
 
 
 def assert_same_state(store: emp_fast.ScoreStore, other: emp_fast.ScoreStore) -> None:
-    tensors, others = store._tensors(), other._tensors()
+    tensors, others = store.state_dict()["tensors"], other.state_dict()["tensors"]
     assert tensors.keys() == others.keys()
     for name in tensors:
         ours, theirs = (
@@ -84,7 +86,7 @@ def assert_same_on_all_ranks(value: Any) -> None:
 def state_bytes(store: emp_fast.ScoreStore) -> list[Any]:
     return [
         (name, tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        for name, tensor in store._tensors().items()
+        for name, tensor in store.state_dict()["tensors"].items()
     ] + [store.rows_seen]
 
 

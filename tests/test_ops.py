@@ -542,5 +542,5 @@ def test_defaults_of_torch_do_not_reach_the_results(dtype: torch.dtype) -> None:
         torch.set_default_dtype(before)
     assert all(map(torch.equal, found, expected))
     assert store.scores.dtype == store.memory.dtype == torch.float32
-    assert store._state.variance is not None
-    assert store._state.variance.dtype == torch.float32
+    assert store._samples.state.variance is not None
+    assert store._samples.state.variance.dtype == torch.float32

@@ -18,7 +18,8 @@ from ranks import Outcome, run_ranks
 from torch import Tensor
 
 import emp_fast
-from emp_fast import ScoreStore, ShardedScoreStore, rules, sharded, sharded_selection
+from emp_fast import ScoreStore, ShardedScoreStore, rules
+from emp_fast.distributed import sharded_candidates, sharded_store
 from emp_fast.functional import SampleStats
 from emp_fast.policies import (
     BelowMean,
@@ -111,7 +112,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 def assert_own_rows_equal(store: ShardedScoreStore, alone: ScoreStore) -> None:
     own = slice(store.owned_range.start, store.owned_range.stop)
-    tensors, others = store._shard._tensors(), alone._tensors()
+    tensors, others = store.state_dict()["tensors"], alone.state_dict()["tensors"]
     assert tensors.keys() == others.keys()
     for name in tensors:
         if name != "counters":
@@ -248,15 +249,15 @@ def every_policy_selects_what_one_store_selects(rank: int, size: int, group: Any
     alone = ScoreStore(n, Raw())
     alone.update(visited, {"loss": values[visited]})
     for bounds, block, histogram_bytes, labelled in (
-        (sharded.even_bounds, 1 << 22, 640 << 10 if size in (2, 5) else 1 << 13, False),
+        (sharded_store.even_bounds, 1 << 22, 640 << 10 if size in (2, 5) else 1 << 13, False),
         (uneven_bounds, 150, 1 << 14, False),
         (uneven_bounds, 150, 1 << 17, True),
     ):
-        original, sharded.even_bounds = sharded.even_bounds, bounds
-        sharded_selection._BLOCK = block
-        sharded_selection._HISTOGRAM_BYTES = histogram_bytes
+        original, sharded_store.even_bounds = sharded_store.even_bounds, bounds
+        sharded_candidates._BLOCK = block
+        sharded_candidates._HISTOGRAM_BYTES = histogram_bytes
         store = ShardedScoreStore(n, Raw(), process_group=group)
-        sharded.even_bounds = original
+        sharded_store.even_bounds = original
         store.update(shares[rank], {"loss": values[shares[rank]]})
         assert_own_rows_equal(store, alone)
         own_labels = labels[store.owned_range.start : store.owned_range.stop]
@@ -276,7 +277,7 @@ def every_policy_selects_what_one_store_selects(rank: int, size: int, group: Any
         assert_own_part_equal(
             store, everything, alone.select(None, Window(0.2, 0.6), labels=labels)
         )
-    sharded_selection._BLOCK, sharded_selection._HISTOGRAM_BYTES = 1 << 22, 640 << 10
+    sharded_candidates._BLOCK, sharded_candidates._HISTOGRAM_BYTES = 1 << 22, 640 << 10
 
 
 @group_check(1, 3)
@@ -367,9 +368,9 @@ def snapshots_load_on_any_number_of_ranks(rank: int, size: int, group: Any) -> N
     again = ShardedScoreStore(N, rule, process_group=group)
     again.load_state_dict(alone.state_dict() | {"unmerged": None})  # as after a merge
     assert_own_rows_equal(again, alone)
-    original, sharded.even_bounds = sharded.even_bounds, uneven_bounds
+    original, sharded_store.even_bounds = sharded_store.even_bounds, uneven_bounds
     again = ShardedScoreStore(N, rule, process_group=group)
-    sharded.even_bounds = original
+    sharded_store.even_bounds = original
     again.load_state_dict(states)
     assert_own_rows_equal(again, alone)
     assert_own_part_equal(again, again.select(77), alone.select(77))
@@ -505,7 +506,7 @@ def test_without_torch_distributed_it_is_one_rank() -> None:
 
 def test_a_store_made_before_the_ranks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     store = ShardedScoreStore(N)
-    monkeypatch.setattr(sharded, "world_size_of", lambda group: 4)
+    monkeypatch.setattr(sharded_store, "world_size_of", lambda group: 4)
     with pytest.raises(RuntimeError, match="made for 1 ranks and the process group has 4"):
         store.select(5)
 
@@ -531,6 +532,7 @@ def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> 
         ({"num_samples": 5}, r"state\[0\]\['num_samples'\] must be 1003, got 5"),
         ({"rule": "Loss()"}, r"state\[0\]\['rule'\] must be 'EMP"),
         ({"rows_seen": None}, r"state\[0\]\['rows_seen'\] must be a count, got None"),
+        ({"start": False}, r"state\[0\]\['start'\] must be a count, got False"),
         ({"stop": N + 1}, r"state\[0\] must hold a range within \[0, 1003\], got 0 to 1004"),
         ({"start": 10}, r"state\[0\]\['tensors'\]\['scores'\] must be .* \(993,\), got"),
         ({"tensors": {}}, r"state\[0\]\['tensors'\] must hold .*'scores'.*, got \[\]"),
@@ -542,10 +544,10 @@ def test_damaged_snapshots_are_refused_whole(damage: dict[str, Any], message: st
     batch = torch.arange(0, N, 3)
     store.update(batch, stats_of(batch, 0))
     state = ShardedScoreStore(N).state_dict() | damage
-    before = {name: tensor.clone() for name, tensor in store._shard._tensors().items()}
+    before = store.state_dict()["tensors"]
     with pytest.raises(ValueError, match=message):
         store.load_state_dict(state)
-    for name, tensor in store._shard._tensors().items():
+    for name, tensor in store.state_dict()["tensors"].items():
         assert torch.equal(tensor, before[name])
 
 
@@ -555,7 +557,7 @@ def test_snapshots_must_hold_every_sample_once_and_be_of_one_moment() -> None:
     def piece(start: int, stop: int, rows_seen: int = 0) -> dict[str, Any]:
         tensors = {
             name: tensor if name == "counters" else tensor[start:stop]
-            for name, tensor in store._shard._tensors().items()
+            for name, tensor in store.state_dict()["tensors"].items()
         }
         span = {"start": start, "stop": stop, "rows_seen": rows_seen}
         return {**store.state_dict(), **span, "tensors": tensors}
@@ -574,9 +576,9 @@ def test_snapshots_must_hold_every_sample_once_and_be_of_one_moment() -> None:
 
 def test_the_first_digit_is_as_wide_as_the_bytes_allow() -> None:
     for groups in (1, 2, 7, 50, 1000, 1280):
-        widths = sharded_selection._digit_widths(groups)
+        widths = sharded_candidates._digit_widths(groups)
         assert sum(widths) == 32
         sent = 8 * groups * sum(1 << width for width in widths)
-        assert sent <= sharded_selection._HISTOGRAM_BYTES
-    assert sharded_selection._digit_widths(1) == [16, 8, 8]
-    assert sharded_selection._digit_widths(10**6) == [2] * 16
+        assert sent <= sharded_candidates._HISTOGRAM_BYTES
+    assert sharded_candidates._digit_widths(1) == [16, 8, 8]
+    assert sharded_candidates._digit_widths(10**6) == [2] * 16

@@ -34,8 +34,8 @@ from emp_fast import EmpFastWarning, FileProblem, Pruner, SampleStats, ScoreStor
 from emp_fast.cli import app
 from emp_fast.functional import cross_entropy
 from emp_fast.rules import AUM, EMP, RHO, GraNd, Loss
+from emp_fast.sample_state import single_visit_scores
 from emp_fast.static import score_dataset
-from emp_fast.store import single_visit_scores
 from emp_fast.tally import Tally
 
 N, FEATURES, CLASSES = 53, 6, 4

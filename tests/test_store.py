@@ -370,7 +370,7 @@ def test_non_finite_values_warn_once_at_the_next_selection():
 
 def test_rows_that_a_device_refused_as_out_of_range_raise_at_the_next_selection():
     store = ScoreStore(3, Loss())
-    store._state.counters[1] = 2  # as a kernel on a GPU leaves it
+    store._samples.state.counters[1] = 2  # as a kernel on a GPU leaves it
     with pytest.raises(IndexError, match=r"\[0, 3\): 2 rows of earlier updates"):
         store.select(1)
     assert len(store.select(1).indices) == 1
@@ -549,6 +549,7 @@ def test_a_checkpoint_is_a_snapshot():
         (lambda s: s.update(rule="Loss(decay=0.5)"), "rule.*got 'Loss"),
         (lambda s: s.update(format=99), "format.*got 99"),
         (lambda s: s.pop("rows_seen"), "rows_seen.*got None"),
+        (lambda s: s.update(rows_seen=True), "rows_seen.*must be a count, got True"),
         (lambda s: s["tensors"].pop("visits"), "must hold.*visits"),
         (lambda s: s["tensors"].update(memory=torch.zeros(3)), r"memory.*got torch.float32 \(3,\)"),
         (lambda s: s["tensors"].update(visits=torch.zeros(4)), "visits.*got torch.float32"),
@@ -580,7 +581,7 @@ def test_a_store_that_began_in_inference_mode_goes_on_outside(backend, rule):
         store = ScoreStore(4, rule)
         store.update(torch.arange(4), stats_of(4))
         moved = ScoreStore(4, rule)
-        moved._move(torch.device("meta"))
+        moved._samples.move(torch.device("meta"))
     store.update(torch.arange(4), stats_of(4))
     store.load_state_dict(store.state_dict())
     assert store.visits.tolist() == [2, 2, 2, 2]

@@ -1,6 +1,6 @@
 """The ranks that train together, and the few collectives that the state needs, over any group.
 
-Nothing here decides anything: `emp_fast.merging` and `emp_fast.sharded` do.
+Nothing here decides anything: what is merged and what is spread over ranks does.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emp_fast.collectives import Ranks
+from emp_fast.distributed.ranks import Ranks
 
 __all__ = ["merge_rows"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from emp_fast.backends.reference import order_keys
-from emp_fast.collectives import Ranks
+from emp_fast.distributed.ranks import Ranks
 from emp_fast.policies import Candidates
 
 __all__ = ["ShardedCandidates"]

@@ -14,20 +14,16 @@ from torch import Tensor
 from emp_fast._validation import checked_integers
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends.base import check_index_range
-from emp_fast.collectives import Ranks, rank_of, same_group, world_size_of
-from emp_fast.exchange import Layout, layout_of, pack_rows, row_bytes, unpack_rows
+from emp_fast.distributed.exchange import Layout, layout_of, pack_rows, row_bytes, unpack_rows
+from emp_fast.distributed.ranks import Ranks, rank_of, same_group, world_size_of
+from emp_fast.distributed.sharded_candidates import ShardedCandidates
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK, choose
 from emp_fast.rules import EMP, Rule
+from emp_fast.sample_state import SampleState, checked_indices, checked_store_arguments
 from emp_fast.selection import Selection
-from emp_fast.sharded_selection import ShardedCandidates
-from emp_fast.store import (
-    FORMAT,
-    ScoreStore,
-    check_chosen,
-    checked_selection,
-    checked_store_arguments,
-)
+from emp_fast.selection_checks import check_chosen, checked_selection
+from emp_fast.snapshots import checked_count, checked_tensors, require_entries, store_facts
 
 __all__ = ["ShardedScoreStore"]
 
@@ -90,7 +86,7 @@ class ShardedScoreStore:
         low, high = self._bounds[rank : rank + 2]
         #: The samples whose state this rank holds.
         self.owned_range = range(low, high)
-        self._shard = ScoreStore._of_shard(high - low, rule.shard(low, high, num_samples), device)
+        self._shard = SampleState(high - low, rule.shard(low, high, num_samples), device)
         self._rule_name = repr(rule)  # of all samples; hashing a rule's tensors once is enough
         self._warned = 0
         #: Rows given to `update` by all ranks since the store was made.
@@ -106,23 +102,23 @@ class ShardedScoreStore:
     @property
     def scores(self) -> Tensor:
         """[len(owned_range)] float32 of the rank's own samples; +inf where never visited."""
-        return self._shard.scores
+        return self._shard.state.scores
 
     @property
     def memory(self) -> Tensor:
         """[len(owned_range)] float32, the accumulated memory term of the rank's own samples."""
-        return self._shard.memory
+        return self._shard.state.memory
 
     @property
     def visits(self) -> Tensor:
         """[len(owned_range)] int32, how often each of the rank's own samples was scored."""
-        return self._shard.visits
+        return self._shard.state.visits
 
     @property
     def num_nonfinite(self) -> int:
         """How many rows of all ranks were refused because a stat was not finite. Collective."""
         ranks = self._ranks("num_nonfinite", {})
-        return int(ranks.all_reduce(self._shard._state.counters)[0])
+        return int(ranks.all_reduce(self._shard.state.counters)[0])
 
     # ---- updating -------------------------------------------------------------------------------
 
@@ -169,7 +165,7 @@ class ShardedScoreStore:
             else:
                 packed = torch.empty(0, row_bytes(layout), dtype=torch.uint8, device=self.device)
             rows = unpack_rows(ranks.all_to_all(packed, outgoing.counts), layout)
-            self._shard.update(rows.pop(_INDEX), rows)
+            self._shard.update(rows.pop(_INDEX), rows, {})
         self.rows_seen += sum(given for given, _ in ranks.notes)
 
     def _outgoing(
@@ -178,14 +174,12 @@ class ShardedScoreStore:
         stats: SampleStats | Mapping[str, Tensor],
         extra: Mapping[str, Tensor],
     ) -> _Outgoing:
-        given = self._shard._checked_indices(indices).shape[0]
+        given = checked_indices(indices).shape[0]
         if given == 0:
             return _Outgoing(0, {}, [0] * self._size)
-        indices, rows, count = self._shard._checked_batch(indices, stats, extra)
+        indices, rows, count = self._shard.checked_batch(indices, stats, extra)
         check_index_range(indices, self.num_samples)
-        if (
-            self._shard._recurrence is not None
-        ):  # reads float32; other rules get what they are given
+        if self._shard.recurrence is not None:  # reads float32; other rules get what they are given
             rows = {name: values.float() for name, values in rows.items()}
         if count is not None:
             counted = count > 0
@@ -317,11 +311,7 @@ class ShardedScoreStore:
                 f"{operation}: the store was made for {self._size} ranks and the process group has "
                 f"{size}; make it after torch.distributed is initialised"
             )
-        common = {
-            "num_samples": self.num_samples,
-            "rule": self._rule_name,
-            "rows_seen": self.rows_seen,
-        }
+        common = {**self._facts(), "rows_seen": self.rows_seen}
         return Ranks(
             self._process_group,
             self.device,
@@ -331,18 +321,20 @@ class ShardedScoreStore:
             notes=notes,
         )
 
+    def _facts(self) -> dict[str, Any]:
+        """What all ranks, and all their snapshots, must agree about."""
+        return store_facts(self.num_samples, self._rule_name)
+
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot of this rank's samples; loads with ``torch.load(weights_only=True)``."""
         return {
-            "format": FORMAT,
-            "num_samples": self.num_samples,
-            "rule": self._rule_name,
+            **self._facts(),
             "start": self.owned_range.start,
             "stop": self.owned_range.stop,
             "rows_seen": self.rows_seen,
-            "tensors": {name: tensor.clone() for name, tensor in self._shard._tensors().items()},
+            "tensors": self._shard.copies(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -369,8 +361,7 @@ class ShardedScoreStore:
         )
         self._check_coverage(pieces)
         low, high = self.owned_range.start, self.owned_range.stop
-        tensors = self._shard._tensors()
-        for name, tensor in tensors.items():
+        for name, tensor in self._shard.tensors().items():
             if name == "counters":  # go with the first sample, so each is loaded by one rank
                 tensor.zero_()
                 for piece in pieces:
@@ -389,34 +380,18 @@ class ShardedScoreStore:
         where = f"state[{position}]"
         if not isinstance(state, Mapping):
             raise ValueError(f"{where} must be a mapping, got {state!r}")
-        wanted = {"format": FORMAT, "num_samples": self.num_samples, "rule": self._rule_name}
-        for name, value in wanted.items():
-            if state.get(name) != value:
-                raise ValueError(f"{where}[{name!r}] must be {value!r}, got {state.get(name)!r}")
+        require_entries(where, state, self._facts())
         if state.get("unmerged") is not None:
             raise ValueError(f"{where} is of one rank between merges; merge before saving")
-        start, stop = state.get("start", 0), state.get("stop", self.num_samples)
-        rows_seen, saved = state.get("rows_seen", -1), state.get("tensors")
-        for name, value in {"start": start, "stop": stop, "rows_seen": rows_seen}.items():
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{where}[{name!r}] must be a count, got {value!r}")
+        start = checked_count(f"{where}['start']", state.get("start", 0))
+        stop = checked_count(f"{where}['stop']", state.get("stop", self.num_samples))
+        rows_seen = checked_count(f"{where}['rows_seen']", state.get("rows_seen"))
         if not start <= stop <= self.num_samples:
             raise ValueError(
                 f"{where} must hold a range within [0, {self.num_samples}], got {start} to {stop}"
             )
-        own = self._shard._tensors()
-        if not isinstance(saved, Mapping) or set(saved) != set(own):
-            names = sorted(saved) if isinstance(saved, Mapping) else saved
-            raise ValueError(f"{where}['tensors'] must hold {sorted(own)}, got {names!r}")
-        for name, tensor in own.items():
-            rows = tensor.shape[:1] if name == "counters" else (stop - start,)
-            shape, value = (*rows, *tensor.shape[1:]), saved[name]
-            if not isinstance(value, Tensor) or value.shape != shape or value.dtype != tensor.dtype:
-                is_tensor = isinstance(value, Tensor)
-                got = f"{value.dtype} {tuple(value.shape)}" if is_tensor else repr(value)
-                raise ValueError(
-                    f"{where}['tensors'][{name!r}] must be {tensor.dtype} {shape}, got {got}"
-                )
+        forms = self._shard.forms(stop - start)
+        saved = checked_tensors(f"{where}['tensors']", state.get("tensors"), forms)
         return _Piece(start, stop, rows_seen, saved)
 
     def _check_coverage(self, pieces: list[_Piece]) -> None:

@@ -1,0 +1,5 @@
+"""Several ranks: replicated state and its merge, and state that is spread over them."""
+
+from emp_fast.distributed.sharded_store import ShardedScoreStore
+
+__all__ = ["ShardedScoreStore"]

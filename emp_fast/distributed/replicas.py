@@ -1,0 +1,170 @@
+"""Replicated state on several ranks: what all of them know, what this one alone does, the merge."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emp_fast._validation import is_plain_int
+from emp_fast._warnings import EmpFastWarning
+from emp_fast.distributed.merging import merge_rows
+from emp_fast.distributed.ranks import Ranks, rank_of, world_size_of
+from emp_fast.row_count import RowCount
+from emp_fast.sample_state import SampleState
+from emp_fast.snapshots import Form, is_of_form, store_facts
+
+__all__ = ["Replicas"]
+
+
+class Replicas:
+    """What every rank knows since the last merge; the rest of the state is this rank's own.
+
+    Args:
+        samples: the state of all samples, as this rank has it.
+        rows: counts the rows that moved it.
+
+    Attributes:
+        process_group: the ranks that train together; None is the default group.
+        rows_seen: rows that all ranks together were given, as of the last merge.
+    """
+
+    def __init__(self, samples: SampleState, rows: RowCount) -> None:
+        self._samples = samples
+        self._rows = rows
+        self.process_group: Any = None
+        self.rows_seen = 0
+        self._visits: Tensor | None = None  # [N] int32; None: all 0, or `_unknown`
+        self._counters = [0, 0]
+        self._unknown = False  # loaded before the process group existed: whose are the visits?
+
+    def merge(self, facts: Mapping[str, object]) -> None:
+        """See `ScoreStore.merge`. A warning names the line that called the caller's caller.
+
+        Args:
+            facts: what all ranks must agree about besides, plain values by name.
+        """
+        if world_size_of(self.process_group) == 1:
+            return
+        samples = self._samples
+        tensors = samples.tensors()
+        layout = [(name, str(t.dtype), tuple(t.shape[1:])) for name, t in sorted(tensors.items())]
+        ranks = Ranks(
+            self.process_group,
+            samples.device,
+            "ScoreStore.merge",
+            {
+                **store_facts(samples.num_samples, repr(samples.rule)),
+                "layout": layout,
+                **self._base_facts(),
+                **facts,
+            },
+        )
+        if self._unknown:
+            raise RuntimeError(
+                "ScoreStore.merge: the state was loaded before torch.distributed was initialised "
+                "and updated since, so what this rank alone knows cannot be told; initialise first"
+            )
+        visits, counters = samples.state.visits, samples.state.counters
+        own = torch.tensor(
+            [
+                self._rows.total - self.rows_seen,
+                *(now - then for now, then in zip(counters.tolist(), self._counters, strict=True)),
+            ]
+        )
+        rows, *refused = ranks.all_reduce(own).tolist()
+        self._visits = self._merged_visits()
+        rest = {k: t for k, t in tensors.items() if k not in ("visits", "counters")}
+        changed, repeated = merge_rows(ranks, rest, visits, self._visits)
+        self._counters = [then + new for then, new in zip(self._counters, refused, strict=True)]
+        counters.copy_(torch.tensor(self._counters))
+        self.rows_seen += rows
+        self._rows.total = self.rows_seen
+        if repeated == changed > ranks.size:
+            warnings.warn(
+                f"all {changed} samples since the last merge were trained on by several ranks: is "
+                "the sampler sharded? Plain DDP needs pruner.distributed_sampler()",
+                EmpFastWarning,
+                stacklevel=4,
+            )
+
+    def _base_facts(self) -> dict[str, object]:
+        """What the merge builds on must be the same everywhere, and known."""
+        if self._unknown and self._rows.total == self.rows_seen:
+            self._visits, self._unknown = self._samples.state.visits.clone(), False
+        base = "unknown" if self._unknown else self.rows_seen
+        return {"samples_seen_at_last_merge": base}
+
+    @torch.inference_mode(False)  # as all of the state
+    def _merged_visits(self) -> Tensor:
+        """[N] int32, the visits as of the last merge, where the state lives now."""
+        visits = self._samples.state.visits
+        return torch.zeros_like(visits) if self._visits is None else self._visits.to(visits.device)
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def unmerged(self) -> dict[str, Any] | None:
+        """What tells this rank's own updates from everybody's, in a snapshot; None: there are none
+        of its own.
+        """
+        size = world_size_of(self.process_group)
+        if size == 1 or self._rows.total == self.rows_seen:
+            return None
+        return {
+            "rank": rank_of(self.process_group),
+            "world_size": size,
+            "rows_seen_merged": self.rows_seen,
+            "visits": self._merged_visits().clone(),
+            "counters": list(self._counters),
+        }
+
+    def checked_unmerged(self, unmerged: object) -> Mapping[str, Any] | None:
+        """Reads what `unmerged` returned; changes nothing.
+
+        Raises:
+            ValueError: it is damaged, or another rank's.
+        """
+        if unmerged is None:
+            return None
+        if not isinstance(unmerged, Mapping):
+            raise ValueError(f"state['unmerged'] must be a mapping or None, got {unmerged!r}")
+        here = rank_of(self.process_group), world_size_of(self.process_group)
+        there = unmerged.get("rank"), unmerged.get("world_size")
+        if there != here:
+            raise ValueError(
+                f"state was saved between merges by rank {there[0]} of {there[1]} and holds that "
+                f"rank's updates alone; rank {here[0]} of {here[1]} cannot load it. Save one "
+                "snapshot a rank, or merge on all ranks before saving"
+            )
+        counters = unmerged.get("counters")
+        fits = (
+            is_of_form(unmerged.get("visits"), Form.of(self._samples.state.visits))
+            and isinstance(counters, (list, tuple))
+            and len(counters) == 2
+            and all(is_plain_int(count) for count in counters)
+            and is_plain_int(unmerged.get("rows_seen_merged"))
+        )
+        if not fits:
+            raise ValueError(f"state['unmerged'] is damaged: {unmerged!r}")
+        return unmerged
+
+    def restore(self, unmerged: Mapping[str, Any] | None) -> None:
+        """Takes over what a snapshot says of the last merge, from `checked_unmerged`. The state and
+        the rows must have been restored.
+        """
+        state = self._samples.state
+        self._visits, self._unknown = None, False
+        if unmerged is not None:
+            self.rows_seen = unmerged["rows_seen_merged"]
+            self._visits = unmerged["visits"].to(state.visits.device, copy=True)
+            self._counters = list(unmerged["counters"])
+            return
+        self.rows_seen = self._rows.total
+        self._counters = state.counters.tolist()
+        if world_size_of(self.process_group) > 1:
+            self._visits = state.visits.clone()
+        else:
+            self._unknown = True

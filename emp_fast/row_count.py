@@ -1,0 +1,45 @@
+"""How many rows a store was given."""
+
+from __future__ import annotations
+
+import torch
+from torch.compiler import is_compiling
+
+__all__ = ["RowCount"]
+
+
+class RowCount:
+    """Rows given to `ScoreStore.update`: in all, and in the largest update.
+
+    Ints, and under torch.compile a tensor: a compiled step guards on the value of an int that it
+    reads, and would be compiled anew in every step.
+    """
+
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be updated outside it
+    def __init__(self) -> None:
+        self._total = self._largest = 0
+        self._compiled = torch.zeros(2, dtype=torch.int64)
+
+    def add(self, rows: int) -> None:
+        """Counts an update of so many rows."""
+        if is_compiling():
+            torch.ops.emp_fast.count_rows(self._compiled, rows)
+        else:
+            self._total += rows
+            if rows > self._largest:
+                self._largest = rows
+
+    @property
+    def total(self) -> int:
+        """Rows of all updates, or what was set last and the rows since."""
+        return self._total + int(self._compiled[0])
+
+    @total.setter
+    def total(self, rows: int) -> None:
+        self._total = rows
+        self._compiled[0] = 0
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest update."""
+        return max(self._largest, int(self._compiled[1]))

@@ -1,0 +1,374 @@
+"""The state of samples on one device, and what a batch does to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from emp_fast import functional, ops
+from emp_fast._validation import (
+    checked_device,
+    checked_int,
+    checked_integers,
+    require_tensor,
+)
+from emp_fast.backends.base import SCORE_FIELDS, State
+from emp_fast.functional import SampleStats
+from emp_fast.rules import Rule
+from emp_fast.snapshots import Form
+
+__all__ = [
+    "SampleState",
+    "StepOptions",
+    "by_name",
+    "checked_indices",
+    "checked_store_arguments",
+    "single_visit_scores",
+]
+
+#: weight, ignore_index, label_smoothing and softcap, of `functional.cross_entropy`.
+StepOptions = tuple[Tensor | None, int, float, float | None]
+
+#: What `SampleState.loss_and_update` can hand to a rule.
+_FUSED_STATS = {"loss", *SCORE_FIELDS}
+
+
+class SampleState:
+    """Scores, memory term and visits of N samples, and what their rule adds, moved by that rule.
+
+    Args:
+        num_samples: N; may be 0, of a rank that has no share.
+        rule: what a visit does to a sample's state; of these samples.
+        device: where the state lives; None follows the stats of the first update.
+
+    Attributes:
+        state: what kernels write into.
+        buffers: [N, ...] each, what the rule adds, by name.
+        recurrence: the rule as kernels run it; None for one that is tensor code.
+
+    Raises:
+        ValueError, TypeError: the rule's buffers are not of N samples, or there is no such device.
+    """
+
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be updated outside it
+    def __init__(self, num_samples: int, rule: Rule, device: torch.device | str | None) -> None:
+        self.num_samples = num_samples
+        self.rule = rule
+        self._follows = device is None
+        at = checked_device(device)
+        self.recurrence = rule.recurrence()
+        spreads = self.recurrence is not None and self.recurrence.kind == "variance"
+        self._fusible = self.recurrence is not None and set(rule.reads) <= _FUSED_STATS
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": at}
+        self.state = State(
+            scores=torch.full((num_samples,), torch.inf, **float32),
+            memory=torch.zeros(num_samples, **float32),
+            visits=torch.zeros(num_samples, dtype=torch.int32, device=at),
+            variance=torch.zeros(num_samples, **float32) if spreads else None,
+            claims=torch.zeros(num_samples, dtype=torch.int32, device=at),
+            counters=torch.zeros(2, dtype=torch.int64, device=at),
+        )
+        self.buffers = _checked_buffers(rule, num_samples, at)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        return self.state.scores.device
+
+    @property
+    def num_nonfinite(self) -> int:
+        """How many rows were refused because a stat that the rule reads was not finite."""
+        return int(self.state.counters[0])
+
+    # ---- updating -------------------------------------------------------------------------------
+
+    def update(
+        self,
+        indices: Tensor,  # [S] integers, on any device
+        stats: SampleStats | Mapping[str, Tensor],  # of S samples
+        extra: Mapping[str, Tensor],
+    ) -> int:
+        """See `ScoreStore.update`. Returns S."""
+        indices, read, count = self.checked_batch(indices, stats, extra)
+        recurrence = self.recurrence
+        if recurrence is not None:
+            direct = None if recurrence.direct is None else read[recurrence.direct].float()
+            signal = read[recurrence.signal].float()
+            ops.update_state(indices, signal, direct, count, self.state, recurrence)
+        else:
+            self._step(indices, read, count)
+        return indices.shape[0]
+
+    def loss_and_update(
+        self,
+        logits: Tensor,  # [S, C]
+        target: Tensor,
+        indices: Tensor,  # [S] integers
+        row_scale: Tensor | None,  # [S] float32
+        options: StepOptions,
+    ) -> Tensor | None:
+        """See `ScoreStore.loss_and_update`."""
+        recurrence = self.recurrence
+        if (
+            recurrence is None
+            or not self._fusible
+            or not isinstance(logits, Tensor)
+            or logits.dim() != 2
+            or not (logits.requires_grad and torch.is_grad_enabled())
+            # Made before the loss scale is known, its small gradients would already be gone.
+            or logits.dtype == torch.float16
+            or is_compiling()
+            or not ops.fuses_step(logits)
+        ):
+            return None
+        indices = checked_indices(indices)
+        rows, device = indices.numel(), logits.device
+        if rows != logits.shape[0]:
+            raise ValueError(
+                f"indices must have one index for each of {logits.shape[0]} rows of logits, "
+                f"got {rows}"
+            )
+        if device != self.state.scores.device:
+            if not self._follows:
+                return None
+            self.move(device)
+        if row_scale is not None:  # made where the state was
+            row_scale = row_scale.to(device, non_blocking=True)
+        if indices.device != device:
+            indices = indices.to(device, non_blocking=True)
+        return functional.cross_entropy_step(
+            logits, target, indices, self.state, recurrence, row_scale, *options
+        )
+
+    def _step(self, indices: Tensor, read: dict[str, Tensor], count: Tensor | None) -> None:
+        """The update of a rule that is tensor code."""
+        finite = torch.ones_like(indices, dtype=torch.bool)
+        for value in read.values():
+            each = value if value.dim() > 1 else value[:, None]
+            finite &= torch.isfinite(each).flatten(1).all(1)
+        chosen = ops.winners(
+            indices,
+            torch.where(finite, 0.0, torch.nan),
+            count,
+            self.num_samples,
+            self.state.counters,
+        )
+        rows, at = chosen.rows, chosen.indices
+        state = {
+            "score": self.state.scores[at],
+            "memory": self.state.memory[at],
+            "visits": self.state.visits[at],
+            **{name: buffer[at] for name, buffer in self.buffers.items()},
+        }
+        stats = {name: value[rows] for name, value in read.items()}
+        if "correct" in stats:
+            stats["correct"] = stats["correct"].bool()
+        moved = self.rule.step(stats, state)
+        self._check_moved(moved, state)
+        score = moved["score"].float()
+        applied = chosen.applied & ~torch.isnan(score)
+        once = torch.ones_like(applied)  # a sample's rows all stand for its last one
+        once[1:] = at[1:] != at[:-1]
+        self.state.counters[0] += (chosen.applied & ~applied & once).sum()
+        chosen = chosen._replace(applied=applied)
+        targets = {"score": self.state.scores, "memory": self.state.memory, **self.buffers}
+        for name, values in moved.items():
+            chosen.write(targets[name], values.to(targets[name].dtype))
+        chosen.write(self.state.visits, state["visits"] + 1)
+
+    def _check_moved(self, moved: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Raises unless a rule's ``step`` returned rows that can take the place of ``state``'s."""
+        step = f"{type(self.rule).__name__}.step()"
+        if not isinstance(moved, Mapping):
+            raise TypeError(f"{step} must return a dict of tensors, got {type(moved).__name__}")
+        unknown = set(moved) - {"score", "memory", *self.buffers}
+        if unknown or "score" not in moved:
+            raise ValueError(
+                f"{step} must return 'score', and of 'memory' and its buffers "
+                f"{sorted(self.buffers)} what changed; got {sorted(moved)}"
+            )
+        for name, rows in moved.items():
+            require_tensor(f"{step}[{name!r}]", rows)
+            if rows.shape != state[name].shape:  # else it would be broadcast over the samples
+                raise ValueError(
+                    f"{step}[{name!r}] must have shape {tuple(state[name].shape)}, "
+                    f"got {tuple(rows.shape)}"
+                )
+
+    # ---- a batch --------------------------------------------------------------------------------
+
+    def checked_batch(
+        self,
+        indices: Tensor,
+        stats: SampleStats | Mapping[str, Tensor],
+        extra: Mapping[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Indices, the stats that the rule reads, and the counts, all where the state lives."""
+        given = {**by_name(stats), **extra}
+        unread = set(extra) - {*self.rule.reads, "count"}
+        if unread:
+            raise TypeError(
+                f"unexpected argument {min(unread)!r}: {self.rule!r} reads the stats "
+                f"{list(self.rule.reads)}"
+            )
+        indices = checked_indices(indices)
+        samples = indices.shape[0]
+        read = {name: self._checked_stat(name, given, samples) for name in self.rule.reads}
+        if "correct" in read and given.get("confidence") is not None:
+            # A bool cannot be NaN: that of a NaN row must be refused with it all the same.
+            undefined = torch.isnan(self._checked_stat("confidence", given, samples))
+            read["correct"] = read["correct"].float().masked_fill(undefined, torch.nan)
+        count = given.get("count")
+        if count is not None:
+            count = self._checked_stat("count", given, samples).to(torch.int32)
+        device = next(iter(read.values())).device if read else indices.device
+        if self._follows and device != self.device:
+            self.move(device)
+        indices = indices.to(self.device, non_blocking=True)
+        read = {name: value.to(self.device, non_blocking=True) for name, value in read.items()}
+        count = None if count is None else count.to(self.device, non_blocking=True)
+        return indices, read, count
+
+    def _checked_stat(self, name: str, given: Mapping[str, Tensor], samples: int) -> Tensor:
+        value = given.get(name)
+        if value is None:
+            raise ValueError(
+                f"stats must have {name!r}, which {self.rule!r} reads; got {sorted(given)}"
+            )
+        require_tensor(f"stats[{name!r}]", value)
+        if value.is_complex():
+            raise TypeError(f"stats[{name!r}] must be real, got {value.dtype}")
+        if value.shape[:1] != (samples,):
+            raise ValueError(
+                f"stats[{name!r}] must have {samples} rows, one for each index, "
+                f"got shape {tuple(value.shape)}"
+            )
+        if value.dim() > 1 and (self.recurrence is not None or name in SampleStats._fields):
+            raise ValueError(
+                f"stats[{name!r}] must have shape [{samples}], one value for each sample, such as "
+                f"the mean over its positions; got {tuple(value.shape)}"
+            )
+        return value.detach().contiguous()
+
+    # ---- all of it ------------------------------------------------------------------------------
+
+    def move(self, device: torch.device) -> None:
+        """Brings the state to a device."""
+        with torch.inference_mode(False):  # as in __init__
+            moved = {
+                name: tensor.to(device)
+                for name, tensor in self.state._asdict().items()
+                if tensor is not None
+            }
+            self.state = self.state._replace(**moved)
+            self.buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a snapshot holds, by name."""
+        named = self.state._asdict()
+        del named["claims"]  # scratch
+        return {
+            **{name: tensor for name, tensor in named.items() if tensor is not None},
+            **{f"rule.{name}": buffer for name, buffer in self.buffers.items()},
+        }
+
+    def copies(self) -> dict[str, Tensor]:
+        """The same, of this moment."""
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    def forms(self, num_samples: int) -> dict[str, Form]:
+        """What `tensors` are of a state of so many samples."""
+        return {
+            name: Form.of(tensor)
+            if name == "counters"
+            else Form(tensor.dtype, (num_samples, *tensor.shape[1:]))
+            for name, tensor in self.tensors().items()
+        }
+
+
+def checked_indices(indices: Tensor) -> Tensor:
+    """[S] int64, contiguous. Raises TypeError or ValueError unless they are integers [S]."""
+    if (
+        type(indices) is Tensor
+        and indices.dtype is torch.int64
+        and indices.layout is torch.strided
+        and indices.dim() == 1
+        and indices.is_contiguous()
+    ):
+        return indices  # as it mostly is
+    indices = checked_integers("indices", indices)
+    if indices.dim() != 1:
+        raise ValueError(f"indices must have shape [S], got {tuple(indices.shape)}")
+    if indices.dtype != torch.int64:  # asking costs a tenth of a conversion to what it is
+        indices = indices.to(torch.int64)
+    return indices.contiguous()
+
+
+def by_name(stats: SampleStats | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The stats of a batch by their names.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if isinstance(stats, SampleStats):
+        return stats._asdict()
+    if not isinstance(stats, Mapping):
+        raise TypeError(f"stats must be SampleStats or a mapping of stats, got {stats!r}")
+    return stats
+
+
+def checked_store_arguments(num_samples: int, rule: Rule) -> int:
+    """The number of samples. Raises TypeError or ValueError unless a store of them is possible."""
+    num_samples = checked_int("num_samples", num_samples)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+    if isinstance(rule.reads, str):
+        raise TypeError(f"rule.reads must be a tuple of names, got {rule.reads!r}")
+    recurrence = rule.recurrence()
+    if recurrence is not None:
+        unread = {recurrence.signal, recurrence.direct} - {None, *rule.reads}
+        if unread:
+            raise ValueError(
+                f"rule.reads must name what rule.recurrence() reads, {sorted(map(str, unread))}, "
+                f"got {rule.reads!r} of {rule!r}"
+            )
+    return num_samples
+
+
+def _checked_buffers(rule: Rule, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+    """What ``rule.buffers`` makes, [N, ...] each."""
+    buffers = rule.buffers(num_samples, device)
+    if not isinstance(buffers, dict):
+        raise TypeError(f"rule.buffers() must return a dict, got {type(buffers).__name__}")
+    for name, buffer in buffers.items():
+        require_tensor(f"rule.buffers()[{name!r}]", buffer)
+        if name in ("score", "memory", "visits"):
+            raise ValueError(f"rule.buffers() must not have {name!r}, which every rule has")
+        if buffer.shape[:1] != (num_samples,):
+            raise ValueError(
+                f"rule.buffers()[{name!r}] must have {num_samples} rows, "
+                f"got shape {tuple(buffer.shape)}"
+            )
+    return buffers
+
+
+def single_visit_scores(rule: Rule, stats: SampleStats, **extra: Tensor) -> Tensor:
+    """[S] float32, what the first visit of each of S samples scores; NaN where none can be made:
+    a stat that the rule reads is not finite, or the sample has no valid position.
+
+    Raises:
+        ValueError: the rule reads something else, or is for another number of samples.
+    """
+    num_samples = stats.loss.shape[0]
+    if num_samples == 0:
+        return stats.loss.detach().float()
+    num_samples = checked_store_arguments(num_samples, rule)
+    samples = SampleState(num_samples, rule, stats.loss.device)
+    samples.update(torch.arange(num_samples, device=samples.device), stats, extra)
+    return samples.state.scores.masked_fill(samples.state.visits == 0, torch.nan)

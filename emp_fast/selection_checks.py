@@ -1,0 +1,52 @@
+"""What both stores check of a selection: its arguments, and how much the policy has chosen."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from emp_fast._validation import checked_int, checked_integers
+from emp_fast.policies import Balance, Policy, check_balance
+
+__all__ = ["check_chosen", "checked_labels", "checked_selection"]
+
+
+def checked_selection(
+    num_samples: int, k: int | None, policy: Policy, epoch: int, seed: int, balance: Balance
+) -> tuple[int | None, int, int]:
+    """k, epoch and seed. Raises TypeError or ValueError for what `select` cannot do."""
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
+    k = _checked_budget(num_samples, k, policy)
+    check_balance(balance)
+    epoch = checked_int("epoch", epoch)
+    if not 0 <= epoch < 2**32:
+        raise ValueError(f"epoch must be an int in [0, 2**32), got {epoch!r}")
+    return k, epoch, checked_int("seed", seed)
+
+
+def _checked_budget(num_samples: int, k: int | None, policy: Policy) -> int | None:
+    if k is None:
+        if not policy.sizes_itself:
+            raise ValueError(f"k must be an int for {policy!r}, got None")
+        return None
+    k = checked_int("k", k)
+    if not policy.takes_budget:
+        raise ValueError(f"k must be None for {policy!r}, which fixes its own number; got {k}")
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k must lie in [1, {num_samples}], got {k}")
+    return k
+
+
+def checked_labels(labels: object, num_samples: int) -> Tensor:
+    """[N] integers. Raises TypeError or ValueError where they are something else."""
+    labels = checked_integers("labels", labels)
+    if labels.shape != (num_samples,):
+        raise ValueError(f"labels must have shape [{num_samples}], got {tuple(labels.shape)}")
+    return labels
+
+
+def check_chosen(policy: Policy, k: int | None, chosen: int) -> None:
+    """Raises ValueError unless a policy has chosen its budget, or something where it has none."""
+    if chosen != k and (k is not None or chosen == 0):
+        wanted = "at least one sample" if k is None else f"{k} samples"
+        raise ValueError(f"policy must choose {wanted}, but {policy!r} chose {chosen}")
