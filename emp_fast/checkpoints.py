@@ -42,6 +42,14 @@ class Stateful(Protocol):
         """Restores a snapshot."""
 
 
+@runtime_checkable
+class _Checking(Stateful, Protocol):
+    """What can tell whether it takes a snapshot before it changes."""
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raises what ``load_state_dict`` would; changes nothing."""
+
+
 def save_checkpoint(path: str | Path, **parts: Any) -> None:
     """Writes a checkpoint so that at any moment ``path`` is the last one, or this one, whole.
 
@@ -74,8 +82,9 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
 def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
     """Reads a checkpoint and restores the given parts, all of them or none.
 
-    While it restores it holds a copy of what the parts were, to put back when one refuses its
-    state.
+    Parts with a ``check_state_dict``, as the pruner has, are asked before anything is changed.
+    While the others are restored it holds a copy of what they were, to put back when one refuses
+    its state.
 
     Args:
         path: a file that `save_checkpoint` wrote.
@@ -97,17 +106,24 @@ def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
     for name in parts:
         if name not in saved:
             raise FileProblem(f"{path} has no part {name!r}; it has {', '.join(sorted(saved))}")
+    checked = {name: part for name, part in parts.items() if isinstance(part, _Checking)}
     before: dict[str, Any] = {}
-    for name, part in parts.items():
-        before[name] = copy.deepcopy(part.state_dict())
-        try:
-            part.load_state_dict(saved[name])
-        except Exception as error:  # whatever a part refuses its state with
-            for changed, state in before.items():
-                parts[changed].load_state_dict(state)
-            raise FileProblem(
-                f"{path} does not fit {name}, and nothing was changed: {error}"
-            ) from error
+    name = ""
+    try:
+        for name, part in checked.items():
+            part.check_state_dict(saved[name])
+        for name, part in parts.items():
+            if name not in checked:
+                before[name] = copy.deepcopy(part.state_dict())
+                part.load_state_dict(saved[name])
+    except Exception as error:  # whatever a part refuses its state with
+        for changed, state in before.items():
+            parts[changed].load_state_dict(state)
+        raise FileProblem(
+            f"{path} does not fit {name}, and nothing was changed: {error}"
+        ) from error
+    for name in checked:
+        parts[name].load_state_dict(saved[name])
     return saved
 
 

@@ -33,7 +33,7 @@ from emp_fast.policies import Balance, Policy
 from emp_fast.random import Stream
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels
-from emp_fast.snapshots import checked_count
+from emp_fast.snapshots import Form, checked_count, require_form
 from emp_fast.store import ScoreStore
 
 __all__ = ["Plan", "Progress", "SavedProgress", "Schedule"]
@@ -313,13 +313,21 @@ class Progress:
         self._start = self._samples_seen() - position
 
     def end_loop(self) -> None:
-        """The loop over the epoch in progress is over, for trainers that keep its iterator."""
-        self._iterator = None
+        """The loop over the epoch in progress is over, on all ranks, for trainers that keep its
+        iterator or announce it themselves.
+        """
+        self._iterator, self._announced = None, False
 
     def handed_out(self, plan: Plan) -> None:
-        """An iterator of that plan has no more of it; of no interest unless it is in progress."""
+        """An iterator of that plan was asked for more than there is; of no interest unless the plan
+        is in progress.
+
+        Once all of it is trained on, so is the last batch, and who asks is the loop, at its end.
+        """
         if plan is self.plan:
             self._exhausted = True
+            if self.position() >= len(plan):
+                self.end_loop()
 
     def go_back(self, epoch: int) -> Plan | None:
         """Takes the beginning of this epoch back, if all of the one before was handed out and none
@@ -503,12 +511,8 @@ class Progress:
             raise ValueError(f"state['indices'] must be ascending in [0, {n}), got {indices!r}")
         if position > indices.numel():
             raise ValueError(f"state['position'] must be at most {indices.numel()}, got {position}")
-        if weights is not None and (
-            not isinstance(weights, Tensor) or weights.shape != indices.shape
-        ):
-            raise ValueError(
-                f"state['weights'] must have shape {tuple(indices.shape)}, got {weights!r}"
-            )
+        if weights is not None:
+            require_form("state['weights']", weights, Form(torch.float32, tuple(indices.shape)))
         return Selection(indices, weights)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Candidates:
     or ranks those tensors itself: then it selects the same samples however they are spread.
 
     Args:
-        scores: [N] float32, no NaN.
+        scores: [N] float32. NaN, as a rule makes of finite stats that overflow, ranks as -inf.
         visited: [N] bool.
         groups: [N] int64 in [0, num_groups), or None for one group.
         num_groups: G.
@@ -72,7 +72,8 @@ class Candidates:
         epoch: int = 0,
         start: int = 0,
     ) -> None:
-        self.scores = scores
+        has_nan = len(scores) > 0 and bool(torch.isnan(torch.aminmax(scores).min))
+        self.scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf) if has_nan else scores
         self.visited = visited
         self.groups = groups
         self.num_groups = num_groups
@@ -119,6 +120,13 @@ class Candidates:
         own = torch.stack([-scores.min(), scores.max()]) if scores.numel() else outside
         minus_low, high = self._over_ranks(own, "max").tolist()
         return None if -minus_low > high else (-minus_low, high)
+
+    def lowest(self, mask: Tensor) -> Tensor:
+        """[N] float32: the lowest score in ``mask`` of each sample's group, +inf without one."""
+        own = torch.full((self.num_groups,), -torch.inf, device=self.scores.device)
+        index = torch.zeros_like(mask, dtype=torch.int64) if self.groups is None else self.groups
+        own.scatter_reduce_(0, index[mask], -self.scores[mask], "amax")
+        return -self._over_ranks(own, "max")[index]
 
     def sums(self, mask: Tensor) -> list[Fraction]:
         """The exact sum of the scores in ``mask``, all of them finite, of each group.
@@ -333,10 +341,13 @@ class GumbelTopK(Policy):
         self, candidates: Candidates, quotas: list[int] | None
     ) -> tuple[Tensor, Tensor | None]:
         def rank(rest: list[int]) -> Tensor:
-            # float64: a score of 1e4 would swallow the noise in float32. The rounding back is
-            # monotone.
-            keys = candidates.scores.double() / self.temperature + candidates.gumbel()
-            return candidates.top(keys.float(), candidates.visited, rest)
+            # From the lowest score that would be chosen without noise: near it, where the noise
+            # decides, no float32 swallows it then, however large the scores are.
+            pivot = candidates.lowest(candidates.top(candidates.scores, candidates.visited, rest))
+            scores = candidates.scores.double()
+            above = torch.where(scores == pivot, 0.0, scores - pivot)  # of +inf and +inf as well
+            keys = (above / self.temperature + candidates.gumbel()).float()
+            return candidates.top(keys, candidates.visited, rest)
 
         return candidates.unvisited_first(_required(quotas), rank), None
 

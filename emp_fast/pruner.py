@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emp_fast import functional
 from emp_fast._validation import checked_int, checked_integers
-from emp_fast.epochs import Progress, Schedule
+from emp_fast.epochs import Progress, SavedProgress, Schedule
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK, check_balance
 from emp_fast.rules import EMP, Rule
@@ -412,6 +412,16 @@ class Pruner:
             ValueError: it is of another format, data set, rule, policy or seed, or damaged;
                 TypeError: it is no mapping.
         """
+        saved, store = self._checked_state(state)
+        self.store.load_state_dict(store)
+        self.progress.restore(saved)
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would; changes nothing."""
+        self._checked_state(state)
+
+    def _checked_state(self, state: Mapping[str, Any]) -> tuple[SavedProgress, Mapping[str, Any]]:
+        """Where the run stood, and the store's own snapshot."""
         require_state(state)
         wanted = {"format": _FORMAT, "seed": self.seed, "policy": repr(self.policy)}
         require_entries("state", state, wanted)
@@ -419,8 +429,8 @@ class Pruner:
         store = state.get("store")
         if not isinstance(store, Mapping):
             raise ValueError(f"state['store'] must be a mapping, got {store!r}")
-        self.store.load_state_dict(store)
-        self.progress.restore(saved)
+        self.store.check_state_dict(store)
+        return saved, store
 
     def __repr__(self) -> str:
         return f"Pruner({self.progress.settings()})"

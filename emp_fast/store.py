@@ -261,18 +261,27 @@ class ScoreStore:
             ValueError: it is of another format, size or rule, or a tensor does not fit; TypeError:
                 it is no mapping. Nothing is changed then.
         """
-        require_state(state)
-        require_entries("state", state, store_facts(self.num_samples, repr(self.rule)))
-        rows_seen = checked_count("state['rows_seen']", state.get("rows_seen"))
-        unmerged = self.replicas.checked_unmerged(state.get("unmerged"))
-        forms = self._samples.forms(self.num_samples)
-        saved = checked_tensors("state['tensors']", state.get("tensors"), forms)
+        rows_seen, unmerged, saved = self._checked_state(state)
         for name, tensor in self._samples.tensors().items():
             tensor.copy_(saved[name])
         self._rows.total = rows_seen
         self._loads += 1
         self._warned = self.num_nonfinite
         self.replicas.restore(unmerged)
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would; changes nothing."""
+        self._checked_state(state)
+
+    def _checked_state(self, state: Mapping[str, Any]) -> tuple[int, Any, Mapping[str, Tensor]]:
+        """Rows seen, what `Replicas.restore` takes, and the tensors by name."""
+        require_state(state)
+        require_entries("state", state, store_facts(self.num_samples, repr(self.rule)))
+        rows_seen = checked_count("state['rows_seen']", state.get("rows_seen"))
+        unmerged = self.replicas.checked_unmerged(state.get("unmerged"))
+        forms = self._samples.forms(self.num_samples)
+        saved = checked_tensors("state['tensors']", state.get("tensors"), forms)
+        return rows_seen, unmerged, saved
 
     def __repr__(self) -> str:
         return f"ScoreStore({self.num_samples}, {self.rule!r}, device={self.device})"

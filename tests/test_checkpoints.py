@@ -167,14 +167,17 @@ def test_a_safetensors_file_that_lacks_something_is_refused(metadata, tensors, t
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("missing", ["version", "parts"])
-def test_a_file_of_torch_that_lacks_something_is_refused(missing, tmp_path):
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("version", "a checkpoint of format version None"), ("parts", "a damaged checkpoint")],
+)
+def test_a_file_of_torch_that_lacks_something_is_refused(missing, message, tmp_path):
     path = tmp_path / "run.pt"
     save_checkpoint(path, step=1)
     whole = torch.load(path, weights_only=True)
     del whole[missing]
     torch.save(whole, path)
-    with pytest.raises(FileProblem, match=r"run\.pt is a checkpoint of format version"):
+    with pytest.raises(FileProblem, match=rf"run\.pt is {message}"):
         load_checkpoint(path)
 
 
@@ -228,3 +231,34 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(path):
         steps.append(saved["step"])
     assert max(steps) > 1
     assert emp_fast.load_checkpoint is load_checkpoint
+
+
+def test_a_refused_load_does_not_move_the_run(tmp_path):
+    """What the pruner has trained since counts as before, whichever part refused."""
+    pruner = Pruner(20, 0.5, rule=Loss(), seed=1)
+    order = iter(pruner.sampler)
+
+    def step():
+        indices = torch.tensor([next(order) for _ in range(2)])
+        pruner.loss(torch.randn(2, 3, requires_grad=True), indices % 3, indices)
+
+    step()
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, pruner=pruner, model=torch.nn.Linear(2, 2))
+    for parts in ({"pruner": pruner, "model": torch.nn.Linear(4, 4)}, {"pruner": Pruner(21)}):
+        with pytest.raises(FileProblem, match="nothing was changed"):
+            load_checkpoint(path, **{"model": torch.nn.Linear(2, 2), **parts})
+    for _ in range(4):
+        step()
+    assert pruner.state_dict()["epoch"] == 1
+    assert list(order) == []
+    assert len(list(pruner.sampler)) == 10
+    assert pruner.epoch == 1
+
+
+def test_what_a_pruner_would_refuse_can_be_asked_before():
+    pruner = Pruner(20, 0.5, seed=1)
+    state = pruner.state_dict()
+    pruner.check_state_dict(state)
+    with pytest.raises(ValueError, match=r"state\['num_samples'\] must be 20, got 7"):
+        pruner.check_state_dict({**state, "store": {**state["store"], "num_samples": 7}})

@@ -17,6 +17,7 @@ pytest.importorskip(
 )
 
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 
 from emp_fast.integrations.accelerate import prepare_loader
 
@@ -128,3 +129,12 @@ def test_a_pruner_of_other_samples_and_what_is_none_are_refused():
         prepare_loader(Accelerator(cpu=True), pruner, make_loader(pruner.sampler))
     with pytest.raises(TypeError, match=r"pruner must be an emp_fast\.Pruner, got None"):
         prepare_loader(Accelerator(cpu=True), None, make_loader(pruner.sampler))
+
+
+@pytest.mark.parametrize("option", ["use_stateful_dataloader", "dispatch_batches"])
+def test_loaders_that_the_pruner_cannot_feed_are_refused(option):
+    pruner = Pruner(N, 0.5)
+    configuration = DataLoaderConfiguration(**{option: True})
+    accelerator = Accelerator(cpu=True, dataloader_config=configuration)
+    with pytest.raises(ValueError, match=f"accelerator must not have {option}=True"):
+        prepare_loader(accelerator, pruner, make_loader(pruner.sampler))

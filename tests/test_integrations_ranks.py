@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from emp_fast import Pruner, with_indices
+from emp_fast.policies import BelowMean
 from emp_fast.rules import EMP, Loss
 
 N = 22
@@ -253,6 +254,27 @@ def accelerate_shards_the_global_order(rank: int, size: int, folder: Path) -> No
             assert_shards(pruner, pruner.given[before:], repeats=5)
         assert_same_on_all_ranks(pruner)
     assert plain.given == prepared.given
+
+
+@ranks_check("accelerate")
+def accelerate_knows_the_length_of_a_policys_own_number(rank: int, size: int, folder: Path) -> None:
+    """One rank alone asks between epochs, as a progress bar does."""
+    from accelerate import Accelerator
+
+    from emp_fast.integrations.accelerate import prepare_loader
+
+    pruner = Pruner(N, rule=Loss(), policy=BelowMean(0.5))
+    loader = prepare_loader(Accelerator(cpu=True), pruner, loader_of(pruner.sampler))
+    lengths = set()
+    for _ in range(3):
+        expected = len(loader) if rank == 0 else None
+        batches = 0
+        for _, indices in loader:
+            pruner.update(indices, loss=indices.float())
+            batches += 1
+        assert expected in (None, batches)
+        lengths.add(batches)
+    assert len(lengths) == 2
 
 
 @ranks_check("accelerate")

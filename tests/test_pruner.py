@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 import emp_fast
 from emp_fast import Pruner, with_indices
@@ -164,6 +164,21 @@ def test_the_length_holds_to_the_end_of_the_last_step(policy, announced):
             last_steps += step + 1 == len(loader)
         assert step + 1 == batches
         assert last_steps == 1
+
+
+@pytest.mark.parametrize("batch_size", [8, 7])  # the last batch whole, and a short one
+def test_the_length_is_right_where_the_loader_keeps_its_iterator(batch_size):
+    """As torchdata's StatefulDataLoader does after the loop."""
+    pruner = Pruner(48, lambda epoch: [0.0, 0.5, 0.75][epoch], rule=Loss())
+    for epoch in range(3):
+        assert len(pruner.sampler) == (48, 24, 12)[epoch]
+        iterator = iter(pruner.sampler)
+        batches = iter(BatchSampler(iterator, batch_size, drop_last=False))
+        for batch in batches:
+            assert len(pruner.sampler) == (48, 24, 12)[epoch]
+            pruner.update(torch.tensor(batch), loss=torch.ones(len(batch)))
+            assert len(pruner.sampler) == (48, 24, 12)[epoch]
+    assert iterator is not None
 
 
 def test_the_length_after_a_break_is_that_of_the_next_epoch():
@@ -424,7 +439,8 @@ def test_a_loader_that_fetched_ahead_to_the_end_can_go_back(iterators):
         ({"indices": torch.tensor([3, 2])}, "ascending"),
         ({"indices": torch.tensor([2, N])}, "ascending in"),
         ({"indices": [1, 2]}, "int64 vector"),
-        ({"weights": torch.ones(2)}, "weights.*shape"),
+        ({"weights": torch.ones(2)}, r"weights.*must be torch\.float32 \(30,\), got .*\(2,\)"),
+        ({"weights": torch.ones(30).double()}, r"weights.*got torch\.float64 \(30,\)"),
         ({"store": None}, "store.*got None"),
     ],
 )

@@ -39,10 +39,23 @@ def prepare_loader(accelerator: Accelerator, pruner: Pruner, loader: Any) -> Pru
         loader: a DataLoader with ``sampler=pruner.sampler``.
 
     Raises:
-        ValueError: the loader has another sampler, or its data set another length; TypeError:
-            ``pruner`` is no Pruner.
+        ValueError: the loader has another sampler, or its data set another length; or the
+            accelerator has stateful loaders, or one process fetches for all; TypeError: ``pruner``
+            is no Pruner.
     """
     require_pruner(pruner)
+    # A stateful loader would spend the position that it restores on the epoch behind the resumed.
+    if getattr(accelerator, "use_stateful_dataloader", False):
+        raise ValueError(
+            "accelerator must not have use_stateful_dataloader=True: the prepared loader resumes "
+            "inside its epoch by the pruner's state"
+        )
+    # Only the main process would iterate, and to begin an epoch is collective.
+    if getattr(accelerator, "dispatch_batches", None):
+        raise ValueError(
+            "accelerator must not have dispatch_batches=True: every process reads its own share of "
+            "the pruner's order"
+        )
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, EpochSampler) or sampler.progress is not pruner.progress:
         raise ValueError(
@@ -76,9 +89,11 @@ class PrunedLoader:
         self.loader.set_epoch(epoch)
         # Whole batches are skipped, so batches and the repeated tail are an uninterrupted run's.
         skipped = position // self.loader.total_batch_size
+        loader = self.loader
         if skipped:
-            return iter(self.accelerator.skip_first_batches(self.loader, skipped))
-        return iter(self.loader)
+            loader = self.accelerator.skip_first_batches(loader, skipped)
+        yield from loader
+        self.pruner.progress.end_loop()  # that it was announced above says nothing of the next
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
