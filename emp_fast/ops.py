@@ -25,7 +25,7 @@ from emp_fast._torch_internals import (
     is_profiled,
     tracing_state,
 )
-from emp_fast.backends import reference, resolve
+from emp_fast.backends import resolve
 from emp_fast.backends.base import (
     ROW_FIELDS,
     SCORE_FIELDS,
@@ -34,9 +34,12 @@ from emp_fast.backends.base import (
     Recurrence,
     RecurrenceKind,
     State,
+    check_index_range,
     check_offsets,
     check_quotas,
 )
+from emp_fast.backends.winners import Winners
+from emp_fast.backends.winners import winners as find_winners
 
 _library = torch.library.Library("emp_fast", "DEF")
 _RECURRENCES: tuple[RecurrenceKind, ...] = ("ema", "mean", "variance")
@@ -485,9 +488,11 @@ def update_state(
 
 
 def _winners(
-    indices: Tensor, values: Tensor, count: Tensor | None, num_samples: int, counters: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.winners(indices, values, count, num_samples, counters)
+    indices: Tensor, usable: Tensor, count: Tensor | None, num_samples: int, counters: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if indices.device.type == "cpu":
+        check_index_range(indices, num_samples)
+    return find_winners(indices, usable, count, num_samples, counters)
 
 
 def _winners_fake(indices: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -496,20 +501,19 @@ def _winners_fake(indices: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _define(
-    "winners(Tensor indices, Tensor values, Tensor? count, SymInt num_samples, "
+    "winners(Tensor indices, Tensor usable, Tensor? count, SymInt num_samples, "
     "Tensor(a!) counters) -> (Tensor, Tensor, Tensor)",
     _winners,
     _winners_fake,
 )
 
 
-def winners(
-    indices: Tensor, values: Tensor, count: Tensor | None, num_samples: int, counters: Tensor
-) -> reference.Winners:
-    """`reference.winners` through the dispatcher: it reads values, which compiled code cannot."""
-    return reference.Winners(
-        *torch.ops.emp_fast.winners(indices, values, count, num_samples, counters)
-    )
+def winners(indices: Tensor, usable: Tensor, count: Tensor | None, state: State) -> Winners:
+    """`Backend.winners`; of shapes that do not depend on the data where something looks on."""
+    if not _watched(indices):
+        return resolve(state.scores.device).winners(indices, usable, count, state)
+    num_samples = state.scores.shape[0]
+    return Winners(*torch.ops.emp_fast.winners(indices, usable, count, num_samples, state.counters))
 
 
 def _count_rows(counted: Tensor, rows: int) -> None:

@@ -104,8 +104,8 @@ ARGUMENTS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (torch.tensor([3, 3, 0]), normal(3), None, None, *state(), 1, 0.0, 0.0, -1.0, 0.0),
     ],
     "winners": lambda: [
-        (torch.tensor([3, 3, 0]), normal(2, 3), None, N, torch.zeros(2, dtype=torch.int64)),
-        (torch.arange(R), normal(R), torch.arange(R).int(), N, torch.zeros(2, dtype=torch.int64)),
+        (torch.tensor([3, 3, 0]), normal(3) > 0, None, N, torch.zeros(2, dtype=torch.int64)),
+        (torch.arange(R), normal(R) > 0, torch.arange(R).int(), N, torch.zeros(2).long()),
     ],
     "count_rows": lambda: [(torch.tensor([5, 3]), 4)],
     "segment_sum": lambda: [

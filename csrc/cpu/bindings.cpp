@@ -56,6 +56,14 @@ bool update(Address indices, Address signal, Address direct, Address count, int6
                       threads);
 }
 
+int64_t find_winners(Address indices, Address usable, Address count, int64_t num_rows,
+                     int64_t num_samples, Address claims, Address counters, Address rows,
+                     Address samples) {
+  return winners(pointer<const int64_t>(indices), pointer<const bool>(usable),
+                 pointer<const int32_t>(count), num_rows, num_samples, pointer<uint32_t>(claims),
+                 pointer<int64_t>(counters), pointer<int64_t>(rows), pointer<int64_t>(samples));
+}
+
 void philox(Address out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,
             int threads) {
   constexpr int64_t kBlock = 1 << 14;
@@ -84,6 +92,7 @@ void bind(py::module_& m) {
   bind_scores(m);
   bind_selection(m);
   m.def("update_state", &update, Released());
+  m.def("winners", &find_winners, Released());
   m.def("philox", &philox, Released());
 }
 

@@ -20,6 +20,14 @@ namespace {
 constexpr int64_t kBlock = 1 << 14;          // rows
 constexpr int64_t kRowsPerThread = 1 << 12;  // fewer take less time than a thread to come
 
+bool in_range(const int64_t* indices, int64_t num_rows, int64_t num_samples) {
+  bool all = true;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    all &= static_cast<uint64_t>(indices[row]) < static_cast<uint64_t>(num_samples);
+  }
+  return all;
+}
+
 bool finite(const float* value) {
   uint32_t bits;
   std::memcpy(&bits, value, sizeof bits);
@@ -66,11 +74,7 @@ ApplyRows apply_rows_of(RecurrenceKind kind) {
 bool update_state(const int64_t* indices, const float* signal, const float* direct,
                   const int32_t* count, int64_t num_rows, const StateView& state,
                   const Recurrence& recurrence, int threads) {
-  bool in_range = true;
-  for (int64_t row = 0; row < num_rows; ++row) {
-    in_range &= static_cast<uint64_t>(indices[row]) < static_cast<uint64_t>(state.num_samples);
-  }
-  if (!in_range) return false;
+  if (!in_range(indices, num_rows, state.num_samples)) return false;
 
   const bool has_direct = direct != nullptr;
   const ApplyRows apply =
@@ -100,6 +104,32 @@ bool update_state(const int64_t* indices, const float* signal, const float* dire
   for (int64_t row = 0; row < num_rows; ++row) state.seen[indices[row] / 32] = 0;
   state.counters[0] += refused;
   return true;
+}
+
+int64_t winners(const int64_t* indices, const bool* usable, const int32_t* count, int64_t num_rows,
+                int64_t num_samples, uint32_t* seen, int64_t* counters, int64_t* rows,
+                int64_t* samples) {
+  if (!in_range(indices, num_rows, num_samples)) return -1;
+  int64_t refused = 0, found = 0;
+  for (int64_t row = num_rows; row-- > 0;) {
+    if (count != nullptr && count[row] <= 0) continue;
+    if (!usable[row]) {
+      ++refused;
+      continue;
+    }
+    uint32_t& word = seen[indices[row] / 32];
+    const uint32_t bit = 1u << (indices[row] % 32);
+    rows[found] = row;
+    found += (word & bit) == 0;
+    word |= bit;
+  }
+  std::reverse(rows, rows + found);
+  for (int64_t i = 0; i < found; ++i) {
+    samples[i] = indices[rows[i]];
+    seen[samples[i] / 32] = 0;
+  }
+  counters[0] += refused;
+  return found;
 }
 
 }  // namespace emp_fast::cpu

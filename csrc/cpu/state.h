@@ -22,4 +22,11 @@ bool update_state(const int64_t* indices, const float* signal, const float* dire
                   const int32_t* count, int64_t num_rows, const StateView& state,
                   const Recurrence& recurrence, int threads);
 
+// Of each sample's rows finds the last that counts and is usable: writes those rows, in rising
+// order, and their samples. `count` may be null; `seen` is StateView's. Returns how many there are,
+// or -1, with nothing counted, when an index lies outside [0, num_samples).
+int64_t winners(const int64_t* indices, const bool* usable, const int32_t* count, int64_t num_rows,
+                int64_t num_samples, uint32_t* seen, int64_t* counters, int64_t* rows,
+                int64_t* samples);
+
 }  // namespace emp_fast::cpu

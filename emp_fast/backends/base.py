@@ -15,6 +15,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from emp_fast.backends.winners import Winners, winners
+
 #: The scores in `RowScores.rows`, in its order; what the backward pass needs comes after them.
 SCORE_FIELDS = ("entropy", "el2n", "margin", "confidence")
 ROW_FIELDS = (*SCORE_FIELDS, "max", "inv_sum", "miss")
@@ -226,6 +228,22 @@ class Backend(ABC):
         only one applied. An index outside [0, N): on the CPU IndexError with nothing applied at
         all; on a GPU the row is refused and counted in ``counters[1]``.
         """
+
+    def winners(
+        self,
+        indices: Tensor,  # [S] int64
+        usable: Tensor,  # [S] bool
+        count: Tensor | None,  # [S] int32; None: every row counts
+        state: State,
+    ) -> Winners:
+        """Which rows `update_state` would apply, for a rule that is tensor code; counts the others.
+
+        ``usable`` says of each row whether everything that the rule reads is finite.
+        """
+        num_samples = state.scores.shape[0]
+        if indices.device.type == "cpu":
+            check_index_range(indices, num_samples)
+        return winners(indices, usable, count, num_samples, state.counters)
 
     @abstractmethod
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:

@@ -32,6 +32,7 @@ from emp_fast.backends.native import (
     read_fields,
     state_arguments,
 )
+from emp_fast.backends.winners import Winners
 
 
 class CpuBackend(Backend):
@@ -181,6 +182,27 @@ class CpuBackend(Backend):
         )
         if not applied:
             check_index_range(indices, state.scores.shape[0])
+
+    def winners(
+        self, indices: Tensor, usable: Tensor, count: Tensor | None, state: State
+    ) -> Winners:
+        """Those rows alone, no sample twice."""
+        rows = indices.new_empty(indices.shape[0])
+        samples = torch.empty_like(rows)
+        found = self._native.winners(
+            indices.data_ptr(),
+            usable.data_ptr(),
+            pointer(count),
+            indices.shape[0],
+            state.scores.shape[0],
+            state.claims.data_ptr(),
+            state.counters.data_ptr(),
+            rows.data_ptr(),
+            samples.data_ptr(),
+        )
+        if found < 0:
+            check_index_range(indices, state.scores.shape[0])
+        return Winners(rows[:found], samples[:found], None)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
         """One read of the scores; workspace of 1.3 bytes a score."""

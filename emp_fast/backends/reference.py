@@ -6,8 +6,6 @@ docs/numerics.md: the target is left out of the sums and folded in at the end.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from emp_fast.backends.base import (
     check_index_range,
     check_target_range,
 )
+from emp_fast.backends.winners import winners
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -157,8 +156,12 @@ class ReferenceBackend(Backend):
         state: State,
         recurrence: Recurrence,
     ) -> None:
-        values = signal if direct is None else torch.stack([signal, direct])
-        chosen = winners(indices, values, count, state.scores.shape[0], state.counters)
+        if indices.device.type == "cpu":
+            check_index_range(indices, state.scores.shape[0])
+        usable = torch.isfinite(signal)
+        if direct is not None:
+            usable &= torch.isfinite(direct)
+        chosen = winners(indices, usable, count, state.scores.shape[0], state.counters)
         rows, at = chosen.rows, chosen.indices
         x, m, n = signal[rows], state.memory[at], state.visits[at]
         visits = n.clamp_max(_MOST_VISITS - 1) + 1
@@ -174,13 +177,14 @@ class ReferenceBackend(Backend):
         if recurrence.kind == "variance":
             if state.variance is None:
                 raise ValueError("state.variance must be a tensor for the variance recurrence")
-            variance = decay * state.variance[at] + (1 - decay) * (x - m).square()
+            v = state.variance[at]
+            variance = decay * v + (1 - decay) * (x - m).square()
             variance = torch.where(first, 0.0, variance)
             score = score + recurrence.variance_scale * variance
-            chosen.write(state.variance, variance)
-        chosen.write(state.memory, memory)
-        chosen.write(state.scores, score)
-        chosen.write(state.visits, visits)
+            chosen.write(state.variance, variance, v)
+        chosen.write(state.memory, memory, m)
+        chosen.write(state.scores, score, state.scores[at])
+        chosen.write(state.visits, visits, n)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
         n = scores.shape[0]
@@ -239,53 +243,6 @@ def order_keys(scores: Tensor) -> Tensor:
     magnitude = pattern & (2**bits - 1)
     keys = torch.where(pattern < 0, -magnitude, magnitude)
     return torch.where(torch.isnan(scores), lowest, keys)
-
-
-class Winners(NamedTuple):
-    """For each row of an update the row that speaks for its sample, so that all write the same.
-
-    Shapes do not depend on the data: choosing and writing need no host synchronisation.
-    """
-
-    rows: Tensor  # [S] int64, the row whose values count
-    indices: Tensor  # [S] int64, its sample
-    applied: Tensor  # [S] bool, false where no row of that sample may be applied
-
-    def write(self, buffer: Tensor, values: Tensor) -> None:
-        """Puts ``values`` [S, ...] into ``buffer`` [N, ...] where they may be applied."""
-        applied = self.applied.view(-1, *(1,) * (values.dim() - 1))
-        buffer[self.indices] = torch.where(applied, values, buffer[self.indices])
-
-
-def winners(
-    indices: Tensor, values: Tensor, count: Tensor | None, num_samples: int, counters: Tensor
-) -> Winners:
-    """Finds the rows to apply: counted, finite, in range, and the last such of their sample.
-
-    Args:
-        indices: [S] int64.
-        values: [S] or [V, S] float32, everything that the rule reads.
-        count: [S] int32 or None; rows of count 0 are skipped.
-        num_samples: N.
-        counters: [2] int64, increased by the rows refused: non-finite, out of range.
-
-    Raises:
-        IndexError: an index of a CPU tensor lies outside [0, N); nothing has been counted then.
-    """
-    if indices.device.type == "cpu":
-        check_index_range(indices, num_samples)
-    finite = torch.isfinite(values)
-    finite = finite.all(0) if finite.dim() == 2 else finite
-    in_range = (indices >= 0) & (indices < num_samples)
-    counted = torch.ones_like(in_range) if count is None else count > 0
-    counters += torch.stack([(counted & in_range & ~finite).sum(), (counted & ~in_range).sum()])
-    valid = counted & in_range & finite
-    # Within a sample the refused rows sort first, so its last row is the winner if there is one.
-    samples = torch.where(in_range, indices, 0)
-    order = (samples * 2 + valid).sort(stable=True).indices
-    samples = samples[order]
-    rows = order[torch.searchsorted(samples, samples, right=True) - 1]
-    return Winners(rows, samples, valid[rows])
 
 
 def _accumulation(x: Tensor) -> Tensor:
