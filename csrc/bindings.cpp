@@ -1,5 +1,5 @@
-// The Python face of the native code: pointers, sizes and a stream in, nothing allocated, no
-// libtorch.
+// The Python bindings of the native code. They take pointers, sizes and a stream, allocate nothing
+// and do not use libtorch.
 #include "cpu/bindings.h"
 
 #include <pybind11/pybind11.h>

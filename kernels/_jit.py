@@ -10,9 +10,9 @@ import triton
 def kernel(function: Callable[..., Any]) -> Any:
     """Marks an entry point whose binary depends on the argument types and constants alone.
 
-    Triton would otherwise compile again when an integer is 1 or a multiple of 16 or a pointer is
-    aligned, and its launcher would have to look at every argument for that. The kernels say
-    themselves what is aligned, from constants that `emp_fast.kernels.plan` derives.
+    By default Triton compiles again when an integer is 1 or a multiple of 16 or a pointer is
+    aligned, and its launcher inspects every argument for that. Here the kernels state the alignment
+    themselves, from constants that `emp_fast.kernels.plan` derives.
     """
     runtime = [
         name

@@ -50,13 +50,13 @@ def narrow(bracket: Bracket, counts: Sequence[int], k: int) -> Bracket:
 def sample_ranks(n: int, k: int, samples: int) -> tuple[int, int]:
     """Ranks in a sample, sorted from the highest, that most likely bracket the k-th highest of n.
 
-    The rank of the k-th in a random sample is binomial; four standard deviations to either side and
-    one rank for rounding miss it about once in 16 thousand times, and a miss costs only another
-    read.
+    The rank of the k-th highest in a random sample is binomial. Four standard deviations to either
+    side and one rank for rounding miss it about once in 16 thousand times. A miss costs only
+    another read.
 
     Returns:
         The ranks of the upper and of the lower end, counted from 0. -1 and ``samples`` stand for
-        the highest and the lowest key there is.
+        the highest and the lowest possible key.
     """
     share = k / n
     rank = share * samples

@@ -1,7 +1,7 @@
-"""The gradient of the loss to the logits of a row, from the numbers that its scores leave behind.
+"""The gradient of the loss with respect to a row's logits, from values that its scores provide.
 
-Serves score_tile and score_loop; touches no memory. Every function works on tensors of any shape,
-elementwise.
+Used by score_tile and score_loop. Does not access memory. Every function is elementwise, on tensors
+of any shape.
 """
 
 from typing import NamedTuple
@@ -13,22 +13,23 @@ from .softmax_stats import softcap_slope
 
 
 class RowFactors(NamedTuple):
-    """What is the same for all classes of a row."""
+    """The values that all classes of a row share."""
 
     inv_sum: tl.tensor  # the probabilities are p = e inv_sum
     miss: tl.tensor  # 1 - p_y
     sharp: tl.tensor  # the weight of the plain term of the target
     total: tl.tensor  # the sum of c over all classes
-    scale: tl.tensor  # the gradient to the loss
+    scale: tl.tensor  # the gradient with respect to the loss
 
 
 @triton.jit
 def gradient(raw, e, is_target, c, factors, options):
-    """The gradient to the raw logits: total p - c + sharp (p - [j == y]), with p_y - 1 = -miss.
+    """The gradient with respect to the raw logits.
 
-    A soft target is total p - c; its largest class, where it has most of it, is
-    total (p - 1) - (c - total): two differences of what is near 1, with all their digits. What is
-    the same for all classes of a row is multiplied once.
+    For class ids it is total p - c + sharp (p - [j == y]), with p_y - 1 = -miss; for soft targets
+    total p - c. If the largest class has most of a soft target, its gradient is computed as
+    total (p - 1) - (c - total), two small differences that keep all their digits. Factors that all
+    classes of a row share are multiplied once.
     """
     inv_sum, miss, sharp, total, scale = factors
     if options.SOFT or options.SMOOTH:

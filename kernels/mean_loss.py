@@ -1,15 +1,15 @@
-"""What a fused step leaves to do: the mean of its losses, and the scaling of its gradient.
+"""The end of a fused step: the mean of its losses, and the scaling of its gradient.
 
 Contracts: `Backend.mean_loss` and `Backend.scale_`. Three kernels:
 
-    sum_losses      of many rows: a program sums blocks of its own into one total and one count
+    sum_losses      for many rows: each program sums its blocks into one total and one count
     mean_loss       one program sums all rows, or the totals of sum_losses, and divides
-    scale_gradient  a program scales block after block, and none when the factors make 1.
+    scale_gradient  each program scales block after block; none if the factors' product is 1
 
-The number of rows alone decides how many programs there are and what each of them sums, in which
-order, so a run repeats bit for bit, on any device; sums are float64.
+The number of rows alone decides the number of programs, and what each of them sums in which order.
+A run therefore repeats bit for bit, on any device. Sums are float64.
 
-Traffic: 8 bytes a row, 12 with weights. The gradient read and written once, or not at all.
+Traffic: 8 bytes per row, 12 with weights. The gradient is read and written once, or not at all.
 """
 
 import triton
@@ -82,7 +82,7 @@ def scale_gradient(
     ALIGN_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Address and n are multiples of `ALIGN` elements, which says how wide to load."""
+    """Address and n are multiples of `ALIGN` elements, which decides the width of the loads."""
     factor = tl.load(factor_ptr)
     if also_ptr is not None:
         factor *= tl.load(also_ptr)

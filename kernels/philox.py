@@ -1,7 +1,7 @@
 """Counter-based random bits of consecutive samples: word 0 of Philox4x32-10.
 
 Contract: `Backend.philox`, bit for bit. J. Salmon et al., "Parallel random numbers: as easy as 1,
-2, 3", SC 2011. Traffic: 4 bytes written a sample. Tiles: `BLOCK` samples a program.
+2, 3", SC 2011. Traffic: 4 bytes written per sample. Tiles: `BLOCK` samples per program.
 """
 
 import triton.language as tl

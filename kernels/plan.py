@@ -11,63 +11,66 @@ from typing import NamedTuple
 
 VECTOR_BYTES = 16
 
-#: Largest class counts whose rows stay in registers as one tile: for scores, and with the
-#: gradient too, where staying on chip saves the second read. Longer rows spill registers, and so
-#: do those longer than the first where every class has a weight of its own in the loss.
+#: Largest class count whose rows stay in registers as one tile. Longer rows spill.
 TILE_CLASSES = 4096
+#: The same with the gradient, where staying on chip saves the second read. Rows longer than
+#: TILE_CLASSES spill, however, if every class has its own weight in the loss.
 TILE_CLASSES_GRAD = 8192
-#: Elements of a row that one thread reads. Fewer, and what every thread does once for its row is
-#: most of the work; more take registers that other warps would use to have reads in flight. With
-#: smoothing, soft targets or a softcap each takes several.
+#: Elements of a row that one thread reads. With fewer, the work that every thread does once per row
+#: would dominate; more would take registers that other warps need to have reads in flight.
 THREAD_ELEMENTS = 32
+#: The same with smoothing, soft targets or a softcap, where each element takes several registers.
 THREAD_ELEMENTS_CROWDED = 16
-#: Threads of a tile, if one row does not need more, and its rows: one a thread for the epilogue.
+#: Threads of a tile, if one row does not need more.
 TILE_THREADS = 128
+#: Rows of a tile at most: one per thread in the epilogue.
 TILE_ROWS = 128
-#: Bytes of a row that neighbouring threads read at a time: a sector. Of the shortest rows they read
-#: less; several of those share a cache line.
+#: Bytes of a row that neighbouring threads read at a time: a sector.
 SEGMENT_BYTES = 32
+#: Up to this many classes they may read less, because several rows share a cache line.
 SHORT_CLASSES = 16
 
-#: Rows of which a program of score_rows makes all scores at once, one a thread; the shortest tile
-#: for which that pays, and the fewest steps.
+#: Rows whose scores a program of score_rows computes at once, one row per thread.
 KEPT_ROWS = 32
+#: The shortest tile, and the fewest steps of a program, for which that pays.
 KEPT_BLOCK = 64
 KEPT_STEPS = 4
-#: Warps of score_rows that a multiprocessor has the registers for: for scores, with the gradient,
-#: and with the gradient where several warps share a row.
+#: Warps of score_rows for which a multiprocessor has the registers: for scores, with the gradient,
+#: and with the gradient if several warps share a row.
 ROWS_WARPS = 28
 ROWS_WARPS_GRAD = 20
 ROWS_WARPS_SHARED = 24
 
-#: Vectors that a thread has in flight in a walk, and where each takes more registers: with
-#: smoothing or soft targets every class has a weight of its own; with a softcap each has a slope in
-#: the gradient, and 16-bit logits are twice as many.
+#: Vectors that a thread has in flight in a walk.
 LOOP_UNROLL = 4
+#: The same where an element takes more registers. With smoothing or soft targets every class has
+#: its own weight. With a softcap it has a slope in the gradient, and a vector has twice as many
+#: 16-bit logits.
 LOOP_UNROLL_CROWDED = 2
-#: Warps that walk a row, and those of a row of at least so many classes.
+#: Warps that walk a row, and those for a row of at least WIDE_CLASSES.
 LOOP_WARPS = 4
 WIDE_WARPS = 8
 WIDE_CLASSES = 16384
-#: Of scores alone one warp walks a row, where that many a multiprocessor have one each: every warp
-#: pays for the end of its row.
+#: Rows per multiprocessor from which one warp walks a row for scores alone. One warp is then
+#: enough, and every further one would also pay for the end of the row.
 OCCUPIED_WARPS = 28
 
 MAX_PARTS = 512
 
-#: Rows whose state the last program of a scoring launch moves by itself, one a thread at a time.
-#: More rows would make the others wait for it longer than for another launch; more at a time would
-#: cost the scoring part its registers.
+#: Rows whose state the last program of a scoring launch updates by itself, one per thread at a
+#: time. With more rows this would take longer than another launch; more at a time would take
+#: registers from the scoring part.
 STEP_UPDATE_ROWS = 1024
-#: Rows that one program of update_state takes through both phases: one multiprocessor reaches fewer
-#: places in memory at a time than all do, and beyond that saves less than a second launch costs.
+#: Rows that one program of update_state takes through both phases. One multiprocessor has fewer
+#: memory accesses in flight than all of them; for more rows this costs more than a second launch.
 ONE_PROGRAM_ROWS = 1024
 UPDATE_BLOCK = 1024
 PHILOX_BLOCK = 1024
-#: Rows that a program of mean_loss or sum_losses has in flight; the most that one program sums, for
-#: which another launch is not worth while; and the most programs that share more.
+#: Rows that a program of mean_loss or sum_losses has in flight.
 MEAN_BLOCK = 4096
+#: The most rows that one program sums, because another launch does not pay for fewer.
 MEAN_ROWS = 4 * MEAN_BLOCK
+#: The most programs that share more rows.
 MEAN_PROGRAMS = 256
 MEAN_WARPS = 16
 SCALE_BLOCK = 2048
@@ -79,11 +82,12 @@ MARK_WORDS = 256
 MARK_SCORES = 32 * MARK_WORDS
 MARK_WARPS = 16
 HISTOGRAM_BLOCK = 2048
-#: Number of scores from which a sample saves reading them several times, and the sample's size.
+#: Number of scores from which a sample saves reading them several times.
 SAMPLE_FROM = 2**20
+#: The size of that sample.
 SAMPLES = 2**18
-#: At most one score in this many is collected as a candidate, in 12 bytes; the sample aims at one
-#: in 128, about, at most.
+#: At most one score in this many is collected as a candidate, in 12 bytes. The sample aims at about
+#: one in 128, at most.
 CANDIDATE_SHARE = 112
 
 MAX_CLASSES = 2**31 - 2**17
@@ -92,9 +96,9 @@ MAX_CLASSES = 2**31 - 2**17
 class TilePlan(NamedTuple):
     """Launch of `score_tile`."""
 
-    rows: int  # a program
+    rows: int  # per program
     block: int  # elements of a row, a power of two >= C
-    segment: int  # of those, what the threads of a row read at a time
+    segment: int  # elements of a row that its threads read at a time
     align: int  # elements
     warps: int
     grid: int
@@ -103,12 +107,12 @@ class TilePlan(NamedTuple):
 class RowsPlan(NamedTuple):
     """Launch of `score_rows`."""
 
-    rows: int  # a step
+    rows: int  # per step
     block: int  # as in TilePlan
     segment: int
     align: int
     warps: int
-    steps: int  # of a program
+    steps: int  # per program
     grid: int
 
 
@@ -116,9 +120,9 @@ class LoopPlan(NamedTuple):
     """Launch of `score_loop`, for whole rows when parts == 1."""
 
     align: int
-    shift: int  # elements from the 16-byte boundary before the first logit to it
+    shift: int  # elements from the 16-byte boundary before the first logit to that logit
     shifted: bool  # some row starts off the 16-byte grid
-    shifted_alike: bool  # and those of a contiguous gradient do so in the same way
+    shifted_alike: bool  # and the rows of a contiguous gradient do so in the same way
     unroll: int
     vector: int
     warps: int
@@ -150,8 +154,8 @@ def plan_tile(
 ) -> TilePlan:
     """A tile of whole rows, each shared by the fewest threads that read it well.
 
-    Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts.
-    ``crowded`` says whether the elements take more registers than their value and its exponential.
+    Only ``address`` modulo `VECTOR_BYTES` matters. ``crowded`` says whether an element takes more
+    registers than those of its value and its exponential.
     """
     elements = THREAD_ELEMENTS_CROWDED if crowded else THREAD_ELEMENTS
     block = max(SHORT_CLASSES, next_power_of_two(num_classes))
@@ -183,8 +187,8 @@ def plan_rows(
 ) -> RowsPlan | None:
     """Tile after tile of whole rows, or None where `plan_tile` does better.
 
-    Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts. As many
-    programs as run at a time share all steps evenly, or several times as many.
+    Only ``address`` modulo `VECTOR_BYTES` matters. The steps are shared evenly by as many programs
+    as run at a time, or by several times as many.
     """
     block = next_power_of_two(num_classes)
     if block < KEPT_BLOCK:
@@ -216,9 +220,9 @@ def plan_rows(
 def rows_are_ahead(itemsize: int, grad: bool) -> bool:
     """Whether `score_rows`, where it serves, takes less time than `score_tile`.
 
-    By measurement, of float32 and bfloat16 logits on an H200 (benchmarks/results/h200-kernels.md):
-    for scores; with the gradient for 16-bit logits alone. For float32 it is level up to 256 classes
-    there, and 5 to 8 % behind from 1000 on.
+    Measured for float32 and bfloat16 logits on an H200 (benchmarks/results/h200-kernels.md): it is
+    ahead for scores, and with the gradient for 16-bit logits. With the gradient of float32 logits
+    it is level up to 256 classes, and 5 to 8 % behind from 1000 on.
     """
     return not grad or itemsize == 2
 
@@ -238,10 +242,9 @@ def plan_loop(
 ) -> LoopPlan:
     """A walk over each row; few rows are split so that all multiprocessors have work.
 
-    Of the ``address`` only its place between two multiples of `VECTOR_BYTES` counts.
-    ``may_split`` says whether the caller can merge parts of a row, ``weighted`` whether every class
-    has a weight of its own in the loss, ``capped`` whether there is a softcap, ``grad`` whether the
-    gradient is wanted.
+    Only ``address`` modulo `VECTOR_BYTES` matters. ``may_split`` says whether the caller can merge
+    parts of a row, ``weighted`` whether every class has its own weight in the loss, ``capped``
+    whether there is a softcap, ``grad`` whether the gradient is wanted.
     """
     if num_classes > MAX_CLASSES:
         raise ValueError(f"logits must have at most {MAX_CLASSES} classes, got {num_classes}")

@@ -1,8 +1,9 @@
-"""The end of a scoring kernel: writes the scores of its rows, and moves the per-sample state.
+"""The end of a scoring kernel: writes the scores of its rows and updates the per-sample state.
 
-Serves score_tile, score_rows and score_loop. Writes 37 bytes a row of scores. With UPDATE the
-launch also moves the state: programs take tickets; the one that draws the last sees the scores of
-all rows, reads them back from L2 and runs both phases of update_state over them.
+Used by score_tile, score_rows and score_loop. Writes 37 bytes of scores per row. With UPDATE the
+launch also updates the state. Each program takes a ticket, and the program with the last ticket
+sees the scores of all rows: it reads them back from L2 and runs both phases of update_state on
+them.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from .update_state import Visits, apply_rows, claim_rows
 
-#: Values of direct_row and signal_row beside the rows of RowScores.rows.
+#: Values of direct_row and signal_row besides the rows of RowScores.rows.
 LOSS_ROW = tl.constexpr(-1)
 NO_ROW = tl.constexpr(-2)
 
@@ -68,7 +69,7 @@ def load_kept(outputs, row, mask, other):
 
 @triton.jit
 def _row_values(outputs, which, row, row_ok):
-    """Scores that another program may have written, straight from L2."""
+    """Scores that another program may have written, loaded from L2 past L1."""
     is_loss = row_ok & (which == LOSS_ROW)
     from_loss = tl.load(outputs.loss + row, mask=is_loss, other=0.0, cache_modifier=".cg")
     at = outputs.rows + tl.maximum(which, 0).to(tl.int64) * outputs.num_rows + row
@@ -89,11 +90,11 @@ def _visits(row, outputs, indices_ptr, signal_row, direct_row):
 
 @triton.jit
 def update_if_last(outputs, indices_ptr, signal_row, direct_row, state, rule, LANES: tl.constexpr):
-    """Moves the state by the scores of all rows in the program that ends last; LANES rows a step.
+    """In the last program, updates the state by the scores of all rows, LANES rows per step.
 
-    claims[0] counts the tickets: it is zero between launches and not yet a claim.
+    claims[0] counts the tickets: it is zero between launches, and no row has claimed yet.
     """
-    tl.debug_barrier()  # the whole program's scores are written before its ticket says so
+    tl.debug_barrier()  # all scores of the program are written before it takes its ticket
     ticket = tl.atomic_add(state.claims, 1, sem="acq_rel", scope="gpu")
     if ticket == tl.num_programs(0) - 1:
         tl.store(state.claims, 0)

@@ -1,22 +1,22 @@
-"""Scores, gradient and state update of rows too long for registers, walked over in tiles.
+"""Scores, gradient and state update of rows too long for registers, walked in tiles.
 
-Serves the rows that score_tile does not, with every option; with STATS=False it is the backward
+Serves the rows that score_tile does not, with every option. With STATS=False it is the backward
 pass by itself. Two kernels:
 
-    score_loop    a program walks over one row in tiles [UNROLL, LANES, VECTOR] of 16-byte loads.
+    score_loop    a program walks one row in tiles [UNROLL, LANES, VECTOR] of 16-byte loads.
                   Each lane keeps its own running statistics, so that the loop needs no shuffle and
-                  no barrier, and the lanes meet once at the end. The gradient takes a second pass
-                  over the row, backwards, whose reads mostly hit the cache that the first pass
+                  no barrier; the lanes are reduced once at the end. The gradient takes a second
+                  pass over the row, backwards, whose reads mostly hit the cache that the first pass
                   filled. With PARTIAL it stops at the statistics of one part of a row.
-    merge_parts   joins the parts of split rows and writes their scores.
+    merge_parts   merges the parts of split rows and writes their scores.
 
-Traffic: R * C * itemsize read, as much again written for the gradient, 4 bytes a class for soft
-targets, about 40 bytes a row. Soft targets are read once more, for the class of their maximum, and
-with the logits once more for el2n. Rows that do not count are not read.
+Traffic: R * C * itemsize read, as much again written for the gradient, 4 bytes per class for soft
+targets, about 40 bytes per row. Soft targets are read once more, for the class of their maximum,
+and once more together with the logits, for el2n. Rows that do not count are not read.
 
-Row offsets are int64. C is a runtime value; it and the strides come in units of `ALIGN` elements,
-the largest power of two that divides them. With SHIFTED, rows start off the 16-byte grid: a row is
-then read from the boundary before it, and its head is masked.
+Row offsets are int64. C is a run-time value. It and the strides are given in units of `ALIGN`
+elements, the largest power of two that divides them. With SHIFTED, rows do not start at multiples
+of 16 bytes: a row is then read from the boundary before it, and its head is masked.
 """
 
 from typing import NamedTuple
@@ -45,7 +45,7 @@ from .update_state import Rule, SampleState
 #: Statistics in the workspace of split rows: those of `RowSums`.
 PART_FIELDS = tl.constexpr(6)
 
-#: Above every class.
+#: Larger than every class.
 _NO_CLASS = tl.constexpr(0x7FFFFFFF)
 
 
@@ -83,7 +83,7 @@ class Walk(NamedTuple):
     origin: tl.tensor  # the 16-byte boundary at or before the row
     head: tl.tensor  # the row is [head, end)
     end: tl.tensor
-    begin: tl.tensor  # the program's part of it is within [begin, stop)
+    begin: tl.tensor  # the program's part of the row lies within [begin, stop)
     stop: tl.tensor
     lanes: tl.tensor  # [UNROLL, LANES, VECTOR]: the elements of the tile at 0
 
@@ -91,15 +91,15 @@ class Walk(NamedTuple):
 class Target(NamedTuple):
     """The target of a row."""
 
-    row_ptr: tl.tensor  # the row of a soft target, at the place of `Walk.origin`
+    row_ptr: tl.tensor  # the row of a soft target, shifted like `Walk.origin`
     y: tl.tensor  # its class
-    y_at: tl.tensor  # and where that is
+    y_at: tl.tensor  # and its position, counted from `Walk.origin`
     valid: tl.tensor
     bad: tl.tensor
     t_y: tl.tensor
     w_y: tl.tensor
     total: tl.tensor  # the sum of c over all classes
-    read_end: tl.tensor  # Walk.end, or Walk.head: a row that does not count is not read
+    read_end: tl.tensor  # Walk.end; or Walk.head, so that a row that does not count is not read
 
 
 @triton.jit
@@ -128,9 +128,10 @@ def _place(inputs, shape):
 
 @triton.jit
 def _tile(origin, i, head, end, fill, shape):
-    """One tile of a row as float32: unmasked 16-byte loads where it lies inside the row.
+    """One tile of a row as float32, in unmasked 16-byte loads if it lies inside the row.
 
-    Read in one dimension: of three, versions of Triton would share out the threads in other ways.
+    The load is one-dimensional, because Triton versions distribute threads over three dimensions
+    in different ways.
     """
     SPAN: tl.constexpr = shape.SPAN
     at = i + tl.arange(0, SPAN)
@@ -157,7 +158,7 @@ def _lane_sums(tile):
 
 @triton.jit
 def _soft_target(row_ptr, weight_ptr, walk, shape, options):
-    """Returns the class of the highest share, the lowest such one, the share, and the sum of c."""
+    """Returns the lowest class of the highest share, that share, and the sum of c."""
     LANES: tl.constexpr = shape.LANES
     head, end = walk.head, walk.end
     best = tl.full([LANES], float("-inf"), tl.float32)
@@ -272,7 +273,7 @@ def _load_parts(parts_ptr, row, num_rows, parts, PARTS: tl.constexpr):
 
 @triton.jit
 def _gradient_row(grad_ptr, walk, ALIGNED: tl.constexpr):
-    """The row of the gradient, at the place of `Walk.origin`."""
+    """The row of the gradient, shifted like `Walk.origin`."""
     grad_row = grad_ptr + (walk.row * walk.num_classes - walk.head)
     return tl.multiple_of(grad_row, 16) if ALIGNED else grad_row
 
@@ -301,10 +302,10 @@ def _second_pass(
     STATS: tl.constexpr,
     GRAD: tl.constexpr,
 ):
-    """Writes the gradient of the row's part, if GRAD; of class ids without smoothing as if no
-    element was the target.
+    """Writes the gradient of the row's part, if GRAD.
 
-    Returns each lane's part of el2n squared, if STATS and the target is soft.
+    For class ids without smoothing it writes as if no element were the target. Returns each lane's
+    part of el2n squared, if STATS and the target is soft.
     """
     NARROW: tl.constexpr = shape.VECTOR == 8 and not options.SOFTCAP
     MASS: tl.constexpr = options.SOFT or options.SMOOTH
@@ -347,12 +348,12 @@ def _second_pass(
 
 @triton.jit
 def _store_target_gradient(grad_row, logits_ptr, target, factors, walk, options):
-    """Puts right what `_second_pass` wrote at the target."""
+    """Overwrites what `_second_pass` wrote at the target."""
     value = -factors.miss * (factors.sharp * factors.scale)
     if options.SOFTCAP:
         x_y = tl.load(logits_ptr + walk.row_start + target.y).to(tl.float32)
         value = value * softcap_slope(x_y, options.softcap)
-    tl.debug_barrier()  # the whole tile is written before
+    tl.debug_barrier()  # all tiles are written before
     mine = target.valid & (target.y_at >= walk.begin) & (target.y_at < walk.stop)
     tl.store(grad_row + target.y_at, value.to(grad_row.dtype.element_ty), mask=mine)
 
@@ -448,7 +449,7 @@ def score_loop(
     num_rows: tl.int64,
     class_units: tl.int32,
     row_units: tl.int64,
-    shift: tl.int32,  # elements from the 16-byte boundary before logits_ptr to it
+    shift: tl.int32,  # elements from the 16-byte boundary before logits_ptr to logits_ptr
     part_tiles: tl.int32,
     ignore_index: tl.int64,
     smoothing: tl.float32,
@@ -477,9 +478,9 @@ def score_loop(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One row, or one part of it, a program. Grid: (R, parts); LANES is the number of threads.
+    """One row, or one part of it, per program. Grid: (R, parts); LANES is the number of threads.
 
-    SHIFTED_ALIKE: the rows of the gradient lie off the 16-byte grid as those of the logits do.
+    SHIFTED_ALIKE: the rows of the gradient are off the 16-byte grid in the same way as the logits.
     """
     outputs = Outputs(loss_ptr, rows_ptr, correct_ptr, count_ptr, num_rows)
     _score(
@@ -516,7 +517,7 @@ def score_loop(
 
 
 class SplitRows(NamedTuple):
-    """What `merge_parts` reads beside the parts."""
+    """What `merge_parts` reads besides the parts."""
 
     logits: tl.tensor
     row_stride: tl.tensor
@@ -563,7 +564,7 @@ def merge_parts(
     SOFTCAP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Joins the parts of one row of class ids. Grid: R; PARTS is a power of two >= parts."""
+    """Merges the parts of one row of class ids. Grid: R; PARTS is a power of two >= parts."""
     row = tl.program_id(0).to(tl.int64)
     _score_merged(
         join(_load_parts(parts_ptr, row, num_rows, parts, PARTS)),

@@ -1,14 +1,14 @@
-"""Scores and gradient of many rows of class ids without options, from one reading.
+"""Scores and gradient of many rows of class ids without options, in one read of the logits.
 
-Serves rows of 33 to 4096 classes, 8192 with the gradient (`plan.plan_rows`), that leave the state
-to another launch.
+Serves rows of 33 to 4096 classes, 8192 with the gradient (`plan.plan_rows`), if another launch
+updates the state.
 
-A program takes tile after tile of whole rows, as score_tile lays them out, and keeps the sums of up
-to 32 rows, one row a thread, so that all their scores are made at once. The vector that holds a
-row's target is left out of the tile and read apart, so that no other element asks whether it is
-the target. Rows that do not count are not read.
+A program takes tile after tile of whole rows, laid out as in score_tile. It keeps the sums of up to
+32 rows, one row per thread, so that all their scores are computed at once. The vector that holds a
+row's target is left out of the tile and read separately, so that no other element has to test
+whether it is the target. Rows that do not count are not read.
 
-Traffic: R * C * itemsize read, as much again written for the gradient, about 40 bytes a row.
+Traffic: R * C * itemsize read, as much again written for the gradient, about 40 bytes per row.
 """
 
 import triton
@@ -22,20 +22,20 @@ from .target import class_ids
 
 @triton.jit
 def _of_step(values, step, ROWS: tl.constexpr):
-    """Of values one a row those of the rows of one step."""
+    """Selects the values of the rows of one step from the values of all rows."""
     return tl.gather(values, step * ROWS + tl.arange(0, ROWS), axis=0)
 
 
 @triton.jit
 def _of_pieces(values, SEGMENTS: tl.constexpr):
-    """Of values one a row those of the pieces of a tile."""
+    """Repeats the values of the rows of a tile for each of its pieces."""
     ROWS: tl.constexpr = values.shape[0]
     return tl.reshape(tl.broadcast_to(values[None, :], [SEGMENTS, ROWS]), [SEGMENTS * ROWS, 1])
 
 
 @triton.jit
 def _keep(kept, step, values):
-    """``kept`` with the values of the rows of one step at their place, one row a thread."""
+    """``kept`` with the values of one step's rows put in their place, one row per thread."""
     at = tl.arange(0, kept.shape[0])
     ROWS: tl.constexpr = values.shape[0]
     return tl.where(at // ROWS == step, tl.gather(values, at % ROWS, axis=0), kept)
@@ -50,8 +50,8 @@ def _add_sums(d, s, q, other_d, other_s, other_q):
 def _sums(x, near, NARROW: tl.constexpr):
     """The statistics of the rows of a tile, from its elements and those near the targets.
 
-    Returns peak, then d, s and q in which `log2_exp` stands for the difference, then 2 to its power
-    of every element of ``x`` and of ``near``.
+    Returns peak; d, s and q, which take `log2_exp` for the difference; and 2 to the power of it for
+    every element of ``x`` and of ``near``.
     """
     peak = tl.maximum(tl.max(tl.max(x, axis=3), axis=0), tl.max(near, axis=0))
     peak = tl.maximum(tl.max(peak, axis=1), EMPTY_PEAK)
@@ -71,8 +71,8 @@ def _sums(x, near, NARROW: tl.constexpr):
 
 @triton.jit
 def _factor(share, peak, folded, NARROW: tl.constexpr):
-    """What makes the gradient of the e of `_sums`."""
-    # e is relative to the peak, and to what log2_exp leaves of it.
+    """The factor that turns the e of `_sums` into the gradient."""
+    # e is relative to the peak, up to the constant of log2_exp.
     factor = share * folded.inv_sum * exp(peak - folded.largest)
     return factor * tl.exp2(-log2_exp(peak, peak, NARROW))
 
@@ -100,11 +100,11 @@ def score_rows(
     SEGMENT: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """Rows that fit a tile, ROWS a step, up to KEPT a program. Grid: ceil(R / (steps * ROWS))."""
+    """ROWS rows per step, up to KEPT per program. Grid: ceil(R / (steps * ROWS))."""
     GRAD: tl.constexpr = grad_ptr is not None
     NARROW: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
     SEGMENTS: tl.constexpr = BLOCK // SEGMENT
-    LANES: tl.constexpr = SEGMENT // ALIGN  # of a segment, a vector each
+    LANES: tl.constexpr = SEGMENT // ALIGN  # of a segment, one vector each
     LANE_ELEMENTS: tl.constexpr = (ALIGN + LANES - 1) // LANES  # of the target's vector
     num_classes = class_units * ALIGN
     row_stride = row_units * ALIGN
@@ -135,13 +135,14 @@ def score_rows(
         y_vector = tile_y // ALIGN
         tile_vectors = _of_step(vectors, step, ROWS)
 
-        # No element of the tile has to ask whether it is the target: its vector is not there.
+        # The target's vector is left out of the tile, so that no element has to test for the
+        # target.
         beside = piece_col // ALIGN != _of_pieces(y_vector, SEGMENTS)
         piece_ok = beside & (piece_col // ALIGN < _of_pieces(tile_vectors, SEGMENTS))
         address = logits_ptr + piece_row * row_stride + piece_col
         raw = tl.load(tl.multiple_of(address, [1, ALIGN_BYTES]), mask=piece_ok, other=float("-inf"))
         x = tl.reshape(raw, [SEGMENTS, ROWS, LANES, ALIGN]).to(tl.float32)
-        # That vector, an element a thread.
+        # The target's vector, one element per thread.
         near_col = y_vector[None, :, None] * ALIGN + in_vector
         near_ok = (in_vector < ALIGN) & (y_vector < tile_vectors)[None, :, None]
         is_target = near_col == tile_y[None, :, None]

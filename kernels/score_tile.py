@@ -1,19 +1,19 @@
-"""Scores, gradient and state update of rows that fit into registers, from one reading.
+"""Scores, gradient and state update of rows that fit in registers, in one read of the logits.
 
-Serves rows of up to 4096 classes, 8192 with the gradient (`plan.plan_tile`), with every option;
-with STATS=False it is the backward pass by itself.
+Serves rows of up to 4096 classes, 8192 with the gradient (`plan.plan_tile`), with every option.
+With STATS=False it is the backward pass by itself.
 
-A program holds whole rows as a tile [SEGMENTS, ROWS, SEGMENT], where the segments of a row make
-BLOCK >= C elements. Few threads share a row and each holds its part of every segment, so sums over
-the classes are mostly sums within a thread; then one thread a row folds the target in and writes
+A program holds whole rows as a tile [SEGMENTS, ROWS, SEGMENT]; the segments of a row hold
+BLOCK >= C elements. Few threads share a row, and each holds a part of every segment, so sums over
+the classes are mostly sums within a thread. Then one thread per row folds the target in and writes
 the scores.
 
-Traffic: R * C * itemsize read, as much again written for the gradient, 4 bytes a class for soft
-targets, about 40 bytes a row.
+Traffic: R * C * itemsize read, as much again written for the gradient, 4 bytes per class for soft
+targets, about 40 bytes per row.
 
-Row offsets are int64. C is a runtime value; it and the strides come in units of `ALIGN` elements,
-the largest power of two that divides them (and the address), so the compiler knows how wide it may
-load.
+Row offsets are int64. C is a run-time value. It and the strides are given in units of `ALIGN`
+elements, the largest power of two that divides them and the address, so that the compiler knows how
+wide it may load.
 """
 
 from typing import NamedTuple
@@ -87,9 +87,9 @@ def _highest(tile):
 
 @triton.jit
 def _spread(values):
-    """The same values, one row a thread: what all threads of a row would compute alike, one does.
+    """The same values, one row per thread, so that one thread computes what all would compute.
 
-    Triton would keep them where the reduction left them, in every thread of their row.
+    Triton would leave the values where the reduction put them, in every thread of their row.
     """
     return tl.gather(values, tl.arange(0, values.shape[0]), axis=0)
 
@@ -109,8 +109,8 @@ def _place(inputs, num_rows, shape):
     col = segment + in_segment
     ok = row_ok[None, :, None] & (col < num_classes)
     row_start = row * (inputs.row_units * inputs.ALIGN)
-    # Memory is read and written as pieces, segment after segment of all rows: so neighbouring
-    # threads share a segment, then take the next rows, and a thread has all segments of its rows.
+    # Memory is accessed in pieces: one segment of all rows after another. Neighbouring threads then
+    # share a segment, the next ones take the next rows, and a thread has all segments of its rows.
     piece = tl.arange(0, SEGMENTS * ROWS)[:, None]
     piece_row = first_row + piece % ROWS
     piece_col = piece // ROWS * SEGMENT + tl.arange(0, SEGMENT)[None, :]
@@ -146,7 +146,7 @@ def _soft_target(target_ptr, tile, shape):
     t = tl.load(address, mask=tile.piece_ok, other=float("-inf"))
     t = tl.reshape(t, [shape.SEGMENTS, shape.ROWS, shape.SEGMENT])
     t_y = _highest(t)
-    # The lowest such class. A row of NaN has none.
+    # The lowest class with that share. A row of NaN has none.
     y = tl.min(tl.min(tl.where(t == t_y[None, :, None], tile.col, 0x7FFFFFFF), axis=0), axis=1)
     return t, t_y, tl.minimum(y, tile.num_classes - 1)
 
@@ -189,7 +189,7 @@ def _soft_el2n(x, t, t_y, is_target, folded, tile):
 
 @triton.jit
 def _row_scale(inputs, scale, tile, shape):
-    """The gradient to each loss."""
+    """The gradient with respect to each loss."""
     g = tl.full([shape.ROWS], 1.0, tl.float32) * scale
     if inputs.row_scale is not None:
         g = g * tl.load(inputs.row_scale + tile.row, mask=tile.row_ok, other=0.0)
@@ -247,7 +247,7 @@ def _score(
         y, valid, bad = class_ids(
             inputs.target, tile.row, tile.row_ok, options.ignore_index, num_classes
         )
-    # Of col == y the part that is the same for all segments of a row, once.
+    # The same as col == y. Whatever all segments of a row share is computed once.
     is_target = tile.segment == y[None, :, None] - tile.in_segment
     w = tl.full([1, 1, 1], 1.0, tl.float32)
     w_y = tl.full([shape.ROWS], 1.0, tl.float32)
@@ -306,7 +306,7 @@ def score_tile(
     correct_ptr,  # [R] bool
     count_ptr,  # [R] int32
     grad_ptr,  # [R, C] contiguous
-    row_scale_ptr,  # [R] float32 or None: the gradient to each loss, times scale
+    row_scale_ptr,  # [R] float32 or None: the gradient with respect to each loss, times scale
     indices_ptr,  # [R] int64, and the state as in update_state
     scores_ptr,
     memory_ptr,

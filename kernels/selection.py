@@ -1,25 +1,25 @@
 """Selection of the k highest scores in index order, by threshold and bitmap.
 
-Contract: `Backend.topk_indices` and `grouped_topk_indices`. Scores are compared by an unsigned
-32-bit key of the same order, NaN lowest and -0.0 equal to 0.0. Given a bracket [low, high] of keys
-around the k-th highest (from a sample, or from histograms):
+Contract: `Backend.topk_indices` and `grouped_topk_indices`. Scores are compared by unsigned 32-bit
+keys of the same order, with NaN lowest and -0.0 equal to 0.0. A sample, or histograms, give a
+bracket [low, high] of keys around the k-th highest. Then:
 
-    mark_scores         ONE read of the scores writes a bitmap of those above the bracket, with some
-                        of the ties, and collects the keys and indices of those inside
-    histogram           256 bins of the keys inside a bracket; repeated, it ends at the exact key
+    mark_scores         in ONE read of the scores, writes a bitmap of those above the bracket and of
+                        some ties at its upper end, and collects keys and indices of those inside
+    histogram           256 bins of the keys inside a bracket; repeated until the key is exact
     mark_more           sets the bits of the candidates that are selected
     expand_marked       writes the indices of the bits set, in index order
 
-The candidates lie in no particular order, and what is made of them does not depend on it: the
-result is the same on every device and run.
+The candidates are collected in arbitrary order, but the result does not depend on it: it is the
+same on every device and in every run.
 
-With groups, the key is followed by the inverted index, which makes it unique; `group_histogram`
-counts one byte of that composite key for every group at once, `mark_groups` compares with each
-group's own threshold.
+With groups, the key is followed by the inverted index, which makes it unique. `group_histogram`
+counts one byte of that composite key for all groups at once, and `mark_groups` compares it with the
+threshold of the score's group.
 
 Traffic: 4 N bytes for mark_scores, N / 8 written and read again for the bitmap, 8 k for the
 indices.
-Tiles: `WORDS` x 32 scores a program, one bitmap word a row.
+Tiles: `WORDS` x 32 scores per program, one bitmap word per row of the tile.
 """
 
 import triton
@@ -33,7 +33,7 @@ BINS = tl.constexpr(256)
 
 @triton.jit
 def order_key(score):
-    """The unsigned key of a float32 score, by its bits alone: denormals are told apart."""
+    """The unsigned key of a float32 score, from its bits alone: denormals stay distinct."""
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)  # -0.0 equals 0.0
     key = bits ^ ((bits >> 31) | -0x80000000)
@@ -61,7 +61,7 @@ def _unpack(words, bit):
 
 @triton.jit
 def _count(words):
-    """The number of bits set in each word, in the form that LLVM makes one instruction of."""
+    """The number of bits set in each word, in the form that LLVM compiles to one instruction."""
     x = words.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
@@ -77,7 +77,7 @@ def _lower(bit):
 
 @triton.jit
 def _rank(words, bit):
-    """For each bit of the words [WORDS] the number of bits set before it: [WORDS, 32]."""
+    """For each bit of the words [WORDS], the number of bits set before it: [WORDS, 32]."""
     counts = _count(words)
     before = tl.cumsum(counts, axis=0) - counts
     return before[:, None] + _count(words[:, None] & _lower(bit))
@@ -101,7 +101,7 @@ def mark_scores(
 ):
     """Marks keys above high, and those equal to it up to index last_tie. Grid: blocks.
 
-    A slice may lie off the 16-byte grid, which `ALIGN_BYTES` says.
+    The scores may start off the 16-byte grid; `ALIGN_BYTES` is their alignment.
     """
     block = tl.program_id(0).to(tl.int64)
     blocks = tl.num_programs(0)
@@ -115,7 +115,7 @@ def mark_scores(
         score = tl.load(address)
     else:
         score = tl.load(address, mask=at < left, other=float("nan"))
-    key = order_key(score)  # the lowest there is beyond the last score
+    key = order_key(score)  # the lowest possible key past the last score
     top = high.to(tl.uint32)
     ties = tl.minimum(tl.maximum(last_tie - start + 1, 0), left).to(tl.int32)
     marked = _pack((key > top) | ((key == top) & (at < ties)), bit)

@@ -12,11 +12,11 @@ The statistics of a *part* of a row, over its classes j other than the target, a
     tilt    sum_j c_j (x_j - peak)
 
 where c_j is the weight of class j in the loss beyond the plain term of the target: label smoothing
-or a soft target (`RowSums`). A part without a finite logit has d == 0 and moves no other part.
-Logits of exactly -inf add nothing; a NaN reaches d and from there every score of its row, and no
-other row.
+or a soft target (`RowSums`). A part without a finite logit has d == 0 and affects no other part.
+Logits of -inf add nothing. A NaN propagates to d, and from there to every score of its row but to
+no other row.
 
-Every function works on tensors of any shape, elementwise; `join` alone reduces.
+Every function is elementwise, on tensors of any shape, except `join`, which reduces.
 """
 
 from typing import NamedTuple
@@ -43,11 +43,11 @@ class RowSums(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """What the statistics of a whole row make of it, its target folded in (`fold_target`)."""
+    """What follows from the statistics of a whole row and its target (`fold_target`)."""
 
     nll: tl.tensor
     log_total: tl.tensor  # log sum_j e^(x_j - largest)
-    tilt: tl.tensor  # of the classes other than the target, from `largest`
+    tilt: tl.tensor  # of the classes other than the target, relative to `largest`
     entropy: tl.tensor
     el2n: tl.tensor  # that of a one-hot target
     margin: tl.tensor
@@ -98,7 +98,7 @@ def softcap_slope(x, softcap):
 
 @triton.jit
 def rebase(sums, new_peak):
-    """A part's sums, moved to a peak that is no lower."""
+    """A part's sums, rescaled to a peak that is at least as high."""
     delta = tl.where(sums.d == 0, 0.0, tl.maximum(sums.peak - new_peak, EMPTY_PEAK))
     factor = exp(delta)
     s = (sums.s + tl.maximum(delta, EXP_IS_ZERO) * sums.d) * factor
@@ -108,7 +108,7 @@ def rebase(sums, new_peak):
 
 @triton.jit
 def join(sums):
-    """The statistics of all parts [P] together."""
+    """Merges the statistics of all parts [P]."""
     sums = rebase(sums, tl.max(sums.peak, axis=0))
     d = tl.sum(sums.d, axis=0)
     s = tl.sum(sums.s, axis=0)
@@ -120,15 +120,15 @@ def join(sums):
 
 @triton.jit
 def log2_exp(x, peak, NARROW: tl.constexpr):
-    """log2(e^(x - peak)), but for a constant of the peak: `log2_exp(peak, peak)`.
+    """log2(e^(x - peak)), up to a constant that depends on the peak: `log2_exp(peak, peak)`.
 
-    Of 16-bit logits (NARROW) one instruction, x log2(e) - b with b = peak log2(e) rounded. From
-    2^20 on, where the rounding would matter, such logits are 4096 apart or equal: any slope will
-    do, and with 1 nothing is rounded.
+    For 16-bit logits (NARROW) this is one instruction, x log2(e) - b, where b is peak log2(e),
+    rounded. From a peak of 2^20 on the rounding would matter. But such logits are equal or at least
+    4096 apart, so any slope gives the right exponentials, and a slope of 1 rounds nothing.
     """
     if NARROW:
         slope = tl.where(tl.abs(peak) < 1048576.0, LOG2_E, 1.0)
-        base = tl.fma(peak, slope, 0.0)  # with a zero: else the product may be fused unrounded
+        base = tl.fma(peak, slope, 0.0)  # adding zero rounds the product, which else may be fused
         result = tl.fma(x, slope, -base)
     else:
         result = (x - peak) * LOG2_E
@@ -137,7 +137,7 @@ def log2_exp(x, peak, NARROW: tl.constexpr):
 
 @triton.jit
 def from_base2(peak, d, s, q, NARROW: tl.constexpr):
-    """The sums, of no mass, of a part from those in which `log2_exp` stands for the difference."""
+    """A part's sums, with a mass of 0, from sums that took `log2_exp` for the difference."""
     excess = log2_exp(peak, peak, NARROW)
     factor = tl.exp2(-excess)
     none = tl.zeros_like(d)
@@ -148,7 +148,7 @@ def from_base2(peak, d, s, q, NARROW: tl.constexpr):
 
 @triton.jit
 def weighted_difference(c, diff):
-    """The product, where a class of no weight costs nothing even at diff = -inf."""
+    """The product c diff, but 0 for a class without weight, even if diff is -inf."""
     return tl.where(c == 0, 0.0, c * diff)
 
 
@@ -156,7 +156,7 @@ def weighted_difference(c, diff):
 def fold_target(x_y, sums):
     """Folds the target's logit into the sums of all other classes; returns `Folded`.
 
-    mass * log_total - tilt is the share of the classes other than the target in the smoothed or
+    mass * log_total - tilt is what the classes other than the target contribute to the smoothed or
     soft loss.
     """
     alone = sums.d == 0

@@ -1,7 +1,7 @@
-"""The target of a row: its class, what every class weighs in the loss, and the loss itself.
+"""The target of a row: its class, the weight of every class in the loss, and the loss itself.
 
-Serves every kernel that scores rows. Beyond the loads of `class_ids`, 8 bytes a row, nothing here
-touches memory. Every function works on tensors of any shape, elementwise.
+Used by every kernel that scores rows. Only `class_ids` accesses memory, 8 bytes per row. Every
+function is elementwise, on tensors of any shape.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from .softmax_stats import tanh, weighted_difference
 
 
 class Options(NamedTuple):
-    """What the loss asks for. The flags are known when compiling."""
+    """The options of the loss. The flags are compile-time constants."""
 
     ignore_index: tl.tensor
     smoothing: tl.tensor
@@ -26,15 +26,16 @@ class Options(NamedTuple):
 
 @triton.jit
 def capped(raw, options):
-    """The logits that are scored, from those that were read."""
-    # Fused with a zero, the product is rounded. Else the compiler may fuse it with a difference
-    # from the row's maximum, which is rounded, and the largest logit would differ from itself.
+    """The logits that are scored, from the raw ones."""
+    # Adding zero in a fused multiply-add rounds the product. Otherwise the compiler may fuse the
+    # unrounded product with the subtraction of the row's maximum, which is rounded, and the largest
+    # logit would differ from its own maximum.
     return tl.fma(tanh(raw / options.softcap), options.softcap, 0.0) if options.SOFTCAP else raw
 
 
 @triton.jit
 def class_ids(target_ptr, row, row_ok, ignore_index, num_classes):
-    """Returns each row's class id, safe to index with, whether it counts, whether it is bad."""
+    """Returns each row's class id, always a valid index; whether it counts; whether it is bad."""
     y = tl.load(target_ptr + row, mask=row_ok, other=0)
     valid = row_ok & (y != ignore_index)
     bad = valid & ((y < 0) | (y >= num_classes))
@@ -43,7 +44,7 @@ def class_ids(target_ptr, row, row_ok, ignore_index, num_classes):
 
 @triton.jit
 def class_weights(t, w, num_classes, options):
-    """c_j of softmax_stats: the smoothed and weighted target; of class ids the smoothing alone."""
+    """c_j of softmax_stats: the smoothed and weighted target; for class ids the smoothing alone."""
     share = options.smoothing / num_classes.to(tl.float32)
     if options.SOFT:
         c = t * (1.0 - options.smoothing) + share if options.SMOOTH else t

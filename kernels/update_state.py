@@ -1,23 +1,22 @@
-"""Moves the per-sample state of the samples in one batch: of repeated indices the last valid row
-wins.
+"""Updates the per-sample state by one batch; of several rows of a sample the last valid one wins.
 
 Contract: `Backend.update_state`. A row is valid when it counts, its index lies in [0, N) and its
 values are finite; only valid rows claim a sample. Two phases:
 
     claim   atomic max of row + 1 into claims[index]: the claim of a sample is its last valid row
-    apply   the row that finds itself there moves the state and puts the claim back to 0
+    apply   the row that finds its own number there updates the state and resets the claim to 0
 
-No row reads a sample's state but its winner, and a loser that reads the claim after the winner
-cleared it still sees another row than itself; so the result does not depend on the order of the
-programs.
+Only the winner reads a sample's state. A loser that reads the claim after the winner has reset it
+does not see its own number, either. The result therefore does not depend on the order of programs.
 
-Every product, sum and quotient of the state is rounded by itself, as in every other backend: a
-fused multiply-add would let backends drift apart in the last bit, and with it the order of samples.
+Every product, sum and quotient of the state is rounded separately, as in every other backend. A
+fused multiply-add in one backend alone would change the last bit of a state, and with it the order
+of samples.
 
-Traffic: 20 bytes a row for index, values and count, twice; 28 bytes of state a sample, random
-access.
-Tiles: `BLOCK` rows a program and step. Up to `plan.ONE_PROGRAM_ROWS` rows one program does both
-phases in one launch, a barrier apart; beyond, each phase is a launch of its own.
+Traffic: 20 bytes per row for index, values and count, twice; 28 bytes of state per sample, in
+random access.
+Tiles: `BLOCK` rows per program and step. Up to `plan.ONE_PROGRAM_ROWS` rows one program does both
+phases in one launch, with a barrier in between; beyond that each phase is a launch of its own.
 """
 
 from typing import NamedTuple
@@ -31,7 +30,7 @@ BOTH = tl.constexpr(0)
 CLAIM = tl.constexpr(1)
 APPLY = tl.constexpr(2)
 
-#: Where the count of visits stays.
+#: Where the count of visits saturates.
 MOST_VISITS = tl.constexpr(2**31 - 1)
 
 
@@ -46,7 +45,7 @@ class Visits(NamedTuple):
 
 
 class SampleState(NamedTuple):
-    """The state of all samples: pointers as those of `update_state`, and their number."""
+    """The state of all samples: the pointers of `update_state`, and the number of samples."""
 
     scores: tl.tensor
     memory: tl.tensor
@@ -58,7 +57,7 @@ class SampleState(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How a visit moves the state, as `update_state` has it."""
+    """How a visit updates the state: the scalars of `update_state`."""
 
     mean: tl.tensor
     decay: tl.tensor
@@ -94,7 +93,7 @@ def claim_rows(visits, state):
 
 @triton.jit
 def rounded(product, zero):
-    """The product, kept from being fused with a sum: only at run time is `zero` known to be 0."""
+    """The rounded product. The compiler cannot fuse it with a sum, since it cannot know `zero`."""
     return (product.to(tl.int32, bitcast=True) ^ zero).to(tl.float32, bitcast=True)
 
 
@@ -103,7 +102,7 @@ def apply_rows(visits, state, rule):
     """The apply phase of one block of rows. The formulas are those of `Recurrence`."""
     index, signal = visits.index, visits.signal
     valid, _, _ = valid_rows(visits, state.num_samples)
-    # From L2, where the atomics wrote: a line in L1 may be older.
+    # From L2, where the atomics wrote: a line in L1 may be out of date.
     claim = tl.load(state.claims + index, mask=valid, other=0, cache_modifier=".cg")
     won = valid & (claim == (visits.row + 1).to(tl.int32))
     memory = tl.load(state.memory + index, mask=won, other=0.0)

@@ -1,4 +1,4 @@
-// EMP_FAST_HD marks what the CPU kernels and the CUDA kernels share.
+// EMP_FAST_HD marks functions that the CPU and the CUDA kernels share.
 #pragma once
 
 // Always inlined on the host too: a header is compiled for several instruction sets, and an

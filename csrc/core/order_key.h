@@ -1,4 +1,4 @@
-// The order of scores as unsigned integers: NaN < -inf < ... < -0.0 == 0.0 < ... < +inf.
+// Maps scores to unsigned integers of the same order: NaN < -inf < ... < -0.0 == 0.0 < ... < +inf.
 #pragma once
 #include <cstdint>
 
@@ -11,8 +11,8 @@ constexpr uint32_t kMinusInfinityKey = 0x00800000u;  // no score has a key betwe
 constexpr uint32_t kInfinityKey = 0xFF800000u;
 constexpr uint32_t kHighestKey = 0xFFFFFFFFu;  // above the key of +inf
 
-// From the bit pattern of a float32. Integer work alone: comparing floats would depend on whether
-// the thread flushes denormals to zero.
+// The key of a float32, from its bit pattern. Integer operations only, because comparing floats
+// would depend on whether the thread flushes denormals to zero.
 EMP_FAST_HD uint32_t order_key(uint32_t bits) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return kNanKey;
@@ -20,7 +20,7 @@ EMP_FAST_HD uint32_t order_key(uint32_t bits) {
   return (bits >> 31) ? 0x80000000u - magnitude : 0x80000000u + magnitude;
 }
 
-// The bit pattern with a key from kMinusInfinityKey to kInfinityKey; of the zeros, +0.
+// The inverse, for keys from kMinusInfinityKey to kInfinityKey. The key of the two zeros gives +0.
 EMP_FAST_HD uint32_t score_bits(uint32_t key) {
   return key >= 0x80000000u ? key - 0x80000000u : 0x80000000u | (0x80000000u - key);
 }

@@ -1,4 +1,4 @@
-// Philox4x32-10, the counter-based random bits of sample, epoch and use.
+// Philox4x32-10: counter-based random bits for a sample, an epoch and a use.
 // J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 #include <cstdint>

@@ -1,4 +1,4 @@
-// How one sample's state moves on a visit: emp_fast.backends.base.Recurrence, as scalars.
+// The update of one sample's state on a visit: emp_fast.backends.base.Recurrence in scalar form.
 #pragma once
 #include <cstdint>
 
@@ -31,9 +31,9 @@ struct SampleState {
   int32_t visits;
 };
 
-// Each product and sum is rounded by itself: a fused multiply-add here or there would let backends
-// drift apart in the last bit, and with it the order of samples. The host compiles the files that
-// include this with -ffp-contract=off.
+// Every product and sum is rounded separately. A fused multiply-add in one backend alone would
+// change the last bit of a state, and with it the order of samples. The host compiles the files
+// that include this header with -ffp-contract=off.
 EMP_FAST_HD float rounded_mul(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -58,11 +58,12 @@ EMP_FAST_HD float rounded_div(float a, float b) {
 #endif
 }
 
-// Finite: not +-inf, not NaN; by its bits, so that no compiler flag can assume it away.
+// Whether a float with these bits is finite: neither +-inf nor NaN. Tests the bits, so that no
+// compiler flag can assume the answer.
 EMP_FAST_HD bool is_finite_bits(uint32_t bits) { return (bits & 0x7F800000u) != 0x7F800000u; }
 
-// The state after a visit with these values. `direct` is read where has_direct, `variance` of the
-// state where the kind is kVariance. The operations and their order are those of the reference.
+// The state after a visit with these values. `direct` is read only if has_direct, state.variance
+// only for kVariance. The operations and their order are those of the PyTorch reference.
 EMP_FAST_HD SampleState visit(const Recurrence& r, SampleState state, float signal, bool has_direct,
                               float direct) {
   const bool first = state.visits == 0;

@@ -1,13 +1,12 @@
-// One row of logits in one pass: the running sums of a softmax, and the scores that follow from
-// them.
+// The running sums of a softmax, taken in one pass over a row of logits, and the scores that follow
+// from them.
 //
-// The sums run over the classes j != y alone; `finish` folds the target in. With m = max x_j they
-// are
+// The sums cover only the classes j != y; `finish` folds the target in. With m = max x_j they are
 //
 //   d = sum e^(x_j - m)      s = sum (x_j - m) e^(x_j - m)      q = sum e^(2 (x_j - m))
 //
-// so that every term of a sum has one sign and nothing cancels (docs/numerics.md). T is float or a
-// vector of floats that holds one row a lane.
+// All terms of a sum have the same sign, so nothing cancels (docs/numerics.md). T is float, or a
+// vector of floats with one row per lane.
 #pragma once
 
 #include "core/float_math.h"
@@ -15,12 +14,12 @@
 
 namespace emp_fast {
 
-// The maximum of no logits: finite, so that differences to it are. A row of this maximum and an
-// empty row are told apart by d, which is 0 for the empty one alone.
+// The maximum of an empty set of logits. It is finite, so that differences to it are finite. A row
+// whose maximum really is kLowest has d > 0; an empty row has d == 0.
 constexpr float kLowest = -3.402823466e+38f;
 
-// Differences to the maximum stop here, where e^x is 0 in float32: 0 times the difference stays 0
-// when a logit is -inf.
+// Differences to the maximum are clamped here, where e^x is 0 in float32. Without the clamp a logit
+// of -inf would add -inf * 0, which is NaN.
 constexpr float kFloor = -105.0f;
 
 template <class T>
@@ -39,7 +38,7 @@ EMP_FAST_HD T floored_difference(T x, T max) {
   return larger(Numbers<T>::of(kFloor), x - max);
 }
 
-// Adds a logit that is not above sums.m (raise it first) or is NaN, which makes every sum NaN.
+// Adds a logit that is at most sums.m (call `raise` first). A NaN makes every sum NaN.
 template <class T>
 EMP_FAST_HD void add(SoftmaxSums<T>& sums, T x) {
   const T diff = floored_difference(x, sums.m);
@@ -49,7 +48,7 @@ EMP_FAST_HD void add(SoftmaxSums<T>& sums, T x) {
   sums.q = fused(e, e, sums.q);
 }
 
-// Expresses the sums relative to `max`, which is not below sums.m.
+// Rescales the sums to the maximum `max`, which must be at least sums.m.
 template <class T>
 EMP_FAST_HD void raise(SoftmaxSums<T>& sums, T max) {
   const T delta = floored_difference(sums.m, max);
@@ -60,7 +59,7 @@ EMP_FAST_HD void raise(SoftmaxSums<T>& sums, T max) {
   sums.m = max;
 }
 
-// The scores of one row of class id y; all but `nll` are fields of
+// The scores of a row with class id y. All but `nll` and `log_sum` are fields of
 // emp_fast.backends.base.ROW_FIELDS.
 template <class T>
 struct Scores {
@@ -69,14 +68,14 @@ struct Scores {
   T el2n;        // || p - onehot(y) ||_2
   T margin;      // x_y - max_{j != y} x_j
   T confidence;  // p_y
-  T max;         // M, of all classes
+  T max;         // M, over all classes
   T inv_sum;     // 1 / sum_j e^(x_j - M)
-  T miss;        // 1 - p_y with all its digits
+  T miss;        // 1 - p_y, without cancellation
   T log_sum;     // log sum_j e^(x_j - M)
 };
 
-// Folds the logit of the target into the sums of the other classes. NaN in any sum or in x_y gives
-// NaN in nll and inv_sum at least; the caller spoils the whole row then.
+// Folds the target's logit into the sums of the other classes. If the sums or x_y are NaN, at least
+// nll and inv_sum are NaN, and the caller then sets the whole row to NaN.
 template <class T>
 EMP_FAST_HD Scores<T> finish(const SoftmaxSums<T>& others, T x_y) {
   const T zero = Numbers<T>::of(0.0f);
@@ -86,14 +85,14 @@ EMP_FAST_HD Scores<T> finish(const SoftmaxSums<T>& others, T x_y) {
   SoftmaxSums<T> sums = others;
   const T max = choose(empty, x_y, larger(others.m, x_y));
   raise(sums, max);
-  const T target = x_y - max;  // -inf stays: nll needs it
+  const T target = x_y - max;  // not clamped: nll needs -inf
   const T floored = floored_difference(x_y, max);
   const T e_y = exp_nonpositive(floored);
   const T total = sums.d + e_y;
   const T inv_sum = one / total;
 
-  // e_y is 1 where the target is the largest: then the rest alone goes into log1p, with all its
-  // digits.
+  // If the target is the largest logit, e_y is 1. log1p then takes the remaining sum alone, which
+  // keeps all its digits.
   const T rest = choose(target == zero, sums.d, (sums.d - one) + e_y);
   Scores<T> scores;
   scores.log_sum = log1p_nonnegative(rest);
@@ -108,9 +107,9 @@ EMP_FAST_HD Scores<T> finish(const SoftmaxSums<T>& others, T x_y) {
   return scores;
 }
 
-// sum_j w_j (-log p_j) over all classes, for label smoothing: terms of one sign again.
+// sum_j w_j (-log p_j) over all classes, for label smoothing. Again all terms have the same sign.
 //
-//   spread       sum_{j != y} w_j (x_j - m), m = others.m; -inf logits and all
+//   spread       sum_{j != y} w_j (x_j - m), m = others.m; includes logits of -inf
 //   weight_y     w_y            (1 without class weights)
 //   weight_rest  sum_{j != y} w_j
 template <class T>

@@ -1,5 +1,5 @@
-// The CPU kernels as Python sees them. Positional arguments alone: looking names up costs more than
-// a small batch. The module's functions check nothing; emp_fast.backends.cpu has.
+// Python bindings of the CPU kernels. Arguments are positional only, because looking names up would
+// cost more than a small batch. Nothing is validated here; emp_fast.backends.cpu has done so.
 #include "cpu/bindings.h"
 
 #include <pybind11/stl.h>
@@ -42,7 +42,7 @@ void bind_selection(py::module_& m) {
       Released());
 }
 
-// Returns false, with nothing done, when an index is out of range.
+// Returns false and changes nothing if an index is out of range.
 bool update(Address indices, Address signal, Address direct, Address count, int64_t num_rows,
             Address scores, Address memory, Address visits, Address variance, Address claims,
             Address counters, int64_t num_samples, int kind, double decay, double direct_scale,

@@ -5,6 +5,6 @@
 namespace emp_fast::cpu {
 
 void bind(pybind11::module_& m);
-void bind_scores(pybind11::module_& m);  // its part in cross_entropy.cpp
+void bind_scores(pybind11::module_& m);  // the part defined in cross_entropy.cpp
 
 }  // namespace emp_fast::cpu

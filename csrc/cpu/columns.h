@@ -1,4 +1,4 @@
-// Few classes: one row a lane. The logits of kLanes rows are transposed on the way in.
+// Few classes: one row per lane. The logits of kLanes rows are transposed as they are read.
 #pragma once
 
 #include <algorithm>
@@ -8,12 +8,12 @@
 
 namespace emp_fast::cpu::EMP_FAST_ISA {
 
-// Below this many classes reducing a row's vectors costs more than transposing it.
+// Below this many classes, reducing a row's vectors costs more than transposing the row.
 constexpr int64_t kNarrow = 16 * kLanes;
 
 template <int... kLane>
 EMP_FAST_INLINE void transpose_quads(NativeFloats* q, std::integer_sequence<int, kLane...>) {
-  // Within every four lanes: the 4 x 4 transpose of the four vectors.
+  // Transposes the 4 x 4 elements of the four vectors within each group of four lanes.
   const auto low = [](NativeFloats a, NativeFloats b) {
     return __builtin_shufflevector(a, b,
                                    (kLane / 4 * 4 + kLane % 4 / 2 + (kLane % 2 ? kLanes : 0))...);
@@ -38,7 +38,7 @@ EMP_FAST_INLINE void transpose_quads(NativeFloats* q, std::integer_sequence<int,
   q[3] = second(high01, high23);
 }
 
-// Four elements of each of the rows from, from + 4, ...: one row every four lanes.
+// Reads four elements of each of the rows from[0], from[4], ...; each row fills four lanes.
 template <class Format>
 EMP_FAST_INLINE Floats read_quads(const typename Format::Element* const* from, int64_t column) {
   if constexpr (std::is_same_v<typename Format::Element, uint16_t>) {
@@ -62,7 +62,8 @@ EMP_FAST_INLINE Floats read_quads(const typename Format::Element* const* from, i
   }
 }
 
-// Calls body(column, logits of the column in kLanes rows) for every column; one may come twice.
+// Calls body(column, logits of the column in kLanes rows) for every column. Up to three columns are
+// visited twice.
 template <class Format, class Body>
 EMP_FAST_INLINE void for_each_column(const typename Format::Element* const* rows, int64_t classes,
                                      Body body) {

@@ -1,4 +1,4 @@
-// The row scores of the CPU as Python sees them: pointers in, rows shared out among the threads.
+// Python bindings of the CPU row scores: takes pointers and distributes the rows over the threads.
 #include "cpu/cross_entropy.h"
 
 #include <algorithm>
@@ -39,14 +39,14 @@ namespace {
 
 namespace py = pybind11;
 
-// So that a thread which another process holds up leaves its share to the others.
+// Several ranges per thread: if another process delays one thread, the others take over its ranges.
 constexpr int64_t kRangesPerThread = 8;
 
-// Logits that are scored before their gradient is made: they and it stay in the second-level cache.
+// Logits scored before their gradient is computed: few enough that both stay in the L2 cache.
 constexpr int64_t kStepBlockElements = 1 << 14;
 
-// Rows a range: enough work for a thread, several ranges for each thread where there is more, whole
-// vectors of rows where those share one.
+// Rows per range: enough work for a thread, several ranges per thread for large problems, and whole
+// vectors of rows if a range has at least one.
 int64_t rows_per_range(const Problem& problem, const ScoreKernels& kernels, int threads) {
   const auto ranges_in = [&](int64_t rows, int64_t most) {
     return std::clamp<int64_t>(rows * problem.classes / kElementsPerThread, 1, most);
@@ -58,15 +58,15 @@ int64_t rows_per_range(const Problem& problem, const ScoreKernels& kernels, int 
   return split(grain, kernels.lanes) * kernels.lanes;
 }
 
-// About as many rows as can be scored before their gradient is made, in whole vectors of rows where
-// those share one.
+// Rows scored before their gradient is computed: about kStepBlockElements logits, and whole vectors
+// of rows if there is at least one.
 int64_t rows_per_block(int64_t classes, const ScoreKernels& kernels) {
   const int64_t rows = kStepBlockElements / classes;
   return rows < kernels.lanes ? std::max<int64_t>(1, rows) : rows / kernels.lanes * kernels.lanes;
 }
 
-// In float64, by several accumulators that do not wait for each other, in one order whatever the
-// number of threads.
+// Sums in float64. Independent accumulators hide the latency of the additions. The order of the sum
+// does not depend on the number of threads.
 double weighted_sum(const float* values, const float* scale, int64_t rows) {
   constexpr int64_t kParts = 8;
   double parts[kParts] = {};
@@ -109,7 +109,8 @@ Problem make_problem(std::vector<double>& weight_before, Address logits, int dty
   return problem;
 }
 
-// Returns the first row with an impossible class id, or -1; the outputs mean nothing then.
+// Returns the first row with an invalid class id, or -1. If there is one, the outputs are
+// undefined.
 int64_t cross_entropy(Address logits, int dtype, int64_t row_stride, int64_t rows, int64_t classes,
                       Address target, bool soft, Address weight, int64_t ignore_index,
                       double label_smoothing, double softcap, Address loss, Address fields,
@@ -153,9 +154,9 @@ void cross_entropy_backward(Address logits, int dtype, int64_t row_stride, int64
                   });
 }
 
-// The same arguments, then those of the update; see emp_fast.backends.base.Backend.mean_step.
-// `workspace`, step_workspace(rows) floats, holds the scores: nobody asks for them. Returns 0, or
-// with nothing applied kWrongTarget or kWrongIndex.
+// Takes the same arguments, then those of the update; see emp_fast.backends.base.Backend.mean_step.
+// The scores go to `workspace`, step_workspace(rows) floats, because the caller does not need them.
+// Returns kNoError, or kWrongTarget or kWrongIndex with the state unchanged.
 enum StepError { kNoError, kWrongTarget, kWrongIndex };
 
 int64_t step_workspace(int64_t rows) { return (kFields + 3) * rows + (rows + 3) / 4; }
@@ -173,7 +174,7 @@ int cross_entropy_step(Address logits, int dtype, int64_t row_stride, int64_t ro
   const Problem problem =
       make_problem(weight_before, logits, dtype, row_stride, rows, classes, target, soft, weight,
                    ignore_index, label_smoothing, softcap);
-  // Row 0 is the loss, then come the fields: as `signal` and `direct` count them.
+  // Row 0 is the loss, the fields follow: `signal` and `direct` are numbered in this order.
   float* values = pointer<float>(workspace);
   float* grad_loss = values + (1 + kFields) * rows;
   int32_t* count = reinterpret_cast<int32_t*>(grad_loss + rows);

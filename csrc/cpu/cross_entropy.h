@@ -1,5 +1,5 @@
-// The row scores of the CPU: what the kernels of cross_entropy.isa.cpp take, for every instruction
-// set.
+// The CPU row scores: the arguments of the kernels in cross_entropy.isa.cpp, and a table of those
+// kernels for every instruction set.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +19,7 @@ struct Problem {
   const int64_t* target;     // [rows] class ids, or null
   const float* soft_target;  // [rows, classes] probabilities, or null
   const float* weight;       // [classes], or null
-  double weight_sum;         // the number of classes without weights
+  double weight_sum;         // the number of classes if there are no weights
   // [ceil(classes / kWeightStep)] with weights and label smoothing: the sum of the weights before
   // each multiple of kWeightStep.
   const double* weight_before;
@@ -47,10 +47,10 @@ struct ScoreKernels {
   // Scores the rows [begin, end). Returns the first of them whose class id is neither a class nor
   // ignored, or kNone.
   int64_t (*forward)(const Problem&, const ScoreOutputs&, int64_t begin, int64_t end);
-  // Writes the gradient, [rows, classes] contiguous in the format of the logits, of the rows
-  // [begin, end).
+  // Writes the gradient of the rows [begin, end). `grad` is [rows, classes], contiguous, in the
+  // format of the logits.
   void (*backward)(const Problem&, const GradientInputs&, void* grad, int64_t begin, int64_t end);
-  int64_t lanes;  // rows that share a vector: ranges of a multiple of it are cheapest
+  int64_t lanes;  // rows per vector: ranges that are a multiple of it are cheapest
 };
 
 const ScoreKernels& score_kernels(Isa isa);

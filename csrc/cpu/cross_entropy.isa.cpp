@@ -1,9 +1,10 @@
-// The scores of rows from one read of their logits, and the gradient from a second.
+// Row scores from one read of the logits, and their gradient from a second.
 //
-// Rows go in groups of kLanes, whose final maths (log, divisions, square roots) is one row a lane.
-// Few classes: the logits too are one row a lane (columns.h). Many: a row at a time in blocks that
-// stay in the L1 cache, first the maximum of a block, then its sums; meanwhile what follows is
-// fetched from memory, so that arithmetic and memory do not wait for each other.
+// Rows are processed in groups of kLanes. The final maths of a group (log, divisions, square roots)
+// runs with one row per lane. With few classes, the logits are laid out with one row per lane, too
+// (columns.h). With many classes, rows are processed one after the other, in blocks that stay in
+// the L1 cache: first the maximum of a block, then its sums. The sums prefetch the next block, so
+// that arithmetic and memory accesses overlap.
 #include "cpu/cross_entropy.h"
 
 #include <algorithm>
@@ -14,27 +15,27 @@
 namespace emp_fast::cpu::EMP_FAST_ISA {
 namespace {
 
-// At most 16 KiB of floats, and at most 256 terms a lane: the rounding of a sum grows with its
-// terms.
+// At most 16 KiB of floats, and at most 256 terms per lane, because the rounding error of a sum
+// grows with the number of its terms.
 constexpr int64_t kBlock = 256 * kLanes;
 static_assert(kBlock % kWeightStep == 0);
 
-// The class ids of a group of rows; a row without one is computed as class 0 and not written as
-// such.
+// The class ids of a group of rows. A row without a valid class id is computed as class 0, and the
+// result is discarded.
 struct GroupTarget {
   alignas(64) int32_t id[kLanes] = {};
   alignas(64) float weight[kLanes];
   alignas(64) int32_t valid[kLanes] = {};
 };
 
-// What one row or group of rows has been reduced to.
+// The reduced sums of one row or one group of rows.
 struct Accumulated {
   SoftmaxSums<Floats> sums;
   Floats spread;  // sum_{j != y} w_j (x_j - m), for label smoothing
 };
 
-// Calls body(i) for the rows of a group. The number of a whole one is known to the compiler, which
-// makes vectors of the loop.
+// Calls body(i) for the rows of a group. The trip count of a full group is a compile-time constant,
+// so the compiler vectorises its loop.
 template <class Body>
 EMP_FAST_INLINE void for_each_row(int64_t count, Body body) {
   if (count == kLanes) {
@@ -46,13 +47,13 @@ EMP_FAST_INLINE void for_each_row(int64_t count, Body body) {
 
 EMP_FAST_INLINE Floats weighted(Floats weight, Floats value) {
   const Floats zero = broadcast(0.0f);
-  return choose(weight == zero, zero, weight * value);  // no weight: -inf costs nothing
+  return choose(weight == zero, zero, weight * value);  // 0 * -inf would be NaN
 }
 
 // ---- few classes: one row a lane ----
 
-// Columns that are added up apart: small terms added to a long sum one by one would lose their last
-// digits.
+// Columns that are summed separately: small terms added one by one to a large sum would lose their
+// last digits.
 constexpr int64_t kApart = 16;
 
 template <class Rows>
@@ -80,7 +81,7 @@ EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t fi
     result.sums.m = larger(other, result.sums.m);
     store(block + c * kLanes, other);
   });
-  const typename Rows::Element* next = logits.row(first + kLanes);  // of the next group
+  const typename Rows::Element* next = logits.row(first + kLanes);  // the next group, to prefetch
   for (int64_t begin = 0; begin < problem.classes; begin += kApart) {
     SoftmaxSums<Floats> few = SoftmaxSums<Floats>::empty();
     few.m = result.sums.m;
@@ -105,7 +106,8 @@ EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t fi
 
 // ---- many classes: one row at a time ----
 
-// A block of one row. `y` is the place of the target in it; anything else when it lies elsewhere.
+// A block of one row. `y` is the position of the target relative to `from`; it is outside [0, size)
+// if the target lies in another block.
 template <class Rows>
 struct Block {
   const Rows& logits;
@@ -113,15 +115,15 @@ struct Block {
   int64_t size;
   int64_t y;
 
-  // Calls body(i, x) for the logits of every vector, with `at_y` in the place of the target. Lanes
-  // beyond the end hold no logit.
+  // Calls body(i, x) for every vector of logits, with the target replaced by `at_y`. Lanes past the
+  // end are -inf.
   template <class Body>
   EMP_FAST_INLINE void for_each_vector(float at_y, Body body) const {
     const int64_t whole = size - size % kLanes;
     const bool has_y = y >= 0 && y < size;
     const int64_t special = has_y ? y - y % kLanes : size;
-    // The vector of the target comes after the whole ones: a loop of the same length for every row
-    // is one that the processor predicts.
+    // The target's vector is visited after the other full vectors. The main loop then has the same
+    // trip count for nearly every row, which the branch predictor learns.
     const int64_t plain = whole - (special < whole ? kLanes : 0);
     for (int64_t at = 0; at < plain; at += kLanes) {
       const int64_t i = at < special ? at : at + kLanes;
@@ -138,13 +140,13 @@ struct Block {
     }
   }
 
-  // The largest of `max` and the logits, in every lane.
+  // The largest of `max` and the logits other than the target, in every lane.
   EMP_FAST_INLINE Floats largest(Floats max) const {
     for_each_vector(kMinusInfinity, [&](int64_t, Floats x) { max = larger(x, max); });
     return reduce_lanes(max, Larger{});
   }
 
-  // `ahead`: what is read after this block comes in from memory under its arithmetic.
+  // Prefetches from `ahead`, the data that is read after this block, to overlap it with arithmetic.
   EMP_FAST_INLINE SoftmaxSums<Floats> sums(Floats max, const void* ahead) const {
     SoftmaxSums<Floats> sums = SoftmaxSums<Floats>::empty();
     sums.m = max;
@@ -175,7 +177,7 @@ struct Block {
   }
 };
 
-// Adds a block, in front of which the weights of `weight_before` in total have been added.
+// Adds a block. `weight_before` is the total weight of the classes added before it.
 template <class Rows>
 EMP_FAST_INLINE void accumulate_block(Accumulated& result, const Block<Rows>& block,
                                       const Problem& problem, const float* weight,
@@ -197,7 +199,7 @@ EMP_FAST_INLINE void accumulate_block(Accumulated& result, const Block<Rows>& bl
   sums.q = sums.q + here.q;
 }
 
-// The sums of one row, each still spread over the lanes, all relative to one maximum.
+// The sums of one row, relative to one maximum and not yet reduced over the lanes.
 template <class Rows>
 EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Rows::Element* row,
                                            int64_t y) {
@@ -214,7 +216,7 @@ EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Ro
           problem.weight_before[start / kWeightStep] - (y < start ? problem.weight[y] : 0.0f);
     }
     const void* ahead = row + start + kBlock;
-    if constexpr (Rows::kHasCap) {  // a tanh each: once
+    if constexpr (Rows::kHasCap) {  // a tanh per logit: computed once and kept
       alignas(64) float capped[kBlock];
       for (int64_t i = 0; i < size; i += kLanes) {
         const int64_t left = size - i;
@@ -233,7 +235,7 @@ EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Ro
   return result;
 }
 
-// The sums of the lanes of each row, one row a lane.
+// The sums of each row of a group before the reduction over lanes; `reduce` gives one row per lane.
 struct GroupSums {
   Floats m[kLanes], d[kLanes], s[kLanes], q[kLanes], spread[kLanes];
 
@@ -285,7 +287,7 @@ EMP_FAST_INLINE void write_scores(const Problem& problem, const ScoreOutputs& ou
   if (out.for_backward) {
     field(kMax, scores.max);
     field(kInvSum, scores.inv_sum);
-    // Of an unlikely target the probability has the smaller rounding, of a likely one the miss.
+    // For an unlikely target 1 - p_y has the smaller rounding error, for a likely one the miss.
     const Floats one = broadcast(1.0f);
     const Mask unlikely = scores.confidence < broadcast(0.5f);
     field(kMiss, choose(unlikely, one - scores.confidence, scores.miss));
@@ -372,7 +374,8 @@ int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t beg
 
 // ---- soft targets ----
 
-// The class of the largest probability, the lowest such; the first NaN is larger than any.
+// The class of the largest probability, the lowest one on ties. The first NaN counts as the
+// largest.
 int64_t largest_class(const float* t, int64_t classes) {
   Floats max = broadcast(kMinusInfinity);
   Mask nan = is_nan(max);
@@ -395,7 +398,7 @@ int64_t largest_class(const float* t, int64_t classes) {
   return j;
 }
 
-// A sum whose error does not grow with its terms (W. Kahan).
+// Kahan summation: the error does not grow with the number of terms.
 struct CompensatedSum {
   Floats sum = broadcast(0.0f), lost = broadcast(0.0f);
 
@@ -407,7 +410,7 @@ struct CompensatedSum {
   }
 };
 
-// t' of label smoothing and class weights.
+// t': the target after label smoothing and class weights.
 EMP_FAST_INLINE Floats effective_target(const Problem& problem, Floats t, const float* weight,
                                         int64_t count) {
   const float share = problem.label_smoothing / static_cast<float>(problem.classes);
@@ -438,7 +441,7 @@ int64_t score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t
     const Accumulated group = sums.reduce();
     Scores<Floats> scores = finish(group.sums, target_logits(logits, first, count, target));
 
-    // The cost of every class and the distance to the target need the finished softmax: a second
+    // The loss of each class and the distance to the target need the finished softmax: a second
     // pass.
     Floats losses[kLanes] = {}, distances[kLanes] = {};
     for (int64_t i = 0; i < count; ++i) {
@@ -492,7 +495,7 @@ int64_t forward(const Problem& problem, const ScoreOutputs& out, int64_t begin, 
 //
 //   dx_j = g (T p_j - t'_j)            dx_y = g ((T - t'_y) - T miss) where 2 t'_y > T
 //
-// each times the slope of the softcap.
+// Each is multiplied by the slope of the softcap.
 template <class Rows, class Format>
 void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::Element* grad,
                    int64_t begin, int64_t end, Format) {
@@ -521,8 +524,9 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
     } else {
       t_row = problem.soft_target + r * classes;
       y = largest_class(t_row, classes);
-      // Compensated: next to t'_y close to T, the rounding of a plain sum is what the gradient of
-      // the target would consist of. Four sums, which do not wait for each other.
+      // Compensated summation: if t'_y is close to T, the target's gradient is their small
+      // difference, and the rounding error of a plain sum would dominate it. Four independent sums
+      // hide the latency of an addition.
       constexpr int64_t kSums = 4;
       CompensatedSum sums[kSums];
       for (int64_t start = 0; start < classes; start += kSums * kLanes) {
@@ -570,7 +574,8 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       const int64_t size = classes - j;
       write_some<Format>(to + j, compute(read_some<Format>(row + j, size), j, size), size);
     }
-    // Without most of the target, the class is one of many: both differences would be next to T.
+    // Classes without most of the target need no special case: T - t'_y and T miss would both be
+    // close to T, and nothing would be gained.
     if (t_row && 2 * u_y <= total) continue;
     const float at_y = problem.target ? g * (total * field(kConfidence) - u_y - a * field(kMiss))
                                       : g * ((total - u_y) - total * field(kMiss));

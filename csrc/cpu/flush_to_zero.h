@@ -1,5 +1,5 @@
-// Results below the smallest normal float become 0 on this thread while the object lives: each of
-// them would otherwise cost the processor some hundred cycles, and none changes a score beyond
+// Flushes results below the smallest normal float to 0 on this thread while the object lives. Each
+// such result would cost the processor some hundred cycles. Flushing changes no score by more than
 // 1e-37.
 #pragma once
 

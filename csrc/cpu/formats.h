@@ -1,4 +1,5 @@
-// The storage formats of logits as vectors of floats, and back with rounding to nearest even.
+// Conversion of the storage formats of logits to vectors of floats, and back with rounding to
+// nearest even.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +71,7 @@ struct Float16 {
   static EMP_FAST_INLINE Floats decode(NativeShorts bits) {
     const NativeWords half = widen(bits);
     const NativeWords magnitude = half & 0x7FFFu;
-    // Subnormals: the significand as an integer, times 2^-24, is exact and makes no subnormal
-    // float.
+    // Subnormal halves: the integer significand times 2^-24 is exact and never a subnormal float.
     const Floats small = {__builtin_convertvector(magnitude, NativeFloats) * 0x1p-24f};
     const NativeWords shifted = magnitude << 13;
     const NativeWords normal = shifted + (112u << 23);
@@ -84,7 +84,7 @@ struct Float16 {
   static EMP_FAST_INLINE void write(uint16_t* to, Floats x) {
     const NativeWords bits = reinterpret_cast<NativeWords>(x.v);
     const NativeWords magnitude = bits & 0x7FFFFFFFu;
-    // Subnormals: adding 0.5 makes the processor round at the unit of a subnormal half, 2^-24.
+    // Subnormal halves: adding 0.5 makes the processor round to multiples of 2^-24, their spacing.
     const Floats added = {reinterpret_cast<NativeFloats>(magnitude) + 0.5f};
     const NativeWords small = reinterpret_cast<NativeWords>(added.v) - 0x3F000000u;
     const NativeWords normal =

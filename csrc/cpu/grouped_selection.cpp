@@ -1,14 +1,16 @@
-// The group_k[g] highest scores of every group.
+// Selects the group_k[g] highest scores of every group g.
 //
-// The groups are taken in batches of as many as a pool of keys has room for. A counting sort lays
-// the keys of each group of a batch side by side, in index order; each group's threshold is found
-// in its own segment, and with it how many of the keys that equal it each thread selects among its
-// scores, which settles ties in index order whatever the threads. A group too large for the pool is
-// narrowed by histograms. A last read of scores and groups marks the selected in a bitmap.
+// Groups are processed in batches, as many at a time as fit in a pool of keys. A counting sort puts
+// the keys of each group side by side in the pool, in index order. Each group's threshold is found
+// in its own segment. Each thread's share of the ties at the threshold is settled at the same time,
+// so that ties are taken in index order for any number of threads. A group too large for the pool
+// is narrowed by histograms instead. A last read of scores and groups marks the selected scores in
+// a bitmap.
 //
-// Traffic: 8 n bytes of groups read, 12 n of scores and groups for each of three or four batches
-// and once more, 4 n of keys written and read, 8 k written. Workspace: 5 n / 4 bytes of keys, n / 8
-// of bitmap, and for each group 12 bytes and 8 a thread: less than 2 n from 32 scores a group on.
+// Traffic: 8 n bytes of groups read; 12 n of scores and groups read for each of three or four
+// batches and once more at the end; 4 n of keys written and read; 8 k written. Workspace: 5 n / 4
+// bytes of keys, n / 8 of bitmap, and per group 12 bytes and 8 per thread. From 32 scores per group
+// on, that is less than 2 n.
 #include <algorithm>
 #include <utility>
 
@@ -21,7 +23,7 @@ namespace {
 
 constexpr int64_t kSmallestPool = 1024;
 
-// Each thread takes a run of consecutive tiles; its cursors cost 8 bytes a group.
+// Each thread processes a run of consecutive tiles; its cursors cost 8 bytes per group.
 int grouped_threads(int64_t n, int64_t num_groups, int num_threads) {
   const int64_t most = std::min(n / (4 * kTile), n / (32 * std::max<int64_t>(num_groups, 1)));
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, most)));
@@ -57,9 +59,9 @@ struct Workspace {
   int threads;
   int64_t num_tiles;
   int64_t pool_size;
-  int64_t* starts;   // [G + 1] of each group's segment in the pool, within a batch
-  int64_t* cursors;  // [threads, G] of that thread's scores of the group: first how many there are,
-                     // then where the next key goes, last how many at the threshold are selected
+  int64_t* starts;   // [G + 1]: where each group's segment of the pool begins, within a batch
+  int64_t* cursors;  // [threads, G]: first the number of the thread's scores in the group, then
+                     // where its next key goes, finally how many ties it selects
   int64_t* first_out;
   uint64_t* words;
   uint32_t* thresholds;  // [G] keys
@@ -73,7 +75,7 @@ struct Input {
   int64_t n;
 };
 
-// Calls body(thread, begin, end) for each thread's scores.
+// Calls body(thread, begin, end) for each thread's run of scores.
 template <typename Body>
 void for_each_run(const Workspace& work, int64_t n, const Body& body) {
 #pragma omp parallel for num_threads(work.threads) schedule(static, 1)
@@ -101,8 +103,9 @@ void count_members(const Workspace& work, const Input& in) {
   });
 }
 
-// Sets the cursors of as many groups as the pool has room for, from `first` on, to the place of the
-// thread's first key. Returns the end of this batch: `first` when that group alone is too large.
+// Forms a batch of as many groups from `first` on as fit in the pool, and sets each thread's
+// cursors to the places of its first keys. Returns the end of the batch, which is `first` if that
+// group alone is too large.
 int64_t place_batch(const Workspace& work, int64_t first) {
   int64_t next = 0, group = first;
   for (; group < work.num_groups; ++group) {
@@ -130,8 +133,8 @@ void collect_batch(const Workspace& work, const Input& in, int64_t first, int64_
   });
 }
 
-// Hands the ties of a group's threshold out to the threads, lowest indices first. `held(thread)` is
-// how many of them the thread has.
+// Distributes the ties at a group's threshold over the threads, lowest indices first.
+// `held(thread)` is the number of ties among the thread's scores.
 template <typename Held>
 void settle_group(const Workspace& work, int64_t group, Threshold found, const Held& held) {
   work.thresholds[group] = found.key;
@@ -168,7 +171,7 @@ void settle_large_group(const Workspace& work, const Input& in, int64_t group, i
   settle_group(work, group, found, [&](int thread) { return work.cursor(thread, group); });
 }
 
-// Marks the selected in the bitmap, and counts them for each thread.
+// Marks the selected scores in the bitmap and counts them per thread.
 void mark_selected(const Workspace& work, const Input& in) {
   work.first_out[0] = 0;
   for_each_run(work, in.n, [&](int thread, int64_t begin, int64_t end) {

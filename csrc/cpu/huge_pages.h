@@ -1,4 +1,4 @@
-// Large outputs on huge pages: a fault every 2 MiB in place of one every 4 KiB.
+// Backs large outputs by huge pages: one page fault per 2 MiB instead of one per 4 KiB.
 #pragma once
 #include <cstdint>
 #ifdef __linux__
@@ -7,8 +7,8 @@
 
 namespace emp_fast::cpu {
 
-// A hint for memory that is about to be written whole, as NumPy gives for its large arrays. Does
-// nothing for small ones, off Linux, or where the system has huge pages off.
+// A hint for memory that is about to be fully overwritten; NumPy gives it for large arrays, too.
+// Does nothing for small arrays, outside Linux, or where huge pages are disabled.
 inline void advise_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kSmallest = int64_t{1} << 22;

@@ -7,7 +7,7 @@ namespace emp_fast::cpu {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// Those that this module has and this processor runs, the best last.
+// The instruction sets that this build has and this processor runs, the best last.
 const std::vector<Isa>& supported_isas();
 
 const char* isa_name(Isa isa);

@@ -33,13 +33,14 @@ struct Logits {
     }
   }
 
-  // With d capped(x) / d x.
+  // The capped logit with its derivative, d capped(x) / d x.
   EMP_FAST_INLINE CappedLogits capped_with_slope(Floats x) const {
     if constexpr (kCapped) {
       const Floats cap = broadcast(problem.softcap);
       const Tanh tanh = tanh_with_slope(x / cap);
-      // Fused with a zero, the product is rounded. Else the compiler may fuse it with a difference
-      // from the row's maximum, which is rounded, and the largest logit would differ from itself.
+      // Adding zero in a fused multiply-add rounds the product. Otherwise the compiler may fuse the
+      // unrounded product with the subtraction of the row's maximum, which is rounded, and the
+      // largest logit would differ from its own maximum.
       return {fused(cap, tanh.value, broadcast(0.0f)), tanh.slope};
     } else {
       return {x, broadcast(1.0f)};
@@ -48,7 +49,7 @@ struct Logits {
 
   EMP_FAST_INLINE Floats read(const Element* from) const { return capped(Format::read(from)); }
 
-  // The first `count` elements, count < kLanes; the other lanes hold no logit.
+  // The first `count` elements, count < kLanes; the other lanes are -inf.
   EMP_FAST_INLINE Floats read_first(const Element* from, int64_t count) const {
     return choose(lane_numbers() < broadcast(static_cast<int32_t>(count)),
                   capped(read_some<Format>(from, count)), broadcast(kMinusInfinity));

@@ -5,11 +5,12 @@
 
 namespace emp_fast::cpu {
 
-// Below this many elements a thread costs more than it saves.
+// Below this many elements, a thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 1 << 13;
 
-// Calls body(begin, end) until [0, count) is covered, each range but the last of `grain`, on up to
-// `threads` threads. A count of one range stays on the calling thread. `body` must not throw.
+// Calls body(begin, end) for ranges of `grain` (the last may be shorter) that cover [0, count), on
+// up to `threads` threads. With a single range or a single thread, the calling thread gets all of
+// [0, count) in one call. `body` must not throw.
 template <class Body>
 void parallel_ranges(int64_t count, int64_t grain, int threads, const Body& body) {
   const int64_t ranges = (count + grain - 1) / grain;
@@ -18,7 +19,7 @@ void parallel_ranges(int64_t count, int64_t grain, int threads, const Body& body
     if (count > 0) body(int64_t{0}, count);
     return;
   }
-  // Dynamic: ignored rows cost nothing, and another process may hold a core.
+  // Dynamic schedule: ignored rows cost nothing, and another process may occupy a core.
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team)
   for (int64_t range = 0; range < ranges; ++range) {
     body(range * grain, std::min(count, (range + 1) * grain));

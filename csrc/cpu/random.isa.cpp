@@ -1,4 +1,4 @@
-// Random bits for one instruction set: the compiler spreads the samples over the vector lanes.
+// Random bits for one instruction set. The compiler vectorises the loop over samples.
 #include "core/philox.h"
 #include "cpu/random_kernels.h"
 

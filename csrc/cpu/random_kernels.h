@@ -1,4 +1,4 @@
-// Random bits of consecutive samples, a function for each instruction set.
+// Random bits of consecutive samples: one function per instruction set.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +6,7 @@
 
 namespace emp_fast::cpu {
 
-// Writes sample_bits of samples start to start + n; see core/philox.h.
+// Writes sample_bits of the samples [start, start + n); see core/philox.h.
 using FillBits = void (*)(uint32_t* out, int64_t n, uint64_t start, uint32_t epoch, uint32_t stream,
                           uint64_t seed);
 

@@ -1,14 +1,15 @@
-// The k highest of n scores in one read of them.
+// Selects the k highest of n scores in one read of them.
 //
-// A sample of the scores gives a bracket of keys that the threshold very likely lies in. One pass
-// marks every score above the bracket in a bitmap and those inside it in another, and collects the
-// keys of the latter, a few in a hundred. The threshold is found among those keys; the bitmaps,
-// settled, expand to indices in their order. What the bracket holds is counted, not assumed: when
-// the threshold is not in it, or there is no room for its keys, histograms of the scores narrow it
-// and the pass runs again. The result does not depend on the sample or the number of threads.
+// A sample of the scores gives a bracket of keys that very likely contains the threshold. One pass
+// over the scores marks those above the bracket in one bitmap and those inside it in another, and
+// collects the keys of the latter, a few per cent of all. The threshold is found among those keys.
+// The ties are then settled and the bitmaps expanded to indices in order. The pass counts what the
+// bracket holds instead of trusting the sample: if the threshold lies outside, or the keys do not
+// fit in the pool, histograms of the scores narrow the bracket and the pass runs again. The result
+// does not depend on the sample or the number of threads.
 //
-// Traffic: 4 n bytes read, 8 k written, n / 2 of bitmaps. Workspace: n / 4 bytes of bitmaps and n
-// of keys.
+// Traffic: 4 n bytes read, 8 k written, n / 2 for the bitmaps. Workspace: n / 4 bytes for the
+// bitmaps and n for the keys.
 #include "cpu/selection.h"
 
 #include <algorithm>
@@ -26,14 +27,14 @@ namespace {
 
 constexpr int kBinBits = 11;
 constexpr int kBins = 1 << kBinBits;
-constexpr int64_t kSmallSegment = 1024;     // below: std::nth_element on a copy beats histograms
-constexpr int64_t kSmallestSample = 1024;   // also: fewer scores than twice this are all sampled
-constexpr int64_t kTilesPerThread = 16;     // at least: waking a thread costs several tiles' work
-constexpr int kGrain = 4;                   // tiles that a thread takes at a time
+constexpr int64_t kSmallSegment = 1024;  // below this, std::nth_element on a copy beats histograms
+constexpr int64_t kSmallestSample = 1024;  // fewer than twice as many scores are all sampled
+constexpr int64_t kTilesPerThread = 16;  // at least: waking a thread costs as much as several tiles
+constexpr int kGrain = 4;                // tiles that a thread takes at a time
 constexpr double kBracketDeviations = 3.5;  // one bracket in 2000 misses the threshold
 
 struct Tile {
-  int64_t first_key;  // of its bracket keys, in the pool
+  int64_t first_key;  // position of the tile's bracket keys in the pool
   int64_t first_out;
   int32_t above;
   int32_t bracket;
@@ -65,7 +66,7 @@ struct Workspace {
   int64_t size;
 };
 
-// The scores of one group among all.
+// A view of the scores that shows one group only.
 struct Members {
   const float* scores;
   const int64_t* groups;
@@ -81,7 +82,7 @@ const uint32_t* tile_keys(const float* scores, int n, uint32_t* keys) {
   return keys;
 }
 
-// kHighestKey, which is no score's, for those of other groups.
+// Scores of other groups get kHighestKey, which no score has.
 const uint32_t* tile_keys(Members members, int n, uint32_t* keys) {
   selection_kernels().order_keys(members.scores, n, keys);
   for (int i = 0; i < n; ++i) {
@@ -109,9 +110,9 @@ void count_bins(Values values, int64_t begin, int64_t end, Bracket bracket, int 
   }
 }
 
-// Narrows the bracket around its `rank` highest key until it is one key or holds at most `enough`.
-// `rank`, at least 1, becomes the rank within the narrowed bracket. One read of the values for each
-// kBinBits bits of the bracket's width.
+// Narrows the bracket around its `rank`-th highest key until it is a single key or holds at most
+// `enough` keys. `rank`, at least 1, becomes the rank within the narrowed bracket. Reads the values
+// once per kBinBits bits of the bracket's width.
 template <typename Values>
 Bracket narrow(Values values, int64_t n, Bracket bracket, int64_t* rank, int64_t enough,
                int num_threads) {
@@ -150,10 +151,11 @@ uint32_t mixed(uint32_t x) {  // the finaliser of MurmurHash3
   return x ^ (x >> 16);
 }
 
-// A bracket of the k-th highest score from a sample, one score at a random place of each of m equal
-// parts. `pool` holds the sample.
+// A bracket around the k-th highest score, from a sample of one score at a random position in each
+// of m equal parts. `pool` holds the sample.
 Bracket sampled_bracket(const float* scores, int64_t n, int64_t k, uint32_t* pool) {
-  // Sampling costs a cache miss each, a wider bracket a few cycles for each key in it.
+  // Each sampled score costs a cache miss. A smaller sample gives a wider bracket, and each key in
+  // that costs a few cycles.
   const int64_t sample =
       n < 2 * kSmallestSample
           ? n
@@ -193,13 +195,13 @@ Bracket sampled_bracket(const float* scores, int64_t n, int64_t k, uint32_t* poo
 struct Totals {
   int64_t above;
   int64_t bracket;
-  bool collected;  // the pool holds every key of the bracket
+  bool collected;  // the pool holds every key of the bracket, or needs none
 };
 
 Totals classify(const float* scores, int64_t n, Bracket bracket, const Workspace& work,
                 int num_threads) {
   const SelectionKernels& kernels = selection_kernels();
-  // Keys of a bracket of one are known without collecting them.
+  // The keys of a bracket of one key are known without collecting them.
   const bool collect = bracket.low < bracket.high;
   std::atomic<int64_t> used{0};
   int64_t above = 0, in_bracket = 0;
@@ -226,7 +228,7 @@ Totals classify(const float* scores, int64_t n, Bracket bracket, const Workspace
   return {above, in_bracket, !collect || in_bracket <= work.pool_size};
 }
 
-// Marks the first `ties` of the bracket's scores, all of which equal the threshold.
+// Marks the first `ties` scores of the bracket, all of which equal the threshold.
 void settle_ties(const uint64_t* bracket, int ties, int num_words, uint64_t* words) {
   for (int w = 0; w < num_words && ties > 0; ++w) {
     uint64_t taken = bracket[w], rest = taken;
@@ -237,8 +239,8 @@ void settle_ties(const uint64_t* bracket, int ties, int num_words, uint64_t* wor
   }
 }
 
-// Lets `key + 1` alone be the cutoff of a tile: raises the first `ties` keys at the threshold above
-// it.
+// Increments the first `ties` keys that equal the threshold, so that threshold + 1 is the cutoff
+// for all keys of a tile.
 void raise_ties(uint32_t* keys, uint32_t threshold, int ties) {
   for (; ties > 0; ++keys) {
     const bool tied = *keys == threshold;
@@ -293,7 +295,7 @@ void topk(const float* scores, int64_t n, int64_t k, int64_t* out, void* workspa
   int64_t wanted = k - totals.above;
   if (wanted < 0 || wanted > totals.bracket || !totals.collected) {
     int64_t rank =
-        std::max<int64_t>(wanted, 1);  // of the bracket's highest key when none is wanted
+        std::max<int64_t>(wanted, 1);  // if none is wanted, that of the bracket's highest key
     if (wanted < 0) {
       bracket = {bracket.high + 1, kHighestKey};
       rank = k;

@@ -17,18 +17,18 @@ struct Threshold {
   int64_t ties;
 };
 
-// The threshold of the `rank` highest of n order keys.
+// The threshold of the `rank` highest of n order keys, all of which lie in `bracket`.
 Threshold find_threshold(const uint32_t* keys, int64_t n, Bracket bracket, int64_t rank,
                          int num_threads);
 
-// The same of the scores of one group, in three reads of all.
+// The same for the scores of one group, in three reads of all scores.
 Threshold find_group_threshold(const float* scores, const int64_t* groups, int64_t n, int64_t group,
                                int64_t rank, int num_threads);
 
 int64_t topk_workspace(int64_t n);
 
-// Writes to out[k], ascending, the indices of the k highest scores. `workspace`: topk_workspace(n)
-// bytes, of 64-byte alignment, with anything in it.
+// Writes the indices of the k highest scores to out[k], ascending. `workspace`: topk_workspace(n)
+// bytes, aligned to 64 bytes, contents arbitrary.
 void topk(const float* scores, int64_t n, int64_t k, int64_t* out, void* workspace,
           int num_threads);
 

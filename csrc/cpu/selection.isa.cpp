@@ -22,7 +22,7 @@ inline uint32_t key_of(const float* score) {
 // mask compiles to the same instruction.
 constexpr __mmask16 kAllLanes = 0xFFFF;
 
-// Order keys less 2^31: signed integers of the same order.
+// Order keys minus 2^31: signed integers of the same order.
 inline __m512i signed_keys(__m512i bits) {
   const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
   const __m512i sign = _mm512_maskz_srai_epi32(kAllLanes, bits, 31);
@@ -66,7 +66,8 @@ TileCounts classify(const float* scores, int n, uint32_t low, uint32_t high, uin
       const __mmask16 in = static_cast<__mmask16>(_mm512_cmpge_epi32_mask(key, low_key) & ~over);
       above_word |= static_cast<uint64_t>(over) << (16 * part);
       bracket_word |= static_cast<uint64_t>(in) << (16 * part);
-      // Few lanes are in the bracket, at random: writing always is cheaper than guessing wrong.
+      // Few lanes are in the bracket, at random. An unconditional store is cheaper than a
+      // mispredicted branch.
       _mm512_storeu_si512(keys + num_bracket,
                           _mm512_xor_si512(_mm512_maskz_compress_epi32(in, key), flip));
       num_bracket += __builtin_popcount(in);
@@ -131,7 +132,7 @@ void settle(const uint64_t* bracket, const uint32_t* keys, uint32_t cutoff, int 
     uint64_t selected = 0;
     for (uint64_t rest = bracket[w]; rest != 0; rest &= rest - 1) {
       const uint64_t lowest = rest & (~rest + 1);
-      selected |= *keys++ >= cutoff ? lowest : 0;  // no branch: the outcome is a coin's
+      selected |= *keys++ >= cutoff ? lowest : 0;  // branchless: the outcome is unpredictable
     }
     words[w] |= selected;
   }
@@ -142,8 +143,8 @@ int64_t* expand(const uint64_t* words, int num_words, int64_t base, int64_t* out
   for (int w = 0; w < num_words; ++w, base += 64) {
     uint64_t word = words[w];
 #if defined(__AVX512F__)
-    // Whole vectors are written while they stay inside the output; what they hold beyond the bits
-    // of this word, the next ones overwrite.
+    // Writes whole vectors as long as they stay inside the output. The next vectors overwrite the
+    // excess lanes.
     if (out_end - out >= 64 + 16) {
       const __m512i start = _mm512_set1_epi64(base);
       __m512i offset = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

@@ -1,7 +1,7 @@
 // The inner loops of selection, one table for each instruction set.
 //
-// All work on a tile: up to kTile consecutive scores, one bit a score in words of 64, lowest index
-// in the lowest bit.
+// All work on a tile: up to kTile consecutive scores. Bitmaps have one bit per score in words of 64
+// bits, the lowest index in the lowest bit.
 #pragma once
 #include <cstdint>
 
@@ -27,8 +27,8 @@ struct SelectionKernels {
   // order_key of n scores.
   void (*order_keys)(const float* scores, int n, uint32_t* keys);
 
-  // Marks the scores above the bracket and those inside, and appends the keys of the latter, in
-  // index order, to `keys` of kTile + kSlack elements. Reads each score once.
+  // Marks the scores above the bracket and those inside. Writes the keys of the latter, in index
+  // order, to `keys`, which has kTile + kSlack elements. Reads each score from memory once.
   TileCounts (*classify)(const float* scores, int n, uint32_t low, uint32_t high, uint64_t* above,
                          uint64_t* bracket, uint32_t* keys);
 

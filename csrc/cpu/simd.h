@@ -1,8 +1,7 @@
-// One vector of floats, as wide as the instruction set that the including *.isa.cpp is compiled
-// for.
+// A vector of floats, as wide as the instruction set for which the including *.isa.cpp is compiled.
 //
-// GCC's vector extensions carry the arithmetic, so one source serves every width; the few
-// operations whose generic form would be slow or would lose a NaN are intrinsics.
+// The arithmetic uses GCC's vector extensions, so one source serves every width. The few operations
+// whose generic form would be slow or would lose a NaN are intrinsics.
 #pragma once
 
 #include <cstdint>
@@ -39,12 +38,12 @@ struct Ints {
   NativeInts v;
 };
 
-// One truth value a lane.
+// One truth value per lane.
 struct Mask {
 #if defined(__AVX512F__)
   __mmask16 v;
 #else
-  NativeInts v;  // all bits or none
+  NativeInts v;  // all bits set or none
 #endif
 };
 
@@ -105,7 +104,7 @@ EMP_FAST_INLINE Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(
 EMP_FAST_INLINE Floats choose(Mask condition, Floats yes, Floats no) {
   return {_mm512_mask_blend_ps(condition.v, no.v, yes.v)};
 }
-// The larger; the second where either is NaN.
+// The larger of the two; `otherwise` if either is NaN.
 EMP_FAST_INLINE Floats larger(Floats x, Floats otherwise) {
   return {_mm512_maskz_max_ps(kAllLanes, x.v, otherwise.v)};
 }
@@ -166,16 +165,16 @@ EMP_FAST_INLINE Floats with_sign_of(Floats magnitude, Floats sign) {
 
 // ---- functions ----
 
-// e^x for x in [-105, 0]; NaN stays NaN, and e^0 is 1 exactly. At most 1 ulp down to the smallest
-// normal float, 0 below. The polynomial is the minimax one of e^r with its first two terms kept
-// at 1.
+// e^x for x in [-105, 0]. NaN stays NaN, and e^0 is exactly 1. The error is at most 1 ulp down to
+// the smallest normal float; smaller results become 0. The polynomial is the minimax polynomial of
+// e^r with its first two coefficients fixed at 1.
 EMP_FAST_INLINE Floats exp_nonpositive(Floats x) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
   constexpr float kLog2e = 1.44269504f;
 #if defined(__AVX512F__)
   constexpr float kRound = 12582912.0f;
 #else
-  constexpr float kRound = 12582912.0f + 127.0f;  // the bits are those of the exponent then
+  constexpr float kRound = 12582912.0f + 127.0f;  // the low bits then form an exponent
 #endif
   const Floats shifted = fused(x, broadcast(kLog2e), broadcast(kRound));
   const Floats n = shifted - broadcast(kRound);
@@ -198,8 +197,8 @@ EMP_FAST_INLINE Floats exp_nonpositive(Floats x) {
 #endif
 }
 
-// log(1 + u) for u >= 0, about 1 ulp. The reduction and polynomial are those of Cephes' logf
-// (S. L. Moshier); what rounding 1 + u drops comes back in at the end.
+// log(1 + u) for u >= 0, about 1 ulp. The reduction and polynomial are those of Cephes' logf (S. L.
+// Moshier). The part that is lost when 1 + u is rounded is added back at the end.
 EMP_FAST_INLINE Floats log1p_nonnegative(Floats u) {
   const Floats one = broadcast(1.0f);
   const Floats v = one + u;
@@ -253,7 +252,7 @@ EMP_FAST_INLINE Tanh tanh_with_slope(Floats z) {
 template <int kBlock, bool kHigh, int... kLane>
 EMP_FAST_INLINE NativeFloats pair_blocks(NativeFloats a, NativeFloats b,
                                          std::integer_sequence<int, kLane...>) {
-  // Out of every 2 * kBlock lanes the low (high) half of `a`, then that of `b`.
+  // From every 2 * kBlock lanes: the low (high) half of `a`, then that of `b`.
   return __builtin_shufflevector(
       a, b,
       (kLane / (2 * kBlock) * 2 * kBlock + kLane % kBlock + (kHigh ? kBlock : 0) +
@@ -277,7 +276,7 @@ EMP_FAST_INLINE Floats reduce_rows(Floats* rows, Combine combine) {
   }
 }
 
-// The result in every lane.
+// Reduces over the lanes; every lane gets the result.
 template <int kBlock = kLanes / 2, class Combine>
 EMP_FAST_INLINE Floats reduce_lanes(Floats x, Combine combine) {
   constexpr auto kSequence = std::make_integer_sequence<int, kLanes>{};

@@ -1,11 +1,11 @@
 // The per-sample state update, O(S).
 //
-// Rows are taken from the last on, and a bitmap tells which samples have had theirs: of several
-// rows of one sample the last is applied. The bitmap is N / 8 bytes, which a cache mostly holds,
-// and all zero again in the end. A block of rows is first sorted out by one thread and then
-// applied, by several where it is large: its samples differ, and the waits for memory overlap best
-// in a loop of little else. Traffic: 12 to 20 bytes a row in order, and one visit to each of the
-// sample's three or four arrays.
+// Rows are visited from the last to the first, and a bitmap records which samples have had a row:
+// of several rows of one sample, the last is applied. The bitmap has N / 8 bytes, mostly stays in a
+// cache, and is all zero again at the end. One thread first filters a block of rows; then the block
+// is applied, by several threads if it is large. The samples of a filtered block are distinct, and
+// memory latencies overlap best in a loop that does little else. Traffic: 12 to 20 bytes per row in
+// order, and one random access to each of the sample's three or four arrays.
 #include "cpu/state.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace emp_fast::cpu {
 namespace {
 
 constexpr int64_t kBlock = 1 << 14;          // rows
-constexpr int64_t kRowsPerThread = 1 << 12;  // fewer take less time than a thread to come
+constexpr int64_t kRowsPerThread = 1 << 12;  // fewer take less time than waking a thread
 
 bool in_range(const int64_t* indices, int64_t num_rows, int64_t num_samples) {
   bool all = true;
@@ -34,9 +34,9 @@ bool finite(const float* value) {
   return is_finite_bits(bits);
 }
 
-// Applies rows of different samples, given as distances from the row `first`. What all rows have in
-// common is known when it is compiled: the fewer instructions a row takes, the more rows wait for
-// memory at once.
+// Applies rows of distinct samples, given as offsets from the row `first`. Whatever all rows have
+// in common is a template argument: the fewer instructions a row takes, the more rows have their
+// memory accesses in flight.
 template <RecurrenceKind kind, bool has_direct>
 void apply_rows(const uint32_t* rows, int64_t num_rows, int64_t first, const int64_t* indices,
                 const float* signal, const float* direct, const StateView& state,
@@ -93,7 +93,7 @@ bool update_state(const int64_t* indices, const float* signal, const float* dire
       uint32_t& word = state.seen[indices[row] / 32];
       const uint32_t bit = 1u << (indices[row] % 32);
       applied[num_applied] = static_cast<uint32_t>(row - first);
-      num_applied += (word & bit) == 0;  // no branch, which repeated samples would mislead
+      num_applied += (word & bit) == 0;  // branchless: repeated samples would be mispredicted
       word |= bit;
     }
     parallel_ranges(num_applied, kRowsPerThread, threads, [&](int64_t begin, int64_t stop) {

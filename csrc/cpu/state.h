@@ -11,13 +11,13 @@ struct StateView {
   float* memory;
   int32_t* visits;
   float* variance;  // null unless the recurrence is kVariance
-  uint32_t* seen;   // a bit a sample, all zero between calls
+  uint32_t* seen;   // a bit per sample, all zero between calls
   int64_t* counters;
   int64_t num_samples;
 };
 
 // Applies the num_rows visits on up to `threads` threads; `direct` and `count` may be null. Returns
-// false, with nothing applied or counted, when an index lies outside [0, num_samples).
+// false, with nothing applied or counted, if an index lies outside [0, num_samples).
 bool update_state(const int64_t* indices, const float* signal, const float* direct,
                   const int32_t* count, int64_t num_rows, const StateView& state,
                   const Recurrence& recurrence, int threads);

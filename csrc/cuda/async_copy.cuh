@@ -1,9 +1,9 @@
 // Asynchronous copies from global to shared memory, the barriers that count their bytes, and
-// thread-block clusters: one wrapper an instruction (PTX ISA, data movement and parallel
-// synchronisation), so that no kernel holds PTX of its own.
+// thread-block clusters. One wrapper per instruction (PTX ISA, data movement and parallel
+// synchronisation), so that no kernel contains PTX.
 //
-// Everything above cp_async16 needs compute capability 9.0. Kernels that use it are compiled for
-// older ones as well, as a trap that no launcher reaches.
+// Everything above cp_async16 needs compute capability 9.0. For older targets, kernels that use it
+// compile to a trap that no launcher reaches.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -11,14 +11,14 @@
 
 namespace emp_fast::cuda {
 
-// Whether this pass of the compiler has the instructions of compute capability 9.0.
+// Whether this compilation pass may use the instructions of compute capability 9.0.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define EMP_FAST_BULK_COPIES 1
 #else
 #define EMP_FAST_BULK_COPIES 0
 #endif
 
-// The address of shared memory as PTX wants it.
+// The shared-memory address in the form that PTX expects.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -27,15 +27,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // ---- barriers that count threads and bytes ----
 
-// A barrier of `arrivals` a phase. One thread initialises it, fences and lets the block synchronise
-// before anyone else touches it.
+// Initialises a barrier with `arrivals` expected arrivals per phase. One thread calls it and then
+// fences; the other threads must synchronise with that thread before they use the barrier.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
                : "memory");
 }
 
-// Arrives, and makes the phase wait for `bytes` more from bulk copies.
+// Arrives, and adds `bytes` of asynchronous copies or stores to what the phase waits for.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -43,7 +43,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uin
       : "memory");
 }
 
-// Whether the phase of this parity is over; the hardware suspends the thread for a while first.
+// Whether the phase of this parity is complete. The hardware may suspend the thread for a while
+// before it answers.
 __device__ __forceinline__ bool mbarrier_try_wait_parity(uint64_t* barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(
@@ -71,14 +72,15 @@ __device__ __forceinline__ bool mbarrier_try_wait_cluster(uint64_t* barrier, uin
   return over != 0;
 }
 
-// Returns when the phase of this parity is over: the first phase has parity 0, then they alternate.
-// What its bulk copies wrote is visible then.
+// Waits for the phase of this parity to complete. The first phase has parity 0, then they
+// alternate. Whatever the phase's bulk copies wrote is visible afterwards.
 __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier, uint32_t parity) {
   while (!mbarrier_try_wait_parity(barrier, parity)) {
   }
 }
 
-// The same for what other blocks of the cluster have stored.
+// The same with acquire semantics for the cluster: stores of its other blocks are visible
+// afterwards.
 __device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
   while (!mbarrier_try_wait_cluster(barrier, parity)) {
   }
@@ -86,13 +88,14 @@ __device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_
 
 // ---- bulk copies ----
 
-// Orders this thread's accesses to shared memory before later ones of the copy engine.
+// Orders this thread's accesses to shared memory before later accesses of the copy engine (the
+// async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Copies `bytes`, a multiple of 16 and not 0, between addresses that are multiples of 16; the
-// barrier's phase counts them as they arrive.
+// Copies `bytes`, a non-zero multiple of 16, between addresses that are multiples of 16. The
+// barrier's phase counts the bytes as they arrive.
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes,
                                           uint64_t* barrier) {
   asm volatile(
@@ -104,21 +107,21 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
 
 // ---- clusters ----
 
-// The place of this block in its cluster.
+// The rank of this block in its cluster.
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-// A barrier of all threads of the cluster. It waits for their stores to reach memory, so a kernel
-// that streams crosses it once.
+// A barrier for all threads of the cluster. It waits until their stores are visible, so a kernel
+// that streams its output passes it only once.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Where `object` lies in the shared memory of the block `rank` of the cluster.
+// The address of the counterpart of `object` in the shared memory of block `rank` of the cluster.
 __device__ __forceinline__ uint32_t shared_address_of_rank(const void* object, unsigned rank) {
   uint32_t mapped;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -127,9 +130,8 @@ __device__ __forceinline__ uint32_t shared_address_of_rank(const void* object, u
   return mapped;
 }
 
-// Stores a value in the block `rank`, where `shared` lies in this one; the phase of the barrier
-// that lies there where `barrier` does here counts its bytes. Only to blocks that have started and
-// wait for it.
+// Stores a value in block `rank`, at the counterpart of `shared`. The counterpart of `barrier` in
+// that block counts the bytes. The block must have started, and must wait for the bytes.
 __device__ __forceinline__ void store_async(uint4* shared, const uint4& value, uint64_t* barrier,
                                             unsigned rank) {
   asm volatile(
@@ -152,27 +154,27 @@ __device__ __forceinline__ void store_async(uint2* shared, const uint2& value, u
 
 // ---- copies of 16 bytes, from compute capability 8.0 on ----
 
-// Copies 16 aligned bytes past the first-level cache.
+// Copies 16 aligned bytes, bypassing the L1 cache.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global))
                : "memory");
 }
 
-// Makes one group of this thread's copies since the last commit.
+// Commits this thread's copies since the last commit as one group.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Returns when at most kPending of this thread's latest groups are still on their way; what the
-// others wrote is visible to this thread.
+// Waits until at most kPending of this thread's latest groups are in flight. The data of the
+// completed groups is visible to this thread only.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// The same of a count known at run time, up to kMostPending. Not a switch: a table of its cases
-// would cost a read and a jump to wherever it says.
+// The same for a run-time count of at most kMostPending. Nested branches instead of a switch,
+// because a jump table would cost a load and an indirect branch.
 constexpr int kMostPending = 6;
 __device__ __forceinline__ void cp_async_wait_group(int pending) {
   if (pending < 2) {

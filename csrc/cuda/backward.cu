@@ -1,8 +1,8 @@
-// The gradient to the logits from the scores of the forward pass.
+// The gradient with respect to the logits, from the scores of the forward pass.
 //
-// Memory: logits read once, gradient written once. No sums are needed for class ids, so any block
-// does any part of a row; soft targets first find their largest class and their total. A contiguous
-// matrix is one array of vectors, whatever its rows (flat_gradients).
+// Memory: logits read once, gradient written once. Class ids need no sums, so any block can compute
+// any part of a row. Soft targets first need their largest class and their total. A contiguous
+// matrix is processed as one array of vectors, whatever its rows (flat_gradients).
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/row_loop.cuh"
@@ -11,18 +11,19 @@ namespace emp_fast::cuda {
 namespace {
 
 constexpr int kScaleThreads = 256;
-constexpr int64_t kScaleBlocks = 4096;  // a few waves of any device
-constexpr int kScaleVectors = 4;        // that a thread has in flight
+constexpr int64_t kScaleBlocks = 4096;  // a few waves on any device
+constexpr int kScaleVectors = 4;        // in flight per thread
 
-// What the gradient of a row takes: 16 bytes of shared memory in one access, and with label
-// smoothing the spread besides, in an array after those of all `held` rows of the tile.
+// What a row's gradient is computed from: 16 bytes of shared memory, read in one access. With label
+// smoothing, `spread` is needed as well; it lies in an array behind those of all `held` rows of the
+// tile.
 template <bool kSmooth>
 struct FlatRow {
   float max;
   float slope;      // g inv_sum
-  float at_target;  // the value there
+  float at_target;  // the gradient at the target
   int target;       // kIgnored: the gradient is 0
-  float spread;     // GradientRow's; else not read
+  float spread;     // as in GradientRow; read only if kSmooth
 
   static constexpr int kIgnored = -2147483647 - 1;  // as an unsigned offset it is in no vector
 
@@ -48,7 +49,7 @@ struct FlatRow {
     if (kSmooth) reinterpret_cast<float*>(rows + held)[r] = spread;
   }
 
-  // Of the last row where there is no row r.
+  // Clamps r to the last row of the tile.
   __device__ __forceinline__ static FlatRow get(const uint4* rows, int held, int r) {
     r = min(r, held - 1);
     const uint4 raw = rows[r];
@@ -57,7 +58,7 @@ struct FlatRow {
             static_cast<int>(raw.w), spread};
   }
 
-  // The gradient to a logit of another class than the target.
+  // The gradient of a logit that is not the target's.
   __device__ __forceinline__ float off_target(float x) const {
     return off_target(x, max, slope, spread);
   }
@@ -71,8 +72,9 @@ struct FlatRow {
   __device__ __forceinline__ bool ignored() const { return target == kIgnored; }
 };
 
-// Turns the logits of one vector, which begins at `column` of row `r` of the `held` ones in `rows`,
-// into their gradients. All threads of a warp call. kShort: rows may be shorter than the vector.
+// Replaces the logits of one vector by their gradients. The vector begins at `column` of row `r`,
+// one of the `held` rows in `rows`. All threads of the warp must call it. kShort: rows may be
+// shorter than the vector.
 template <bool kShort, bool kSmooth, int kCount>
 __device__ __forceinline__ void flat_vector(const uint4* rows, int held, int r, int column,
                                             int classes, float (&x)[kCount]) {
@@ -128,8 +130,8 @@ __device__ __forceinline__ void flat_vector(const uint4* rows, int held, int r, 
   }
 }
 
-// A tile of the matrix a block: kVectors vectors a thread, whose loads are in flight together with
-// those of the values of the tile's rows.
+// One tile of the matrix per block, kVectors vectors per thread. Their loads are in flight together
+// with those of the values of the tile's rows.
 template <class T, int kVectors, bool kShort, bool kSmooth>
 __global__ void __launch_bounds__(kFlatThreads, 5)
     flat_gradients(const __grid_constant__ RowArgs a, Division division) {
@@ -225,7 +227,7 @@ __global__ void __launch_bounds__(kScaleThreads)
   constexpr int64_t kStride = kScaleThreads * kCount;
   const float scale = also == nullptr ? __ldg(factor) : __ldg(factor) * __ldg(also);
   if (scale == 1.0f) return;
-  // Explicit: assignments become accesses of 4 bytes in some kernels.
+  // Explicit 16-byte accesses (__ldcg, __stcg): assignments become 4-byte accesses in some kernels.
   const auto times = [scale](const uint4& raw) {
     float x[kCount];
     unpack<T>(raw, x);
@@ -248,7 +250,8 @@ __global__ void __launch_bounds__(kScaleThreads)
       }
       continue;
     }
-    // Whole vectors, then the last few elements: torch aligns what it allocates.
+    // Whole vectors, then the last few elements. The gradient's address is aligned, because torch
+    // aligns its allocations.
     for (int64_t at = first; at < min(first + kScaleVectors * kStride, elements); at += kStride) {
       if (at + kCount <= elements) {
         auto* vector = reinterpret_cast<uint4*>(grad + at);

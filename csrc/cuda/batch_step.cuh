@@ -1,12 +1,12 @@
-// The step that a batch of rows takes: the state of their samples moves, and their losses have a
-// mean.
+// The step of a batch: updates the state of its samples and computes the mean of its losses.
 //
-// Of the rows of one sample the last that is counted, in range and finite wins. Every row that is
-// counted and in range raises the sample's claim to its number plus one, which takes no scores, so
-// a kernel that scores does it while the logits are on their way. When all have, the row that finds
-// its own number there moves the state and clears the claim. If its values are not finite, which is
-// rare, it leaves the sample to the block that ends last, which lets the finite rows claim once
-// more (`settle`). No row waits for another, and the outcome does not depend on their order.
+// Of several rows of one sample, the last one that is counted, in range and finite wins. Every row
+// that is counted and in range raises the sample's claim to its row number plus one. This needs no
+// scores, so a scoring kernel does it while the logits are loading. Once all rows have claimed, the
+// row that finds its own number in the claim updates the state and clears the claim. If the
+// winner's values are not finite, which is rare, it leaves the sample to the last block to finish,
+// in which the finite rows claim once more (`settle`). No row waits for another, and the result
+// does not depend on the order in which rows run.
 #pragma once
 #include "core/recurrence.h"
 #include "cuda/grid.cuh"
@@ -40,7 +40,8 @@ __device__ __forceinline__ bool in_range(const StateArgs& s, int64_t sample) {
   return sample >= 0 && sample < s.samples;
 }
 
-// Whether the sample of a row is in range; a counted row is counted as refused where it is not.
+// Claims the row's sample if the row is counted and the sample in range. Returns whether the sample
+// is in range; a counted row whose sample is not is counted as refused.
 __device__ __forceinline__ bool claim_sample(const StateArgs& s, int64_t row, int64_t sample,
                                              bool counted) {
   const bool inside = in_range(s, sample);
@@ -61,7 +62,7 @@ struct RowValues {
   float signal, direct;
   bool counted;
 
-  // Past the first-level cache, for other blocks of this launch may have written them.
+  // Bypasses the L1 cache, because other blocks of this launch may have written the values.
   __device__ __forceinline__ static RowValues of(const UpdateArgs& a, int64_t row) {
     return {__ldg(a.indices + row), __ldcg(a.signal + row),
             a.direct == nullptr ? 0.0f : __ldcg(a.direct + row),
@@ -74,11 +75,11 @@ struct RowValues {
   }
 };
 
-// The sum of the losses of some rows, and how many of these count.
+// The sum of the losses of some rows, and the number of those rows that count.
 struct LossSums {
   double loss, counted;
 
-  // The sums of a block; its first warp has them.
+  // Adds up over the block; the first warp gets the result.
   __device__ __forceinline__ void add_up() {
     using Warp = Group<32>;
     __shared__ double partial[2][32];
@@ -97,7 +98,7 @@ struct LossSums {
     counted = Warp::warp_reduce(has ? partial[1][threadIdx.x] : 0.0, Add{});
   }
 
-  // By one thread, of all rows.
+  // Called by one thread, on the sums of all rows.
   __device__ __forceinline__ void write_mean(const MeanArgs& a, int64_t rows) const {
     const double divisor = fmax(counted, 1.0);
     *a.mean = static_cast<float>(loss / divisor);
@@ -105,7 +106,7 @@ struct LossSums {
   }
 };
 
-// kRows rows that one thread takes, their loads in flight together.
+// kRows rows of one thread, with their loads in flight together.
 template <int kRows>
 struct ThreadRows {
   int64_t first, apart;
@@ -124,14 +125,15 @@ struct ThreadRows {
 
   __device__ __forceinline__ int64_t row(int u) const { return first + u * apart; }
 
-  // After all rows have claimed. Returns whether a sample is left to be settled.
+  // Updates the states of the rows that won, after all rows have claimed. Returns whether a sample
+  // is left to `settle`.
   __device__ __forceinline__ bool move(const UpdateArgs& a) const {
     const StateArgs& s = a.state;
     bool won[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      // Only the winner's number can stand here: a row that lost reads that number, or what the
-      // winner left.
+      // Only the winner finds its own number: a losing row reads the winner's number, or the value
+      // that the winner has left there.
       const int64_t sample = values[u].sample;
       won[u] = in_range(s, sample) && __ldcg(s.claims + sample) == static_cast<int>(row(u) + 1);
     }
@@ -151,15 +153,15 @@ struct ThreadRows {
       } else {
         left = true;
       }
-      // While rows that lost may read it.
+      // Volatile-like store (bypasses L1): losers may read this claim concurrently.
       __stcg(s.claims + v.sample, v.finite() ? 0 : kLeftClaim);
     }
     return left;
   }
 };
 
-// By all threads of one block, after all rows have moved: the samples whose winner may not move
-// them go to the last row that may. A thread takes kRows at a time.
+// Called by all threads of one block after all rows have moved. Samples whose winner was not finite
+// go to their last finite row. A thread takes kRows rows at a time.
 template <int kRows>
 __device__ __forceinline__ void settle(const UpdateArgs& a) {
   const StateArgs& s = a.state;
@@ -201,7 +203,7 @@ __device__ __forceinline__ void settle(const UpdateArgs& a) {
   }
 }
 
-// The losses of the same rows, loaded before their samples are waited for.
+// The losses of the same rows, loaded before the thread waits for its samples.
 template <int kRows>
 struct ThreadLosses {
   float loss[kRows], scale[kRows];
@@ -230,21 +232,22 @@ struct ThreadLosses {
 
 // ---- the step of a scoring launch ----
 
-constexpr int kRowsAtOnce = 2;  // a thread, of the last block
+constexpr int kRowsAtOnce = 2;  // per thread of the last block
 
-// By one thread of each row, when its target is known and its logits are on their way.
+// Called by one thread of each row once the target is known, while the logits are loading.
 __device__ __forceinline__ void claim_row(const RowArgs& a, int64_t row, int64_t sample,
                                           bool counted) {
   const StateArgs& s = a.update.state;
   if (!claim_sample(s, row, sample, counted) || a.step != StepPart::kWhole) return;
-  // What the last block will wait for. Of many rows this gained nothing: benchmarks/results/.
+  // Prefetches what the last block will wait for. With many rows, whose state another launch
+  // updates, this gained nothing: benchmarks/results/.
   prefetch(s.memory + sample);
   prefetch(s.visits + sample);
   if (s.variance != nullptr) prefetch(s.variance + sample);
   prefetch(s.counters);
 }
 
-// The end of a scoring kernel that takes part in the step, to which all its threads come.
+// The end of a scoring kernel that takes part in the step. All threads of the launch must call it.
 __device__ __forceinline__ void end_launch(const RowArgs& a) {
   const UpdateArgs& update = a.update;
   if (a.step != StepPart::kWhole || !last_block<kArrivedBit>(update.state.counters)) return;

@@ -1,5 +1,5 @@
-// The launch arithmetic as Python sees it: what tests/test_cuda_launch.py goes through shape by
-// shape, and benchmarks look up. Nothing here touches a device.
+// The launch arithmetic as Python functions, for tests/test_cuda_launch.py, which checks it shape
+// by shape, and for benchmarks. Nothing here touches a device.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -63,8 +63,8 @@ py::dict plan_backward_of(int64_t rows, int64_t classes, int64_t stride, int byt
   return d;
 }
 
-// The rows of elements of the array, and of elements from the start of a tile's first row, as the
-// kernels find them.
+// The rows that the kernels compute for elements of the array, and for elements counted from the
+// start of a tile's first row.
 py::tuple rows_of_elements(int classes, int64_t tile, const py::list& elements,
                            const py::list& near) {
   const Division division = Division::of(classes, tile);
@@ -104,7 +104,7 @@ py::dict plan_selection_of(int64_t n, int64_t k, int64_t groups, int sample_bits
   return d;
 }
 
-// The columns that each vector of a row's window holds, as the kernels see them.
+// The columns that each vector of a row's window holds, as the kernels compute them.
 py::list window_columns(Address address, int classes, int elements) {
   const auto columns = [](auto window, int count) {
     py::list vectors;
@@ -121,7 +121,8 @@ py::list window_columns(Address address, int classes, int elements) {
                        : columns(Window<8>::of(address, classes), 8);
 }
 
-// The kernels' selection, pass by pass, in a plain loop: the same digits, states and comparisons.
+// The selection of the kernels, pass by pass, in a plain loop with the same digits, states and
+// comparisons.
 py::list select_by_digits(const py::buffer& scores, int64_t k, int digit_bits) {
   const py::buffer_info info = scores.request();
   const auto* bits = static_cast<const uint32_t*>(info.ptr);

@@ -1,4 +1,4 @@
-// The CUDA submodule of the Python module: device pointers, sizes and a stream in.
+// The CUDA submodule of the Python module. Functions take device pointers, sizes and a stream.
 #include "cuda/bindings.h"
 
 #include <algorithm>
@@ -33,7 +33,7 @@ StateArgs state_args(Address scores, Address memory, Address visits, Address var
           recurrence};
 }
 
-// What every scoring call starts from.
+// The arguments that all scoring calls share.
 RowArgs row_args(Address logits, int64_t stride, int64_t rows, int64_t classes, Address target,
                  Address soft, Address weight, Address weight_sum, int64_t ignore_index,
                  double smoothing, double softcap) {
@@ -91,7 +91,7 @@ void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address work
   }
 }
 
-// The device as a choice of kernels needs to know it; the current one must be `device`.
+// The device properties that a choice of kernels needs. `device` must be the current device.
 Device device_for(RowKernels kernels, int device) {
   Device properties = device_properties(device);
   if (!may_use_clusters(kernels)) return properties;
@@ -153,7 +153,7 @@ void backward(int device, int dtype, Address logits, int64_t stride, int64_t row
   gradient(type, plan, a, stream_of(stream));
 }
 
-// Scores, gradient and step of a batch; `a` holds all but what the state moves by.
+// Scores, gradient and step of a batch. `a` holds all arguments but those of the state update.
 void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64_t* indices,
               int signal, int direct, const StateArgs& state, Address workspace,
               cudaStream_t stream) {
@@ -164,7 +164,7 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64
   const Device properties = device_for(kernels, device);
   const RowShape shape = shape_of(a, type, true);
   const RowPlan plan = plan_rows(kernels, shape, properties);
-  // The launch that makes the gradient of split rows reads what the backward pass does.
+  // The gradient of split rows comes from the backward pass, which reads these fields.
   if (plan.path == RowPath::kSplit) a.for_backward = true;
   const auto values = [&a](int which) {
     return which == 0 ? a.loss : a.fields + (which - 1) * a.rows;
@@ -205,15 +205,15 @@ void step(int kernels, int device, int dtype, Address logits, int64_t stride, in
            workspace, stream_of(stream));
 }
 
-// What `mean_step` keeps in its workspace: MeanArgs::parts, then [1 + kFields + 1, rows] words of
-// losses, fields and counts.
+// The workspace of `mean_step`: MeanArgs::parts, then [1 + kFields + 1, rows] words of losses,
+// fields and counts.
 int64_t mean_parts_bytes(int64_t rows) { return 2 * int64_t{sizeof(double)} * step_parts(rows); }
 
 int64_t mean_step_workspace(int64_t rows) {
   return mean_parts_bytes(rows) + int64_t{sizeof(float)} * (2 + kFields) * rows;
 }
 
-// The step of the mean over all rows, whose scores stay in the workspace.
+// The step of the mean loss over all rows. The scores stay in the workspace.
 void mean_step(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
                int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
                int64_t ignore_index, double smoothing, double softcap, Address split_workspace,
@@ -228,7 +228,7 @@ void mean_step(int kernels, int device, int dtype, Address logits, int64_t strid
   a.loss = pointer<float>(workspace + static_cast<Address>(mean_parts_bytes(rows)));
   a.fields = a.loss + rows;
   a.count = reinterpret_cast<int32_t*>(a.fields + kFields * rows);
-  a.for_backward = std::max(signal, direct) > kMax;  // 1 + a field
+  a.for_backward = std::max(signal, direct) > kMax;  // signal and direct are 1 + a Field
   a.grad = pointer<void>(grad);
   a.row_scale = pointer<const float>(row_scale);
   a.scale = static_cast<float>(1.0 / static_cast<double>(rows));

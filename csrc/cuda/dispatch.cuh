@@ -1,4 +1,4 @@
-// From a dtype known at run time to a kernel compiled for it.
+// Dispatches from a run-time dtype to a kernel compiled for it.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

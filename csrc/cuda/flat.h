@@ -1,5 +1,5 @@
-// A contiguous matrix as one array of elements, cut into tiles: the row of an element without a
-// division.
+// A contiguous matrix as one array of elements, cut into tiles. Finds the row of an element without
+// a division.
 #pragma once
 #include <cstdint>
 
@@ -7,14 +7,14 @@
 
 namespace emp_fast::cuda {
 
-// floor(x / classes) by a multiplication: the multiplier exceeds 2^64 / classes by less than 1, so
-// that the product exceeds x / classes by less than x / 2^64. That is exact as long as
-// x classes <= 2^64, and by 32 bits in the same way.
+// Computes floor(x / classes) by a multiplication. The multiplier exceeds 2^64 / classes by less
+// than 1, so the product exceeds x / classes by less than x / 2^64. The result is exact as long as
+// x classes <= 2^64. The 32-bit multiplier works in the same way.
 struct Division {
-  uint64_t by_far;   // of an element of the array
-  uint32_t by_near;  // of an element counted from the start of the row of a tile's first one
+  uint64_t by_far;   // for an element of the array
+  uint32_t by_near;  // for an element counted from the start of the tile's first row
   int classes;       // 2 or more
-  bool long_rows;    // longer than a tile, which then holds elements of two rows at most
+  bool long_rows;    // rows longer than a tile, which then touches at most two
 
   static Division of(int classes, int64_t tile) {
     const auto c = static_cast<uint64_t>(classes);

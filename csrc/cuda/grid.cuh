@@ -1,11 +1,12 @@
-// How the blocks of one launch agree that all of them have come to a place.
+// Finds out which block of a launch is the last to reach a point.
 #pragma once
 
 namespace emp_fast::cuda {
 
-// Whether this block is the last of the grid to come here, and so sees what all others have written
-// (past the first-level cache). Every block of the launch must come, or none. The blocks are
-// counted in *arrived from bit `kBit` on, where it is zero before and after.
+// Whether this block is the last of the grid to get here. If so, it sees everything that the others
+// have written, provided it reads past the L1 cache. Either every block of the launch calls this,
+// or none. The blocks are counted in the bits of *arrived from `kBit` up, which are zero before and
+// after.
 template <int kBit = 0, class Count>
 __device__ __forceinline__ bool last_block(Count* arrived) {
   constexpr Count kOne = Count{1} << kBit;

@@ -1,5 +1,6 @@
 // Reductions over the threads that share a row: part of a warp, a warp or a whole block. Every
-// thread gets the result, in an order that the launch alone decides, so a run repeats bit for bit.
+// thread gets the result. The order of the operations depends on the launch alone, so a run repeats
+// bit for bit.
 #pragma once
 #include "core/softmax_sums.h"
 #include "cuda/vector.cuh"
@@ -20,9 +21,9 @@ struct Min {
   __device__ __forceinline__ int operator()(int a, int b) const { return min(a, b); }
 };
 
-// kLanes: a power of two; up to 32 it divides a warp, above it is the whole block. All threads of
-// the block must call together: the shuffles name the full warp and the block reductions hold
-// barriers.
+// kLanes is a power of two. Up to 32 it divides a warp, above that it is the whole block. All
+// threads of the block must call together, because the shuffles name the full warp and the block
+// reductions contain barriers.
 template <int kLanes>
 struct Group {
   static constexpr int kWarps = kLanes / 32;
@@ -39,7 +40,7 @@ struct Group {
     return x;
   }
 
-  // Reduces kValues values at once: two barriers for all of them.
+  // Reduces kValues values at once, with two barriers for all of them.
   template <int kValues, class V, class Op>
   __device__ __forceinline__ static void reduce(V (&x)[kValues], Op op) {
 #pragma unroll
@@ -54,7 +55,8 @@ struct Group {
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
-        // Every warp does the same tree over the warps' values; lanes beyond them repeat some.
+        // Every warp reduces the values of all warps in the same tree. Lanes beyond kWarps
+        // duplicate values.
         V value = partial[i][threadIdx.x % kWarps];
 #pragma unroll
         for (int offset = kWarps / 2; offset > 0; offset /= 2) {
@@ -74,7 +76,7 @@ struct Group {
   }
 };
 
-// A row's sums with what label smoothing adds to them.
+// A row's sums, with those that label smoothing adds.
 struct RowSums {
   SoftmaxSums<float> sums;  // over the columns that are not the target
   float spread;             // sum w_j (x_j - sums.m) over them
@@ -84,7 +86,7 @@ struct RowSums {
     return {SoftmaxSums<float>::empty(), 0.0f, 0.0f};
   }
 
-  // Expresses everything relative to max, which is not below sums.m (or is NaN).
+  // Rescales everything to the maximum `max`, which is at least sums.m, or NaN.
   __device__ __forceinline__ void raise_to(float max) {
     if (weight != 0.0f) spread = fmaf(weight, sums.m - max, spread);
     raise(sums, max);
@@ -102,8 +104,8 @@ struct RowSums {
     weight += part.weight;
   }
 
-  // Sums over the group relative to the group's maximum. kSmoothed: there may be label smoothing;
-  // else spread and weight are left alone.
+  // Reduces over the group, relative to the group's maximum. kSmoothed: there may be label
+  // smoothing. Otherwise spread and weight are left alone.
   template <int kLanes, bool kSmoothed = true>
   __device__ __forceinline__ void reduce() {
     raise_to(Group<kLanes>::reduce(sums.m, Max{}));
@@ -122,7 +124,7 @@ struct RowSums {
     }
   }
 
-  // The same over neighbouring lanes of a warp, a power of two of them.
+  // The same over `lanes` neighbouring lanes of a warp, a power of two.
   template <bool kSmoothed>
   __device__ __forceinline__ void reduce_lanes(int lanes) {
     float max = sums.m;

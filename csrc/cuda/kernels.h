@@ -1,5 +1,5 @@
-// The host side of every kernel: launches on the caller's stream, throws std::runtime_error with
-// the kernel's name when the launch fails. Nothing here allocates or synchronises.
+// The host side of every kernel. Launches go to the caller's stream; a failed launch throws
+// std::runtime_error with the kernel's name. Nothing here allocates or synchronises.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -10,15 +10,16 @@
 
 namespace emp_fast::cuda {
 
-// Throws for an error left by the launch of `kernel`.
+// Throws if the launch of `kernel` has left an error.
 void check_launch(const char* kernel);
 Device device_properties(int device);
-// Opts a kernel in to more dynamic shared memory than every device grants.
+// Opts a kernel in to more dynamic shared memory than every device grants by default.
 void allow_shared_memory(const void* function, int64_t bytes, const char* kernel);
-// The largest power of two of blocks that the current device runs as one cluster of a kernel that
-// needs compute capability 9.0; 0 where it has no clusters or this build no such code for it.
+// The largest cluster, a power of two of blocks, that the current device runs for a kernel that
+// needs compute capability 9.0. 0 if the device has no clusters, or this build has no such code for
+// it.
 int largest_cluster(const void* function, int threads, int64_t shared_bytes);
-// How many clusters of a kernel the current device runs at once; asked of the driver once.
+// How many clusters of a kernel the current device runs at once. The driver's answer is cached.
 int resident_clusters(const void* function, int threads, int cluster, int64_t shared_bytes,
                       const char* kernel);
 
@@ -29,29 +30,30 @@ void score_in_registers(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_looped(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_cluster(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_ring(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
-// Device::max_cluster of the current device.
+// The value of Device::max_cluster for the current device.
 int widest_cluster(const Device&);
 // Scores and args.step, no gradient; `partials` holds plan.workspace_bytes.
 void score_split(Dtype, const RowPlan&, const RowArgs&, float* partials, cudaStream_t);
 
-// Gradients from the fields of the forward pass; the gradient of row r is scale * row_scale[r].
+// Gradients from the fields of the forward pass. The gradient with respect to the loss of row r is
+// scale * row_scale[r].
 void gradient(Dtype, const BackwardPlan&, const RowArgs&, cudaStream_t);
 
-// Multiplies a gradient in place by *factor, times *also unless that is null; touches no memory
-// when they make 1.
+// Multiplies a gradient in place by *factor, and by *also unless that is null. Leaves the
+// gradient's memory alone if the product is 1.
 void scale_gradient(Dtype, void* grad, int64_t elements, const float* factor, const float* also,
                     cudaStream_t);
 
 void update_state(const UpdateArgs&, cudaStream_t);
-// What StepPart::kClaims leaves to do; mean.parts holds step_parts(rows) pairs.
+// The rest of a step after StepPart::kClaims. mean.parts holds step_parts(rows) pairs.
 void step_claimed(const UpdateArgs&, const MeanArgs&, cudaStream_t);
 
 void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,
             cudaStream_t);
 
-// int64 [k] ascending into `out`; 0 < k <= n. `workspace` holds plan.workspace_bytes. A sampled
-// plan sets *status: 1 when the sample misled, `out` is then incomplete and the plain plan must
-// run; else 0.
+// Writes k int64 indices to `out`, ascending; 0 < k <= n. `workspace` holds plan.workspace_bytes. A
+// sampled plan sets *status to 0, or to 1 if the sample misled: `out` is then incomplete and the
+// plain plan must run.
 void topk(const SelectionPlan&, const Device&, const float* scores, int64_t n, int64_t k,
           int64_t* out, int64_t* status, void* workspace, cudaStream_t);
 void grouped_topk(const SelectionPlan&, const Device&, const float* scores, const int64_t* groups,

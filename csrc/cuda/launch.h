@@ -17,39 +17,39 @@ constexpr int64_t kMaxGridY = 65535;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What of a device decides a launch.
+// The properties of a device that decide a launch.
 struct Device {
   int multiprocessors;
   int64_t shared_bytes;  // dynamic shared memory that a block can opt in to
-  int max_cluster;       // blocks of a cluster that bulk copies feed; 0: none
+  int max_cluster;       // largest cluster for bulk copies, in blocks; 0: none
 };
 
 // ---- rows ----
 
 enum class RowPath : int {
-  kShared,     // a few lanes a row, each warp's rows through a tile of shared memory
-  kRegisters,  // lanes a row, the row in registers
-  kLooped,     // lanes a row, any class count
-  kSplit,      // several blocks a row, partial sums merged by a second launch
-  kCluster,    // a thread-block cluster a row, through rings that bulk copies fill (launch_ring.h)
-  kRing,       // a block a row, through a ring that asynchronous copies fill
-  kHeld,       // lanes a row, the row in registers, the next on its way to shared memory
+  kShared,     // a few lanes per row, each warp's rows staged in a tile of shared memory
+  kRegisters,  // several lanes per row, the row in registers
+  kLooped,     // several lanes per row, any class count
+  kSplit,      // several blocks per row, partial sums merged by a second launch
+  kCluster,    // a thread-block cluster per row, rings filled by bulk copies (launch_ring.h)
+  kRing,       // a block per row, rings filled by asynchronous copies
+  kHeld,       // several lanes per row, the row in registers, the next one being copied
 };
 
 struct RowPlan {
   RowPath path;
   int lanes;             // threads that share a row
-  int threads;           // a block
+  int threads;           // per block
   int64_t grid;          // blocks; each loops over tiles of threads / lanes rows
-  int register_vectors;  // a thread holds (kRegisters)
-  int tile_rows;         // that a warp works on at once (kShared)
-  int lane_vectors;      // of a row, a lane (kHeld)
-  int parts;             // of a row (kSplit)
-  int vectors_per_part;  // of a row (kSplit); that a block owns (kCluster, kRing)
-  int cached_vectors;    // of a row kept in shared memory for the gradient (kLooped)
+  int register_vectors;  // per thread (kRegisters)
+  int tile_rows;         // in a warp's tile (kShared)
+  int lane_vectors;      // of a row, per lane (kHeld)
+  int parts;             // per row (kSplit)
+  int vectors_per_part;  // per part (kSplit); per block (kCluster, kRing)
+  int cached_vectors;    // of a row, kept in shared memory for the gradient (kLooped)
   int cluster;           // blocks that share a row (kCluster, kRing)
-  int rounds;            // in which a block goes through its part
-  int slots;             // rounds that its ring holds
+  int rounds;            // in which a block goes through its part (kCluster, kRing)
+  int slots;             // per ring, one round each (kCluster, kRing)
   int blocks_per_multiprocessor;
   int64_t shared_bytes;  // dynamic
   int64_t workspace_bytes;
@@ -60,50 +60,51 @@ struct RowShape {
   int64_t classes;
   int64_t stride;
   int element_bytes;
-  bool base_aligned;  // the first logit, and of the gradient, lie at multiples of 16 bytes
+  bool base_aligned;  // logits and gradient start at multiples of 16 bytes
   bool soft;
-  bool general;   // a softcap, or label smoothing with class weights: not in shared or registers
+  bool general;   // softcap, or label smoothing with class weights: not kShared, kRegisters, kHeld
   bool smoothed;  // label smoothing
   bool grad;
 };
 
-// Vectors of 16 bytes that the longest row of a shape can touch.
+// The most 16-byte vectors that a row of a shape can touch.
 inline int64_t vectors_of(const RowShape& s) {
   const int elements = kVectorBytes / s.element_bytes;
   const bool aligned = s.base_aligned && (s.rows <= 1 || s.stride % elements == 0);
   return window_vectors(s.classes, elements, aligned);
 }
 
-constexpr int64_t kSystemShared = 1024;      // what a resident block takes besides its own
-constexpr int64_t kStepShared = 512;         // and for the sums at the end of a step
-constexpr int kSharedRowThreads = 128;       // a block at most: fewer where their tiles do not fit
-constexpr int64_t kSharedBytes = 34 * 1024;  // of a block at most, but for one warp's tile
-constexpr int64_t kSharedTileBytes = 4096;   // of several groups of rows; one alone may take more
-constexpr int64_t kSharedRowBytes = 16384;   // at most
-constexpr int64_t kSharedGroups = 8;         // of rows a multiprocessor at least, but
-constexpr int kSharedFewClasses = 32;        // up to so many classes one
+constexpr int64_t kSystemShared = 1024;      // reserved by CUDA per resident block
+constexpr int64_t kStepShared = 512;         // static, for the sums at the end of a step
+constexpr int kSharedRowThreads = 128;       // per block at most; fewer if their tiles do not fit
+constexpr int64_t kSharedBytes = 34 * 1024;  // per block at most, unless one tile takes more
+constexpr int64_t kSharedTileBytes = 4096;   // per tile at most, unless one group takes more
+constexpr int64_t kSharedRowBytes = 16384;   // longest row
+constexpr int64_t kSharedGroups = 8;         // groups of rows per multiprocessor, at least
+constexpr int kSharedFewClasses = 32;        // up to this many classes one group is enough
 constexpr int kLoopedThreads = 512;
-constexpr int kLoneLoopedThreads = 1024;   // where a multiprocessor holds one block alone
-constexpr int kWarpLoopedVectors = 512;    // rows up to this are a warp's in the looped kernel
-constexpr int64_t kOccupiedThreads = 896;  // of a multiprocessor: seven eighths of what it holds
-constexpr int64_t kStaticShared = 4096;    // kept free for the reductions of the looped kernel
-constexpr int kMinPartVectors = 2048;      // 32 KiB: less a part costs more to merge than it saves
+constexpr int kLoneLoopedThreads = 1024;   // if one block has a multiprocessor to itself
+constexpr int kWarpLoopedVectors = 512;    // rows of rows_looped up to this length get one warp
+constexpr int64_t kOccupiedThreads = 896;  // on an occupied multiprocessor: seven eighths of 1024
+constexpr int64_t kStaticShared = 4096;    // reserved for the reductions of rows_looped
+constexpr int kMinPartVectors = 2048;  // 32 KiB: smaller parts cost more to merge than they save
 // Rows of fewer bytes are never split: whatever their alignment, they touch too few vectors.
 constexpr int64_t kSplitBytes = int64_t{2 * kMinPartVectors - 2} * kVectorBytes;
 constexpr int kMaxParts = 64;
 constexpr int kPartialFloats = 6;  // m, d, s, q, spread, weight
 
-// The register kernels that are compiled, by lanes a row; each thread holds kRegisterVectors
-// vectors.
+// The instances of rows_in_registers by lanes per row. Each thread holds kRegisterVectors vectors.
 constexpr int kRegisterLanes[] = {8, 32, 64, 256};
 constexpr int kRegisterVectors = 4;
-// And those whose threads hold one: half as long, and a launch that is over when it has read its
-// instructions takes as long as that. For so many threads a multiprocessor at most.
+// The instances whose threads hold one vector. They have half the instructions, which matters in a
+// launch so short that fetching its instructions takes most of its time.
 constexpr int kOneVectorLanes[] = {8, 32, 128, 256};
+// They serve up to this many threads per multiprocessor.
 constexpr int64_t kOneVectorThreads = 1024;
 
-// Threads that share a row of so many bytes in rows_in_shared: few, for what a row costs besides
-// its logits a warp does for 32 / lanes rows at once; more as rows fill their memory.
+// Lanes per row in rows_in_shared. Few lanes are best: a warp does the per-row work, apart from the
+// logits, for 32 / lanes rows at once. Longer rows need more lanes, because a warp's rows must fit
+// in shared memory.
 inline int shared_lanes(int64_t row_bytes) {
   return row_bytes <= 400    ? 1
          : row_bytes <= 768  ? 4
@@ -112,11 +113,11 @@ inline int shared_lanes(int64_t row_bytes) {
                              : 32;
 }
 
-// Threads of a multiprocessor in rows_in_shared: with the gradient, sums that wait for the others
-// of a warp take registers.
+// Threads per multiprocessor of rows_in_shared. With the gradient and several lanes per row there
+// are fewer, because the sums that each lane keeps take registers.
 constexpr int64_t shared_threads(int lanes, bool grad) { return grad && lanes > 1 ? 896 : 1024; }
 
-// The plan of rows_in_shared, where it serves the rows and has enough of them.
+// The plan of rows_in_shared, if it supports the rows and there are enough of them.
 inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
   if (s.soft || s.general || (s.stride != s.classes && s.rows > 1) || row_bytes > kSharedRowBytes) {
@@ -126,7 +127,7 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   const int at_once = 32 / lanes;
   const int64_t groups = ceil_div(s.rows, at_once) / device.multiprocessors;
   if (groups < (s.classes > kSharedFewClasses ? kSharedGroups : 1)) return std::nullopt;
-  // Few bytes a row need many rows in flight, and cost less a tile.
+  // Short rows need many rows in flight, and a larger tile spreads its cost over more rows.
   const int64_t most = std::min(kSharedTileBytes / (at_once * std::max<int64_t>(row_bytes, 1)),
                                 groups / (4 * kSharedGroups));
   RowPlan plan{};
@@ -138,7 +139,7 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   plan.lanes = lanes;
   plan.threads = 32 * warps;
   plan.shared_bytes = warps * tile;
-  // As many blocks as run at once: each goes on to its next tile without a pause.
+  // As many blocks as are resident at once: each proceeds from tile to tile without a pause.
   const int64_t block_bytes = plan.shared_bytes + kSystemShared + (s.grad ? kStepShared : 0);
   const int64_t resident = std::min(shared_threads(lanes, s.grad) / plan.threads,
                                     (device.shared_bytes + kSystemShared) / block_bytes);
@@ -147,23 +148,23 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   return plan;
 }
 
-constexpr int kHeldThreads = 128;  // a block
+constexpr int kHeldThreads = 128;  // per block
 constexpr int kHeldLanes[] = {8, 16, 32};
-// Vectors of a row that a lane has at most, by kernel; it may lack the last two. Four of them for
-// eight lanes alone, of whose rows they are the shortest.
+// Vectors of a row per lane at most, for each kernel; a lane may lack the last two. Four are
+// compiled only for eight lanes, whose rows are the shortest.
 constexpr int kHeldVectors[] = {4, 6, 8};
 constexpr int kMostHeldVectors = 8;
-constexpr int kLineVectors = 8;  // of the 128 bytes that are a line of the cache, and of all banks
-// Blocks a multiprocessor, as measured: enough bytes on their way, and no more, for the first rows
-// of all come late when all ask at once.
+constexpr int kLineVectors = 8;  // in 128 bytes: a cache line, and one word of each bank
+// Blocks per multiprocessor, tuned by measurement: enough bytes in flight and no more, because the
+// first rows arrive late if all blocks request theirs at once.
 constexpr int held_blocks(int lanes, int lane_vectors, bool grad) {
   if (lane_vectors == 4) return grad ? 5 : 6;
   return grad ? 24 / lane_vectors - (lanes > 8) : 32 / lane_vectors;
 }
-constexpr int kHeldTurns = 2;                       // rows that every lane has at least
-constexpr int64_t kMaxHeldRows = int64_t{1} << 30;  // row numbers and a grid more fit an int
+constexpr int kHeldTurns = 2;                       // rows per group of lanes, at least
+constexpr int64_t kMaxHeldRows = int64_t{1} << 30;  // a row number plus a grid stride fits an int
 
-// The plan of rows_held, where it serves the rows and has enough of them.
+// The plan of rows_held, if it supports the rows and there are enough of them.
 inline std::optional<RowPlan> plan_held(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
   if (s.soft || s.general || s.smoothed || !s.base_aligned || row_bytes % kVectorBytes != 0 ||
@@ -200,7 +201,7 @@ inline RowPlan plan_looped(const RowShape& s, const Device& device) {
   plan.path = RowPath::kLooped;
   plan.lanes = vectors <= kWarpLoopedVectors ? 32 : kLoopedThreads;
   if (!s.grad && !s.soft) {
-    // The fewest that still occupy the device: each of them pays for the end of the row.
+    // The fewest lanes that still occupy the device, because each lane pays for the end of the row.
     for (const int lanes : {32, 128, 256}) {
       if (plan.lanes > lanes && s.rows * lanes >= kOccupiedThreads * device.multiprocessors) {
         plan.lanes = lanes;
@@ -211,7 +212,8 @@ inline RowPlan plan_looped(const RowShape& s, const Device& device) {
     const int64_t room = (device.shared_bytes - kStaticShared) / kVectorBytes;
     plan.cached_vectors = static_cast<int>(std::clamp<int64_t>(room, 0, vectors));
     plan.shared_bytes = int64_t{plan.cached_vectors} * kVectorBytes;
-    // A block that leaves no room for another has the loads of both in flight.
+    // A block that leaves no room for a second one gets the threads of both, to have as many loads
+    // in flight.
     if (!s.soft && 2 * (plan.shared_bytes + kStaticShared) > device.shared_bytes) {
       plan.lanes = kLoneLoopedThreads;
     }
@@ -250,28 +252,28 @@ inline RowPlan plan_plain(const RowShape& s, const Device& device) {
   plan.lanes = plan.threads = kLoopedThreads;
   plan.vectors_per_part = static_cast<int>(ceil_div(vectors, parts));
   plan.parts = static_cast<int>(ceil_div(vectors, plan.vectors_per_part));
-  plan.grid = s.rows;  // times parts in y; few by the condition above
+  plan.grid = s.rows;  // times `parts` in y; few rows, by the condition above
   plan.workspace_bytes = s.rows * plan.parts * kPartialFloats * int64_t{sizeof(float)};
   return plan;
 }
 
 struct BackwardPlan {
   int lanes;    // threads that share a row, or a part of one
-  int threads;  // a block
+  int threads;  // per block
   int64_t grid;
   int parts;  // grid y: parts of a row
   int vectors_per_part;
-  int flat_vectors;      // a thread, of the matrix as one array; 0: by rows
-  Division division;     // flat
-  int64_t shared_bytes;  // flat
+  int flat_vectors;      // per thread of flat_gradients; 0: row_gradients
+  Division division;     // flat_gradients
+  int64_t shared_bytes;  // flat_gradients
 };
 
 constexpr int kFlatThreads = 256;
-constexpr int kFlatVectors = 4;        // a thread, each with a row or two
-constexpr int64_t kFlatTiles = 4;      // a multiprocessor at least; of fewer each thread takes one
-constexpr int64_t kFlatRowBytes = 16;  // in shared memory, and 4 with label smoothing
+constexpr int kFlatVectors = 4;        // per thread, each in one or two rows
+constexpr int64_t kFlatTiles = 4;      // per multiprocessor; with fewer, a thread takes one vector
+constexpr int64_t kFlatRowBytes = 16;  // of shared memory per row; 4 more with label smoothing
 
-// The plan of flat_gradients, where it serves the rows.
+// The plan of flat_gradients, if it supports the rows.
 inline std::optional<BackwardPlan> plan_flat(const RowShape& s, const Device& device) {
   const int elements = kVectorBytes / s.element_bytes;
   const bool rows_apart = s.stride != s.classes && s.rows > 1;
@@ -308,7 +310,8 @@ inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
   plan.lanes = vectors <= 16 ? 4 : vectors <= 512 ? 32 : 256;
   plan.threads = std::max(plan.lanes, 128);
   plan.grid = std::min(ceil_div(s.rows, plan.threads / plan.lanes), kMaxGridX);
-  // Soft targets first sum over their whole row; class ids let any block do any part.
+  // Soft targets need sums over their whole row first. With class ids any block can compute any
+  // part.
   int64_t parts = 1;
   if (!s.soft && plan.lanes == 256) {
     const int64_t wanted = ceil_div(8 * device.multiprocessors, std::max<int64_t>(s.rows, 1));
@@ -321,59 +324,59 @@ inline BackwardPlan plan_backward(const RowShape& s, const Device& device) {
 
 // ---- state ----
 
-constexpr int64_t kScanUpdateRows = 4096;    // update_state in one launch, each row by itself
-constexpr int64_t kWholeStepRows = 1024;     // of a batch whose step one block takes, at most
-constexpr int64_t kWholeStepThreadRows = 4;  // and of each thread of the plan
-constexpr int64_t kMaxStepRows = INT32_MAX;  // whose numbers plus one fit a claim
+constexpr int64_t kScanUpdateRows = 4096;    // update_state in one launch, update_by_scan
+constexpr int64_t kWholeStepRows = 1024;     // of a step that one block takes, at most
+constexpr int64_t kWholeStepThreadRows = 4;  // of such a step per thread, at most
+constexpr int64_t kMaxStepRows = INT32_MAX;  // row numbers plus one must fit a claim
 constexpr int kStateThreads = 256;
-constexpr int64_t kManyUpdateRows = 1 << 18;  // from here a thread takes kRowsOfMany
+constexpr int64_t kManyUpdateRows = 1 << 18;  // from here on a thread takes kRowsOfMany
 constexpr int kRowsOfMany = 4;
-// Blocks of a step are counted above kArrivedBit.
+// The blocks of a step are counted in the bits from kArrivedBit up.
 static_assert(kMaxStepRows / (kStateThreads * kRowsOfMany) < int64_t{1} << (63 - kArrivedBit));
 static_assert(kManyUpdateRows / kStateThreads < int64_t{1} << (63 - kArrivedBit));
 
-// The part of a step that the scoring launch takes. The kernels with rings have no registers for
-// more than claims.
+// The part of a step that the scoring launch takes. The ring kernels only claim; they have no
+// registers to spare for more.
 inline StepPart plan_step(const RowPlan& plan, int64_t rows) {
   if (plan.path == RowPath::kCluster || plan.path == RowPath::kRing) return StepPart::kClaims;
   const int64_t most = std::min(kWholeStepRows, kWholeStepThreadRows * plan.threads);
   return rows <= most ? StepPart::kWhole : StepPart::kClaims;
 }
 
-// Rows that a block of claim_rows and step_rows takes.
+// Rows per block of claim_rows and step_rows.
 inline int64_t rows_of_state_block(int64_t rows) {
   return kStateThreads * (rows < kManyUpdateRows ? 1 : kRowsOfMany);
 }
 
-// Blocks of step_rows, each with a part of the mean.
+// The blocks of step_rows; each computes a part of the mean.
 inline int64_t step_parts(int64_t rows) { return ceil_div(rows, rows_of_state_block(rows)); }
 
 // ---- selection ----
 
-constexpr int kTile = 1024;  // scores a warp marks; a bit each
+constexpr int kTile = 1024;  // scores that a warp marks, one bit each
 constexpr int kTileWords = kTile / 32;
-constexpr int kRunTiles = 64;       // tiles with one prefix sum
+constexpr int kRunTiles = 64;       // tiles that share a prefix sum
 constexpr int kDigitBits = 11;      // 2048 bins
-constexpr int kGroupDigitBits = 8;  // a histogram a group: 2 KiB each
+constexpr int kGroupDigitBits = 8;  // one histogram per group, 2 KiB each
 constexpr int64_t kMaxGroups = 65536;
-constexpr int64_t kSampledFrom = int64_t{1} << 24;  // scores: from here one read beats four
+constexpr int64_t kSampledFrom = int64_t{1} << 24;  // scores: from here on one read beats four
 constexpr int kSampleBits = 18;           // 262 144 scores: the bracket holds 0.8 % of all
-constexpr double kBracketSigmas = 4.25;   // of the rank in the sample, on each side
-constexpr double kCandidateRoom = 1.125;  // for the candidates, as a multiple of what is expected
+constexpr double kBracketSigmas = 4.25;   // half the bracket, in sigmas of the rank in the sample
+constexpr double kCandidateRoom = 1.125;  // capacity for candidates over their expected number
 
 struct SelectionPlan {
   int64_t sample;  // scores in the sample; 0: a plain plan
   int digit_bits;
   int index_bits;    // of N - 1
-  int64_t problems;  // histograms and states: the groups, or two ends of a bracket and the rest
+  int64_t problems;  // histograms and states: per group; sampled: two bracket ends and the rest
   int64_t tiles;
   int64_t runs;        // of kRunTiles tiles
   int64_t candidates;  // capacity (sampled)
-  int64_t rank_above;  // the ranks in the sample, 1 its highest, between which the threshold lies;
-  int64_t rank_below;  //   0: above all of it, sample + 1: below all of it
+  int64_t rank_above;  // rank in the sample of the bracket's upper end, from 1; 0: above all
+  int64_t rank_below;  // rank of its lower end; sample + 1: below all
   int64_t histograms, states, control, totals, tile_counts, bitmap, candidate_keys,
       candidate_indices;  // byte offsets in the workspace
-  int64_t cleared_bytes;  // from the start, zero before the first kernel
+  int64_t cleared_bytes;  // from the start; must be zero before the first kernel
   int64_t workspace_bytes;
 };
 
@@ -386,9 +389,9 @@ inline int bits_of(int64_t value) {
 constexpr int64_t kStateBytes = 32;
 constexpr int64_t kControlBytes = 32;
 
-// groups: 0 for a selection without them. sample_bits: a bracket from a sample of 2^sample_bits
-// scores, at most n / 32 (tests take smaller ones than kSampleBits), and one read of the scores; 0
-// for the plain plan.
+// groups: 0 for a selection without groups. sample_bits: 0 for the plain plan. Otherwise a sample
+// of 2^sample_bits scores, at most n / 32, gives a bracket, and the scores are read once. Tests use
+// smaller samples than kSampleBits.
 inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, int sample_bits) {
   SelectionPlan p{};
   const bool sampled = sample_bits > 0;

@@ -1,6 +1,6 @@
 // Launch arithmetic of the kernels that stream long rows through rings of shared memory
-// (row_ring.cuh), and the choice between them and those of launch.h. Plain host code, tested
-// exhaustively through `_native.cuda.plans.plan_rows`.
+// (row_ring.cuh), and the choice among all row kernels. Plain host code, tested exhaustively
+// through `_native.cuda.plans.plan_rows`.
 #pragma once
 #include "cuda/launch.h"
 
@@ -8,20 +8,20 @@ namespace emp_fast::cuda {
 
 constexpr int kRingThreads = 512;
 constexpr int kRingWarps = kRingThreads / 32;
-constexpr int kLaneVectors = 4;                   // of a chunk, a lane
+constexpr int kLaneVectors = 4;                   // of a chunk, per lane
 constexpr int kChunkVectors = 32 * kLaneVectors;  // what a warp copies at once: 2 KiB
 constexpr int64_t kChunkBytes = int64_t{kChunkVectors} * kVectorBytes;
-constexpr int kRoundVectors = kRingWarps * kChunkVectors;  // a chunk of every warp: 32 KiB
+constexpr int kRoundVectors = kRingWarps * kChunkVectors;  // a chunk per warp: 32 KiB
 constexpr int64_t kRoundBytes = int64_t{kRoundVectors} * kVectorBytes;
-constexpr int64_t kMaxRingRows = int64_t{1} << 30;  // row numbers and a grid more fit an int
+constexpr int64_t kMaxRingRows = int64_t{1} << 30;  // a row number plus a grid stride fits an int
 constexpr int kMinSlots = 2;                        // one is read while the other fills
-constexpr int kMaxSlots = 6;                        // of a cluster's block
-constexpr int kMaxBlockSlots = 7;                   // of a block that has its rows alone
-constexpr int64_t kRingRowBytes = 4096;             // rows of such a block at least
-constexpr int kMaxCluster = 8;                      // more is not portable
-constexpr int kRingBlocks = 2;  // of rows_ring a multiprocessor, where their rings fit
-// Behind the rings: the sums of every warp of the cluster, twice; a barrier a slot of each warp,
-// and one for each of the two sets of sums.
+constexpr int kMaxSlots = 6;                        // per warp of rows_cluster
+constexpr int kMaxBlockSlots = 7;                   // per warp of rows_ring
+constexpr int64_t kRingRowBytes = 4096;             // shortest row of rows_ring
+constexpr int kMaxCluster = 8;                      // larger clusters are not portable
+constexpr int kRingBlocks = 2;  // of kRingThreads, per multiprocessor, if their rings fit
+// Behind the rings of a cluster's block lie two sets of sums, each with the sums of every warp of
+// the cluster, and then the barriers: one per slot of each warp and one per set.
 constexpr int kSumSets = 2;
 constexpr int64_t kSumBytes = 32;  // kPartialFloats, padded
 constexpr int kSetSums = kMaxCluster * kRingWarps;
@@ -29,24 +29,25 @@ constexpr int kRingBarriers = kRingWarps * kMaxSlots + kSumSets;
 constexpr int64_t kRingTail =
     kSumSets * kSetSums * kSumBytes + kRingBarriers * int64_t{sizeof(uint64_t)};
 
-// Rounds that the ring of a cluster's block holds, which has its multiprocessor alone.
+// Slots per warp of rows_cluster, whose block has its multiprocessor to itself.
 inline int ring_slots(const Device& device) {
   const int64_t rounds = (device.shared_bytes - kRingTail) / kRoundBytes;
   return static_cast<int>(std::clamp<int64_t>(rounds, 0, kMaxSlots));
 }
 
-// Vectors of a row that each block of its cluster owns: whole chunks.
+// Vectors of a row that each block of its cluster owns, rounded up to whole chunks.
 inline int64_t ring_part(int64_t vectors, int cluster) {
   return ceil_div(ceil_div(vectors, cluster), kChunkVectors) * kChunkVectors;
 }
 
-// Blocks that the grid launches: whole clusters, as many as run at once, no more than rows.
+// Blocks of the grid: as many whole clusters as are resident at once, and no more than rows.
 inline int64_t ring_grid(int64_t rows, int cluster, int64_t resident_clusters) {
   return std::min(rows, std::max<int64_t>(resident_clusters, 1)) * cluster;
 }
 
-// Whether rings of `slots` keep enough of a row of `rounds`. Of 16-bit rows a third may be read
-// twice: by half the bytes, they cost more blocks more time than that.
+// Whether rings of `slots` slots keep enough of a row of `rounds` rounds. Up to a third of a 16-bit
+// row may be read twice: with half the bytes per logit, more blocks per row cost more time than the
+// second read.
 inline bool keeps_row(int element_bytes, int64_t rounds, int64_t slots) {
   return element_bytes == 2 ? 2 * rounds <= 3 * slots : rounds <= slots;
 }
@@ -54,9 +55,9 @@ inline bool keeps_row(const RowShape& s, const RowPlan& plan) {
   return keeps_row(s.element_bytes, plan.rounds, plan.slots);
 }
 
-// The plan of a row through the rings of a cluster of `widest` blocks at most. For the gradient the
-// fewest blocks that keep the row on chip, where any cluster does; else the widest cluster keeps
-// what it can.
+// The plan of rows_cluster, with `widest` blocks per cluster at most. For the gradient it takes the
+// fewest blocks that keep enough of the row on chip. If no cluster does, the widest one keeps what
+// it can.
 inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest) {
   const int64_t vectors = vectors_of(s);
   const auto rounds = [&](int cluster) {
@@ -66,7 +67,7 @@ inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest)
   plan.path = RowPath::kCluster;
   plan.lanes = plan.threads = kRingThreads;
   plan.parts = 1;
-  // One block a multiprocessor has the whole ring, so that fewer blocks share a row.
+  // One block per multiprocessor gets the largest ring, so that fewer blocks share a row.
   plan.blocks_per_multiprocessor = 1;
   plan.slots = ring_slots(device);
   plan.cluster = 1;
@@ -74,7 +75,7 @@ inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest)
          !keeps_row(s.element_bytes, rounds(plan.cluster), plan.slots)) {
     plan.cluster *= 2;
   }
-  // Few rows: more blocks a row, while each has enough to do.
+  // With few rows more blocks share a row, as long as each has enough to do.
   const int64_t blocks = device.multiprocessors;
   while (plan.cluster < widest && s.rows * plan.cluster < blocks &&
          vectors >= 2 * int64_t{plan.cluster} * kMinPartVectors) {
@@ -87,14 +88,14 @@ inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest)
   return plan;
 }
 
-// Dynamic shared memory of a block of `warps` whose rings hold `slots` chunks each.
+// Dynamic shared memory of a rows_ring block of `warps` warps whose rings have `slots` slots each.
 inline int64_t block_ring_bytes(int warps, int slots) {
   return int64_t{warps} * (slots * kChunkBytes + kSumSets * kSumBytes);
 }
 
-// The plan of a row through the rings of one block: the fewest warps that keep it on chip for the
-// gradient while the multiprocessor has enough of them. The more warps share a row, the more of
-// their time its sums take.
+// The plan of rows_ring: the fewest warps per block that give the multiprocessor enough warps and,
+// for the gradient, keep the row on chip. The more warps share a row, the larger the share of their
+// time that merging its sums takes.
 inline RowPlan plan_block_ring(const RowShape& s, const Device& device) {
   const int64_t vectors = vectors_of(s);
   const int64_t chunks = ceil_div(vectors, kChunkVectors);
@@ -115,7 +116,7 @@ inline RowPlan plan_block_ring(const RowShape& s, const Device& device) {
     const bool busy =
         blocks * warps >= kRingWarps && s.rows >= blocks * int64_t{device.multiprocessors};
     if (warps < kRingWarps && !(kept && busy)) continue;
-    // What is left over lets the copies of the next row begin earlier.
+    // Use left-over memory for more slots: the copies of the next row then begin earlier.
     while (slots < kMaxBlockSlots && blocks_of(warps, slots + 1) == blocks) ++slots;
     RowPlan plan{};
     plan.path = RowPath::kRing;
@@ -131,8 +132,8 @@ inline RowPlan plan_block_ring(const RowShape& s, const Device& device) {
   }
 }
 
-// The plans of the kernels with rings; none where there are too few rows for the device, or it
-// lacks the instructions or the shared memory.
+// The plan of rows_cluster. None if the rows are too short or too few for the device, or if it
+// lacks clusters or shared memory.
 inline std::optional<RowPlan> plan_clusters(const RowShape& s, const Device& device) {
   const RowPlan plain = plan_plain(s, device);
   const bool long_rows = plain.path == RowPath::kSplit ||
@@ -145,6 +146,8 @@ inline std::optional<RowPlan> plan_clusters(const RowShape& s, const Device& dev
   return plan_cluster(s, device, device.max_cluster);
 }
 
+// The plan of rows_ring. None if the rows are too short or too few for the device, or if it lacks
+// shared memory.
 inline std::optional<RowPlan> plan_ring(const RowShape& s, const Device& device) {
   if (s.soft || s.classes * s.element_bytes < kRingRowBytes) return std::nullopt;
   if (s.rows < device.multiprocessors || s.rows > kMaxRingRows) return std::nullopt;
@@ -154,13 +157,14 @@ inline std::optional<RowPlan> plan_ring(const RowShape& s, const Device& device)
 
 // ---- choice ----
 
-// Which kernels score rows. What a choice cannot serve, the plain kernels do.
+// Which kernels score rows. The plain kernels serve what a choice does not support.
 enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing, kHeld };
 
-// What was the fastest on an H200, or within a few per cent of it (benchmarks/results/): rows_held
-// for very many short rows, rows_in_shared for other short ones, for the gradient of long ones
-// rows_ring or rows_cluster, the plain kernels for all else. Scores alone gain less from shared
-// memory: from half of what a row may take there, a warp a row from memory is faster.
+// Takes what was the fastest on an H200, or within a few per cent of it (benchmarks/results/):
+// rows_held for very many short rows, rows_in_shared for other short rows, rows_ring or
+// rows_cluster for the gradient of long rows, and the plain kernels for everything else. Scores
+// alone gain less from shared memory: above half of kSharedRowBytes, a warp that reads its row from
+// global memory is faster.
 inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   const int64_t row_bytes = s.classes * s.element_bytes;
   if (const auto plan = plan_held(s, device)) return *plan;
@@ -170,7 +174,8 @@ inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   if (s.grad && row_bytes > kSharedRowBytes / 2 && !s.general && !s.smoothed) {
     const auto ring = plan_ring(s, device);
     if (ring && ring->rounds <= ring->slots) return *ring;
-    // Too long for one block's ring, by a third at most: worth it where they have 16 bits.
+    // The row does not fit in one block's ring. rows_ring is still faster for a 16-bit row of which
+    // it reads at most a third again.
     const auto cluster = plan_clusters(s, device);
     if (ring && cluster && keeps_row(s, *cluster)) {
       return s.element_bytes == 2 && keeps_row(s, *ring) ? *ring : *cluster;
@@ -185,7 +190,7 @@ inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   return plan_plain(s, device);
 }
 
-// Whether a choice may plan clusters: only then is the driver asked how wide they may be.
+// Whether a choice may plan clusters. Only then is the driver asked for the widest cluster.
 inline bool may_use_clusters(RowKernels kernels) {
   return kernels == RowKernels::kCluster || kernels == RowKernels::kAuto;
 }

@@ -1,17 +1,16 @@
-// How every kernel is started, and how it finds the shared memory that its launch sizes:
+// How every kernel is launched, and how it gets the dynamic shared memory of its launch:
 //
 //   launch("row_parts", row_parts<T>, grid, threads, shared_bytes, stream, arguments...);
 //
-//   launch_clusters("row_cluster", row_cluster<T>, grid, threads, cluster, shared_bytes, stream,
-//   a);
+//   launch_clusters("rows_cluster", kernel, grid, threads, cluster, shared_bytes, stream, a);
 //
 //   uint4* cache = dynamic_shared<uint4>();
 //
-// The last is the kernel's, which calls it once: a second call is the same memory. The name goes
-// into the error of a launch that fails. More than 48 KiB of dynamic shared memory is opted in to
-// here. These two are what no C++ compiler knows of CUDA C++ (<<<>>> and extern
-// __shared__); kernels use them and csrc/cuda/ptx.cuh, never the syntax itself, because
-// tests/cuda_emulator/ runs the kernels on the host by putting headers of its own in their place.
+// A kernel calls dynamic_shared once; a second call would return the same memory. `launch` opts in
+// to more than 48 KiB of dynamic shared memory, and its error for a failed launch has the kernel's
+// name. Kernels use these functions and the PTX wrappers (ptx.cuh, async_copy.cuh), never <<<>>>,
+// extern __shared__ or asm. A C++ compiler knows none of those, and tests/cuda_emulator/ runs the
+// kernels on the host by replacing these headers.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -27,7 +26,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
   check_launch(name);
 }
 
-// The same with `cluster` neighbouring blocks along x in one thread-block cluster; sm_90 and up.
+// The same, with `cluster` neighbouring blocks along x in one thread-block cluster; sm_90 and up.
 template <class... Params, class... Args>
 void launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
                      unsigned cluster, int64_t shared_bytes, cudaStream_t stream,
@@ -46,7 +45,7 @@ void launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim
   config.attrs = &attribute;
   config.numAttrs = 1;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-  check_launch(name);  // also clears what cudaLaunchKernelEx returned
+  check_launch(name);  // also takes the error of cudaLaunchKernelEx
 }
 
 // Dynamic shared memory, aligned for bulk copies.

@@ -1,26 +1,26 @@
-// The instructions that CUDA C++ has no name for.
+// Instructions for which CUDA C++ has no name.
 #pragma once
 
 namespace emp_fast::cuda {
 
-// The larger, NaN if either is.
+// The larger of the two; NaN if either is NaN.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
 }
 
-// 2^x with a relative error of at most 2^-22 (PTX ISA, ex2), 0 where it would be denormal.
+// 2^x with a relative error of at most 2^-22 (PTX ISA, ex2). Denormal results become 0.
 __device__ __forceinline__ float exp2_flushed(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
-// Keeps the compiler from moving an access to memory across; it is no instruction.
+// A compiler barrier for memory accesses; it emits no instruction.
 __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 
-// Starts to bring what lies at `p`, and its neighbours, into the second-level cache.
+// Prefetches the cache line at `p` into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }

@@ -1,9 +1,9 @@
-// Exact selection by digits, highest first: the arithmetic of one pass, for host and device.
+// Exact radix selection, highest digit first: the arithmetic of one pass, for host and device.
 //
-// An element is its order key and, among equal keys, its index counted down, so that the lowest
-// index wins and no two elements are equal. Selecting the k highest means finding the k-th one:
-// each pass counts the next digit of the elements that agree with what is known of it, and fixes
-// that digit.
+// An element is an order key, followed by the index counted down, so that of equal keys the lowest
+// index wins and no two elements are equal. Selecting the k highest elements means finding the
+// k-th. Each pass counts the next digit of the elements that agree with the digits known so far,
+// and fixes that digit.
 #pragma once
 #include <cstdint>
 
@@ -32,7 +32,7 @@ struct Digit {
   }
 };
 
-// Pass `pass` over digits of at most digit_bits bits. False after the last.
+// The digit of pass `pass`, of at most digit_bits bits. Returns false after the last pass.
 EMP_FAST_HD bool nth_digit(int pass, int digit_bits, int index_bits, Digit& digit) {
   int left = pass;
   for (int word = 0; word < 2; ++word) {
@@ -51,7 +51,8 @@ EMP_FAST_HD bool nth_digit(int pass, int digit_bits, int index_bits, Digit& digi
 
 enum class SelectStatus : int32_t { kOpen, kFound, kNothing };
 
-// What is known of the k-th element. kFound: it, or a lower bound with no element in between.
+// What is known of the k-th element. kFound: key and countdown are that element, or a lower bound
+// of it with no other element in between.
 struct SelectState {
   uint64_t remaining;  // elements to take among those that agree with the known digits
   uint64_t countdown;
@@ -72,8 +73,8 @@ struct SelectState {
     return (uint64_t{element.key ^ key} >> known) == 0;
   }
 
-  // Fixes a digit: `bin` holds the k-th element, `above` elements lie in higher bins, `inside` in
-  // it.
+  // Fixes a digit. `bin` holds the k-th element; `above` elements lie in higher bins, `inside` in
+  // this one.
   EMP_FAST_HD void fix(const Digit& digit, unsigned bin, uint64_t above, uint64_t inside) {
     remaining -= above;
     if (digit.in_countdown) {
@@ -81,7 +82,7 @@ struct SelectState {
     } else {
       key |= bin << digit.shift;
     }
-    // All of the bin is taken: zeros in the digits below are a lower bound of it.
+    // The whole bin is taken, so zeros in the lower digits give a lower bound.
     if (inside == remaining) status = SelectStatus::kFound;
   }
 

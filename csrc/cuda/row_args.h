@@ -1,4 +1,4 @@
-// What the row kernels receive: pointers into torch's memory and the options, by value.
+// The arguments of the row kernels, passed by value: pointers into torch's memory, and the options.
 #pragma once
 #include <cstdint>
 
@@ -8,13 +8,14 @@
 
 namespace emp_fast::cuda {
 
-// The rows that a state's counters count.
+// Why a row was refused: the index of its counter in StateArgs::counters.
 enum Refused : int { kNonfinite, kOutOfRange };
 
-// What else the counters hold during a launch: blocks that have arrived, above any count of rows;
-// whether a sample is to be settled. And the claim of such a sample.
-constexpr int kArrivedBit = 40;                        // of kNonfinite
-constexpr unsigned long long kUnsettled = 1ull << 62;  // of kOutOfRange
+// During a launch the counters also hold the number of blocks that have arrived, above any count of
+// rows, and a flag that a sample is left to `settle`.
+constexpr int kArrivedBit = 40;                        // in counters[kNonfinite]
+constexpr unsigned long long kUnsettled = 1ull << 62;  // in counters[kOutOfRange]
+// The claim of a sample that is left to `settle`.
 constexpr int kLeftClaim = -1;
 
 struct StateArgs {
@@ -22,13 +23,13 @@ struct StateArgs {
   float* memory;                 // [N]
   int32_t* visits;               // [N]
   float* variance;               // [N] or null
-  int32_t* claims;               // [N], zero between calls, of which none overlap
-  unsigned long long* counters;  // [2] rows refused: by Refused; during a launch more
+  int32_t* claims;               // [N], zero between calls; calls must not overlap
+  unsigned long long* counters;  // [2] refused rows; see above for their use in a launch
   int64_t samples;               // N
   Recurrence recurrence;
 };
 
-// Rows of values that move their samples' state.
+// The rows of a batch, whose values update the state of their samples.
 struct UpdateArgs {
   const int64_t* indices;  // [S]
   const float* signal;     // [S]
@@ -38,21 +39,22 @@ struct UpdateArgs {
   StateArgs state;
 };
 
-// The mean of the losses of the same rows, and what a gradient of their sum by the number of all
-// rows is to be multiplied by: exactly 1 when every row counts.
+// The mean loss of the same rows. The gradient of a fused step is that of the sum of losses divided
+// by the number of all rows. `factor` turns it into the gradient of the mean over the rows that
+// count; it is exactly 1 if all do.
 struct MeanArgs {
   const float* loss;       // [S]
   const float* row_scale;  // [S] or null
   float* mean;             // null: no mean is wanted
   float* factor;
-  double* parts;  // [blocks, 2] of step_rows: its sums
+  double* parts;  // [blocks of step_rows, 2]: their sums
 };
 
-// What a scoring launch does of its batch's step: the move of the state, and the mean.
+// The part of its batch's step, the state update and the mean loss, that a scoring launch does.
 enum class StepPart : int {
   kNone,
-  kClaims,  // every row that is counted and in range claims its sample; step_rows goes on
-  kWhole,   // the same, and the block that ends last goes on
+  kClaims,  // every row that is counted and in range claims its sample; step_rows does the rest
+  kWhole,   // the same, and the last block to finish does the rest
 };
 
 struct RowArgs {
@@ -83,7 +85,7 @@ struct RowArgs {
   MeanArgs mean;
 };
 
-// Whether a softcap or label smoothing, the rare options, is asked for.
+// Whether one of the rare options, softcap and label smoothing, is in use.
 EMP_FAST_HD bool has_rare_options(const RowArgs& a) {
   return a.softcap > 0.0f || a.smoothing > 0.0f;
 }

@@ -7,7 +7,7 @@
 
 namespace emp_fast::cuda {
 
-// The class of a row; `column` is safe to read whatever the target holds.
+// The target class of a row. `column` is a valid column, whatever the target holds.
 struct Target {
   int column;
   bool valid;  // not ignored
@@ -24,13 +24,14 @@ struct Target {
   }
 };
 
-// A target in one int: its column; -1: ignored; -2: neither a class nor ignored.
+// A target as one int: its column, or -1 if it is ignored, or -2 if it is neither a class nor
+// ignored.
 __device__ __forceinline__ int class_of(const Target& target) {
   return target.bad ? -2 : target.valid ? target.column : -1;
 }
 __device__ __forceinline__ Target target_of(int id) { return {max(id, 0), id != -1, id == -2}; }
 
-// What the fields of one row are, and what its gradient needs besides.
+// The outputs of one row, with everything that its gradient needs.
 struct RowResult {
   float loss;
   float field[kFields];
@@ -59,8 +60,8 @@ __device__ __forceinline__ RowResult complete(const Scores<float>& scores, float
   return r;
 }
 
-// Scores of a row of class id; x_y is the logit of the target after the softcap. kSmoothed: there
-// may be label smoothing.
+// Scores of a row whose target is a class id. x_y is the target's logit after the softcap.
+// kSmoothed: there may be label smoothing.
 template <bool kSmoothed = true>
 __device__ __forceinline__ RowResult finish_row(const RowArgs& a, const RowSums& row, float x_y,
                                                 const Target& target) {
@@ -90,14 +91,14 @@ __device__ __forceinline__ void write_row(const RowArgs& a, int64_t row, const R
 // inv_sum.
 struct GradientRow {
   float max;
-  float slope;      // g inv_sum, times what the row's targets weigh in all
-  float spread;     // g times that of label smoothing, a class; times w_j with class weights
-  float at_target;  // the value at the target, from `miss`: p_y - 1 would lose its digits
+  float slope;      // g inv_sum, times the total weight of the row's target
+  float spread;     // g smoothing / classes; times w_j with class weights
+  float at_target;  // the value at the target, from `miss`: p_y - 1 would cancel
   int target;
   bool valid;
-  // Whether slope p_j is all there is off the target. Then it is quick_slope 2^(x_j log2(e) -
-  // base), a multiplication less: base is max log2(e) rounded, and what was rounded away is in the
-  // slope.
+  // Whether the gradient off the target is slope e^(x_j - max) alone. It is then computed as
+  // quick_slope 2^(x_j log2(e) - base), which saves an instruction. base is max log2(e), rounded;
+  // quick_slope makes up for the rounding.
   bool quick;
   float base;
   float quick_slope;
@@ -126,13 +127,13 @@ struct GradientRow {
     return r;
   }
 
-  // The gradient off the target of a row that is `quick`.
+  // The gradient off the target, for a row that is `quick`.
   __device__ __forceinline__ float quick_value(float x) const {
     return quick_slope * exp2_flushed(fmaf(x, kLog2E, -base));
   }
 
-  // Turns the logits of one vector into their gradients; softcap's own derivative is the caller's.
-  // kWeighted: label smoothing may have class weights.
+  // Replaces the logits of one vector by their gradients. The caller applies the softcap's
+  // derivative. kWeighted: label smoothing may have class weights.
   template <bool kWeighted, int kCount>
   __device__ __forceinline__ void apply(const RowArgs& a, int column, float (&x)[kCount]) const {
     if (!valid) {
@@ -156,7 +157,8 @@ struct GradientRow {
     for (int e = 0; e < kCount; ++e) x[e] = e == static_cast<int>(at) ? at_target : x[e];
   }
 
-  // The same of logits none of which is the target's, without class weights.
+  // The same for logits without the target's among them. Label smoothing must not have class
+  // weights.
   template <int kCount>
   __device__ __forceinline__ void off_target(float (&x)[kCount]) const {
     if (quick) {
@@ -179,7 +181,7 @@ __device__ __forceinline__ float row_gradient(const RowArgs& a, int64_t row) {
 
 // ---- soft targets ----
 
-// What a probability weighs in the loss, after smoothing and class weight.
+// The weight in the loss of class j with probability t, after label smoothing and class weight.
 __device__ __forceinline__ float smoothed(const RowArgs& a, int j, float t) {
   if (a.smoothing > 0.0f) {
     t = t * (1.0f - a.smoothing) + a.smoothing / static_cast<float>(a.classes);
@@ -187,7 +189,8 @@ __device__ __forceinline__ float smoothed(const RowArgs& a, int j, float t) {
   return a.weight == nullptr ? t : t * __ldg(a.weight + j);
 }
 
-// The class of the largest probability, the lowest such; all kLanes threads of the row call.
+// The class of the largest probability, the lowest one on ties. All kLanes threads of the row must
+// call it.
 template <int kLanes>
 __device__ __forceinline__ int largest_class(const float* soft, int classes) {
   using G = Group<kLanes>;
@@ -203,8 +206,9 @@ __device__ __forceinline__ int largest_class(const float* soft, int classes) {
   return G::reduce(best == G::reduce(best, Max{}) ? at : classes - 1, Min{});
 }
 
-// d (g loss) / d x_j = g (total p_j - t_j), with t the smoothed targets and total their sum. Where
-// one class has most of it, its difference comes from the miss: g ((total - t_y) - total miss).
+// d (g loss) / d x_j = g (total p_j - t_j), where t are the smoothed targets and total is their
+// sum. If one class y has more than half of the total, its gradient is computed from the miss,
+// without cancellation: g ((total - t_y) - total miss).
 struct SoftGradientRow {
   float g, max, inv_sum, total, at_target;
   int target;
@@ -231,8 +235,9 @@ struct SoftGradientRow {
 
 // ---- softcap ----
 
-// Fused with a zero, the product is rounded. Else the compiler may fuse it with a difference from
-// the row's maximum, which is rounded, and the largest logit would differ from itself.
+// Adding zero in a fused multiply-add rounds the product. Otherwise the compiler may fuse the
+// unrounded product with the subtraction of the row's maximum, which is rounded, and the largest
+// logit would differ from its own maximum.
 __device__ __forceinline__ float capped(float x, float softcap) {
   return softcap > 0.0f ? fmaf(softcap, tanhf(x / softcap), 0.0f) : x;
 }
@@ -244,7 +249,7 @@ __device__ __forceinline__ float cap_derivative(float x, float softcap) {
 
 // ---- outputs ----
 
-// Of the kLanes threads that share a row the first writes its scores.
+// The first of the kLanes threads that share a row writes its scores.
 template <int kLanes>
 __device__ __forceinline__ void write_scores(const RowArgs& a, int64_t row, bool active,
                                              const RowResult& result) {

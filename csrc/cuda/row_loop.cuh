@@ -1,12 +1,12 @@
-// The loops over a row that is too long for registers: sums in, gradient out.
+// Loops over rows that are too long for registers: one adds up the sums, one writes the gradient.
 #pragma once
 #include "cuda/row_epilogue.cuh"
 
 namespace emp_fast::cuda {
 
-constexpr int kUnrolled = 4;  // vectors a thread has in flight
+constexpr int kUnrolled = 4;  // vectors in flight per thread
 
-// Adds the vector at `column` to a thread's sums, whatever the options.
+// Adds the vector at `column` to a thread's sums, with any options.
 template <class T>
 __device__ __forceinline__ void absorb_vector(const RowArgs& a, const uint4& raw, int column,
                                               const Window<kElements<T>>& window, int target,
@@ -35,8 +35,8 @@ __device__ __forceinline__ void absorb_vector(const RowArgs& a, const uint4& raw
   }
 }
 
-// The sums of a thread that walks a row; d, s and q are those of QuickSums since the maximum last
-// rose.
+// The sums of a thread that walks a row. d, s and q are QuickSums of what was added since the
+// maximum last rose.
 struct WalkedSums {
   SoftmaxSums<float> sums;
   float d, s, q;
@@ -45,14 +45,15 @@ struct WalkedSums {
     return {sums, 0.0f, 0.0f, 0.0f};
   }
 
-  // Leaves everything in `sums`.
+  // Moves everything into `sums`.
   __device__ __forceinline__ void settle() {
     if (d != 0.0f) QuickSums{sums.m * kLog2E, d, s, q}.into(sums);
     d = s = q = 0.0f;
   }
 
-  // Adds vectors whose every element counts, or is -inf. kHopeful: as if none were, which saves an
-  // instruction a logit, and again with care where one was; it takes registers.
+  // Adds vectors whose elements all count or are -inf. kHopeful: first assumes that none is -inf,
+  // which saves an instruction per logit, and adds the vectors again without that assumption if one
+  // was. That takes registers.
   template <class T, bool kHopeful, int kVectors>
   __device__ __forceinline__ void add(const uint4 (&raw)[kVectors], uint32_t zero) {
     const float max = max_or_nan(sums.m, largest<T>(raw));
@@ -61,7 +62,8 @@ struct WalkedSums {
       raise(sums, max);
     }
     if (is_quick(max)) {
-      // Apart first: small terms added to a long sum one by one would lose their last digits.
+      // Summed separately first: small terms added one by one to a large sum would lose their last
+      // digits.
       auto few = QuickSums::of(max);
       for_each<T>(raw, [&](float x) {
         if constexpr (kHopeful) {
@@ -123,7 +125,7 @@ __device__ __forceinline__ void emit_vector(const RowArgs& a, const uint4& raw, 
 }
 
 // Adds the vectors begin <= v < end of a row to the sums of the kLanes threads that share it. The
-// first `cached` vectors are also kept in `cache`, each for the thread that loaded it.
+// first `cached` vectors are also kept in `cache`; a thread later reads only those that it wrote.
 template <class T, int kLanes>
 __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
                                        const Window<kElements<T>>& window, int begin, int end,
@@ -139,7 +141,7 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
     }
     return;
   }
-  // Almost every step takes vectors of which all elements count: one question for all of them.
+  // In almost every step all elements of all vectors count: one test covers them all.
   constexpr int kReach = (kUnrolled - 1) * kLanes;  // from the first vector of a step to its last
   const int whole = min(end, window.vectors - 1);
   const int with_target = (target + window.shift) / kCount;
@@ -170,7 +172,7 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
 #pragma unroll
       for (int u = 0; u < kUnrolled; ++u) {
         const int at = v + u * kLanes;
-        const int column = window.column(min(at, end - 1));  // the others are -inf as they are
+        const int column = window.column(min(at, end - 1));  // those past the end are -inf already
         if (at < min(end, cached)) cache[at] = raw[u];
         if (!window.interior(column) || offset_in_vector(column, target) < kCount) {
           raw[u] = leave_out<T>(raw[u], column, window, target);
@@ -183,7 +185,8 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
   row.sums = walked.sums;
 }
 
-// Writes the gradient of the vectors begin <= v < end of a row, those below `cached` from `cache`.
+// Writes the gradient of the vectors begin <= v < end of a row. Those below `cached` are read from
+// `cache`.
 template <class T, int kLanes, class ToGradient>
 __device__ __forceinline__ void emit(const RowArgs& a, const T* logits, T* out,
                                      const Window<kElements<T>>& window, int begin, int end,
@@ -197,7 +200,7 @@ __device__ __forceinline__ void emit(const RowArgs& a, const T* logits, T* out,
   }
 }
 
-// The vector of gradients of a row that is quick, none of them the target's.
+// The gradients of one vector of a row that is `quick`. The vector must not hold the target.
 template <class T>
 __device__ __forceinline__ uint4 quick_vector(const GradientRow& gradient, const uint4& raw) {
   float x[kElements<T>];
@@ -207,13 +210,13 @@ __device__ __forceinline__ uint4 quick_vector(const GradientRow& gradient, const
   return pack<T>(x);
 }
 
-// Whether the gradient's row lies in 16-byte vectors as its logits do.
+// Whether the gradient's row is aligned to 16-byte vectors in the same way as its logits.
 template <class T>
 __device__ __forceinline__ bool lies_alike(const T* out, const Window<kElements<T>>& window) {
   return reinterpret_cast<uintptr_t>(out - window.shift) % kVectorBytes == 0;
 }
 
-// The same for class ids: almost every step takes vectors that lie in the row and off the target.
+// As `emit`, for class ids. In almost every step all vectors lie inside the row and off the target.
 template <class T, int kLanes>
 __device__ __forceinline__ void emit_classes(const RowArgs& a, const T* logits, T* out,
                                              const Window<kElements<T>>& window, int begin, int end,

@@ -1,13 +1,13 @@
-// Scores (and gradient, and the claims of the state's step) of long rows that stream through rings
-// in shared memory, so that the gradient finds the row on chip.
+// Scores (and gradient, and the claims of the batch's step) of long rows, streamed through rings in
+// shared memory so that the gradient finds the row on chip.
 //
-// Memory: logits read once, gradient written once, as long as the blocks that share a row hold it
-// (launch_ring.h); what they do not hold is read a second time, the latest first, which the
-// second-level cache mostly still has. Mapping: each block of a row owns a contiguous part of its
-// window and goes through it in rounds, a chunk of kChunkVectors a warp. Each warp has a ring of
-// slots of its own, a chunk each, and is its own producer: it lets a slot go when it has read it
-// for the last time and at once starts the copy of its next chunk into it, of the next row too. No
-// warp waits for another but for the sums at the end of a row.
+// Memory: logits read once and gradient written once, as long as the blocks that share a row can
+// hold it (launch_ring.h). What they cannot hold is read a second time, the latest part first,
+// because the L2 cache mostly still has that. Mapping: each block of a row owns a contiguous part
+// of the row's window and goes through it in rounds, with a chunk of kChunkVectors per warp. Each
+// warp has its own ring of slots, one chunk each, and is its own producer: when it has read a slot
+// for the last time, it releases the slot and at once starts the copy of its next chunk into it,
+// across the end of the row, too. Warps wait for each other only for the sums at the end of a row.
 #pragma once
 #include "cuda/async_copy.cuh"
 #include "cuda/batch_step.cuh"
@@ -18,15 +18,15 @@ namespace emp_fast::cuda {
 
 static_assert(kLaneVectors == kUnrolled);
 
-// What a ring kernel is told of its plan.
+// The part of a plan that the ring kernels need.
 struct RingShape {
   int cluster;           // blocks that share a row
-  int rounds;            // of a block through its part
-  int slots;             // of a warp, one a round
-  int vectors_per_part;  // of a block
-  int teams;             // rows under way, each of which `cluster` blocks share
-  int again;             // chunks of a row that are copied a second time
-  int passing;           // chunks of a row that are let go as soon as they are read
+  int rounds;            // in which a block goes through its part
+  int slots;             // per warp, one per round
+  int vectors_per_part;  // per block
+  int teams;             // of `cluster` blocks; each works on a row of its own
+  int again;             // chunks of a row that a warp copies a second time
+  int passing;           // chunks of a row that a warp releases as soon as they are read
 
   static RingShape of(const RowPlan& p, int64_t grid, bool grad) {
     const int again = grad ? std::max(0, p.rounds - p.slots) : 0;
@@ -40,7 +40,7 @@ struct RingShape {
   }
 };
 
-// Vectors from a warp's chunk of one round to that of the next.
+// Vectors from a warp's chunk of one round to its chunk of the next.
 __device__ __forceinline__ int round_vectors() {
   return static_cast<int>(blockDim.x) * kLaneVectors;
 }
@@ -50,7 +50,7 @@ __device__ __forceinline__ int first_of_round(int round) {
   return static_cast<int>(threadIdx.x) / 32 * kChunkVectors + round * round_vectors();
 }
 
-// What one block owns of a row.
+// The part of a row that one block owns.
 template <class T>
 struct RowPart {
   const T* logits;
@@ -65,8 +65,9 @@ struct RowPart {
     return {logits, window, begin, min(begin + shape.vectors_per_part, window.vectors)};
   }
 
-  // The first vector of this warp's chunk, and how many the chunk holds: 0 behind the end.
+  // The first vector of this warp's chunk in a round.
   __device__ __forceinline__ int first(int round) const { return begin + first_of_round(round); }
+  // The number of vectors in the chunk at `first`; 0 past the end of the part.
   __device__ __forceinline__ int count(int first) const {
     return max(0, min(end - first, kChunkVectors));
   }
@@ -74,7 +75,8 @@ struct RowPart {
 
 // ---- copies ----
 
-// Slots filled by bulk copies, which lane 0 starts; a barrier a slot says when one is there.
+// Fills slots by bulk copies, which lane 0 starts. Each slot has a barrier that completes when its
+// chunk has arrived.
 struct BulkCopies {
   uint64_t* barriers;  // [slots], this warp's own
 
@@ -89,8 +91,8 @@ struct BulkCopies {
     return {barriers};
   }
 
-  // All lanes call it when none of them reads the slot any more. left: vectors from here to the end
-  // of the part; it may exceed a chunk's, or be 0 or less.
+  // All lanes call it, once none of them reads the slot any more. left: vectors from here to the
+  // end of the part, which may be more than a chunk, 0 or negative.
   __device__ __forceinline__ void start(uint4* slot, int index, const void* from, int left) const {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
@@ -100,14 +102,15 @@ struct BulkCopies {
     if (bytes > 0) bulk_copy(slot, from, bytes, barriers + index);
   }
 
-  // lap: how often the slot was awaited before, modulo 2.
+  // lap: how often this slot was awaited before, modulo 2.
   __device__ __forceinline__ void await(int index, unsigned lap) const {
     mbarrier_wait_parity(barriers + index, lap);
   }
 #endif
 };
 
-// Slots filled by 16-byte copies: each lane copies what it alone reads, and waits for nothing else.
+// Fills slots by 16-byte copies. Each lane copies the vectors that it alone reads, so it waits only
+// for its own copies.
 struct LaneCopies {
   int pending = 0;  // groups started and not awaited
 
@@ -115,8 +118,8 @@ struct LaneCopies {
     const int lane = threadIdx.x % 32;
     uint4* to = slot + lane;
     const uint4* source = static_cast<const uint4*>(from) + lane;
-    // Asked of `left` itself. Of its cut to a chunk, ptxas 13.0 made the cut and the question one
-    // instruction; such a kernel read beyond its logits on an H200 (docs/kernels.md).
+    // Tests `left` itself: ptxas 13.0 fuses the clamp with this comparison when the clamped value
+    // is tested, and that kernel read beyond its logits on an H200 (docs/kernels.md).
     if (left >= kChunkVectors) {
 #pragma unroll
       for (int u = 0; u < kLaneVectors; ++u) cp_async16(to + u * 32, source + u * 32);
@@ -128,7 +131,7 @@ struct LaneCopies {
     ++pending;
   }
 
-  // Groups end in order, so the oldest has when only those behind it are left.
+  // Groups complete in order: the oldest is complete once only the later ones are pending.
   __device__ __forceinline__ void await(int, unsigned) {
     static_assert(kMaxBlockSlots - 1 <= kMostPending);
     cp_async_wait_group(--pending);
@@ -138,22 +141,22 @@ struct LaneCopies {
 // ---- ring ----
 
 // One warp's slots and the order of its copies. A row of `rounds` chunks is copied front to back.
-// For the gradient its last chunks stay, as many as there are slots, and are read again front to
-// back; the others come again behind them, the latest first. So chunks are taken and let go in the
-// order of their copies, and every slot that is let go takes the next copy: it goes round and
-// round. What the next copy needs is kept at hand, for a chunk is read in a few hundred
-// instructions.
+// For the gradient the last chunks, as many as there are slots, stay and are read a second time,
+// front to back. The other chunks are copied again after them, the latest first. Chunks are
+// therefore taken and released in the order of their copies, and each released slot receives the
+// next copy: the slots form a ring. The source of the next copy is known in advance, because a warp
+// reads a chunk in only a few hundred instructions.
 template <class T, class Copies>
 struct Ring {
   uint4* memory;  // [slots, kChunkVectors]
   Copies copies;
-  int head;      // the slot of the oldest copy that has not been let go
-  int at;        // of the oldest that has not been taken
-  unsigned lap;  // how often `at` went round, modulo 2
+  int head;      // the slot of the oldest copy not yet released
+  int at;        // the slot of the oldest copy not yet taken
+  unsigned lap;  // how often `at` has wrapped around, modulo 2
   int next_row;
-  int next_copy;      // of next_row: the next to start
-  const uint4* next;  // what it copies
-  int next_left;      // vectors from there to the end of the block's part; may be 0 or less
+  int next_copy;      // the next copy of next_row to start
+  const uint4* next;  // its source
+  int next_left;      // vectors from `next` to the end of the block's part; may be 0 or negative
 
   __device__ __forceinline__ static Ring of(const RowArgs& a, const RingShape& shape, uint4* memory,
                                             const Copies& copies, unsigned rank, int first_row) {
@@ -170,7 +173,7 @@ struct Ring {
     return index + 1 == shape.slots ? 0 : index + 1;
   }
 
-  // The first copy of next_row.
+  // Makes the first copy of next_row the next one.
   __device__ __forceinline__ void find_next(const RowArgs& a, const RingShape& shape,
                                             unsigned rank) {
     if (next_row >= static_cast<int>(a.rows)) return;
@@ -180,12 +183,12 @@ struct Ring {
     next_left = part.end - first;
   }
 
-  // Starts the next copy into a slot; nothing when no row is left.
+  // Starts the next copy into a slot. Does nothing if no row is left.
   __device__ __forceinline__ void start_next(const RowArgs& a, const RingShape& shape,
                                              unsigned rank, int index) {
     if (next_row >= static_cast<int>(a.rows)) return;
     copies.start(slot(index), index, next, next_left);
-    int rounds = 1;  // to go ahead
+    int rounds = 1;  // by which `next` advances
     if (++next_copy >= shape.rounds) {
       if (next_copy == shape.rounds + shape.again) {
         next_copy = 0;
@@ -200,7 +203,7 @@ struct Ring {
     next_left -= vectors;
   }
 
-  // The next chunk, as soon as it is there.
+  // Waits for the next chunk and returns it.
   __device__ __forceinline__ const uint4* take(const RingShape& shape) {
     copies.await(at, lap);
     const uint4* chunk = slot(at);
@@ -209,10 +212,10 @@ struct Ring {
     return chunk;
   }
 
-  // The oldest chunk that was taken and not let go.
+  // The oldest chunk that was taken and not released.
   __device__ __forceinline__ const uint4* oldest() const { return slot(head); }
 
-  // Lets the oldest chunk go and starts the next copy in its place.
+  // Releases the oldest chunk and starts the next copy in its place.
   __device__ __forceinline__ void release(const RowArgs& a, const RingShape& shape, unsigned rank) {
     start_next(a, shape, rank, head);
     head = behind(shape, head);
@@ -247,7 +250,7 @@ struct alignas(kSumBytes) SharedSums {
 };
 static_assert(sizeof(SharedSums) == kSumBytes);
 
-// How the only block of a row gathers the sums of its warps.
+// Gathers the sums of a row's warps if one block has the row to itself.
 struct BlockTeam {
   __device__ __forceinline__ static unsigned rank() { return 0; }
   __device__ __forceinline__ static void start() {}
@@ -259,8 +262,8 @@ struct BlockTeam {
   }
 };
 
-// How the blocks of a cluster gather the sums of all their warps, each for itself: every warp sends
-// its own to every block, whose barrier counts the bytes.
+// Gathers the sums of all warps of a cluster in each of its blocks: every warp sends its sums to
+// every block, whose barrier counts the bytes.
 struct ClusterTeam {
   uint64_t* arrived;  // [kSumSets]
 
@@ -280,7 +283,7 @@ struct ClusterTeam {
   __device__ __forceinline__ void gather(const SharedSums& mine, SharedSums* set, int turn,
                                          unsigned cluster) const {
     uint64_t* barrier = arrived + turn % kSumSets;
-    __syncwarp();  // all lanes have read the other set, which another block may then overwrite
+    __syncwarp();  // all lanes have read the other set, which another block may now overwrite
     if (threadIdx.x == 0) {
       constexpr unsigned bytes =
           kRingWarps * (sizeof(mine.sums) + (kSmoothed ? sizeof(mine.smoothing) : 0));
@@ -297,12 +300,13 @@ struct ClusterTeam {
 #endif
 };
 
-// The turns of the rows, one after the other: the set of sums is turn % kSumSets, and the phase of
-// its barrier has the parity turn / kSumSets. A warp that is a row ahead fills the other set; it
-// can not be two ahead, because it waits for the sums of all.
+// Rows take turns, numbered modulo kTurns. A turn uses the set of sums turn % kSumSets, and the
+// phase of its barrier has the parity turn / kSumSets. A warp that is one row ahead fills the other
+// set. It cannot be two rows ahead, because it waits for the sums of all warps.
 constexpr int kTurns = 2 * kSumSets;
 
-// The sums of the row from those of its threads, for all of them, in the order of blocks and warps.
+// Merges the sums of a row's threads in the order of blocks and warps. Every thread gets the
+// result.
 template <bool kSmoothed, class Team>
 __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, SharedSums* sets,
                                                int turn, unsigned cluster) {
@@ -310,7 +314,7 @@ __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, S
   SharedSums* set = sets + turn % kSumSets * warps;
   sums.reduce<32, kSmoothed>();
   team.template gather<kSmoothed>(SharedSums::of(sums), set, turn, cluster);
-  // As few lanes as there are warps take the sums of one each; the others repeat what they do.
+  // Only as many lanes as there are warps load a sum; the remaining lanes duplicate theirs.
   const unsigned lanes = min(warps, 32u);
   RowSums all = set[threadIdx.x % lanes].value<kSmoothed>();
   for (unsigned p = threadIdx.x % 32 + 32; p < warps; p += 32) {
@@ -322,8 +326,8 @@ __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, S
 
 // ---- rows ----
 
-// Vectors of a chunk that a thread has in registers at once: all, and fewer where each is masked.
-// For compute capability 10.0 and up ptxas makes the same code spill, unless there are fewer.
+// Vectors of a chunk that a thread holds in registers at once: all of them, or fewer if each is
+// masked. For compute capability 10.0 and up there are fewer still, because ptxas would spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T>
 constexpr int kWholeVectors = 8 / kElements<T>;
@@ -336,7 +340,7 @@ template <class T>
 constexpr int kMaskedVectors = 2;
 #endif
 
-// Whether every logit of the chunk from vector `first` on is one of the row, and not its target.
+// Whether every logit of the chunk at vector `first` lies in the row and is not the target's.
 template <class T>
 __device__ __forceinline__ bool is_plain(const Window<kElements<T>>& window, int first,
                                          int target) {
@@ -346,7 +350,7 @@ __device__ __forceinline__ bool is_plain(const Window<kElements<T>>& window, int
          offset_in_vector(column, target) >= unsigned{kLogits};
 }
 
-// Adds this warp's chunk of the part, from vector `first` on, to its threads' sums.
+// Adds this warp's chunk, which begins at vector `first`, to the sums of its threads.
 template <class T, bool kRare>
 __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chunk, int first,
                                              const RowPart<T>& part, int target, RowSums& row,
@@ -383,13 +387,13 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
         raw[u] = v < count ? chunk[v] : all_minus_infinity<T>();
         raw[u] = leave_out<T>(raw[u], column + min(v, count - 1) * kCount, window, target);
       }
-      walked.add<T, false>(raw, 0);  // what is masked is -inf
+      walked.add<T, false>(raw, 0);  // masked elements are -inf
     }
   }
 }
 
-// Writes the gradient of this warp's chunk of the part, from vector `first` on. quick: of a row
-// that is, and lies in 16-byte vectors as its logits do.
+// Writes the gradient of this warp's chunk, which begins at vector `first`. quick: the row is
+// `quick`, and its gradient is aligned as its logits are.
 template <class T, bool kRare>
 __device__ __forceinline__ void emit_chunk(const RowArgs& a, const uint4* chunk, int first,
                                            const RowPart<T>& part, T* out, bool quick,
@@ -416,8 +420,8 @@ __device__ __forceinline__ void emit_chunk(const RowArgs& a, const uint4* chunk,
   }
 }
 
-// Every block of the launch calls it; rows go to teams of `cluster` blocks in turn. kRare: softcap
-// or label smoothing.
+// Every block of the launch must call it. The teams of `cluster` blocks take rows in turn. kRare:
+// softcap or label smoothing.
 template <class T, bool kRare, class Team, class Copies>
 __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingShape& shape,
                                                    uint4* rings, SharedSums* sets, const Team& team,
@@ -428,7 +432,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
   int row = static_cast<int>(blockIdx.x / cluster);
   uint4* memory = rings + threadIdx.x / 32 * shape.slots * kChunkVectors;
   auto ring = Ring<T, Copies>::of(a, shape, memory, copies, rank, row);
-  // An int is kept through the row, where 64 bits would be compared for every chunk.
+  // Kept as an int, because a 64-bit target would be compared for every chunk.
   int id = class_of(Target::of(a, min(row, rows - 1)));
   team.start();
   for (int turn = 0; row < rows; row += shape.teams, turn = (turn + 1) % kTurns) {
@@ -448,13 +452,13 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
       sums.sums = walked.sums;
     }
     const Target target = target_of(id);
-    // On their way while the sums are gathered.
+    // These loads are in flight while the sums are gathered.
     const T logit = part.logits[target.column];
     const int64_t y = __ldg(a.target + min(row + shape.teams, rows - 1));
     sums = gather_sums<kRare>(sums, team, sets, turn, cluster);
 
     const RowResult result = finish_row<kRare>(a, sums, capped(to_float(logit), a.softcap), target);
-    // Before the gradient, which then needs a few of the result's registers alone.
+    // Written before the gradient, which then needs only a few registers of the result.
     write_scores<kRingThreads>(a, row, rank == 0, result);
     id = class_of(Target::from_class(a, y));
     if (a.grad == nullptr) continue;

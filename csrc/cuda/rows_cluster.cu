@@ -1,6 +1,6 @@
-// Scores (and gradient) of long rows, a thread-block cluster a row, through rings that bulk copies
-// fill; compute capability 9.0 and up. The blocks of a cluster exchange their sums through
-// distributed shared memory. row_ring.cuh tells the rest.
+// Scores (and gradient) of long rows: a thread-block cluster per row, with rings filled by bulk
+// copies. Needs compute capability 9.0. The blocks of a cluster exchange their sums through
+// distributed shared memory. row_ring.cuh explains the rest.
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/row_ring.cuh"
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kRingThreads, 1)
       a, shape, rings, sets, team,
       BulkCopies::of(barriers + threadIdx.x / 32 * kMaxSlots, shape.slots));
 #else
-  __trap();  // widest_cluster keeps the launcher from coming here
+  __trap();  // never launched: widest_cluster returns 0
 #endif
 }
 

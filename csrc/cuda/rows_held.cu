@@ -1,15 +1,15 @@
-// Scores (and gradient, and the state's step) of very many rows of 17 to 256 vectors of 16 bytes.
+// Scores (and gradient, and the batch's step) of very many rows of 17 to 256 vectors of 16 bytes.
 //
-// Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: kLanes
-// threads a row. A thread reads its vectors of the row from shared memory into registers, and at
-// once starts to copy those of its next row to where they were: copies are under way during all of
-// a row's computation. It reads what it has copied itself, so it waits for nothing but its own
-// copies. As in rows_in_shared, each lane keeps what the scores of one row are made of until the
-// warp has 32 rows, and takes them for that row alone.
+// Memory: logits read once, gradient written once, up to 37 bytes of scores per row. Mapping:
+// kLanes threads per row. A thread reads its vectors of a row from shared memory into registers,
+// and at once starts copying those of its next row to the same place: copies are in flight during
+// the whole computation of a row. A thread reads only what it has copied itself, so it waits only
+// for its own copies. As in rows_in_shared, each lane keeps the sums of one row until the warp has
+// 32 rows; then each lane computes the scores of its row.
 //
-// The lane that has the target's vector hides the target (hidden_target.cuh) before it reads the
-// vector. Of the other logits the sums assume that none is -inf, and that their maximum is of a
-// common size; a row that turns out otherwise is read again and done with care.
+// The lane with the target's vector hides the target (hidden_target.cuh) before it reads the
+// vector. The sums assume that no other logit is -inf and that the maximum is of common size
+// (`is_common`). A row for which this does not hold is read again by add_with_care.
 #include "cuda/async_copy.cuh"
 #include "cuda/batch_step.cuh"
 #include "cuda/dispatch.cuh"
@@ -22,10 +22,10 @@ namespace {
 
 // The sums of a row, until the lane that keeps them writes its scores.
 struct KeptRow {
-  int64_t y;  // its target
+  int64_t y;  // the row's target
   float x_y;
   SoftmaxSums<float> sums;
-  bool done;  // else d, s and q are those of QuickSums
+  bool done;  // if not, d, s and q are those of QuickSums
 
   __device__ __forceinline__ RowResult finish(const RowArgs& a, const Target& target) const {
     RowSums row{sums, 0.0f, 0.0f};
@@ -40,14 +40,14 @@ struct KeptRow {
     return finish_row<false>(a, row, x_y, target);
   }
 
-  // Writes the scores if it is a row.
+  // Writes the scores if `active`.
   __device__ __forceinline__ void conclude(const RowArgs& a, int row, bool active) const {
     write_scores<1>(a, row, active, finish(a, Target::from_class(a, y)));
   }
 };
 
-// The sums of a row whatever its logits are, by all threads of the warp. `x`: the lane's first
-// vector in memory; `left`: vectors from it to the end of the row.
+// The sums of a row with any logits. All threads of the warp must call it. `x`: the lane's first
+// vector in memory; `left`: vectors from there to the end of the row.
 template <class T, int kLanes>
 __device__ __forceinline__ SoftmaxSums<float> add_with_care(const uint4* x, int left, int target) {
   using G = Group<kLanes>;
@@ -75,8 +75,8 @@ __device__ __forceinline__ SoftmaxSums<float> add_with_care(const uint4* x, int 
   return sums;
 }
 
-// Writes the gradient of a lane's vectors of a row, from `raw`, or from `logits` in memory where
-// the row is not `quick`. What it writes for the target is not the target's: that follows.
+// Writes the gradient of a lane's vectors of a row: from `raw` if the row is `quick`, else from
+// `logits` in memory. The value at the target is wrong; the caller overwrites it.
 template <class T, int kLanes, int kVectors>
 __device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint4* out,
                                                const uint4 (&raw)[kVectors], const uint4* logits,
@@ -102,29 +102,30 @@ __device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint
   }
 }
 
-// A lane has kVectors vectors of a row, of which the last two may lie past its end. kStep: with the
-// gradient and the batch's step, as in rows_in_registers. The registers are those of a block more
-// than the grid has: with all that there are, the compiler's order of instructions was slower.
+// A lane has kVectors vectors of a row; the last two may lie past the end. kStep: with the gradient
+// and the batch's step, as in rows_in_registers. The launch bounds limit the registers to those of
+// one block more than the grid has: with more registers, the compiler chose a slower order of
+// instructions.
 template <class T, int kLanes, int kVectors, bool kStep>
 __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kStep) + 1)
     rows_held(const __grid_constant__ RowArgs a) {
   using G = Group<kLanes>;
   constexpr int kCount = kElements<T>;
-  constexpr int kRows = kHeldThreads / kLanes;  // of a block, at a time
+  constexpr int kRows = kHeldThreads / kLanes;  // per block, at a time
   const int part = threadIdx.x % kLanes;
   const int group = threadIdx.x / kLanes;
   const int rows = static_cast<int>(a.rows);
   const int vectors = a.classes / kCount;
-  const int left = vectors - part;  // of the row, from the lane's first on
+  const int left = vectors - part;  // vectors from the lane's first to the end of the row
   const int apart = static_cast<int>(gridDim.x) * kRows;
   int row = static_cast<int>(blockIdx.x) * kRows + group;
-  const int end = rows + group % (32 / kLanes);  // row < end: the warp has a row
+  const int end = rows + group % (32 / kLanes);  // row < end: the warp still has a row
   const auto vectors_of = [&](const void* matrix, int of_row) {
     return static_cast<const uint4*>(matrix) + int64_t{of_row} * vectors + part;
   };
 
-  // The block's rows lie in shared memory one behind the other and within their 128 bytes, as they
-  // do in memory: a line of memory is then copied into one line of banks.
+  // In shared memory the block's rows lie one behind the other, at the same offset within 128 bytes
+  // as in global memory. A cache line is then copied to one line of banks.
   const auto first_row = reinterpret_cast<uintptr_t>(vectors_of(a.logits, row - group) - part);
   uint4* const line =
       dynamic_shared<uint4>() + first_row / kVectorBytes % kLineVectors + group * vectors;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
   int64_t y = 0;
   int64_t sample = 0;
   float scale = 0.0f;
-  // Starts to bring what the next turn needs. A group past the end goes on with what it has.
+  // Starts loading what the next turn needs. A group past the end keeps what it has.
   const auto fetch = [&]() {
     if (row < rows) {
 #pragma unroll
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
   fetch();
 
   KeptRow kept{};
-  int turn = 0;  // of the lanes of a row, the one that keeps its sums
+  int turn = 0;  // the lane of each row that keeps its sums
   while (true) {
     const int64_t y_now = y;
     const float scale_now = scale;
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
       logit = from_float<T>(kHidden<T>);
     }
     keep_order();  // the vectors below are another type to the compiler
-    // What lies past the end of the row is hidden as the target is, so that no sum masks it.
+    // Vectors past the end of the row are hidden like the target, so that no sum needs a mask.
     uint4 raw[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {

@@ -1,9 +1,9 @@
-// Scores (and gradient, and the state's step) of rows that fit in the registers of a group of
+// Scores (and gradient, and the batch's step) of rows that fit in the registers of a group of
 // threads.
 //
-// Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: kLanes
-// threads a row, thread l holds the vectors l, l + kLanes, ...: neighbouring threads read
-// neighbouring 16 bytes. The maximum is reduced first, so every exponential is taken once and
+// Memory: logits read once, gradient written once, up to 37 bytes of scores per row. Mapping:
+// kLanes threads per row. Thread l holds the vectors l, l + kLanes, ..., so neighbouring threads
+// read neighbouring 16 bytes. The maximum is reduced first, so every exponential is taken once and
 // nothing is rescaled.
 #include <type_traits>
 
@@ -19,15 +19,16 @@ namespace {
 template <int kLanes>
 constexpr int kThreads = kLanes <= 32 ? 128 : kLanes;
 
-// 1024 threads a multiprocessor: 64 registers each, and 64 KB of loads in flight at 4 vectors a
-// thread. More vectors a thread spill at 64 registers, and with more registers too few threads are
-// in flight. Halves, which take instructions to unpack, spill at 64 registers on sm_100 and sm_120.
+// 1024 threads per multiprocessor have 64 registers each, and 64 KB of loads in flight at 4 vectors
+// per thread. More vectors per thread would spill at 64 registers; with more registers too few
+// threads would be in flight. float16, which takes instructions to unpack, spills at 64 registers
+// on sm_100 and sm_120.
 template <class T, int kLanes>
 constexpr int kBlocks = (std::is_same_v<T, __half> ? 896 : 1024) / kThreads<kLanes>;
 
-// A short launch has to fetch its instructions, so each kernel has those alone that it needs.
-// kStep: with the gradient and what a.step says of the batch's step, three times as many.
-// kSmoothed: there may be label smoothing.
+// A short launch is bound by fetching its instructions, so each instance has only those that it
+// needs. kStep: with the gradient and the part of the batch's step that a.step names, three times
+// as many instructions. kSmoothed: there may be label smoothing.
 template <class T, int kLanes, int kVectors, bool kStep, bool kSmoothed>
 __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     rows_in_registers(const __grid_constant__ RowArgs a) {
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
   const int64_t tiles = (a.rows + kRows - 1) / kRows;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t mine = tile * kRows + threadIdx.x / kLanes;
-    // Groups past the end do the last row again and keep it to themselves: the shuffles need them.
+    // Groups past the end repeat the last row without writing it, because the shuffles need them.
     const bool active = mine < a.rows;
     const int64_t row = active ? mine : a.rows - 1;
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     sums.sums.m = G::reduce(largest<T>(raw), Max{});
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (i > 0 && i * kLanes >= window.vectors) continue;  // no thread of the row has any
+      if (i > 0 && i * kLanes >= window.vectors) continue;  // no thread of the row has this vector
       float x[kCount];
       unpack<T>(raw[i], x);
 #pragma unroll
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
       sums.weight = static_cast<float>(a.classes - 1);
     }
 
-    if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the first warp's alone
+    if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the rest is for the first warp
     const RowResult result = finish_row<kSmoothed>(a, sums, x_y, target);
     write_scores<kLanes>(a, row, active, result);
     if (kStep && active) {

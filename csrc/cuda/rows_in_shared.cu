@@ -1,16 +1,16 @@
-// Scores (and gradient, and the state's step) of many short rows, staged in shared memory.
+// Scores (and gradient, and the batch's step) of many short rows, staged in shared memory.
 //
-// Memory: logits read once, gradient written once, up to 37 bytes of scores a row. Mapping: the
-// rows of a warp are one contiguous piece of memory, its own tile; it comes in by asynchronous
-// copies of 16 bytes, kLanes threads walk each row, and the gradient goes out from where the logits
-// were. No lane has vectors to mask. What a row costs besides its logits, the end of its sums and
-// its scores, takes hundreds of instructions: each lane keeps the sums of one row until the warp
-// has 32, and takes them for that row alone.
+// Memory: logits read once, gradient written once, up to 37 bytes of scores per row. Mapping: the
+// rows of a warp are one contiguous tile. Asynchronous 16-byte copies bring it to shared memory,
+// kLanes threads walk each row, and the gradient replaces the logits there before it is written. No
+// lane has vectors to mask. The per-row work apart from the logits, the end of the sums and the
+// scores, takes hundreds of instructions. Each lane therefore keeps the sums of one row until the
+// warp has 32 rows; then each lane computes the scores of its row.
 //
-// The target is overwritten in the tile by a value so low that its exponential is 0: then the loops
-// need not look for it. Of the other logits they assume that none is -inf, or near the lowest
-// float, and that their maximum is of a common size; a row that turns out otherwise is done again
-// with care.
+// The target is overwritten in the tile by a value so low that its exponential is 0, so the loops
+// need not test for it. They assume that no other logit is -inf or close to the lowest float, and
+// that the maximum is of common size (`is_common`). A row for which this does not hold is computed
+// again by add_with_care.
 #include <type_traits>
 
 #include "cuda/async_copy.cuh"
@@ -23,7 +23,8 @@
 namespace emp_fast::cuda {
 namespace {
 
-// What a thread reads of its row at once: kBytes, which divide the bytes of a row and its address.
+// What a thread reads of its row at once: kBytes bytes, which divide the row's size and its
+// address.
 template <class T, int kBytes>
 struct Piece {
   static constexpr int kCount = kBytes / static_cast<int>(sizeof(T));
@@ -37,7 +38,7 @@ struct Piece {
     return {*reinterpret_cast<const Raw*>(x)};
   }
 
-  // The words of a vector that begins with the piece.
+  // A vector that begins with the piece and continues with zeros.
   __device__ __forceinline__ uint4 vector() const {
     if constexpr (kBytes == 16) {
       return raw;
@@ -70,7 +71,8 @@ struct Piece {
   }
 };
 
-// The largest of the elements seen, NaN if one was; 16-bit elements two at a time.
+// The running maximum of the elements, NaN if one is NaN. 16-bit elements are compared two at a
+// time.
 template <class T, int kBytes>
 struct Largest {
   static constexpr bool kPairs = sizeof(T) == 2 && kBytes >= 4;
@@ -112,9 +114,9 @@ struct Largest {
   }
 };
 
-// The pieces of a row that one of its kLanes threads walks, each by its first column. kRotated:
-// where a thread has a row to itself, neighbours start at different pieces; rows of a multiple of
-// 32 bytes would else put theirs into the same banks.
+// The pieces of a row that one of its kLanes threads walks, each given by its first column.
+// kRotated: each thread has a row to itself, and neighbours start at different pieces. Rows of a
+// multiple of 32 bytes would otherwise cause bank conflicts.
 template <int kLanes, int kCount, bool kRotated>
 struct Walk {
   int classes, start;
@@ -122,7 +124,7 @@ struct Walk {
   __device__ __forceinline__ static Walk of(int classes) {
     if constexpr (!kRotated) return {classes, static_cast<int>(threadIdx.x) % kLanes * kCount};
     const int pieces = classes / kCount;
-    const int alike = min(pieces & -pieces, 8);  // of eight rows, those that begin in one bank
+    const int alike = min(pieces & -pieces, 8);  // how many of eight rows begin in the same bank
     return {classes, static_cast<int>(threadIdx.x) % 8 * alike / 8 * kCount};
   }
 
@@ -144,7 +146,7 @@ struct Walk {
   }
 };
 
-// The sums of the row whose scores a lane will finish, in few registers.
+// The sums of the row whose scores a lane will compute, in few registers.
 struct KeptRow {
   int64_t row;  // -1: none
   int column;   // of the target; -1: ignored, -2: neither a class nor ignored
@@ -166,7 +168,7 @@ struct KeptRow {
   }
 };
 
-// The sums of a row whatever its logits are, by all threads of the warp; its target is -inf.
+// The sums of a row with any logits; its target must be -inf. All threads of the warp must call it.
 template <class T, int kBytes, int kLanes, class Walk>
 __device__ __forceinline__ SoftmaxSums<float> add_with_care(const T* x, const Walk& walk) {
   using P = Piece<T, kBytes>;
@@ -187,9 +189,9 @@ __device__ __forceinline__ SoftmaxSums<float> add_with_care(const T* x, const Wa
   return sums;
 }
 
-constexpr int kCopied = 4;  // vectors of a lane on their way in or out at a time
+constexpr int kCopied = 4;  // vectors per lane in flight at a time, in or out
 
-// Starts to copy the vectors that cover a tile of a warp.
+// Starts the copies of the vectors that cover a warp's tile.
 template <class T>
 __device__ __forceinline__ void start_copies(uint4* staged, const T* logits,
                                              const Window<kElements<T>>& window) {
@@ -208,8 +210,8 @@ __device__ __forceinline__ void start_copies(uint4* staged, const T* logits,
   for (; v < window.vectors; v += 32, from += 32 * kCount, to += 32) cp_async16(to, from);
 }
 
-// Writes the gradients of a tile from where its logits were; whole vectors where both are aligned
-// alike.
+// Writes the gradients of a tile, which lie where its logits were. Uses whole vectors if gradient
+// and logits are aligned alike.
 template <class T>
 __device__ __forceinline__ void write_gradients(T* out, const uint4* staged, const T* logits,
                                                 const Window<kElements<T>>& window) {
@@ -228,7 +230,7 @@ __device__ __forceinline__ void write_gradients(T* out, const uint4* staged, con
     __stcs(reinterpret_cast<uint4*>(out + window.column(v)), staged[v]);
   }
   if (lane >= kElements<T>) return;
-  for (const int v : {0, last}) {  // those that hold an end of the tile
+  for (const int v : {0, last}) {  // the vectors at the ends of the tile
     const int j = window.column(v) + lane;
     if ((v < begin || v >= end) && window.holds(j)) out[j] = elements[j];
   }
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
   using P = Piece<T, kBytes>;
   using G = Group<kLanes>;
   constexpr int kCount = P::kCount;
-  constexpr int kRows = 32 / kLanes;  // at a time
+  constexpr int kRows = 32 / kLanes;  // per warp, at a time
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
@@ -250,7 +252,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
   constexpr bool kRotated = kLanes == 1 && kBytes == kVectorBytes;
   const auto walk = Walk<kLanes, kCount, kRotated>::of(a.classes);
   auto kept = KeptRow::of(-1, {0, false, false}, 0.0f, RowSums::empty());
-  int turn = 0;  // of the lanes of a row, the one that keeps its sums
+  int turn = 0;  // the lane of each row that keeps its sums
   for (int64_t tile = int64_t{blockIdx.x} * warps + warp; tile * tile_rows < a.rows;
        tile += int64_t{gridDim.x} * warps) {
     const int64_t first = tile * tile_rows;
@@ -270,14 +272,13 @@ __global__ void __launch_bounds__(kSharedRowThreads,
     cp_async_wait_group<0>();
     __syncwarp();
     for (int begin = 0; begin < rows; begin += kRows) {
-      // Groups past the end do the last row again and keep it to themselves: the shuffles need
-      // them.
+      // Groups past the end repeat the last row without writing it, because the shuffles need them.
       const int wanted = begin + lane / kLanes;
       const bool active = wanted < rows;
       const int mine = min(wanted, rows - 1);
       const int64_t row = first + mine;
       const Target target = Target::from_class(a, y);
-      y = __ldg(a.target + first + min(wanted + kRows, rows - 1));  // on its way for the next rows
+      y = __ldg(a.target + first + min(wanted + kRows, rows - 1));  // in flight for the next rows
       T* x = reinterpret_cast<T*>(staged) + window.shift + mine * a.classes;
       const float x_y = to_float(x[target.column]);
       __syncwarp();
@@ -302,7 +303,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
       const bool careful = !is_common<T>(sums.sums.m) || is_nan(quick.s);
       if (!careful) quick.into(sums.sums);
       if (__any_sync(kFullWarp, careful)) {
-        __syncwarp();  // a group past the end has read the row
+        __syncwarp();  // groups past the end have read the row
         if (writer && careful) x[target.column] = from_float<T>(-INFINITY);
         __syncwarp();
         const auto again = add_with_care<T, kBytes, kLanes>(x, walk);
@@ -322,7 +323,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
         const auto gradient =
             GradientRow::of(a, target, row_gradient(a, row), result.field[kMax],
                             result.field[kInvSum], result.field[kConfidence], result.field[kMiss]);
-        __syncwarp();  // a group past the end has read the row
+        __syncwarp();  // groups past the end have read the row
         if (active) {
           walk.each([&](int at) {
             float values[kCount];
@@ -350,7 +351,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
   if constexpr (kStep) end_launch(a);
 }
 
-// The widest piece that divides every row's address.
+// The widest piece that divides the address and the size of every row.
 int piece_bytes(const void* logits, int row_bytes) {
   const auto bits = reinterpret_cast<uintptr_t>(logits) | static_cast<uintptr_t>(row_bytes);
   int bytes = kVectorBytes;

@@ -1,9 +1,9 @@
-// Scores (and gradient, and the state's step) of rows of any length, options and targets.
+// Scores (and gradient, and the batch's step) of rows of any length, with any options and targets.
 //
 // Memory: logits read once, gradient written once. A warp or a block walks the row with running
-// sums; for the gradient it keeps the front of the row in shared memory, as much as fits, and reads
-// only the rest a second time, which the second-level cache mostly still holds. Soft targets take
-// three walks: their largest class, the sums, and the terms that need the finished sums.
+// sums. For the gradient it keeps as much of the row's front in shared memory as fits and reads
+// only the rest again, which the L2 cache mostly still holds. Soft targets take three walks: their
+// largest class, the sums, and the terms that need the finished sums.
 #include "cuda/batch_step.cuh"
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
@@ -20,8 +20,8 @@ __device__ __forceinline__ RowResult score_soft(const RowArgs& a, const T* logit
                                                 int cached, float& total) {
   constexpr int kCount = kElements<T>;
   const Scores<float> scores = finish(row.sums, x_y);
-  float values[3] = {0.0f, 0.0f,
-                     0.0f};  // loss, squared distance off the target, weight of the targets
+  // The loss, the squared distance off the target, the total weight of the targets.
+  float values[3] = {0.0f, 0.0f, 0.0f};
   for (int v = Group<kLanes>::lane(); v < window.vectors; v += kLanes) {
     const int column = window.column(v);
     float x[kCount];
@@ -48,7 +48,7 @@ __device__ __forceinline__ RowResult score_soft(const RowArgs& a, const T* logit
 template <int kLanes>
 constexpr int kThreads = kLanes == 32 ? 128 : kLanes;
 
-// Soft targets need more registers than two blocks of 512 leave.
+// Soft targets need more registers than two blocks of 512 threads leave.
 //
 // kStep: with the gradient and the batch's step, as in rows_in_registers.
 template <class T, int kLanes, bool kSoft, bool kStep>
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
   const int64_t tiles = (a.rows + kRows - 1) / kRows;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t mine = tile * kRows + threadIdx.x / kLanes;
-    const bool active = mine < a.rows;  // the others repeat the last row for the shuffles' sake
+    const bool active = mine < a.rows;  // the others repeat the last row for the shuffles
     const int64_t row = active ? mine : a.rows - 1;
     const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
     const auto window = Window<kCount>::of(reinterpret_cast<uintptr_t>(logits), a.classes);
@@ -81,10 +81,10 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
       result = score_soft<T, kLanes>(a, logits, window, soft, sums, x_y, target, cache,
                                      cached_vectors, total);
     } else {
-      if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the first warp's alone
+      if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the rest is for the first warp
       result = finish_row(a, sums, x_y, target);
     }
-    // Before the gradient, which then needs a few of the result's registers alone.
+    // Written before the gradient, which then needs only a few registers of the result.
     write_scores<kLanes>(a, row, active, result);
     if (kStep && active) {
       T* out = static_cast<T*>(a.grad) + row * a.classes;

@@ -1,5 +1,5 @@
-// Scores (and gradient) of long rows, a block a row, through a ring that 16-byte asynchronous
-// copies fill; compute capability 8.0 and up. row_ring.cuh tells the rest.
+// Scores (and gradient) of long rows: a block per row, with rings filled by 16-byte asynchronous
+// copies. Needs compute capability 8.0. row_ring.cuh explains the rest.
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/row_ring.cuh"

@@ -1,7 +1,7 @@
-// Scores of few long rows: several blocks a row, then one warp a row merges their sums in a fixed
-// order.
+// Scores of few long rows: several blocks per row, then one warp per row merges their sums in a
+// fixed order.
 //
-// Memory: logits read once; 24 bytes of sums a part.
+// Memory: logits read once; 24 bytes of sums per part.
 #include "cuda/batch_step.cuh"
 #include "cuda/dispatch.cuh"
 #include "cuda/launcher.cuh"
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kLoopedThreads)
   out[5] = sums.weight;
 }
 
-// kStep: with what a.step says of the batch's step; else scores alone.
+// kStep: with the part of the batch's step that a.step names. Otherwise scores alone.
 template <class T, bool kStep>
 __global__ void __launch_bounds__(128)
     merge_parts(const __grid_constant__ RowArgs a, int parts, const float* partials) {

@@ -1,4 +1,5 @@
-// What the launchers ask of the CUDA runtime. Nothing here runs when the module is loaded.
+// Queries and settings of the CUDA runtime for the launchers. Nothing here runs when the module is
+// loaded.
 #include <cuda_runtime_api.h>
 
 #include <map>
@@ -16,7 +17,7 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // taken: the next launch that is checked is not to blame
+  cudaGetLastError();  // clears the error, or the next checked launch would report it
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
@@ -42,7 +43,7 @@ Device device_properties(int device) {
 void allow_shared_memory(const void* function, int64_t bytes, const char* kernel) {
   constexpr int64_t granted = 48 * 1024 - kStaticShared;  // static shared memory counts too
   if (bytes <= granted) return;
-  // Remembered: telling the driver again would cost the host in every launch.
+  // Cached: calling the driver again would cost host time in every launch.
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, int64_t> allowed;
   int device = 0;
@@ -64,7 +65,8 @@ int largest_cluster(const void* function, int threads, int64_t shared_bytes) {
   check(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device),
         "cudaDeviceGetAttribute");
   check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
-  // Code that the driver made of the PTX for an older device has no clusters whatever this one can.
+  // Code that the driver compiled from the PTX of an older target has no clusters, whatever the
+  // device supports.
   if (supported == 0 || attributes.ptxVersion < 90) return 0;
   allow_shared_memory(function, shared_bytes, "cudaFuncSetAttribute");
   cudaLaunchConfig_t config{};

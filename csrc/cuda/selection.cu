@@ -1,16 +1,19 @@
-// Indices of the k highest scores in ascending order, exactly: radix_select.h finds the k-th
+// The indices of the k highest scores in ascending order, exactly. radix_select.h finds the k-th
 // element.
 //
-// Plain: three reads of the scores fix the key (and up to four more the index, only when scores tie
-// at the threshold), one more marks a bitmap, 16 N + 8 k bytes. Sampled, for many scores: the ends
-// of a narrow bracket around the threshold come from a sample; ONE read marks what lies above it in
-// the bitmap and collects what lies inside (about 0.8 %), which is then solved exactly: 4.5 N + 8 k
-// bytes. A sample that misled is detected by count and reported, never ignored: the caller runs the
-// plain plan then. The bitmap is expanded in index order by two levels of prefix sums. Groups: a
-// state and a histogram each.
+// Plain: three reads of the scores fix the key. If scores tie at the threshold, up to four more fix
+// the index. One more read marks a bitmap. In all 16 N + 8 k bytes.
 //
-// A warp marks and expands tiles of kTile scores by itself. Where a sum over the grid is needed,
-// the block that is last to arrive goes on with it, which saves a launch.
+// Sampled, for many scores: a sample gives the ends of a narrow bracket around the threshold. ONE
+// read marks the scores above it in the bitmap and collects those inside it (about 0.8 %), among
+// which the k-th element is then found exactly: 4.5 N + 8 k bytes. A sample that misled is detected
+// by counting and always reported; the caller then runs the plain plan.
+//
+// The bitmap is expanded in index order by two levels of prefix sums. With groups, each group has a
+// state and a histogram of its own.
+//
+// Each warp marks and expands tiles of kTile scores by itself. Where a sum over the grid is needed,
+// the last block to arrive continues with it, which saves a launch.
 #include <climits>
 
 #include "core/order_key.h"
@@ -37,7 +40,7 @@ struct Control {
 };
 static_assert(sizeof(Control) == kControlBytes);
 
-// The bits of the scores first to first + 3, first a multiple of 4; NaN past the end.
+// The bits of the scores first to first + 3, where first is a multiple of 4. NaN past the end.
 __device__ __forceinline__ uint4 load_bits(const float* scores, int64_t first, int64_t n,
                                            bool aligned) {
   uint4 bits{0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu};
@@ -57,7 +60,7 @@ __device__ __forceinline__ bool is_aligned(const float* scores) {
   return reinterpret_cast<uintptr_t>(scores) % 16 == 0;
 }
 
-// Exclusive prefix of one value a thread over the block, and the block's total.
+// The exclusive prefix sum over the block of one value per thread, and the block's total.
 template <int kBlock, class V>
 __device__ __forceinline__ V block_prefix(V x, V& total) {
   __shared__ V warp_totals[kBlock / 32];
@@ -85,16 +88,16 @@ __device__ __forceinline__ V block_prefix(V x, V& total) {
 
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kCountThreads = 512;
-constexpr int kCountLoads = 4;  // that a thread has in flight
+constexpr int kCountLoads = 4;  // in flight per thread
 constexpr int kCountTile = kCountThreads * kPerThread * kCountLoads;
-// More of them at once make ptxas spill for compute capability 12.0.
+// More loads at once make ptxas spill for compute capability 12.0.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kLoadsAtOnce = 2;
 #else
 constexpr int kLoadsAtOnce = kCountLoads;
 #endif
-// Of the histogram in shared memory: scores have few exponents, so the lanes of a warp meet in few
-// bins. The copies of a bin lie in different banks.
+// Copies of the histogram in shared memory. Scores have few exponents, so the lanes of a warp
+// collide in few bins. The copies of a bin lie in different banks.
 constexpr int kCopies = 4;
 
 __device__ __forceinline__ void clear_bins(uint32_t* bins, int count) {
@@ -113,7 +116,7 @@ __device__ __forceinline__ void flush_bins(const uint32_t* bins, unsigned long l
   }
 }
 
-// A block finds the bin of the k-th element from the top and fixes the digit in `*to`.
+// The block finds the bin of the k-th highest element and fixes the digit in `*to`.
 template <int kBlock>
 __device__ __forceinline__ void fix_in_block(unsigned long long* histogram, int digit_bits,
                                              const Digit& digit, SelectState state, bool clear,
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__(kCountThreads)
   clear_bins(bins, kBins * kCopies);
   const bool aligned = is_aligned(scores);
   const unsigned copy = threadIdx.x % kCopies;
-  // Neighbours often share a bin, and then an atomic.
+  // Neighbouring scores often share a bin; a run of them takes one atomic.
   unsigned run_bin = 0;
   unsigned run = 0;
   for (int64_t tile = int64_t{blockIdx.x} * kCountTile; tile < n;
@@ -201,7 +204,7 @@ __global__ void __launch_bounds__(kCountThreads)
   }
 }
 
-// Takes the sample, counts its first digit and fixes it for both ends of the bracket.
+// Takes the sample, counts its first digit and fixes that digit for both ends of the bracket.
 __global__ void __launch_bounds__(kCountThreads)
     sample_keys(const float* scores, int64_t n, int64_t sample, uint32_t* keys, Digit digit,
                 int64_t rank_above, int64_t rank_below, SelectState* states,
@@ -213,7 +216,8 @@ __global__ void __launch_bounds__(kCountThreads)
   const int64_t step = int64_t{gridDim.x} * kCountThreads;
 #pragma unroll 4
   for (int64_t i = int64_t{blockIdx.x} * kCountThreads + threadIdx.x; i < sample; i += step) {
-    // One score from each of `sample` equal stretches, at a scattered place: no period can line up.
+    // One score from each of `sample` equal stretches, at a scattered place, so that a period in
+    // the scores cannot line up with the sample.
     const uint64_t scattered = static_cast<uint32_t>(i) * 2654435761u;
     const uint64_t at = static_cast<uint64_t>(i) * stretch + (scattered * stretch >> 32);
     const uint32_t key = order_key(__float_as_uint(__ldg(scores + at)));
@@ -230,7 +234,7 @@ __global__ void __launch_bounds__(kCountThreads)
   }
 }
 
-// The next digit of both ends of the bracket.
+// Fixes the next digit for both ends of the bracket.
 __global__ void __launch_bounds__(kCountThreads)
     count_sample(const uint32_t* keys, int64_t sample, Digit digit, SelectState* states,
                  unsigned long long* histograms, Control* control) {
@@ -309,8 +313,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The same where the histograms of all groups fit in shared memory: with a handful of groups most
-// scores would wait for each other at a few places in global memory.
+// The same, if the histograms of all groups fit in shared memory. With few groups, most atomics in
+// global memory would contend for a few addresses.
 __global__ void __launch_bounds__(kFewGroupsThreads)
     count_few_groups(const float* scores, const int64_t* groups, int64_t n, int index_bits,
                      Digit digit, const SelectState* states, int problems,
@@ -341,7 +345,7 @@ __global__ void __launch_bounds__(kFewGroupsThreads)
   }
 }
 
-// A block a problem.
+// One block per problem.
 __global__ void __launch_bounds__(kThreads)
     fix_group_digit(unsigned long long* histograms, Digit digit, SelectState* states) {
   const SelectState state = states[blockIdx.x];
@@ -352,7 +356,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- the bitmap ----
 
-// The scores whose key is at least some key, by one comparison of floats each.
+// Tests whether a score's key is at least a given key, by one comparison of floats.
 struct Cut {
   float from;
   bool all;
@@ -361,7 +365,7 @@ struct Cut {
   __device__ __forceinline__ static Cut at(uint32_t key) {
     Cut cut = none();
     cut.all = key == kNanKey;
-    // NaN is never at least `from`: below -inf the cut takes all else.
+    // NaN is never at least `from`, so a cut below -inf takes all other scores.
     if (key <= kInfinityKey) cut.from = __uint_as_float(score_bits(max(key, kMinusInfinityKey)));
     return cut;
   }
@@ -373,16 +377,16 @@ struct Cut {
 
 constexpr int kChunks = kTile / (32 * kPerThread);
 
-// A warp's tile. Lane t has the four scores from chunk * 128 + t * 4 on for each chunk, and the
-// word of their bits: bit chunk * 4 + e is that of the e-th.
+// A warp's tile. For each chunk, lane t has the four scores from chunk * 128 + t * 4 on. In the
+// word of its bits, bit chunk * 4 + e is that of the e-th of them.
 struct Tile {
   float score[kTileWords];
-  unsigned valid;  // bits of scores that there are
+  unsigned valid;  // the bits of scores that exist
 
   __device__ __forceinline__ static int64_t first(int64_t tile) {
     return tile * kTile + threadIdx.x % 32 * kPerThread;
   }
-  __device__ __forceinline__ static int place(int bit) {  // in the tile, from first()
+  __device__ __forceinline__ static int place(int bit) {  // of its score, from first()
     return bit / kPerThread * (32 * kPerThread) + bit % kPerThread;
   }
 
@@ -425,7 +429,7 @@ struct Tile {
   }
 };
 
-// Returns the number of bits of the tile.
+// Stores the bits of a tile and their number, which it returns.
 __device__ __forceinline__ unsigned store_tile(unsigned word, int64_t tile, uint32_t* bitmap,
                                                uint32_t* tile_counts) {
   const int lane = threadIdx.x % 32;
@@ -489,14 +493,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The ends of the bracket: above `high` is sure, at least `low` and not sure is a candidate.
+// The ends of the bracket. Scores above its upper end are sure to be selected; the others that are
+// at least `low` are candidates.
 struct Bracket {
   Cut sure, not_below;
   uint32_t low;
-  int shift;  // brings the keys of candidates, counted from low, to the top of 32 bits
+  int shift;  // moves the keys of candidates, counted from low, to the top of 32 bits
 
   __device__ __forceinline__ static Bracket of(const SelectState* states, bool below_all) {
-    // A state that stopped early holds a lower bound of its key, which only moves an end a little.
+    // A state that stopped early holds a lower bound of its key, which moves an end only a little.
     Bracket b;
     const bool nothing = states[0].status == SelectStatus::kNothing;
     const uint32_t high = nothing ? kHighestKey : states[0].key;
@@ -508,7 +513,7 @@ struct Bracket {
   }
 };
 
-constexpr int kHeld = 128;  // candidates that a warp gathers before it asks for their places
+constexpr int kHeld = 128;  // candidates that a warp gathers before it reserves places for them
 
 __global__ void __launch_bounds__(kThreads, 4)
     mark_bracket(const float* scores, int64_t n, int64_t tiles, SelectState* states, bool below_all,
@@ -524,7 +529,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   uint32_t* keys = all_keys[threadIdx.x / 32];
   unsigned long long sure = 0;
   int held = 0;
-  // Moves the candidates held to the grid's. False: there are more than it has room for.
+  // Moves the gathered candidates to those of the grid. Returns false if these exceed the capacity.
   const auto hand_over = [&] {
     __syncwarp();
     unsigned long long base = 0;
@@ -570,7 +575,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (held != 0) hand_over();
   if (lane == 0 && sure != 0) atomicAdd(&control->sure, sure);
   if (!last_block(&control->arrived) || threadIdx.x != 0) return;
-  // What is left to take from the candidates, or that the bracket failed.
+  // How many candidates are still to be taken, or that the bracket failed.
   const auto certain = static_cast<int64_t>(__ldcg(&control->sure));
   const auto found = static_cast<int64_t>(__ldcg(&control->candidates));
   const bool failed = found > capacity || certain > k || certain + found < k;
@@ -602,7 +607,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- expansion ----
 
-// A warp adds up a run of tiles; the last block turns the sums into what comes before each run.
+// Each warp adds up a run of tiles. The last block turns these sums into exclusive prefix sums.
 __global__ void __launch_bounds__(kThreads)
     scan_runs(const uint32_t* tile_counts, int64_t tiles, int64_t runs, unsigned long long* totals,
               Control* control, const int64_t* status) {
@@ -635,7 +640,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kExpandTiles = 4;  // of one run, that a warp expands
+constexpr int kExpandTiles = 4;  // tiles of one run that a warp expands
 static_assert(kRunTiles % kExpandTiles == 0);
 
 __global__ void __launch_bounds__(kThreads)
@@ -665,7 +670,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t word = words[0];
 #pragma unroll
     for (int i = 0; i + 1 < kExpandTiles; ++i) words[i] = words[i + 1];
-    // Bits of each chunk in a byte of its own: at most 128 over the warp.
+    // The number of bits in each chunk, in a byte of its own: at most 128 over the warp.
     uint32_t nibbles = word - (word >> 1 & 0x55555555u);
     nibbles = (nibbles & 0x33333333u) + (nibbles >> 2 & 0x33333333u);
     const uint32_t mine[2] = {nibbles & 0x0F0F0F0Fu, nibbles >> 4 & 0x0F0F0F0Fu};
@@ -745,7 +750,7 @@ void start(SelectState* states, int64_t problems, const int64_t* group_k, int64_
          states, problems, group_k, k0);
 }
 
-// `status`: null, or where it says that nothing is to be written.
+// `status`: null, or nothing is written if *status is not 0.
 void write_indices(const SelectionPlan& plan, const Device& device, const Workspace& w, int64_t k,
                    int64_t* out, const int64_t* status, cudaStream_t stream) {
   launch("scan_runs", scan_runs, grid_of(plan.runs, kWarps, int64_t{4} * device.multiprocessors),
@@ -754,7 +759,7 @@ void write_indices(const SelectionPlan& plan, const Device& device, const Worksp
          stream, w.bitmap, plan.tiles, w.tile_counts, w.totals, k, out, status);
 }
 
-// As many blocks as run at once: each warp loops over tiles.
+// As many blocks as are resident at once; each warp loops over tiles.
 unsigned mark_grid(const SelectionPlan& plan, const Device& device) {
   return grid_of(plan.tiles, kWarps, int64_t{4} * device.multiprocessors);
 }
@@ -777,7 +782,8 @@ void plain_topk(const SelectionPlan& plan, const Device& device, const float* sc
 void sampled_topk(const SelectionPlan& plan, const Device& device, const float* scores, int64_t n,
                   int64_t k, int64_t* out, int64_t* status, const Workspace& w,
                   cudaStream_t stream) {
-  // The sample lies where the bitmap will: it is done with before the first bit is written.
+  // The sample lies in the memory of the bitmap: it is no longer needed when the first bit is
+  // written.
   uint32_t* sample = w.bitmap;
   const int64_t most = int64_t{2} * device.multiprocessors;
   const unsigned sample_grid = grid_of(plan.sample, kCountThreads * 2, most);
@@ -826,7 +832,7 @@ void grouped_topk(const SelectionPlan& plan, const Device& device, const float* 
   clear(plan, workspace, stream);
   start(w.states, plan.problems, group_k, 0, stream);
   const unsigned grid = grid_of(n, kThreads * 4, int64_t{8} * device.multiprocessors);
-  // Two blocks a multiprocessor hide each other's waits.
+  // Two blocks per multiprocessor hide each other's latencies.
   const int64_t bins_bytes = (plan.problems << kGroupDigitBits) * int64_t{sizeof(uint32_t)};
   const bool few = bins_bytes <= device.shared_bytes / 2 - 1024;
   const unsigned few_grid = grid_of(n, kFewGroupsThreads * 4, int64_t{2} * device.multiprocessors);

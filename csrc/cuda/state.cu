@@ -1,8 +1,9 @@
-// The step of the per-sample state, apart from the launch that scores; random bits.
+// The update of the per-sample state outside the scoring launch, and random bits.
 //
-// Memory: 12 to 24 bytes read and 12 to 16 written a row, at the samples' places; 4 to 8 more for
-// the mean of a fused step. Of few rows each looks through those after it for one that beats it. Of
-// more, all claim their samples, then the winners move them (batch_step.cuh).
+// Memory: 12 to 24 bytes read and 12 to 16 written per row, at the samples' places; 4 to 8 more for
+// the mean of a fused step. If there are few rows, each one scans the later rows for one that
+// replaces it. Otherwise all rows claim their samples and the winners then update them
+// (batch_step.cuh).
 #include "core/philox.h"
 #include "cuda/batch_step.cuh"
 #include "cuda/launcher.cuh"
@@ -11,9 +12,9 @@
 namespace emp_fast::cuda {
 namespace {
 
-constexpr int kScanned = 4;  // indices that a thread has in flight
+constexpr int kScanned = 4;  // indices in flight per thread
 
-// Whether a row may move the state; counts it where it is refused.
+// Whether a row may update the state. A counted row that may not is added to the refused ones.
 __device__ __forceinline__ bool admit(const StateArgs& s, const RowValues& v) {
   if (!v.counted) return false;
   const bool inside = in_range(s, v.sample);
@@ -22,7 +23,7 @@ __device__ __forceinline__ bool admit(const StateArgs& s, const RowValues& v) {
   return false;
 }
 
-// A warp a row.
+// One warp per row.
 __global__ void __launch_bounds__(kStateThreads, 6)
     update_by_scan(const __grid_constant__ UpdateArgs a) {
   const int rows = static_cast<int>(a.rows);
@@ -53,13 +54,13 @@ __global__ void __launch_bounds__(kStateThreads, 6)
   write_visit(a.state, mine.sample, state, mine.signal, a.direct != nullptr, mine.direct);
 }
 
-// The first of the rows that a thread takes; they are a block apart.
+// The first row of a thread. Its rows are kStateThreads apart.
 template <int kRows>
 __device__ __forceinline__ int64_t first_row() {
   return int64_t{blockIdx.x} * (kStateThreads * kRows) + threadIdx.x;
 }
 
-// The values are known here: only finite rows claim, so none is left to be settled.
+// The values are known here: only finite rows claim, so no sample is left to `settle`.
 template <int kRows>
 __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constant__ UpdateArgs a) {
   const auto rows = ThreadRows<kRows>::of(a, first_row<kRows>(), kStateThreads);
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constan
   }
 }
 
-// The block that is last to arrive adds up the sums of all, in an order that the grid alone
-// decides.
+// The last block to arrive adds up the sums of all blocks, in an order that depends on the grid
+// alone.
 template <int kRows>
 __global__ void __launch_bounds__(kStateThreads)
     step_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {

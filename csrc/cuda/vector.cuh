@@ -33,7 +33,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// The bit pattern of -inf in every element of a vector.
+// The bit pattern of a 32-bit word of elements that are all -inf.
 template <class T>
 constexpr uint32_t kMinusInfinity = 0xFF800000u;
 template <>
@@ -112,7 +112,7 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kElements<T>]) {
   }
 }
 
-// The raw vector at `column` with the elements outside the row, and the target's, at -inf.
+// The raw vector at `column`, with the target and the elements outside the row set to -inf.
 template <class T>
 __device__ __forceinline__ uint4 leave_out(uint4 raw, int column,
                                            const Window<kElements<T>>& window, int target) {
@@ -129,21 +129,21 @@ __device__ __forceinline__ uint4 leave_out(uint4 raw, int column,
   return {words[0], words[1], words[2], words[3]};
 }
 
-// The same vector, which the compiler cannot know: `zero` is 0 only at run time. Between two passes
-// over a row in registers it keeps the compiler from holding the unpacked floats of the first for
-// the second, which takes three times the registers and spills.
+// Returns the vector itself, but the compiler cannot know that: `zero` is 0 only at run time. Used
+// between two passes over a row in registers. The compiler would otherwise keep the unpacked floats
+// of the first pass for the second, which takes three times the registers and spills.
 __device__ __forceinline__ uint4 forgotten(const uint4& raw, uint32_t zero) {
   return {raw.x ^ zero, raw.y ^ zero, raw.z ^ zero, raw.w ^ zero};
 }
 
 // Stores the elements of a gradient vector that lie in the row. `row` is the first element of the
-// gradient's row, whose alignment may differ from that of the logits'.
+// gradient's row, whose alignment may differ from that of the logits.
 template <class T>
 __device__ __forceinline__ void store_vector(T* row, int column, const Window<kElements<T>>& window,
                                              const float (&x)[kElements<T>]) {
   if (window.interior(column) && reinterpret_cast<uintptr_t>(row + column) % kVectorBytes == 0) {
-    // Evict first: logits still to be read again are what the cache is for. An assignment would
-    // also become four stores of 4 bytes in some kernels.
+    // Evict first, to leave the cache to logits that are read again. A plain assignment would also
+    // become four stores of 4 bytes in some kernels.
     __stcs(reinterpret_cast<uint4*>(row + column), pack<T>(x));
     return;
   }
@@ -153,7 +153,7 @@ __device__ __forceinline__ void store_vector(T* row, int column, const Window<kE
   }
 }
 
-// The larger elements of two pairs of 16-bit elements, NaN where either is.
+// The larger element of each of two pairs of 16-bit elements; NaN if either is NaN.
 template <class T>
 __device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
   using Pair = typename PairOf<T>::Type;
@@ -162,8 +162,8 @@ __device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&max);
 }
 
-// The largest element of kVectors vectors (at least kLowest), NaN if one is; 16-bit elements two at
-// a time.
+// The largest element of kVectors vectors, at least kLowest; NaN if one is NaN. 16-bit elements are
+// compared two at a time.
 template <class T, int kVectors>
 __device__ __forceinline__ float largest(const uint4 (&raw)[kVectors]) {
   if constexpr (sizeof(T) == 4) {
@@ -190,11 +190,11 @@ __device__ __forceinline__ float largest(const uint4 (&raw)[kVectors]) {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// e^x for x <= 0, 0 where it would be denormal: one multiplication and one special-function
-// instruction.
+// e^x for x <= 0, by one multiplication and one special-function instruction. Denormal results
+// become 0.
 __device__ __forceinline__ float exp_flushed(float x) { return exp2_flushed(x * kLog2E); }
 
-// `add` of core/softmax_sums.h in as few instructions as the hot loop can afford.
+// `add` of core/softmax_sums.h, in as few instructions as possible for the hot loops.
 __device__ __forceinline__ void add_logit(SoftmaxSums<float>& sums, float x) {
   const float diff = max_or_nan(x - sums.m, kFloor);
   const float e = exp_flushed(diff);
@@ -203,13 +203,13 @@ __device__ __forceinline__ void add_logit(SoftmaxSums<float>& sums, float x) {
   sums.q = fmaf(e, e, sums.q);
 }
 
-// Maxima below it in size are quick: what max log2(e) loses by rounding is far from the ends of the
-// exponent.
+// A maximum below this in magnitude is `quick`: the rounding error of max log2(e) is then so small
+// that 2 to its power is far from overflow and underflow.
 constexpr float kQuickMax = 1048576.0f;
 
-// Sums of logits relative to 2^base instead of e^m, base being m log2(e) rounded: an instruction
-// less a logit, and one rounding less. What was rounded away is made up for when they are added to
-// sums of the same maximum m, which must be quick.
+// Sums of logits relative to 2^base instead of e^m, where base is m log2(e), rounded. This saves
+// one instruction and one rounding per logit. `into` makes up for the rounding of base; the sums
+// that it adds to must have the same maximum m, which must be `quick`.
 struct QuickSums {
   float base, d, s, q;
 
@@ -223,8 +223,8 @@ struct QuickSums {
     q = fmaf(e, e, q);
   }
 
-  // A logit that is not -inf, nor so near the lowest float that it becomes -inf here: that would
-  // make s NaN.
+  // Adds a logit that is neither -inf nor so close to the lowest float that it becomes -inf here.
+  // Either would make s NaN.
   __device__ __forceinline__ void add_finite(float x) {
     const float below = fmaf(x, kLog2E, -base);
     const float e = exp2_flushed(below);

@@ -1,4 +1,4 @@
-// All lanes of a warp, for the instructions that they take together.
+// The mask of all lanes of a warp, for instructions that they execute together.
 #pragma once
 
 namespace emp_fast::cuda {

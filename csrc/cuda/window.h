@@ -1,9 +1,9 @@
-// A row of logits seen through aligned 16-byte vectors, whatever its own alignment.
+// A row of logits, read through aligned 16-byte vectors whatever its own alignment.
 //
 // The row is widened to whole vectors: the first begins at or before column 0, the last ends at or
-// after the last column. The columns outside are read and discarded. An aligned 16-byte access that
-// holds one byte of an allocation never leaves its page, and the allocators of CUDA hand out
-// multiples of 256.
+// after the last column. Columns outside the row are read and discarded. An aligned 16-byte access
+// that contains one byte of an allocation never leaves its page, and CUDA's allocators hand out
+// multiples of 256 bytes.
 #pragma once
 #include <cstdint>
 
@@ -21,7 +21,7 @@ template <int kElements>
 struct Window {
   int shift;    // elements of the first vector that lie before the row
   int classes;  // columns of the row
-  int vectors;  // that hold a column
+  int vectors;  // that hold a column of the row
 
   static EMP_FAST_HD Window of(uintptr_t address, int classes) {
     constexpr int element_bytes = kVectorBytes / kElements;
@@ -46,7 +46,8 @@ EMP_FAST_HD int64_t window_vectors(int64_t classes, int elements, bool aligned) 
   return (classes + elements - 1 + (aligned ? 0 : elements - 1)) / elements;
 }
 
-// How far into vector `column` the target lies, or a value of at least kElements when it does not.
+// The offset of the target in the vector at `column`, or a value of at least kElements if the
+// target is not in it.
 EMP_FAST_HD unsigned offset_in_vector(int column, int target) {
   return static_cast<unsigned>(target) - static_cast<unsigned>(column);
 }
