@@ -1,17 +1,17 @@
 """The epochs of a training run: how many samples each uses, and where the run stands in them.
 
-A `Schedule` is fixed with the run. A `Progress` moves, and is in one of these states:
+A `Schedule` is fixed for the run. A `Progress` is always in one of these states:
 
     not begun    there is no plan yet; `begin` makes the first
-    untouched    begun, and nothing of it is trained on: `begin` continues it, so that loaders that
-                 make several iterators, and ``next(iter(loader))``, cost no epoch
-    under way    something of it is trained on
-    handed out   its last index is out, trained on or not
+    untouched    begun, but nothing of the epoch is trained on: `begin` continues it, so that
+                 ``next(iter(loader))`` and loaders that make several iterators cost no epoch
+    under way    some of the epoch's samples have been trained on
+    handed out   the epoch's last index has been yielded, whether trained on or not
     resumed      by `Progress.restore`: `begin` continues at the saved position
 
-Out of "under way" and "handed out" `begin` moves to the next epoch, and out of any state to the one
-that `Progress.set_epoch` named. That something is trained on shows in the rows that the store has
-counted, so nothing is to be called in a step.
+From "under way" and "handed out", `begin` moves to the next epoch; from any state it moves to the
+epoch that `Progress.set_epoch` named. The rows that the store has counted tell what has been
+trained on, so a training step need not call anything here.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Plan:
     """One epoch: its selection, the order in which it is visited, and the loss weights.
 
     Args:
-        epoch: which one; keys the order, with
-        seed: the run's.
-        selection: what the epoch trains on.
+        epoch: its number; keys the order together with ``seed``.
+        selection: the samples that the epoch trains on.
         num_samples: N.
+        seed: seed of the run.
     """
 
     def __init__(self, epoch: int, selection: Selection, num_samples: int, seed: int) -> None:
@@ -56,7 +56,7 @@ class Plan:
         keys = random.random_keys(
             num_samples, seed=seed, epoch=epoch, stream=Stream.SHUFFLE, device=indices.device
         )
-        # As integers: their order is that of the non-negative floats, and sorting them is faster.
+        # Sorted as integers: non-negative floats have the same order, and integers sort faster.
         shuffled = keys.view(torch.int32)[indices].sort(stable=True).indices
         self.order = indices[shuffled].cpu()  # [K] int64
         self.weights: Tensor | None = None  # [N] float32
@@ -68,7 +68,7 @@ class Plan:
         return self.order.shape[0]
 
     def weights_on(self, device: torch.device) -> Tensor | None:
-        """[N] float32 loss weights, kept on that device from now on; None where all are 1."""
+        """[N] float32 loss weights, kept on that device from now on; None if all are 1."""
         if self.weights is not None and self.weights.device != device:
             self.weights = self.weights.to(device)
         return self.weights
@@ -78,13 +78,13 @@ class Schedule:
     """How many samples each epoch of a run uses. The arguments are those of `Pruner`.
 
     Attributes:
-        rate: share of the samples left out, a number or a function of the epoch, as it was given.
-        policy: which samples an epoch uses, and whether it takes a budget.
-        epochs: length of the run; None where it is not known.
+        rate: share of the samples left out, a number or a function of the epoch, as given.
+        policy: which samples an epoch uses, and whether there is a budget.
+        epochs: length of the run; None if unknown.
 
     Raises:
-        ValueError: an argument is impossible, or a known epoch would have an impossible budget;
-            TypeError: or of the wrong type.
+        ValueError: an argument is invalid, or the budget of a known epoch would be.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -129,15 +129,15 @@ class Schedule:
         return float(rate)
 
     def is_full(self, epoch: int) -> bool:
-        """Whether that epoch is one of the first or last, which use every sample."""
+        """Whether that epoch is one of the first or last ones that use every sample."""
         last = self.epochs is not None and epoch >= self.epochs - self._full_last
         return epoch < self._full_first or (last and self._full_last > 0)
 
     def budget(self, epoch: int) -> int | None:
-        """How many samples that epoch uses; None where the policy decides.
+        """How many samples that epoch uses; None if the policy decides.
 
         Raises:
-            ValueError: as `prune_rate`, or that rate leaves no sample, or too many for the policy.
+            ValueError: as `prune_rate`, or the rate leaves no sample, or too many for the policy.
         """
         if self.is_full(epoch):
             return self._num_samples
@@ -161,25 +161,27 @@ class SavedProgress(NamedTuple):
 
     epoch: int
     position: int
-    plan: Plan | None  # of an epoch that had begun
+    plan: Plan | None  # None if the epoch had not begun
 
 
 class Progress:
-    """Which epoch a run is at, what that trains on, and how far it is trained.
+    """The current epoch of a run, its samples, and how many of them have been trained on.
 
     Args:
-        store: selects, and counts what is trained on.
-        schedule: of the same samples.
+        store: selects samples, and counts those trained on.
+        schedule: the schedule for the same samples.
         seed: keys selection and order.
         labels: [N] class ids, or None.
-        balance: of the classes.
+        balance: how labels divide the budget.
         process_group: the ranks that train together; None is the default group.
 
     Attributes:
-        plan: of the epoch that began last; None before the first. Read it, `begin` replaces it.
+        plan: plan of the epoch that began last; None before the first. Do not keep it: `begin`
+            replaces it.
 
     Raises:
-        ValueError, TypeError: the labels are not [N] integers.
+        ValueError: the labels do not have shape [N].
+        TypeError: the labels are not integers.
     """
 
     def __init__(
@@ -201,17 +203,17 @@ class Progress:
         self._balance = balance
         self._digest: str | None = None  # of the labels
         self.plan: Plan | None = None
-        self._epoch = 0  # begun last, or to be begun first
-        self._early: tuple[tuple[int, int], Plan] | None = None  # made before, at this revision
+        self._epoch = 0  # the epoch that began last, or that will begin first
+        self._early: tuple[tuple[int, int], Plan] | None = None  # store revision, plan made from it
         self._begun_at = 0  # position in the plan where the iteration in progress began
         self._start = 0  # samples seen by all ranks when the epoch's position was 0
-        self._requested: int | None = None  # by set_epoch
-        self._announced = False  # by set_epoch: the epoch in progress
+        self._requested: int | None = None  # epoch requested by set_epoch
+        self._announced = False  # whether set_epoch announced the epoch in progress
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
-        self._iterator: weakref.ref[object] | None = None  # the last that has begun
-        self._exhausted = False  # it has handed out its last index
-        self._unused: Plan | None = None  # the plan before, if it was handed out and never used
-        self._told_unpruned = False  # that nothing is pruned
+        self._iterator: weakref.ref[object] | None = None  # the last one begun
+        self._exhausted = False  # whether the last index has been handed out
+        self._unused: Plan | None = None  # the previous plan, if none of it was trained on
+        self._told_unpruned = False  # whether `warn_if_unused` has warned
 
     # ---- where the run stands -------------------------------------------------------------------
 
@@ -226,7 +228,7 @@ class Progress:
         return (self.plan or self.plan_of(self.epoch)).selection
 
     def position(self) -> int:
-        """How many samples of the epoch in progress have been trained on, by all ranks."""
+        """How many samples of the epoch in progress all ranks together have trained on."""
         if self._resume_at is not None:
             return self._resume_at
         if self.plan is None:
@@ -234,16 +236,16 @@ class Progress:
         return min(self._samples_seen() - self._start, len(self.plan))
 
     def coming(self) -> tuple[int, int]:
-        """The epoch of the next iteration, and the position in its plan where that will start."""
+        """The epoch of the next iteration, and the position in its plan where it will start."""
         epoch = self._coming_epoch()
         return epoch, self.position() if self._goes_on(epoch) else 0
 
     def length(self) -> int:
-        """Samples of the epoch in progress, or of the next one once this is over."""
+        """Samples of the epoch in progress, or of the next epoch once this one is over."""
         if self.plan is not None and self._lasts():
             return len(self.plan)
         epoch = self._coming_epoch()
-        if self.schedule.epochs is not None:  # loaders ask after the last epoch too
+        if self.schedule.epochs is not None:  # loaders ask even after the last epoch
             epoch = min(epoch, self.schedule.epochs - 1)
         budget = self.schedule.budget(epoch)
         if self.plan is not None and self.plan.epoch == epoch:
@@ -251,7 +253,7 @@ class Progress:
         return len(self.plan_of(epoch)) if budget is None else budget
 
     def settings(self) -> str:
-        """N, schedule, rule and epoch: what a `Pruner` and its samplers are represented by."""
+        """N, schedule, rule and epoch, for the repr of a `Pruner` and its samplers."""
         schedule = self.schedule
         return (
             f"{self.store.num_samples}, prune_rate={schedule.rate!r}, "
@@ -259,16 +261,16 @@ class Progress:
         )
 
     def warn_if_unused(self) -> None:
-        """Warns once where a loader was made without the sampler, and so trains on everything.
+        """Warns once if a loader was made without the sampler and so trains on everything.
 
-        For where epochs begin and end, not for the step: a step by itself is used without a sampler
-        too. The warning names the line that called the caller.
+        Call this where epochs begin and end, not in the step, because a step by itself may also be
+        used without a sampler. The warning names the line that called the caller.
         """
         if self.plan is not None or self._told_unpruned:
             return
         made_otherwise = self._epoch or self._requested is not None or self._early is not None
         if made_otherwise or self.store.rows_seen <= 2 * self.store.num_samples:
-            return  # resumed, or `selection` is what is trained on; or scored by hand beforehand
+            return  # resumed, or `selection` was read and used directly; or scored in advance
         self._told_unpruned = True
         warnings.warn(
             f"{self.store.rows_seen} rows of {self.store.num_samples} samples were scored and the "
@@ -287,14 +289,14 @@ class Progress:
         self._announced = self._announced or has_begun
 
     def begin(self, iterator: object) -> tuple[Plan, int]:
-        """Starts an iteration of a sampler, of the `coming` epoch. Collective on several ranks.
+        """Starts an iteration of a sampler over the `coming` epoch. Collective on several ranks.
 
         Args:
-            iterator: hands the plan out. While it lives, the last batch may be still to be trained
-                on.
+            iterator: hands out the plan. While it is alive, the last batch may not have been
+                trained on yet.
 
         Returns:
-            The plan of the epoch, and the position where to start in it.
+            The plan of the epoch, and the position in it at which to start.
         """
         epoch, position = self.coming()
         if not self._goes_on(epoch):
@@ -308,21 +310,21 @@ class Progress:
         return self.plan, position
 
     def move_to(self, position: int) -> None:
-        """The iteration in progress begins at that position of its plan."""
+        """Makes the iteration in progress begin at that position of its plan."""
         self._begun_at = position
         self._start = self._samples_seen() - position
 
     def end_loop(self) -> None:
-        """The loop over the epoch in progress is over, on all ranks, for trainers that keep its
-        iterator or announce it themselves.
+        """Marks the loop over the epoch in progress as over, on all ranks.
+
+        For trainers that keep the iterator alive or announce epochs themselves.
         """
         self._iterator, self._announced = None, False
 
     def handed_out(self, plan: Plan) -> None:
-        """An iterator of that plan was asked for more than there is; of no interest unless the plan
-        is in progress.
+        """Records that an iterator over that plan was exhausted; ignored for plans not in progress.
 
-        Once all of it is trained on, so is the last batch, and who asks is the loop, at its end.
+        If the whole plan has been trained on, the request came from the loop itself, so it is over.
         """
         if plan is self.plan:
             self._exhausted = True
@@ -330,16 +332,15 @@ class Progress:
                 self.end_loop()
 
     def go_back(self, epoch: int) -> Plan | None:
-        """Takes the beginning of this epoch back, if all of the one before was handed out and none
-        of it trained on.
+        """Goes back to the previous epoch if nothing of it or of this one has been trained on.
 
-        So it is when a loader that resumes has first let its workers fetch ahead to the end.
+        This happens when a resuming loader first lets its workers prefetch to the end.
 
         Args:
-            epoch: the one before.
+            epoch: number of the previous epoch.
 
         Returns:
-            Its plan, in progress again; None where there is no way back.
+            Its plan, which is in progress again; None if there is no way back.
         """
         plan, self._unused = self._unused, None
         if plan is None or plan.epoch != epoch or self._trained():
@@ -358,51 +359,56 @@ class Progress:
         return epoch == self._epoch and (self._resume_at is not None or self._is_untouched())
 
     def _is_untouched(self) -> bool:
-        """Whether the iteration in progress was given up before anything was trained, as
-        ``next(iter(loader))`` and loaders that make several iterators do: it was no epoch then.
+        """Whether the iteration in progress has neither been trained on nor reached its end.
+
+        ``next(iter(loader))`` and loaders that make several iterators leave such an iteration,
+        which does not count as an epoch.
         """
         return self.plan is not None and not self._exhausted and not self._trained()
 
     def _trained(self) -> bool:
-        """Whether anything was trained on since the iteration in progress began."""
+        """Whether anything has been trained on since the iteration in progress began."""
         return self.position() > self._begun_at
 
     def _lasts(self) -> bool:
-        """Whether the loop over the epoch in progress still runs, as far as can be told from here.
+        """Whether the loop over the epoch in progress is still running, as far as can be known.
 
-        Without worker processes the loader holds the iterator until that loop is over, by itself or
-        by ``break``. Worker processes let go of it when they have fetched ahead to the end; then
-        what is trained on has to tell, and a length asked for in the last step is the next epoch's:
-        once a whole batch is trained on, and from the start if the batch is a short one. But to
-        size the next epoch can be collective, and one rank may be alone in asking: where every
-        epoch is announced by `set_epoch`, that waits for it.
+        Without worker processes, the loader holds the iterator until the loop ends or breaks.
+        Loaders with worker processes release it once they have prefetched to the end. From then on
+        the loop is taken to run while at least one whole batch is left to train on. A length
+        requested during the last step is therefore the next epoch's once the last batch has been
+        trained on, and during the whole step if that batch is short.
+
+        Sizing the next epoch can be collective, yet perhaps only one rank asks. If epochs are
+        announced by `set_epoch`, the loop is then taken to run until the next announcement.
         """
         if self.plan is None or self._requested is not None or self._resume_at is not None:
             return False
         if self._iterator is not None and self._iterator() is not None:
             return True
         if not self._exhausted:
-            return False  # given up
+            return False  # abandoned
         collective = self._world_size() > 1 and not self.schedule.policy.takes_budget
         if collective and self._announced:
             return True
         left = len(self.plan) - self.position()
-        # Less than a batch is left over when drop_last dropped it, or when it is still to be
-        # trained on; all of it, after an epoch that scored nothing.
+        # Less than a batch is left if drop_last dropped it or if it has yet to be trained on. The
+        # whole plan is left after an epoch that scored nothing.
         batch = self.store.largest_update * self._world_size()
         skipped = not collective and not self._trained()
         return left >= max(batch, 1) and not skipped
 
     def _samples_seen(self) -> int:
-        """By all ranks: as they said in the last merge, and since then as many as this rank."""
+        """Samples seen by all ranks, assuming that each saw as many as this one since the merge."""
         merged = self.store.replicas.rows_seen if self._world_size() > 1 else 0
         return merged + (self.store.rows_seen - merged) * self._world_size()
 
     # ---- plans ----------------------------------------------------------------------------------
 
     def plan_of(self, epoch: int) -> Plan:
-        """The plan of that epoch: the one in progress, or one made of the scores as they are now,
-        and no second time from the same. Collective on several ranks.
+        """The plan of that epoch: the one in progress, or one made from the current scores.
+
+        Collective on several ranks. A plan is reused as long as the store does not change.
         """
         if self.plan is not None and self.plan.epoch == epoch:
             return self.plan
@@ -428,13 +434,14 @@ class Progress:
     # ---- several ranks --------------------------------------------------------------------------
 
     def merge(self, epoch: int | None = None) -> None:
-        """Brings every rank's updates to every rank, once they agree about the run.
+        """Exchanges the updates of all ranks after checking that they agree about the run.
 
         Args:
-            epoch: that the ranks are at, or about to begin; None is `Progress.epoch`.
+            epoch: the epoch that the ranks are in or about to begin; None is `Progress.epoch`.
 
         Raises:
-            ValueError, RuntimeError: as `Pruner.merge`.
+            ValueError: as `Pruner.merge`.
+            RuntimeError: as `Pruner.merge`.
         """
         if self._world_size() == 1:
             return
@@ -464,7 +471,10 @@ class Progress:
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the position in it, and its selection; of a finished epoch, the next one."""
+        """The epoch, the position in it, and its selection; after a finished epoch, the next one.
+
+        The next epoch has not been selected, so its entries are position 0 and no selection.
+        """
         position, plan = self.position(), self.plan
         finished = plan is not None and position == len(plan)
         selection = None if plan is None or finished else plan.selection
@@ -481,7 +491,7 @@ class Progress:
         """Reads what `state_dict` returned; changes nothing.
 
         Raises:
-            ValueError: it is damaged, or of another data set.
+            ValueError: the state is damaged, or is of another data set.
         """
         epoch = checked_count("state['epoch']", state.get("epoch"))
         position = checked_count("state['position']", state.get("position"))
@@ -492,7 +502,7 @@ class Progress:
         return SavedProgress(epoch, position, plan)
 
     def restore(self, saved: SavedProgress) -> None:
-        """The next iteration continues there. The store's own state must have been restored."""
+        """Makes the next iteration continue there. Restore the store's own state first."""
         self._epoch, self.plan = saved.epoch, saved.plan
         self._resume_at = None if saved.plan is None else saved.position
         self._early, self._requested, self._exhausted = None, None, False
@@ -516,7 +526,7 @@ class Progress:
         return Selection(indices, weights)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, pickled or deep, has no iterator in progress."""
+        """Leaves out the iterator in progress, which pickled and deep copies do not have."""
         return {**vars(self), "_iterator": None}
 
 

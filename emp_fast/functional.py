@@ -1,7 +1,7 @@
 """Stateless scoring and selection: one pass over the logits gives the loss and every score.
 
-``loss`` equals ``torch.nn.functional.cross_entropy(..., reduction="none")`` wherever torch is
-accurate and carries the gradient; all other fields are detached.
+``loss`` carries the gradient and equals ``torch.nn.functional.cross_entropy(...,
+reduction="none")`` wherever torch is accurate; all other fields are detached.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "
 
 #: Logits that `linear_cross_entropy` holds at a time: 32 MiB of float32.
 _CHUNK_ELEMENTS = 1 << 23
-#: On a GPU up to so many, if that is as many rows as there are features: only then do the products
-#: of a block take longer than to read the classifier, and to add to its gradient, for every block.
+#: The limit on a GPU, where a block needs as many rows as there are features. With fewer, reading
+#: the classifier and adding to its gradient for every block takes longer than the products.
 _GPU_CHUNK_ELEMENTS = 1 << 27
 
 _RowScores = tuple[Tensor, Tensor, Tensor, Tensor]  # as backends.base.RowScores
@@ -50,7 +50,7 @@ class SampleStats(NamedTuple):
     margin: Tensor  # [S] x_y - max_{j != y} x_j, in logits; +inf when C == 1
     confidence: Tensor  # [S] p_y
     correct: Tensor  # [S] bool, margin >= 0
-    # Hides tuple.count, which nobody calls on stats; mypy minds.
+    # Shadows tuple.count, which nobody calls on stats, hence mypy's complaint.
     count: Tensor  # type: ignore[assignment]  # [S] int32, valid positions; 0: ignored
 
 
@@ -64,19 +64,20 @@ def cross_entropy(
     softcap: float | None = None,
     offsets: Tensor | None = None,  # [S + 1]
 ) -> SampleStats:
-    """Cross-entropy and every per-sample score of it in one pass over the logits.
+    """Cross-entropy and every per-sample score in one pass over the logits.
 
-    A sample with several positions gets the mean over its valid ones in every field; it is
-    ``correct`` when all of them are. For soft targets y is the class of the largest probability,
-    the lowest such. The gradient of the loss flows to the logits alone, to no target and no weight.
+    For a sample with several positions, each field is the mean over its valid positions, and
+    ``correct`` says whether all of them are correct. For soft targets, y is the class with the
+    largest probability; ties go to the lowest class. The gradient of the loss flows to the logits
+    only, not to the target or the weight.
 
     Args:
-        logits: float16, bfloat16, float32 or float64 (the last through the reference), any strides.
+        logits: float16, bfloat16, float32 or float64 (served by the reference), any strides.
         target: class ids in [0, C) or ``ignore_index``; or floating-point probabilities.
-        weight: class weights; the loss is w_y * nll, as torch with ``reduction="none"``.
+        weight: class weights; the loss is w_y * nll, as in torch with ``reduction="none"``.
         ignore_index: the class id of positions that do not count.
         label_smoothing: in [0, 1], as in torch; it changes the loss and no other field.
-        softcap: c > 0 turns the logits into c * tanh(logits / c) first (Gemma 2, arXiv 2408.00118).
+        softcap: c > 0 replaces the logits by c * tanh(logits / c) (Gemma 2, arXiv 2408.00118).
         offsets: int32 or int64 starts of packed samples, from 0 to total: sample s owns the rows
             offsets[s]:offsets[s + 1] of logits [total, C] and target [total].
 
@@ -84,10 +85,10 @@ def cross_entropy(
         SampleStats of S samples.
 
     Raises:
-        ValueError: a shape, an option or the offsets of a CPU tensor are impossible; TypeError: a
-            dtype is.
+        ValueError: a shape or an option is invalid, or offsets on the CPU are.
+        TypeError: a dtype is invalid.
         IndexError: a class id of a CPU tensor lies outside [0, C). On a GPU that sample's stats are
-            NaN.
+            NaN instead.
     """
     arguments = _rows(logits, target, weight, ignore_index, label_smoothing, softcap, offsets)
     if offsets is None and not _wants_gradient(logits) and logits.dim() == 2:
@@ -111,11 +112,11 @@ def cross_entropy_step(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """The mean of ``row_scale * loss`` over the rows that count; moves its samples' state.
+    """The mean of ``row_scale * loss`` over the rows that count; updates the samples' state.
 
-    What `cross_entropy`, a weighted mean and `ScoreStore.update` do, by a backend whose
-    ``fuses_step`` is set: the logits are read once and their gradient is written once. The
-    recurrence may read the float fields of SampleStats.
+    Does the work of `cross_entropy`, a weighted mean and `ScoreStore.update` on a backend whose
+    ``fuses_step`` is set: it reads the logits once and writes their gradient once. The recurrence
+    may read the float fields of SampleStats.
     """
     logits, target, weight, ignore_index, smoothing, cap = _rows(
         logits, target, weight, ignore_index, label_smoothing, softcap, None
@@ -138,15 +139,15 @@ def linear_cross_entropy(
     softcap: float | None = None,
     offsets: Tensor | None = None,
 ) -> SampleStats:
-    """`cross_entropy` of ``hidden @ classifier.T + bias`` without ever holding all of many logits.
+    """`cross_entropy` of ``hidden @ classifier.T + bias`` without holding all logits at once.
 
-    They are made a block of rows at a time, at most 2^23 logits (on a GPU 2^27) unless a row has
-    more, and made again in the backward pass. Gradients flow to ``hidden``, ``classifier`` and
-    ``bias``.
+    The logits are computed one block of rows at a time, at most 2^23 of them (2^27 on a GPU) unless
+    a single row has more, and recomputed in the backward pass. Gradients flow to ``hidden``,
+    ``classifier`` and ``bias``.
 
     Args:
-        hidden: features of the dtype of ``classifier``.
-        classifier: one row a class.
+        hidden: features, in the dtype of ``classifier``.
+        classifier: one row per class.
         target: as in `cross_entropy`.
         bias: added to the logits.
         weight: as in `cross_entropy`.
@@ -159,7 +160,8 @@ def linear_cross_entropy(
         SampleStats of S samples.
 
     Raises:
-        ValueError: shapes or options are impossible; TypeError: a dtype is.
+        ValueError: a shape or an option is invalid.
+        TypeError: a dtype is invalid.
         IndexError: as `cross_entropy`.
     """
     require_float("hidden", hidden)
@@ -196,7 +198,7 @@ def linear_cross_entropy(
     flat_target = target if hidden.dim() == 2 else target.flatten(0, 1)
     ids_on_cpu = hidden.device.type == "cpu" and not target.is_floating_point()
     if ids_on_cpu and not ops.is_traced(flat_target):
-        # The op would do, but say where in its block of rows.
+        # The op would check this too, but its error would give the position within the block.
         check_target_range(flat_target, num_classes, ignore_index)
     scored: _RowScores = ops.LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         flat_hidden,
@@ -220,18 +222,18 @@ def info_nce(
     hidden: Tensor | None = None,  # [S, E]
     symmetric: bool = True,
 ) -> SampleStats:
-    """InfoNCE with in-batch negatives and its scores, without storing the [S, S] similarity.
+    """InfoNCE with in-batch negatives and its scores, without storing all [S, S] similarities.
 
     Row i's positive is key i (van den Oord et al., arXiv 1807.03748). With ``symmetric`` every
-    field is the mean over the two directions, query to key and key to query, as of a sample of two
-    positions.
+    field is the mean over the two directions, query to key and key to query, as for a sample with
+    two positions.
 
     Args:
         query: embeddings; both are normalised to unit length here.
         key: embeddings of the other view.
         temperature: divides the cosine similarities, > 0.
-        hidden: features of the base encoder; given, ``entropy`` is that of softmax(hidden_i), EMP's
-            memory term for contrastive learning. (The paper says "from the hidden layer"; the
+        hidden: features of the base encoder. If given, ``entropy`` is that of softmax(hidden_i),
+            EMP's memory term for contrastive learning. (The paper says "from the hidden layer"; the
             softmax is ours.)
         symmetric: average both directions, as CLIP and SimCLR do.
 
@@ -239,7 +241,8 @@ def info_nce(
         SampleStats of S samples; gradients flow to ``query`` and ``key``.
 
     Raises:
-        ValueError: shapes or the temperature are impossible; TypeError: a dtype is.
+        ValueError: a shape or the temperature is invalid.
+        TypeError: a dtype is invalid.
     """
     require_float("query", query)
     require_float("key", key)
@@ -265,7 +268,8 @@ def info_nce(
             raise ValueError(f"hidden must be on {query.device} like query, got {hidden.device}")
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be a bool, got {symmetric!r}")
-    # Half-precision similarities over a small temperature would lose what tells neighbours apart.
+    # In half precision, similarities divided by a small temperature would lose the digits that
+    # tell neighbours apart.
     with ops.without_autocast(query.device):
         dtype = carried_type(query.dtype)
         q = torch.nn.functional.normalize(query.to(dtype), dim=1)
@@ -295,21 +299,22 @@ def topk_indices(
     groups: Tensor | None = None,  # [N]
     group_k: Tensor | Sequence[int] | None = None,  # [G]
 ) -> Tensor:
-    """Indices of the k highest scores in ascending index order, bit-identical everywhere.
+    """Indices of the k highest scores in ascending index order, identical on every backend.
 
     Ties go to the lowest index; -0.0 equals 0.0; +inf is highest and NaN lowest.
 
     Args:
         scores: floating point.
-        k: how many, 0 <= k <= N.
+        k: number of indices, 0 <= k <= N.
         groups: integer class ids in [0, G).
-        group_k: how many of each group; sums to k.
+        group_k: number of indices from each group; sums to k.
 
     Returns:
-        int64 [k]; with groups the top ``group_k[g]`` of each group g.
+        int64 [k]; with groups, the top ``group_k[g]`` of each group g.
 
     Raises:
-        ValueError: k or a quota is impossible, or shapes differ; TypeError: a dtype is impossible.
+        ValueError: k or a quota is invalid, or shapes differ.
+        TypeError: a dtype is invalid.
     """
     require_float("scores", scores)
     if scores.dim() != 1:
@@ -341,9 +346,9 @@ def _rows_at_a_time(hidden: Tensor, num_classes: int) -> int:
 
 
 def _in_batch(query: Tensor, key: Tensor) -> SampleStats:
-    """Scores each query against every key; its own is the positive."""
+    """Scores each query against every key; the key with its own index is the positive."""
     positives = torch.arange(query.shape[0], device=query.device)
-    if query.shape[0] == 0:  # no classes either
+    if query.shape[0] == 0:  # then there are no classes either
         return cross_entropy((query + key).sum(1, keepdim=True), positives)
     return linear_cross_entropy(query, key, positives)
 
@@ -351,7 +356,10 @@ def _in_batch(query: Tensor, key: Tensor) -> SampleStats:
 def _autocast(
     hidden: Tensor, classifier: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts as ``torch.nn.functional.linear`` would; here, so that backward sees it too."""
+    """Casts as ``torch.nn.functional.linear`` would under autocast.
+
+    It is done here so that the backward pass goes through the casts.
+    """
     device = hidden.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, classifier, bias
@@ -371,7 +379,7 @@ def _rows(
     softcap: float | None,
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, int, float, float]:
-    """Validates the arguments of `cross_entropy` and brings them into the form of the ops."""
+    """Validates the arguments of `cross_entropy` and normalises them for the ops."""
     if weight is None and are_rows_and_ids(logits, target):
         return logits, target, None, *checked_options(ignore_index, label_smoothing, softcap)
     require_float("logits", logits)
@@ -397,10 +405,11 @@ def _with_gaps(
     target: Tensor,  # [S, T], or probabilities
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """The same with few more positions, all of them ignored, that make rows of it without a copy.
+    """Adds a few ignored positions where that lets the logits be viewed as rows without a copy.
 
-    So it can be for ``logits[:, :-1]``, the logits of a language model without those that have no
-    label: the copy would cost several times as much as the scores.
+    This applies to slices such as ``logits[:, :-1]``, which drops the positions of a language model
+    that have no label. A copy would cost several times as much as the scores. Other logits are
+    returned as they are.
     """
     samples, positions, classes = logits.shape
     sequence, row, column = logits.stride()
@@ -411,17 +420,19 @@ def _with_gaps(
         or column != 1
         or row < classes
         or sequence % row != 0
-        # How many rows between are worth it, and none where the sequences touch.
+        # Scoring more extra rows than this would not pay; there are none if the sequences touch.
         or not 0 < sequence // row - positions <= positions // 8
     ):
         return logits, target
     between = sequence // row - positions
     start, end = logits.storage_offset(), logits.untyped_storage().nbytes() // logits.itemsize
-    # Rows in front of the positions, where the memory ends behind them: that of logits[:, 1:].
+    # If the storage ends right after the last position, as for logits[:, 1:], the extra rows lie in
+    # front of the positions.
     front = max(0, -((end - start - samples * sequence + row - classes) // row))
     if front > between or start < front * row:
         return logits, target
-    if target.device.type == "cpu":  # the op would do, but say where among the rows with gaps
+    # The op would check this too, but its error would give the position among the rows with gaps.
+    if target.device.type == "cpu":
         check_target_range(target.flatten(), classes, ignore_index)
     filled = target.new_full((samples, positions + between), ignore_index)
     filled.narrow(1, front, positions).copy_(target)
@@ -430,7 +441,10 @@ def _with_gaps(
 
 
 def _wants_gradient(logits: Tensor) -> bool:
-    """Also where forward-mode differentiation may want one: the autograd function then refuses."""
+    """Whether a gradient is wanted.
+
+    True under forward-mode differentiation too, so that the autograd function can refuse it.
+    """
     return (torch.is_grad_enabled() and logits.requires_grad) or forward_level() >= 0
 
 
@@ -449,7 +463,7 @@ def _score_rows(
 
 
 def _per_sample(scored: _RowScores, shape: Sequence[int], offsets: Tensor | None) -> SampleStats:
-    """Statistics of samples from those of rows: of logits [*shape, C], or packed at ``offsets``."""
+    """Reduces row scores to samples: rows of logits [*shape, C], or packed at ``offsets``."""
     if offsets is not None:
         return _packed_means(*scored, offsets)
     if len(shape) == 2:
@@ -479,7 +493,7 @@ def _packed_means(
 ) -> SampleStats:
     others = torch.stack([*rows[: len(SCORE_FIELDS)].unbind(0), (~correct).float()])
     sums = torch.ops.emp_fast.segment_sum(others, offsets)
-    # Counts in float64: exact beyond 2**24 positions a sample.
+    # Counts are summed in float64, which is exact beyond 2**24 positions per sample.
     counts = torch.ops.emp_fast.segment_sum(count.double()[None], offsets)[0].to(torch.int32)
     divisor = counts.clamp_min(1)
     total: Tensor = ops.SegmentSum.apply(loss[None], offsets)  # type: ignore[no-untyped-call]

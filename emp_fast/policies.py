@@ -1,11 +1,10 @@
 """Selection policies: which samples the next epoch trains on, given their scores.
 
-Never-visited samples rank above all others, in random order. What a policy draws regardless of the
-scores is drawn from visited and never-visited samples alike: all of `Random`, and the share of
-`EpsilonGreedy` that explores. With labels each class gets its own quota, and the policy works
-within every class.
+Never-visited samples rank above all others, in random order. Draws that ignore the scores are made
+from visited and never-visited samples alike: all draws of `Random`, and the exploring share of
+`EpsilonGreedy`. With labels, each class gets its own quota, and the policy works within each class.
 
-All of it is exact and reproducible: ties go to the lowest index, means are exact rationals,
+Selection is exact and reproducible: ties go to the lowest index, means are exact rationals, and
 randomness is counter-based. Every backend, device and rank selects the same samples.
 """
 
@@ -40,24 +39,24 @@ __all__ = [
 ]
 
 Balance = Literal["equal", "proportional"]
-_SIGNIFICAND = 24  # bits of a float32's
-_MOST_BINS = 1 << 20  # of Stratified: more take minutes and gigabytes
+_SIGNIFICAND = 24  # bits in the significand of a float32
+_MOST_BINS = 1 << 20  # of Stratified; more would take minutes and gigabytes
 
 
 class Candidates:
-    """What a policy chooses from: N samples in G groups (classes), and the tools to choose exactly.
+    """The N samples that a policy chooses from, in G groups (classes), and tools to choose exactly.
 
-    Its tensors may hold the samples of one rank alone (`ShardedCandidates`). Whatever a
-    policy decides across samples it asks for here, in the same order on every rank, and never sums
-    or ranks those tensors itself: then it selects the same samples however they are spread.
+    The tensors may hold only the samples of one rank (`ShardedCandidates`). A policy must therefore
+    make every decision across samples through these methods, in the same order on every rank, and
+    never sum or rank the tensors itself. It then selects the same samples on any number of ranks.
 
     Args:
-        scores: [N] float32. NaN, as a rule makes of finite stats that overflow, ranks as -inf.
+        scores: [N] float32. NaN, which results when finite stats overflow in a rule, ranks as -inf.
         visited: [N] bool.
         groups: [N] int64 in [0, num_groups), or None for one group.
         num_groups: G.
-        seed: keys the random numbers, with
-        epoch: the epoch.
+        seed: keys the random numbers together with ``epoch``.
+        epoch: number of the epoch.
         start: index of the first of these samples.
     """
 
@@ -86,23 +85,23 @@ class Candidates:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Samples of each group."""
+        """Number of samples in each group."""
         return self.count(None)
 
     @cached_property
     def num_visited(self) -> list[int]:
-        """Visited samples of each group."""
+        """Number of visited samples in each group."""
         return self.count(self.visited)
 
     def count(
         self, mask: Tensor | None, groups: Tensor | None = None, num_groups: int | None = None
     ) -> list[int]:
-        """How many samples of each group are in ``mask`` (all, for None).
+        """How many samples of each group are in ``mask`` (None: all samples).
 
         Args:
             mask: [N] bool.
             groups: [N] int64, in place of the candidates' own.
-            num_groups: of ``groups``.
+            num_groups: number of groups in ``groups``.
         """
         groups = self.groups if groups is None else groups
         if groups is None:
@@ -114,7 +113,7 @@ class Candidates:
         return counts
 
     def bounds(self, mask: Tensor) -> tuple[float, float] | None:
-        """The lowest and the highest score in ``mask``; None where it is empty."""
+        """The lowest and the highest score in ``mask``; None if it is empty."""
         scores = self.scores[mask]
         outside = scores.new_tensor([-torch.inf, -torch.inf])
         own = torch.stack([-scores.min(), scores.max()]) if scores.numel() else outside
@@ -122,17 +121,17 @@ class Candidates:
         return None if -minus_low > high else (-minus_low, high)
 
     def lowest(self, mask: Tensor) -> Tensor:
-        """[N] float32: the lowest score in ``mask`` of each sample's group, +inf without one."""
+        """[N] float32: the lowest score in ``mask`` in each sample's group; +inf if none is."""
         own = torch.full((self.num_groups,), -torch.inf, device=self.scores.device)
         index = torch.zeros_like(mask, dtype=torch.int64) if self.groups is None else self.groups
         own.scatter_reduce_(0, index[mask], -self.scores[mask], "amax")
         return -self._over_ranks(own, "max")[index]
 
     def sums(self, mask: Tensor) -> list[Fraction]:
-        """The exact sum of the scores in ``mask``, all of them finite, of each group.
+        """The exact sum of the scores in ``mask``, which must be finite, for each group.
 
-        They are added up as integers by exponent, so no order of summation, no device and no number
-        of ranks changes a bit.
+        The significands are summed as integers per exponent, so the result does not depend on the
+        order of summation, the device or the number of ranks.
         """
         scores = self.scores[mask]
         significand, exponent = torch.frexp(scores)
@@ -157,11 +156,11 @@ class Candidates:
         ]
 
     def _over_ranks(self, own: Tensor, op: Literal["sum", "max"]) -> Tensor:
-        """The sum or the maximum of every rank's tensor. Here one rank has all samples."""
+        """The sum or maximum of all ranks' tensors. In this class one rank has all samples."""
         return own
 
     def random_keys(self, stream: Stream) -> Tensor:
-        """[N] float32 keys in uniformly random order."""
+        """[N] float32 random keys, whose order is uniformly random."""
         return random.random_keys(
             len(self),
             seed=self._seed,
@@ -189,12 +188,12 @@ class Candidates:
         quotas: list[int],
         groups: Tensor | None = None,
     ) -> Tensor:
-        """Mask [N] of the ``quotas[g]`` highest keys of the eligible samples of each group.
+        """Mask [N] of the eligible samples with the ``quotas[g]`` highest keys of each group g.
 
         Args:
             keys: [N] float32, no NaN. Ties go to the lowest index.
-            eligible: [N] bool, None for all.
-            quotas: [G], each at most the eligible samples of its group.
+            eligible: [N] bool; None for all.
+            quotas: [G], each at most the number of eligible samples in its group.
             groups: [N] int64, in place of the candidates' own.
         """
         mask = torch.zeros(len(self), dtype=torch.bool, device=self.scores.device)
@@ -202,9 +201,9 @@ class Candidates:
         if k == 0:
             return mask
         if eligible is self.visited and sum(self.num_visited) == len(self):
-            eligible = None  # from the second epoch on
+            eligible = None  # all samples are visited, usually from the second epoch on
         if eligible is not None:
-            # NaN ranks below everything, and no quota exceeds the eligible samples.
+            # NaN ranks lowest, and no quota exceeds the number of eligible samples.
             keys = keys.masked_fill(~eligible, torch.nan)
         groups = self.groups if groups is None else groups
         if groups is None:
@@ -214,7 +213,7 @@ class Candidates:
         return mask.index_fill_(0, chosen, True)
 
     def unvisited_first(self, quotas: list[int], rank: Callable[[list[int]], Tensor]) -> Tensor:
-        """Never-visited samples at random, then what ``rank`` selects for the rest."""
+        """Takes never-visited samples at random first, and lets ``rank`` select the rest."""
         fresh = [
             min(quota, size - visited)
             for quota, size, visited in zip(quotas, self.sizes, self.num_visited, strict=True)
@@ -227,9 +226,9 @@ class Candidates:
 
 
 class Policy(ABC):
-    """How a budget is spent. Subclasses implement `choose`."""
+    """How the budget of an epoch is spent. Subclasses implement `choose`."""
 
-    #: Whether ``k`` may be None: the policy then fixes its own number.
+    #: Whether ``k`` may be None; the policy then fixes its own number.
     sizes_itself: ClassVar[bool] = False
     #: Whether the policy takes a budget at all.
     takes_budget: ClassVar[bool] = True
@@ -246,20 +245,21 @@ class Policy(ABC):
                 number.
 
         Returns:
-            Mask [N] of the chosen and their weights [N] float32, or None where all weigh 1.
+            Mask [N] of the chosen samples, and loss weights [N] float32 or None if all are 1.
         """
 
     def quotas(self, candidates: Candidates, k: int, balance: Balance) -> list[int]:
-        """Divides a budget of k over the classes; a class that has less to choose from than its
-        quota gives the rest away.
+        """Divides a budget of k over the classes.
+
+        A class with fewer samples to choose from than its quota passes on the remainder.
 
         Raises:
-            ValueError: the policy cannot choose so many.
+            ValueError: the policy cannot choose that many samples.
         """
         return class_quotas(candidates.sizes, k, balance)
 
     def check_fraction(self, fraction: float) -> None:
-        """Raises ValueError when the policy can never keep ``fraction`` of the samples."""
+        """Raises ValueError if the policy can never keep ``fraction`` of the samples."""
 
     def __repr__(self) -> str:
         """Names the policy and its settings: checkpoints and ranks compare policies by it."""
@@ -282,7 +282,7 @@ class TopK(Policy):
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """k samples uniformly at random: the baseline that every rule has to beat."""
+    """k samples chosen uniformly at random: the baseline that every rule has to beat."""
 
     def choose(
         self, candidates: Candidates, quotas: list[int] | None
@@ -295,8 +295,8 @@ class Random(Policy):
 class EpsilonGreedy(Policy):
     """round(eps * quota) samples at random, the others by score (Raju et al., arXiv 2111.12621).
 
-    The others are chosen first, as `TopK` does, so never-visited samples lead them. Those at random
-    are drawn uniformly from all samples that are left, visited or not.
+    The samples by score are chosen first, as by `TopK`, never-visited ones before all others. The
+    random ones are then drawn uniformly from all remaining samples, visited or not.
 
     Args:
         eps: share of the budget that explores, in [0, 1].
@@ -320,13 +320,13 @@ class EpsilonGreedy(Policy):
 
 @dataclass(frozen=True)
 class GumbelTopK(Policy):
-    """k samples without replacement, with probabilities that follow exp(score / temperature).
+    """k samples without replacement, with probabilities proportional to exp(score / temperature).
 
-    Kool et al., "Stochastic beams and where to find them", arXiv 1903.06059: the top k of the
-    perturbed scores are such a sample.
+    The top k of the scores perturbed by Gumbel noise are such a sample (Kool et al., "Stochastic
+    beams and where to find them", arXiv 1903.06059).
 
     Args:
-        temperature: > 0; towards 0 it becomes `TopK`, towards infinity `Random`.
+        temperature: > 0; near 0 the policy becomes `TopK`, towards infinity `Random`.
     """
 
     temperature: float = 1.0
@@ -341,11 +341,12 @@ class GumbelTopK(Policy):
         self, candidates: Candidates, quotas: list[int] | None
     ) -> tuple[Tensor, Tensor | None]:
         def rank(rest: list[int]) -> Tensor:
-            # From the lowest score that would be chosen without noise: near it, where the noise
-            # decides, no float32 swallows it then, however large the scores are.
+            # Scores are taken relative to the lowest one that would be chosen without noise. Near
+            # it the noise decides, and float32 then does not round the noise away, however large
+            # the scores are.
             pivot = candidates.lowest(candidates.top(candidates.scores, candidates.visited, rest))
             scores = candidates.scores.double()
-            above = torch.where(scores == pivot, 0.0, scores - pivot)  # of +inf and +inf as well
+            above = torch.where(scores == pivot, 0.0, scores - pivot)  # inf - inf would be NaN
             keys = (above / self.temperature + candidates.gumbel()).float()
             return candidates.top(keys, candidates.visited, rest)
 
@@ -354,15 +355,15 @@ class GumbelTopK(Policy):
 
 @dataclass(frozen=True)
 class BelowMean(Policy):
-    """InfoBatch's rule (Qin et al., arXiv 2303.04947): thin out what lies below the mean score.
+    """InfoBatch (Qin et al., arXiv 2303.04947): thins out the samples below the mean score.
 
-    Keeps all samples at or above the mean and exactly int(keep * n) of the n below it, at random,
-    each of these with weight 1 / keep, so that the expected gradient is that of the full data. It
-    fixes its own number: k is None. Never-visited samples are kept. The mean is exact, over the
-    visited samples of the class.
+    Keeps all samples at or above the mean and exactly int(keep * n) random ones of the n below it.
+    The latter get weight 1 / keep, so that the expected gradient is that of the full data set. The
+    policy fixes its own number of samples, so k is None. Never-visited samples are kept. The mean
+    is exact and taken over the visited samples of the class.
 
     Args:
-        keep: in (0, 1].
+        keep: share of the samples below the mean that is kept, in (0, 1].
     """
 
     keep: float = 0.5
@@ -394,14 +395,15 @@ class Stratified(Policy):
 
     Zheng et al., arXiv 2210.15809.
 
-    Drops the hardest samples, cuts the range of the remaining scores into bins of equal width and
-    takes the same number of each, at random within the bin; a bin smaller than its share gives the
-    rest away.
+    Drops the hardest samples, divides the range of the remaining scores into bins of equal width
+    and takes the same number of samples from each bin, at random. A bin smaller than its share
+    passes on the remainder.
 
     Args:
-        bins: at least 1, at most 2^20.
-        cutoff: share of the highest scores that is dropped first, in [0, 1): mislabelled samples
-            are among them. A budget that the remaining samples cannot fill spares as many of those.
+        bins: number of bins, at least 1 and at most 2^20.
+        cutoff: share of the samples with the highest scores that is dropped first, in [0, 1),
+            because mislabelled samples are among them. Fewer are dropped if the remaining samples
+            would not fill the budget.
     """
 
     bins: int = 50
@@ -454,9 +456,10 @@ class Stratified(Policy):
 class Window(Policy):
     """k random samples between two quantiles of the score: neither the easiest nor the hardest.
 
-    Of V visited samples in rising order, equal ones by falling index, those of rank
-    floor(low * V) up to ceil(high * V), exactly, so that round((high - low) * V) always fit. With
-    ``k=None`` all of them, and every never-visited sample.
+    The V visited samples are sorted by ascending score, ties by descending index. The window holds
+    exactly the ranks from floor(low * V) up to, but not including, ceil(high * V), so that
+    round((high - low) * V) samples always fit. With ``k=None`` the policy takes the whole window
+    and every never-visited sample.
 
     Args:
         low: lower quantile, in [0, 1).
@@ -512,8 +515,8 @@ class Window(Policy):
         return class_quotas(holds, k, balance)
 
     def _bounds(self, candidates: Candidates) -> tuple[list[int], list[int]]:
-        """The first rank of the window in each class, and the one behind its last."""
-        # The quantile that was written: 0.07 of 100 are 7, although 0.07 * 100 is more.
+        """The first rank of the window in each class, and the rank after its last."""
+        # The decimal as written: 0.07 of 100 is 7, although 0.07 * 100 in float is larger.
         low, high = (Fraction(str(float(share))) for share in (self.low, self.high))
         visited = candidates.num_visited
         return [math.floor(low * n) for n in visited], [math.ceil(high * n) for n in visited]
@@ -522,11 +525,11 @@ class Window(Policy):
 def choose(
     policy: Policy, candidates: Candidates, k: int | None, balance: Balance
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``policy`` makes of a budget of k samples; None leaves the number to it.
+    """Lets ``policy`` spend a budget of k samples; None leaves the number to the policy.
 
     Raises:
-        ValueError: it cannot choose so many, or its `Policy.choose` did not return a mask and
-            weights of the samples.
+        ValueError: the policy cannot choose that many, or its `Policy.choose` did not return a mask
+            and weights of the samples.
     """
     quotas = None if k is None else policy.quotas(candidates, k, balance)
     chosen = policy.choose(candidates, quotas)
@@ -553,13 +556,13 @@ def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[i
     """Divides a budget of k over classes of the given sizes; the quotas sum to exactly k.
 
     Args:
-        sizes: samples of each class.
-        k: at most their sum.
-        balance: "equal" gives every class the same, and what a small class cannot use goes to the
-            others; "proportional" keeps the same fraction of each (largest remainders).
+        sizes: number of samples in each class.
+        k: at most the sum of the sizes.
+        balance: "equal" gives every class the same quota, and what a small class cannot use goes to
+            the others; "proportional" keeps the same fraction of each (largest remainders).
 
     Raises:
-        ValueError: k or the balance is impossible.
+        ValueError: k or the balance is invalid.
     """
     check_balance(balance)
     if not 0 <= k <= sum(sizes):
@@ -575,13 +578,13 @@ def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[i
 
 
 def check_balance(balance: Balance) -> None:
-    """Raises ValueError unless there is such a balance."""
+    """Raises ValueError unless ``balance`` is known."""
     if balance not in get_args(Balance):
         raise ValueError(f"balance must be 'equal' or 'proportional', got {balance!r}")
 
 
 def fair_shares(sizes: list[int], k: int) -> list[int]:
-    """Shares of k as equal as ``sizes`` allow; the odd ones go to the largest."""
+    """Divides k as equally as ``sizes`` allow; the remainder goes to the largest."""
     shares = [0] * len(sizes)
     left = k
     for position, c in enumerate(sorted(range(len(sizes)), key=lambda c: sizes[c])):
@@ -591,9 +594,10 @@ def fair_shares(sizes: list[int], k: int) -> list[int]:
 
 
 def _means(candidates: Candidates) -> list[float]:
-    """The smallest float32 at or above the exact mean of the visited scores of every group.
+    """The smallest float32 at or above the exact mean of the visited, finite scores of each group.
 
-    ``score >= mean`` then decides alike everywhere. A group without a finite score gets -inf.
+    ``score >= mean`` then gives the same result everywhere. A group without a finite score gets
+    -inf.
     """
     finite = candidates.visited & torch.isfinite(candidates.scores)
     return [

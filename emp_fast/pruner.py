@@ -1,4 +1,4 @@
-"""The training loop's side: which samples an epoch uses, and the loss that scores them."""
+"""The interface to the training loop: the samples of an epoch, and the loss that scores them."""
 
 from __future__ import annotations
 
@@ -40,33 +40,34 @@ class Pruner:
                 loss = pruner.loss(model(x), y, idx)
                 loss.backward(); ...
 
-    Every epoch trains on exactly ``round((1 - prune_rate) * N)`` samples, or on what a policy that
-    fixes its own number selects. The selection is made when the epoch's first index is asked for,
-    from the scores of all epochs before.
+    Every epoch trains on exactly ``round((1 - prune_rate) * N)`` samples, unless the policy fixes
+    its own number. The selection is made when the epoch's first index is requested, from the scores
+    of all previous epochs.
 
     Args:
         num_samples: N, the length of the training set.
         prune_rate: share of the samples left out, in [0, 1), or a function of the epoch that
             returns it. Ignored by a policy that fixes its own number.
-        rule: how a visit moves a sample's score.
+        rule: how a visit changes a sample's score.
         policy: which samples the next epoch uses.
-        labels: [N] class ids: makes every class keep its quota.
-        epochs: length of the training run; ``full_epochs_last`` needs it.
-        full_epochs_first: epochs at the start that use every sample.
-        full_epochs_last: epochs at the end that use every sample.
+        labels: [N] class ids; every class then keeps its own quota.
+        epochs: length of the training run; required by ``full_epochs_last``.
+        full_epochs_first: number of epochs at the start that use every sample.
+        full_epochs_last: number of epochs at the end that use every sample.
         seed: keys selection and order; the global generators are neither read nor written.
         device: where the scores live; None follows the first logits.
-        process_group: the ranks that train together; None is the default group, where one exists.
-        balance: of the classes, with labels; see `ScoreStore.select`.
+        process_group: the ranks that train together; None is the default group, if one exists.
+        balance: how labels divide the budget; see `ScoreStore.select`.
 
     Attributes:
-        sampler: for the loader; every iteration of it is the next epoch.
+        sampler: for the loader; every iteration over it is the next epoch.
         store: the `ScoreStore`, with scores, memory and visits of every sample.
         schedule: how many samples each epoch uses, for trainers; see `emp_fast.epochs.Schedule`.
         progress: where the run stands, for trainers; see `emp_fast.epochs.Progress`.
 
     Raises:
-        ValueError: an argument is impossible; TypeError: or of the wrong type.
+        ValueError: an argument is invalid.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -123,26 +124,26 @@ class Pruner:
         offsets: Tensor | None = None,
         **extra: Tensor,
     ) -> Tensor:
-        """The mean cross-entropy of a batch; scores it and moves the state of its samples on the
-        way.
+        """The mean cross-entropy of a batch; also scores its samples and updates their state.
 
         Args:
-            logits: as `functional.cross_entropy`, like all options.
+            logits: as in `functional.cross_entropy`, like all options below.
             target: class ids or probabilities.
-            indices: which samples these are.
+            indices: the indices of these samples in the training set.
             weight: class weights.
             ignore_index: class id of positions that do not count.
             label_smoothing: in [0, 1].
-            softcap: of the logits.
-            offsets: of packed samples.
-            **extra: further stats that the rule reads, as ``hidden=`` for `GraNd`.
+            softcap: cap of the logits, > 0.
+            offsets: starts of packed samples.
+            **extra: further stats that the rule reads, such as ``hidden=`` for `GraNd`.
 
         Returns:
-            Scalar: the mean over the samples that count of (policy weight) * loss.
+            Scalar: the mean of (policy weight) * loss over the samples that count.
 
         Raises:
-            ValueError, TypeError, IndexError: as `functional.cross_entropy` and
-            `ScoreStore.update`.
+            ValueError: as `functional.cross_entropy` and `ScoreStore.update`.
+            TypeError: likewise.
+            IndexError: likewise.
         """
         if offsets is None and not extra:
             row_scale = self.weights(indices) if self._weighs() else None
@@ -163,14 +164,15 @@ class Pruner:
         return self.mean_loss(stats, indices)
 
     def mean_loss(self, stats: SampleStats, indices: Tensor) -> Tensor:
-        """The mean over the samples that count of (policy weight) * loss; scores nothing.
+        """The mean of (policy weight) * loss over the samples that count; scores nothing.
 
         Args:
-            stats: of S samples.
-            indices: [S] which samples these are.
+            stats: stats of S samples.
+            indices: [S] indices of these samples.
 
         Raises:
-            ValueError: the two differ in length; TypeError: one of them is something else.
+            ValueError: the two differ in length.
+            TypeError: stats are not SampleStats, or indices are not integers.
         """
         if not isinstance(stats, SampleStats):
             raise TypeError(f"stats must be SampleStats, got {stats!r}")
@@ -198,15 +200,17 @@ class Pruner:
         """Scores samples by any per-sample loss: segmentation, detection, diffusion, contrastive.
 
         Args:
-            indices: [S] which samples.
-            stats: SampleStats, as `functional.info_nce` returns them, or a mapping of those that
-                the rule reads.
+            indices: [S] sample indices.
+            stats: SampleStats, such as `functional.info_nce` returns, or a mapping of the stats
+                that the rule reads.
             loss: [S], in place of ``stats``.
             memory: [S] memory term, in place of the entropy; a rule that reads none ignores it.
             **extra: further stats by name.
 
         Raises:
-            ValueError, TypeError, IndexError: as `ScoreStore.update`.
+            ValueError: both or neither of stats and loss are given, or as `ScoreStore.update`.
+            TypeError: as `ScoreStore.update`.
+            IndexError: as `ScoreStore.update`.
         """
         if stats is not None and loss is None:
             given = by_name(stats)
@@ -225,11 +229,12 @@ class Pruner:
         self.store.update(indices, given, **extra)
 
     def weights(self, indices: Tensor) -> Tensor:
-        """[S] float32 loss weights that the policy gives these samples in this epoch; mostly 1.
+        """[S] float32 loss weights that the policy gives these samples in this epoch; usually 1.
 
         Raises:
-            TypeError: the indices are not integers; IndexError: on the CPU, one is beyond N. On a
-                GPU it gets some weight, and `update` refuses it.
+            TypeError: the indices are not integers.
+            IndexError: on the CPU, an index is beyond N. On a GPU it gets an arbitrary weight, and
+                `update` refuses it.
         """
         indices = checked_integers("indices", indices)
         plan = self.progress.plan
@@ -237,12 +242,12 @@ class Pruner:
         if weights is None:
             return torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
         at = indices.to(self.store.device, torch.int64, non_blocking=True)
-        if at.device.type != "cpu":  # where a bad index would end the process's use of the device
+        if at.device.type != "cpu":  # there, a bad index would make the device unusable
             at = at.clamp(0, self.store.num_samples - 1)
         return weights[at]
 
     def _weighs(self) -> bool:
-        """Whether any sample of this epoch weighs other than 1."""
+        """Whether any sample of this epoch has a weight other than 1."""
         plan = self.progress.plan
         return plan is not None and plan.weights is not None
 
@@ -265,27 +270,28 @@ class Pruner:
 
     @property
     def epoch(self) -> int:
-        """The epoch that began last, or the one asked for by `set_epoch`; a resumed run starts
-        there.
+        """The epoch that began last, or the one requested by `set_epoch`.
+
+        A resumed run starts there.
         """
         return self.progress.epoch
 
     @property
     def selection(self) -> Selection:
-        """What the epoch that began last trains on; before the first, what that will train on."""
+        """The samples of the epoch that began last; before the first epoch, those of the first."""
         return self.progress.selection
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration of the sampler that epoch. Calling it twice is harmless, and so
-        is calling it for an epoch that has begun before its first batch is trained on.
+        """Sets the epoch of the sampler's next iteration.
 
-        A resumed epoch continues where it was when its own number is set, and is given up for
-        another.
+        Repeated calls are harmless, and so is a call for an epoch that has begun but of which no
+        batch is trained yet. A resumed epoch continues where it was if its own number is set, and
+        is abandoned for any other number.
         """
         self.progress.set_epoch(epoch)
 
     def prune_rate(self, epoch: int) -> float:
-        """The share of samples left out in that epoch, as asked for: 0 in the full epochs.
+        """The share of samples to leave out in that epoch; 0 in the full epochs.
 
         Raises:
             ValueError: the function given as ``prune_rate`` returned something outside [0, 1).
@@ -297,20 +303,20 @@ class Pruner:
     def distributed_sampler(self, *, drop_last: bool = False) -> DistributedEpochSampler:
         """The sampler for plain DDP and Lightning: each rank of the process group gets its share.
 
-        A `torch.utils.data.DistributedSampler`, so trainers leave it as it is.
+        It is a `torch.utils.data.DistributedSampler`, so trainers do not replace it.
 
         Args:
-            drop_last: leave out the samples that do not make one for every rank, instead of
-                repeating the epoch's first ones.
+            drop_last: drop the remaining samples if they are fewer than the ranks, instead of
+                repeating the epoch's first samples.
         """
         if not isinstance(drop_last, bool):
             raise TypeError(f"drop_last must be a bool, got {drop_last!r}")
         return DistributedEpochSampler(self.progress, drop_last)
 
     def merge(self) -> None:
-        """Brings every rank's updates to every rank. Collective; a no-op on one rank.
+        """Exchanges the updates of all ranks. Collective; a no-op on one rank.
 
-        The start of an epoch does this by itself. Call it on all ranks before only one of them
+        The start of an epoch does this automatically. Call it on all ranks before a single rank
         saves `state_dict` in the middle of an epoch.
 
         Raises:
@@ -319,14 +325,14 @@ class Pruner:
         """
         self.progress.merge()
 
-    # ---- seeing it ------------------------------------------------------------------------------
+    # ---- inspection -----------------------------------------------------------------------------
 
     def stats(self) -> dict[str, float]:
         """Where the run stands, as plain numbers for any logger. Reads from the device.
 
         Warns:
-            EmpFastWarning: once, when more than 2 N rows have been scored and the sampler has not
-                been asked for any: the loader was made without it.
+            EmpFastWarning: once, if more than 2 N rows have been scored although the sampler was
+                never used. The loader was then made without it.
         """
         self.progress.warn_if_unused()
         store, plan = self.store, self.progress.plan
@@ -355,14 +361,15 @@ class Pruner:
         return summary
 
     def plot(self, *, title: str | None = None) -> Figure:
-        """A picture of the state: score distribution with what is kept, visits a sample, class
-        balance (with labels), and entropy against loss (for a rule made of the two, as `EMP`).
+        """A figure of the state. Reads from the device.
 
-        Where the epoch in progress has moved the scores since its selection, the kept samples no
-        longer end at one threshold, and none is drawn. Reads from the device.
+        It shows the score distribution with the kept samples, visits per sample, class balance
+        (with labels), and entropy against loss (for a rule made of the two, such as `EMP`). It
+        draws no threshold if the scores have changed since the selection, because the kept samples
+        then no longer end at one score.
 
         Args:
-            title: above everything; None names rule, policy and epoch.
+            title: title of the figure; None names rule, policy and epoch.
 
         Returns:
             A matplotlib Figure; ``pruner.plot().savefig("pruning.png")`` writes it.
@@ -388,10 +395,9 @@ class Pruner:
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to see the bit-identical samples;
-        weights_only-loadable.
+        """All that a resumed run needs to select bit-identical samples; weights_only-loadable.
 
-        Take it between steps: what has been given to `loss` or `update` counts as trained.
+        Take it between steps: samples that were passed to `loss` or `update` count as trained.
 
         Warns:
             EmpFastWarning: as `stats`.
@@ -406,22 +412,23 @@ class Pruner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a snapshot, whole or not at all; the next iteration continues inside its epoch.
+        """Restores a snapshot, completely or not at all; the next iteration continues its epoch.
 
         Raises:
-            ValueError: it is of another format, data set, rule, policy or seed, or damaged;
-                TypeError: it is no mapping.
+            ValueError: the snapshot is damaged, or has another format, data set, rule, policy or
+                seed.
+            TypeError: it is not a mapping.
         """
         saved, store = self._checked_state(state)
         self.store.load_state_dict(store)
         self.progress.restore(saved)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises what `load_state_dict` would; changes nothing."""
+        """Raises what `load_state_dict` would raise; changes nothing."""
         self._checked_state(state)
 
     def _checked_state(self, state: Mapping[str, Any]) -> tuple[SavedProgress, Mapping[str, Any]]:
-        """Where the run stood, and the store's own snapshot."""
+        """The saved progress of the run, and the store's own snapshot."""
         require_state(state)
         wanted = {"format": _FORMAT, "seed": self.seed, "policy": repr(self.policy)}
         require_entries("state", state, wanted)
@@ -437,8 +444,9 @@ class Pruner:
 
 
 def _loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
-    """[N] last losses and accumulated entropies, NaN where never visited, of a score that is a
-    weighted sum of the two; None for other rules.
+    """[N] last losses and accumulated entropies, if the score is a weighted sum of the two.
+
+    NaN where never visited; None for other rules.
     """
     recurrence = store.rule.recurrence()
     if (

@@ -1,11 +1,11 @@
-"""Scoring rules: which stats a rule reads, and how a visit moves a sample's state and score.
+"""Scoring rules: which stats a rule reads, and how a visit changes a sample's state and score.
 
-The next epoch trains on the samples of highest score, so every score here grows with how much a
-sample is worth training on; where the literature's quantity grows with ease (the margin), the score
-is its negative.
+The next epoch trains on the samples with the highest scores, so every score here grows with how
+much a sample is worth training on. Where the quantity in the literature grows with ease (the
+margin), the score is its negative.
 
-A rule either states a `Recurrence`, which the kernels run (one launch with the loss), or overrides
-`Rule.step` with tensor code. Subclass `Rule` for a new one::
+A rule either defines a `Recurrence`, which the kernels run (in one launch with the loss), or
+overrides `Rule.step` with tensor code. Subclass `Rule` to define a new one::
 
     class Focal(Rule):
         reads = ("loss", "confidence")
@@ -46,42 +46,45 @@ __all__ = [
     "Rule",
 ]
 
-#: What `Mean` averages, and the sign that makes its score grow with how hard a sample is.
+#: The stats that `Mean` can average, and the sign with which they grow with a sample's difficulty.
 _MEAN_SIGNS = {"loss": 1.0, "entropy": 1.0, "el2n": 1.0, "margin": -1.0, "confidence": -1.0}
 
 
 class Rule:
-    """How a visit moves a sample's state. Subclasses set ``reads`` and override one method."""
+    """How a visit changes a sample's state. Subclasses set ``reads`` and override one method."""
 
-    #: What the rule reads: names of SampleStats fields, or of keyword stats of ``update``.
+    #: Stats that the rule reads: names of SampleStats fields, or keyword arguments of ``update``.
     reads: ClassVar[tuple[str, ...]] = ("loss",)
 
     def recurrence(self) -> Recurrence | None:
-        """The rule in the form that kernels run, or None for one that is tensor code in `step`."""
+        """The rule in the form that kernels run; None for a rule that is tensor code in `step`."""
         return None
 
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
-        """Further state beside "score", "memory" and "visits": tensors whose first axis is N."""
+        """State besides "score", "memory" and "visits": tensors whose first axis is N."""
         return {}
 
     def shard(self, start: int, stop: int, num_samples: int) -> Rule:
-        """The rule for the samples ``start`` to ``stop`` of ``num_samples`` alone, numbered from 0.
+        """The rule for only the samples ``start`` to ``stop`` of ``num_samples``, numbered from 0.
 
-        A rule that holds something for each sample overrides this.
+        A rule that holds per-sample data overrides this.
         """
         return self
 
     def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Moves the state of S samples, each of them present once.
+        """Updates the state of S samples. Avoid host synchronisation here.
+
+        The CPU backend passes each sample once. The others may repeat a sample, in equal rows, and
+        include refused rows, whose results are discarded. Compute every row by itself.
 
         Args:
-            stats: what ``reads`` names, each [S, ...], detached.
+            stats: the stats that ``reads`` names, each [S, ...], detached.
             state: the rows of "score", "memory" (float32), "visits" (int32, before this visit) and
-                of every buffer, [S, ...].
+                of every buffer, each [S, ...].
 
         Returns:
-            The new rows, by name: "score" always, of the rest whatever changed ("visits" is counted
-            for you). A row whose score is NaN is refused. No host synchronisation, please.
+            The new rows, by name: always "score", and whichever others changed ("visits" is counted
+            for you). A row whose score is NaN is refused.
         """
         raise NotImplementedError(f"{type(self).__name__} must override step() or recurrence()")
 
@@ -95,13 +98,14 @@ class Rule:
 class EMP(Rule):
     """The paper's score: loss + beta * memory (EMP, arXiv 2408.16031).
 
-    ``memory <- decay * memory + (1 - decay) * entropy``, on the first visit the entropy itself. The
-    paper takes the entropy of the current visit, ``decay=0``; accumulating it is ours. Nothing of
-    the paper fixes ``beta`` for every data set; the default weighs both terms alike.
+    ``memory <- decay * memory + (1 - decay) * entropy``; on the first visit it is the entropy
+    itself. The paper uses the entropy of the current visit, ``decay=0``; accumulating it is our
+    extension. The paper gives no ``beta`` for all data sets; the default weights both terms
+    equally.
 
     Args:
         beta: weight of the memory term, finite.
-        decay: in [0, 1).
+        decay: of the moving average, in [0, 1).
     """
 
     beta: float = 1.0
@@ -118,7 +122,7 @@ class EMP(Rule):
 
 @dataclass(frozen=True)
 class Loss(Rule):
-    """The loss, or with ``decay`` its exponential moving average."""
+    """The loss or, with ``decay``, its exponential moving average."""
 
     decay: float = 0.0
     reads: ClassVar[tuple[str, ...]] = ("loss",)
@@ -132,8 +136,9 @@ class Loss(Rule):
 
 @dataclass(frozen=True)
 class Entropy(Rule):
-    """The entropy of the softmax output, or with ``decay`` its moving average: the most
-    uncertain first.
+    """The entropy of the softmax output or, with ``decay``, its moving average.
+
+    The most uncertain samples come first.
     """
 
     decay: float = 0.0
@@ -148,7 +153,7 @@ class Entropy(Rule):
 
 @dataclass(frozen=True)
 class EL2N(Rule):
-    """||p - y||_2, or with ``decay`` its moving average (Paul et al., arXiv 2107.07075)."""
+    """||p - y||_2 or, with ``decay``, its moving average (Paul et al., arXiv 2107.07075)."""
 
     decay: float = 0.0
     reads: ClassVar[tuple[str, ...]] = ("el2n",)
@@ -162,7 +167,10 @@ class EL2N(Rule):
 
 @dataclass(frozen=True)
 class Margin(Rule):
-    """The negative margin, or with ``decay`` of its moving average: the least separated first."""
+    """The negative margin or, with ``decay``, the negative of its moving average.
+
+    The least separated samples come first.
+    """
 
     decay: float = 0.0
     reads: ClassVar[tuple[str, ...]] = ("margin",)
@@ -178,7 +186,7 @@ class Margin(Rule):
 class AUM(Rule):
     """The negative area under the margin: ``memory`` is the mean margin over all visits.
 
-    Pleiss et al., arXiv 2001.10528. A high score (a low AUM) is a hard sample or a wrong label.
+    Pleiss et al., arXiv 2001.10528. A high score (a low AUM) means a hard sample or a wrong label.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("margin",)
@@ -189,8 +197,10 @@ class AUM(Rule):
 
 @dataclass(frozen=True)
 class Mean(Rule):
-    """The mean of one stat over all visits; negative for "margin" and "confidence", which grow with
-    ease. ``Mean("margin")`` is `AUM`.
+    """The mean of one stat over all visits.
+
+    The score is the negative mean for "margin" and "confidence", which grow with ease.
+    ``Mean("margin")`` is `AUM`.
 
     Args:
         stat: "loss", "entropy", "el2n", "margin" or "confidence".
@@ -199,7 +209,7 @@ class Mean(Rule):
     stat: str = "loss"
 
     def __post_init__(self) -> None:
-        if self.stat not in tuple(_MEAN_SIGNS):  # of a tuple, so that a list may be asked for
+        if self.stat not in tuple(_MEAN_SIGNS):  # unlike a dict, a tuple takes unhashable values
             raise ValueError(f"stat must be one of {', '.join(_MEAN_SIGNS)}, got {self.stat!r}")
 
     @property
@@ -214,8 +224,8 @@ class Mean(Rule):
 class UCB(Rule):
     """Upper confidence bound of the loss: mean + c * variance (Raju et al., arXiv 2111.12621).
 
-    With a = 1 - decay: ``v <- (1 - a) v + a (l - mu)^2``, then ``mu <- (1 - a) mu + a l``; on the
-    first visit mu = l and v = 0. ``memory`` is mu.
+    With loss l and a = 1 - decay: ``v <- (1 - a) v + a (l - mu)^2``, then
+    ``mu <- (1 - a) mu + a l``; on the first visit mu = l and v = 0. ``memory`` is mu.
     """
 
     c: float = 1.0
@@ -232,7 +242,7 @@ class UCB(Rule):
 
 @dataclass(frozen=True)
 class Forgetting(Rule):
-    """How often a sample went from right to wrong; +inf while it was never right.
+    """How often a sample went from right to wrong; +inf until it has been right once.
 
     Toneva et al., arXiv 1812.05159. ``memory`` is the count of forgetting events.
     """
@@ -255,11 +265,11 @@ class Forgetting(Rule):
 
 @dataclass(frozen=True)
 class GraNd(Rule):
-    """Norm of the last layer's gradient, ||p - y|| * sqrt(1 + ||h||^2) (Paul et al., arXiv
-    2107.07075).
+    """Norm of the last layer's gradient, ||p - y|| * sqrt(1 + ||h||^2).
 
-    Exact for a linear classifier with a bias on features h [S, E], which the caller gives:
-    ``pruner.loss(logits, y, idx, hidden=h)`` or ``store.update(idx, stats, hidden=h)``.
+    Paul et al., arXiv 2107.07075. Exact for a linear classifier with a bias on features h [S, E],
+    which the caller passes: ``pruner.loss(logits, y, idx, hidden=h)`` or
+    ``store.update(idx, stats, hidden=h)``.
     """
 
     decay: float = 0.0
@@ -281,11 +291,11 @@ class DynUnc(Rule):
     """Dynamic uncertainty: the mean over sliding windows of the standard deviation of p_y.
 
     He et al., "Large-scale dataset pruning with dynamic uncertainty", arXiv 2306.05175. Until a
-    sample has filled one window, its score is the deviation of the visits that it has. ``memory``
-    is the mean over the full windows so far.
+    sample has filled one window, its score is the deviation over its visits so far. ``memory`` is
+    the mean over the full windows so far.
 
     Args:
-        window: visits a window, at least 2; N * window floats of state.
+        window: visits per window, at least 2; the state takes N * window floats.
     """
 
     window: int = 10
@@ -307,7 +317,7 @@ class DynUnc(Rule):
         present = torch.arange(self.window, device=history.device) < seen
         mean = history.where(present, 0).sum(1, keepdim=True) / seen
         square = (history - mean).square().where(present, 0).sum(1)
-        # The sample deviation (n - 1), as the paper's code; of one visit it is 0.
+        # The sample deviation (n - 1), as in the paper's code; for one visit it is 0.
         deviation = (square / (seen[:, 0] - 1).clamp_min(1)).sqrt()
         windows = visits + 2 - self.window  # full windows, this one included
         mean_deviation = state["memory"] + (deviation - state["memory"]) / windows.clamp_min(1)
@@ -324,7 +334,7 @@ class RHO(Rule):
 
     Args:
         irreducible: [N] losses of a model trained on held-out data.
-        decay: moving average of the reducible loss.
+        decay: of the moving average of the reducible loss, in [0, 1).
     """
 
     reads = ("loss",)

@@ -1,4 +1,4 @@
-"""The state of samples on one device, and what a batch does to it."""
+"""The state of samples on one device, and how a batch updates it."""
 
 from __future__ import annotations
 
@@ -31,31 +31,33 @@ __all__ = [
     "single_visit_scores",
 ]
 
-#: weight, ignore_index, label_smoothing and softcap, of `functional.cross_entropy`.
+#: weight, ignore_index, label_smoothing and softcap, as in `functional.cross_entropy`.
 StepOptions = tuple[Tensor | None, int, float, float | None]
 
-#: What `SampleState.loss_and_update` can hand to a rule.
+#: The stats that `SampleState.loss_and_update` can pass to a rule.
 _FUSED_STATS = {"loss", *SCORE_FIELDS}
 
 
 class SampleState:
-    """Scores, memory term and visits of N samples, and what their rule adds, moved by that rule.
+    """Scores, memory term, visits and rule buffers of N samples, updated by their rule.
 
     Args:
-        num_samples: N; may be 0, of a rank that has no share.
-        rule: what a visit does to a sample's state; of these samples.
+        num_samples: N; may be 0 for a rank that owns no samples.
+        rule: how a visit changes a sample's state; a rule for these N samples.
         device: where the state lives; None follows the stats of the first update.
 
     Attributes:
-        state: what kernels write into.
-        buffers: [N, ...] each, what the rule adds, by name.
-        recurrence: the rule as kernels run it; None for one that is tensor code.
+        state: the tensors that kernels write into.
+        buffers: the rule's buffers by name, [N, ...] each.
+        recurrence: the rule as kernels run it; None for a rule that is tensor code.
 
     Raises:
-        ValueError, TypeError: the rule's buffers are not of N samples, or there is no such device.
+        ValueError: a buffer of the rule has a reserved name or not N rows, or there is no such
+            device.
+        TypeError: the rule's buffers are not a dict of tensors.
     """
 
-    @torch.inference_mode(False)  # a tensor made in inference mode could not be updated outside it
+    @torch.inference_mode(False)  # a tensor made in inference mode cannot be updated outside it
     def __init__(self, num_samples: int, rule: Rule, device: torch.device | str | None) -> None:
         self.num_samples = num_samples
         self.rule = rule
@@ -120,7 +122,8 @@ class SampleState:
             or not isinstance(logits, Tensor)
             or logits.dim() != 2
             or not (logits.requires_grad and torch.is_grad_enabled())
-            # Made before the loss scale is known, its small gradients would already be gone.
+            # The gradient would be computed before the loss scale is known, and small values would
+            # underflow.
             or logits.dtype == torch.float16
             or is_compiling()
             or not ops.fuses_step(logits)
@@ -137,7 +140,7 @@ class SampleState:
             if not self._follows:
                 return None
             self.move(device)
-        if row_scale is not None:  # made where the state was
+        if row_scale is not None:  # it was made on the state's device, which may have changed
             row_scale = row_scale.to(device, non_blocking=True)
         if indices.device != device:
             indices = indices.to(device, non_blocking=True)
@@ -146,7 +149,7 @@ class SampleState:
         )
 
     def _step(self, indices: Tensor, read: dict[str, Tensor], count: Tensor | None) -> None:
-        """The update of a rule that is tensor code."""
+        """Updates the state by a rule that is tensor code."""
         chosen = ops.winners(indices, _all_finite(indices, read), count, self.state)
         rows, at = chosen.rows, chosen.indices
         targets = {"score": self.state.scores, "memory": self.state.memory, **self.buffers}
@@ -165,7 +168,7 @@ class SampleState:
         chosen.write(self.state.visits, before["visits"] + 1, before["visits"])
 
     def _without_nan(self, chosen: Winners, score: Tensor) -> Winners:
-        """Refuses, and counts, the rows that a rule gave no score."""
+        """Refuses and counts the rows whose score from the rule is NaN."""
         nan = torch.isnan(score.float())
         if chosen.applied is None:
             if not bool(nan.any()):
@@ -173,13 +176,13 @@ class SampleState:
             self.state.counters[0] += nan.sum()
             return chosen._replace(applied=~nan)
         at = chosen.indices
-        once = torch.ones_like(nan)  # a sample's rows all stand for its last one
+        once = torch.ones_like(nan)  # repeated rows of a sample all stand for its last row
         once[1:] = at[1:] != at[:-1]
         self.state.counters[0] += (chosen.applied & nan & once).sum()
         return chosen._replace(applied=chosen.applied & ~nan)
 
     def _check_moved(self, moved: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Raises unless a rule's ``step`` returned rows that can take the place of ``state``'s."""
+        """Raises unless a rule's ``step`` returned rows that can replace those of ``state``."""
         step = f"{type(self.rule).__name__}.step()"
         if not isinstance(moved, Mapping):
             raise TypeError(f"{step} must return a dict of tensors, got {type(moved).__name__}")
@@ -191,7 +194,7 @@ class SampleState:
             )
         for name, rows in moved.items():
             require_tensor(f"{step}[{name!r}]", rows)
-            if rows.shape != state[name].shape:  # else it would be broadcast over the samples
+            if rows.shape != state[name].shape:  # otherwise it would broadcast over the samples
                 raise ValueError(
                     f"{step}[{name!r}] must have shape {tuple(state[name].shape)}, "
                     f"got {tuple(rows.shape)}"
@@ -205,7 +208,7 @@ class SampleState:
         stats: SampleStats | Mapping[str, Tensor],
         extra: Mapping[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Indices, the stats that the rule reads, and the counts, all where the state lives."""
+        """Indices, the stats that the rule reads, and the counts, all on the state's device."""
         given = {**by_name(stats), **extra}
         unread = set(extra) - {*self.rule.reads, "count"}
         if unread:
@@ -217,7 +220,7 @@ class SampleState:
         samples = indices.shape[0]
         read = {name: self._checked_stat(name, given, samples) for name in self.rule.reads}
         if "correct" in read and given.get("confidence") is not None:
-            # A bool cannot be NaN: that of a NaN row must be refused with it all the same.
+            # A bool cannot be NaN, yet `correct` of a NaN row must be refused like its other stats.
             undefined = torch.isnan(self._checked_stat("confidence", given, samples))
             read["correct"] = read["correct"].float().masked_fill(undefined, torch.nan)
         count = given.get("count")
@@ -252,10 +255,10 @@ class SampleState:
             )
         return value.detach().contiguous()
 
-    # ---- all of it ------------------------------------------------------------------------------
+    # ---- the whole state ------------------------------------------------------------------------
 
     def move(self, device: torch.device) -> None:
-        """Brings the state to a device."""
+        """Moves the state to a device."""
         with torch.inference_mode(False):  # as in __init__
             moved = {
                 name: tensor.to(device)
@@ -266,7 +269,7 @@ class SampleState:
             self.buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a snapshot holds, by name."""
+        """All tensors that a snapshot holds, by name."""
         named = self.state._asdict()
         del named["claims"]  # scratch
         return {
@@ -275,11 +278,11 @@ class SampleState:
         }
 
     def copies(self) -> dict[str, Tensor]:
-        """The same, of this moment."""
+        """Copies of `tensors`."""
         return {name: tensor.clone() for name, tensor in self.tensors().items()}
 
     def forms(self, num_samples: int) -> dict[str, Form]:
-        """What `tensors` are of a state of so many samples."""
+        """The forms that `tensors` have in a state of ``num_samples`` samples."""
         return {
             name: Form.of(tensor)
             if name == "counters"
@@ -289,17 +292,22 @@ class SampleState:
 
 
 def _all_finite(indices: Tensor, read: Mapping[str, Tensor]) -> Tensor:
-    """[S] bool: whether all values of a row are finite."""
+    """[S] bool: whether all stats of a row are finite."""
     zero = torch.zeros_like(indices, dtype=torch.float32)
     for value in read.values():
         if value.dtype != torch.bool:
-            each = value - value  # 0, or NaN; in fewer operations than isfinite takes
+            each = value - value  # 0 or NaN, in fewer operations than isfinite takes
             zero = zero + (each if value.dim() == 1 else each.flatten(1).sum(1))
     return zero == 0
 
 
 def checked_indices(indices: Tensor) -> Tensor:
-    """[S] int64, contiguous. Raises TypeError or ValueError unless they are integers [S]."""
+    """The indices as contiguous int64 [S].
+
+    Raises:
+        TypeError: they are not integers.
+        ValueError: they do not have shape [S].
+    """
     if (
         type(indices) is Tensor
         and indices.dtype is torch.int64
@@ -307,20 +315,20 @@ def checked_indices(indices: Tensor) -> Tensor:
         and indices.dim() == 1
         and indices.is_contiguous()
     ):
-        return indices  # as it mostly is
+        return indices  # the usual case
     indices = checked_integers("indices", indices)
     if indices.dim() != 1:
         raise ValueError(f"indices must have shape [S], got {tuple(indices.shape)}")
-    if indices.dtype != torch.int64:  # asking costs a tenth of a conversion to what it is
+    if indices.dtype != torch.int64:  # the test costs a tenth of a no-op conversion
         indices = indices.to(torch.int64)
     return indices.contiguous()
 
 
 def by_name(stats: SampleStats | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The stats of a batch by their names.
+    """The stats of a batch by name.
 
     Raises:
-        TypeError: they are something else.
+        TypeError: ``stats`` is neither SampleStats nor a mapping.
     """
     if isinstance(stats, SampleStats):
         return stats._asdict()
@@ -330,7 +338,12 @@ def by_name(stats: SampleStats | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def checked_store_arguments(num_samples: int, rule: Rule) -> int:
-    """The number of samples. Raises TypeError or ValueError unless a store of them is possible."""
+    """Checks the arguments of a store and returns the number of samples.
+
+    Raises:
+        ValueError: num_samples is below 1, or the rule does not read what its recurrence reads.
+        TypeError: an argument or ``rule.reads`` has the wrong type.
+    """
     num_samples = checked_int("num_samples", num_samples)
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -350,7 +363,7 @@ def checked_store_arguments(num_samples: int, rule: Rule) -> int:
 
 
 def _checked_buffers(rule: Rule, num_samples: int, device: torch.device) -> dict[str, Tensor]:
-    """What ``rule.buffers`` makes, [N, ...] each."""
+    """The buffers that ``rule.buffers`` makes, each [N, ...]."""
     buffers = rule.buffers(num_samples, device)
     if not isinstance(buffers, dict):
         raise TypeError(f"rule.buffers() must return a dict, got {type(buffers).__name__}")
@@ -367,11 +380,13 @@ def _checked_buffers(rule: Rule, num_samples: int, device: torch.device) -> dict
 
 
 def single_visit_scores(rule: Rule, stats: SampleStats, **extra: Tensor) -> Tensor:
-    """[S] float32, what the first visit of each of S samples scores; NaN where none can be made:
-    a stat that the rule reads is not finite, or the sample has no valid position.
+    """[S] float32: the score of each of S samples after its first visit.
+
+    The score is NaN if a stat that the rule reads is not finite, or if the sample has no valid
+    position.
 
     Raises:
-        ValueError: the rule reads something else, or is for another number of samples.
+        ValueError: the rule reads a stat that is not given, or is for another number of samples.
     """
     num_samples = stats.loss.shape[0]
     if num_samples == 0:

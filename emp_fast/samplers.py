@@ -1,4 +1,4 @@
-"""The samplers of a run: its epochs in the global order, or one rank's share of them."""
+"""The samplers of a run: every epoch in the global order, or one rank's share of it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ _BLOCK = 1 << 16  # indices turned into Python ints at a time
 
 
 class EpochSampler(Sampler[int]):
-    """Yields the selected samples of each epoch in the global order; every iteration is the next
-    epoch.
+    """Yields the selected samples of each epoch in the global order.
 
-    ``len`` is right before the epoch starts, and until its loop is over; where worker processes
-    have fetched its end, while a whole batch is left to train on. On several ranks this is for
-    whoever shards it, as Accelerate does; plain DDP and Lightning take
-    `Pruner.distributed_sampler`.
+    Every iteration is the next epoch. ``len`` is right before an epoch starts and until its loop is
+    over. If worker processes have prefetched to the end, it is right only while a whole batch is
+    left to train on. On several ranks, use this sampler with a library that shards it, such as
+    Accelerate; plain DDP and Lightning need `Pruner.distributed_sampler`.
 
-    With ``whole`` a resumed epoch is yielded from its first sample, for loaders that skip by
-    themselves what has been trained on. The pruner's position is the same either way.
+    With ``whole``, a resumed epoch is yielded from its first sample, for loaders that skip the
+    samples already trained on by themselves. The pruner's position is the same either way.
     """
 
     def __init__(self, progress: Progress, whole: bool = False) -> None:
@@ -51,13 +50,13 @@ class EpochSampler(Sampler[int]):
 class DistributedEpochSampler(DistributedSampler[int]):
     """This rank's share of each epoch: every R-th sample of the global order.
 
-    The tail is made even as in `DistributedSampler`: by repeating the epoch's first samples, or
-    with ``drop_last`` by leaving out what is less than one sample a rank. The rank is looked up
-    when it is needed, so the sampler may be made before torch.distributed is initialised.
+    As in `DistributedSampler`, all ranks get equally many samples: the epoch's first samples are
+    repeated at the end or, with ``drop_last``, the remainder is dropped. The rank is looked up when
+    it is needed, so the sampler may be made before torch.distributed is initialised.
     """
 
     def __init__(self, progress: Progress, drop_last: bool = False) -> None:
-        # Not DistributedSampler's own: it fixes the length and wants the group to exist.
+        # DistributedSampler.__init__ is not called: it fixes the length and needs the group.
         self.progress = progress
         self.dataset = cast("Dataset[int]", range(progress.store.num_samples))
         self.drop_last = drop_last
@@ -66,7 +65,7 @@ class DistributedEpochSampler(DistributedSampler[int]):
 
     @property
     def num_replicas(self) -> int:  # type: ignore[override]
-        """R, the ranks of the pruner's process group."""
+        """R, the number of ranks in the pruner's process group."""
         return world_size_of(self.progress.process_group)
 
     @property
@@ -105,9 +104,9 @@ class DistributedEpochSampler(DistributedSampler[int]):
 
 
 class EpochIterator(Iterator[int]):
-    """One pass over an epoch's samples, or over one rank's of them.
+    """One pass over an epoch's samples, or over one rank's share of them.
 
-    Its state is a position in the global order, so a stateful loader can resume it, on any number
+    Its state is a position in the global order, so a stateful loader can resume it on any number
     of ranks.
     """
 
@@ -122,11 +121,11 @@ class EpochIterator(Iterator[int]):
         self._progress = progress
         self._rank, self._world_size, self._drop_last = rank, world_size, drop_last
         self._plan, start = progress.begin(self)
-        self._over = False  # by its loaded state; the pass that the pruner is at has not begun
+        self._over = False  # set by a loaded state of an earlier epoch, which was over
         self._seek(0 if whole else start)
 
     def _seek(self, start: int) -> None:
-        """Continues at a position of the global order, with the first rank's next sample."""
+        """Continues at a position of the global order, which is the first rank's next sample."""
         share = _share(len(self._plan) - start, self._world_size, self._drop_last)
         self._start, self._end = start, start + share * self._world_size
         self._yielded = 0
@@ -134,7 +133,7 @@ class EpochIterator(Iterator[int]):
         self._block_start = 0
 
     def __iter__(self) -> EpochIterator:
-        return self  # batch samplers ask again for every batch; the pass goes on
+        return self  # batch samplers call iter() again for every batch; the pass goes on
 
     def __next__(self) -> int:
         offset = self._yielded - self._block_start
@@ -160,7 +159,7 @@ class EpochIterator(Iterator[int]):
         return cast("list[int]", order[positions].tolist())
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, the position in its global order, and the length of that."""
+        """The epoch, the position in its global order, and the length of that order."""
         position = self._start + self._yielded * self._world_size
         length = len(self._plan)
         return {
@@ -170,8 +169,10 @@ class EpochIterator(Iterator[int]):
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues at a position of the same epoch; the state of an epoch that was over, loaded
-        when the pruner is at the next, makes an iterator that is over.
+        """Continues at a position of the same epoch.
+
+        If the state is from the end of an epoch and the pruner is already in the next one, the
+        iterator is exhausted.
 
         Raises:
             ValueError: the state is of another epoch, or beyond its end.
@@ -198,5 +199,5 @@ class EpochIterator(Iterator[int]):
 
 
 def _share(samples: int, world_size: int, drop_last: bool) -> int:
-    """Samples of one rank of ``samples``: all ranks have as many."""
+    """How many of ``samples`` each rank gets; the same for all ranks."""
     return samples // world_size if drop_last else -(-samples // world_size)

@@ -1,4 +1,4 @@
-"""What a policy chose, and its way to disk: indices in a file, or the kept part of a data set."""
+"""The samples that a policy chose, and how to save them: as indices, or as part of a data set."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ WRITABLE = (".npy", ".parquet", ".txt")
 
 
 class Selection(NamedTuple):
-    """What one epoch, or a statically pruned run, trains on."""
+    """The samples that one epoch, or a statically pruned run, trains on."""
 
     indices: Tensor  # [K] int64, ascending
     weights: Tensor | None  # [K] float32 loss weights; None: all 1
 
     @classmethod
     def of(cls, mask: Tensor, weights: Tensor | None) -> Selection:
-        """The samples in ``mask`` [N] with their share of ``weights`` [N], which policies give."""
-        if mask.device.type == "cpu":  # a tenth of the time that torch takes
+        """The samples in ``mask`` [N] with their entries of ``weights`` [N]."""
+        if mask.device.type == "cpu":  # NumPy takes a tenth of torch's time
             indices = torch.from_numpy(np.flatnonzero(mask.numpy()))
         else:
             indices = mask.nonzero()[:, 0]
         return cls(indices, None if weights is None else weights[indices])
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes the indices; into a .parquet file the weights too, as the column "weight".
+        """Writes the indices; a .parquet file also gets the weights, as the column "weight".
 
         Args:
-            path: ends in .npy (int64), .parquet (column "index") or .txt (one a line).
+            path: ends in .npy (int64), .parquet (column "index") or .txt (one index per line).
             overwrite: replace an existing file.
 
         Raises:
@@ -73,7 +73,7 @@ class Selection(NamedTuple):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selection:
-        """Reads what `save`, or ``emp-fast select``, wrote into a .npy or .parquet file.
+        """Reads a .npy or .parquet file that `save` or ``emp-fast select`` wrote.
 
         Raises:
             emp_fast.FileProblem: the file cannot be read, or holds anything but ascending indices.
@@ -98,14 +98,14 @@ class Selection(NamedTuple):
         *,
         overwrite: bool = False,
     ) -> Any:
-        """The kept part of a Hugging Face data set, as ``dataset.select`` makes it.
+        """The kept part of a Hugging Face data set, made by ``dataset.select``.
 
-        Where the policy weighs its samples, the part has their weights as the column "weight".
+        If there are weights, the result has them as the column "weight".
 
         Args:
             dataset: a `datasets.Dataset`, or the folder of one that was saved to disk.
-            path: a folder to save the part to, with `datasets.Dataset.save_to_disk`; it appears
-                whole or not at all.
+            path: a folder to save the result to with `datasets.Dataset.save_to_disk`. It appears
+                complete or not at all.
             overwrite: replace an existing folder.
 
         Returns:
@@ -114,8 +114,9 @@ class Selection(NamedTuple):
         Raises:
             ImportError: the library datasets is not installed.
             TypeError: ``dataset`` is something else.
-            ValueError: it has fewer samples than were selected from, or has a column "weight"
-                already; as emp_fast.FileProblem: a folder cannot be read or written.
+            ValueError: the data set has fewer samples than were selected from, or already has a
+                column "weight".
+            emp_fast.FileProblem: a folder cannot be read or written.
         """
         target = None if path is None else _checked_folder(Path(path), overwrite)
         whole = load_dataset(dataset)
@@ -138,10 +139,12 @@ class Selection(NamedTuple):
 
 
 def load_dataset(dataset: Any) -> Any:
-    """A `datasets.Dataset`, read from disk where a folder is given.
+    """A `datasets.Dataset`, read from disk if a folder is given.
 
     Raises:
-        ImportError, TypeError, FileProblem: as `Selection.export`.
+        ImportError: the library datasets is not installed.
+        TypeError: ``dataset`` is something else.
+        FileProblem: the folder cannot be read.
     """
     try:
         library = import_module("datasets")
@@ -175,7 +178,7 @@ def _checked_folder(path: Path, overwrite: bool) -> Path:
 
 
 def _save_to_disk(dataset: Any, path: Path) -> None:
-    """Saves beside ``path`` and then renames: a folder of that name is always whole."""
+    """Saves next to ``path`` and then renames, so that a folder of that name is always complete."""
     try:
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:

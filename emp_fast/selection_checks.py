@@ -1,4 +1,4 @@
-"""What both stores check of a selection: its arguments, and how much the policy has chosen."""
+"""Checks of a selection that both stores share: its arguments, and the number of chosen samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ __all__ = ["check_chosen", "checked_labels", "checked_selection"]
 def checked_selection(
     num_samples: int, k: int | None, policy: Policy, epoch: int, seed: int, balance: Balance
 ) -> tuple[int | None, int, int]:
-    """k, epoch and seed. Raises TypeError or ValueError for what `select` cannot do."""
+    """Checks the arguments of ``select`` and returns k, epoch and seed.
+
+    Raises:
+        ValueError: an argument is invalid.
+        TypeError: an argument has the wrong type.
+    """
     if not isinstance(policy, Policy):
         raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
     k = _checked_budget(num_samples, k, policy)
@@ -38,7 +43,12 @@ def _checked_budget(num_samples: int, k: int | None, policy: Policy) -> int | No
 
 
 def checked_labels(labels: object, num_samples: int) -> Tensor:
-    """[N] integers. Raises TypeError or ValueError where they are something else."""
+    """Checks that the labels are [N] integers and returns them.
+
+    Raises:
+        ValueError: they do not have shape [N].
+        TypeError: they are not integers.
+    """
     labels = checked_integers("labels", labels)
     if labels.shape != (num_samples,):
         raise ValueError(f"labels must have shape [{num_samples}], got {tuple(labels.shape)}")
@@ -46,7 +56,7 @@ def checked_labels(labels: object, num_samples: int) -> Tensor:
 
 
 def check_chosen(policy: Policy, k: int | None, chosen: int) -> None:
-    """Raises ValueError unless a policy has chosen its budget, or something where it has none."""
+    """Raises ValueError unless a policy chose its whole budget, or any sample if it has none."""
     if chosen != k and (k is not None or chosen == 0):
         wanted = "at least one sample" if k is None else f"{k} samples"
         raise ValueError(f"policy must choose {wanted}, but {policy!r} chose {chosen}")

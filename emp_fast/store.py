@@ -1,4 +1,4 @@
-"""The per-sample state of a training run: scores, memory and visits, on the device."""
+"""The per-sample state of a training run: scores, memory and visits, kept on the device."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ __all__ = ["ScoreStore"]
 
 
 class ScoreStore:
-    """Scores, memory term and visits of N samples, moved by a rule and selected from by a policy.
+    """Scores, memory term and visits of N samples, updated by a rule and selected by a policy.
 
     Args:
         num_samples: N, at least 1.
-        rule: what a visit does to a sample's state.
+        rule: how a visit changes a sample's state.
         device: where the state lives; None follows the stats of the first update.
 
     Attributes:
         num_samples: N.
-        rule: as it was given.
+        rule: as given.
         replicas: what the ranks of `merge` know of each other; a
             `emp_fast.distributed.replicas.Replicas`.
 
     Raises:
-        ValueError: num_samples is below 1, the rule does not fit it, or there is no such device;
-            TypeError: an argument is of the wrong type.
+        ValueError: num_samples is below 1, the rule does not fit it, or there is no such device.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -87,17 +87,17 @@ class ScoreStore:
 
     @property
     def rows_seen(self) -> int:
-        """Rows given to `update` since the store was made, as far as this rank knows of them."""
+        """Rows given to `update` since the store was made, as far as this rank knows."""
         return self._rows.total
 
     @property
     def revision(self) -> tuple[int, int]:
-        """Another one after every update, merge that brought one, and loaded state."""
+        """Changes with every update, every merge that brought updates, and every loaded state."""
         return self.rows_seen, self._loads
 
     @property
     def largest_update(self) -> int:
-        """Rows of the largest update that this rank was given."""
+        """Number of rows in the largest update given to this rank."""
         return self._rows.largest
 
     @property
@@ -113,22 +113,22 @@ class ScoreStore:
         stats: SampleStats | Mapping[str, Tensor],  # of S samples
         **extra: Tensor,
     ) -> None:
-        """Moves the state of the samples that a batch visited. O(S); no host synchronisation.
+        """Updates the state of the samples that a batch visited. O(S); no host synchronisation.
 
-        Samples of ``count`` 0 are skipped. A row with a non-finite stat is refused: its sample
-        keeps its state, and `num_nonfinite` counts it. Of several rows of one sample the last one
-        is applied.
+        Samples with ``count`` 0 are skipped. A row with a non-finite stat is refused: its sample
+        keeps its state, and `num_nonfinite` counts the row. If a sample has several rows, the last
+        one is applied.
 
         Args:
-            indices: which samples.
+            indices: the samples.
             stats: their stats, or a mapping of those that the rule reads (and "count", optionally).
-            **extra: further stats that the rule reads, as ``hidden=`` for `GraNd`; [S, ...].
+            **extra: further stats that the rule reads, such as ``hidden=`` for `GraNd`; [S, ...].
 
         Raises:
-            ValueError: shapes differ, or a stat that the rule reads is missing; TypeError: indices
-                are not integers, or the rule does not read an extra stat.
-            IndexError: on the CPU, an index lies outside [0, N); nothing of the update is applied.
-                On a GPU that row is refused and the next `select` raises.
+            ValueError: shapes differ, or a stat that the rule reads is missing.
+            TypeError: indices are not integers, or the rule does not read an extra stat.
+            IndexError: on the CPU, an index lies outside [0, N), and nothing of the update is
+                applied. On a GPU that row is refused and the next `select` raises.
         """
         self._rows.add(self._samples.update(indices, stats, extra))
 
@@ -140,11 +140,12 @@ class ScoreStore:
         row_scale: Tensor | None,  # [S] float32
         options: StepOptions,
     ) -> Tensor | None:
-        """The mean loss of a batch and the update of its samples, from one read of the logits.
+        """Computes the mean loss of a batch and updates its samples in one read of the logits.
 
-        None where that is not possible, and nothing has been done then: the backend does not
-        fuse the step, the rule is tensor code or reads more than the float fields of SampleStats,
-        no gradient is wanted, or the logits are sequences or float16.
+        Returns None, having done nothing, where that is not possible: the backend does not fuse the
+        step, the rule is tensor code or reads more than the float fields of SampleStats, no
+        gradient is wanted, the logits are sequences or float16, they are on another device than the
+        store was given, or the caller is being compiled.
         """
         mean = self._samples.loss_and_update(logits, target, indices, row_scale, options)
         if mean is not None:
@@ -163,23 +164,24 @@ class ScoreStore:
         seed: int = 0,
         balance: Balance = "equal",
     ) -> Selection:
-        """Chooses the samples of an epoch. Reproducible bit for bit on every backend and device.
+        """Chooses the samples of an epoch, bit-identically on every backend and device.
 
         Args:
-            k: how many, 1 <= k <= N; None for a policy that fixes its own number.
-            policy: how; `TopK` by default.
+            k: number of samples, 1 <= k <= N; None for a policy that fixes its own number.
+            policy: how to choose; `TopK` by default.
             labels: class ids; every class then gets its own quota.
-            epoch: keys the random numbers, with ``seed``.
+            epoch: keys the random numbers together with ``seed``.
             seed: any int.
             balance: with labels, "equal" quotas (what a small class cannot use goes to the others)
-                or quotas "proportional" to the classes' sizes.
+                or quotas "proportional" to the class sizes.
 
         Returns:
             Selection of K samples, ascending.
 
         Raises:
-            ValueError: k, labels or balance are impossible, or a policy of the user's did not
-                choose k samples; TypeError: an argument is of the wrong type.
+            ValueError: k, labels or balance is invalid, or a user-defined policy did not choose k
+                samples.
+            TypeError: an argument has the wrong type.
             IndexError: an earlier update on a GPU had indices out of range; raised once.
         """
         k, epoch, seed = checked_selection(self.num_samples, k, policy, epoch, seed, balance)
@@ -216,22 +218,23 @@ class ScoreStore:
     # ---- distributed ----------------------------------------------------------------------------
 
     def merge(self, process_group: Any = None) -> None:
-        """Brings the updates of every rank to every rank: all then hold the same state bit for bit.
+        """Exchanges the updates of all ranks, after which all hold the same state bit for bit.
 
-        Collective. Ranks train on disjoint samples between merges; a sample that several of them
-        visited gets the state of the rank that visited it most, the highest such rank, and its
-        visits add up. Refused rows are counted over all ranks. Without torch.distributed, or with
-        one rank, there is nothing to do.
+        Collective. Between merges the ranks should train on disjoint samples. A sample that several
+        ranks visited gets the state of the rank that visited it most often (of the highest such
+        rank in a tie), and its visits add up. Refused rows are counted over all ranks. Without
+        torch.distributed, or with one rank, there is nothing to do.
 
-        A merge hands, over all ranks together, at most R * N / 8 + 8 * (changed samples) bytes to
-        the collectives for a rule without buffers, and one more byte a changed sample when one was
+        For a rule without buffers, all ranks together pass at most R * N / 8 + 8 * (changed
+        samples) bytes to the collectives, and one more byte per changed sample if any sample was
         visited twice.
 
         Args:
             process_group: the ranks that train together; None is the default group.
 
         Raises:
-            ValueError: the ranks disagree about N or the rule; on every rank, and nothing changes.
+            ValueError: the ranks disagree about N or the rule. Raised on every rank, and nothing
+                changes.
             RuntimeError: a rank died or did not take part within the group's time-out; or a
                 snapshot was loaded before torch.distributed was initialised, and updated since.
         """
@@ -243,9 +246,9 @@ class ScoreStore:
     def state_dict(self) -> dict[str, Any]:
         """A snapshot of tensors and plain values; loads with ``torch.load(weights_only=True)``.
 
-        On several ranks a snapshot holds what this rank knows. Taken right after `merge` it is the
-        same on all of them, and any number of ranks may load it; otherwise it belongs to this rank,
-        and only the same rank of as many may load it.
+        On several ranks a snapshot holds what this rank knows. Right after `merge` it is the same
+        on all ranks, and any number of ranks may load it. Otherwise only the same rank may load it,
+        and only in a group of the same size.
         """
         return {
             **store_facts(self.num_samples, repr(self.rule)),
@@ -255,11 +258,11 @@ class ScoreStore:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a snapshot, whole or not at all.
+        """Restores a snapshot, completely or not at all.
 
         Raises:
-            ValueError: it is of another format, size or rule, or a tensor does not fit; TypeError:
-                it is no mapping. Nothing is changed then.
+            ValueError: the snapshot has another format, size or rule, or a tensor does not fit.
+            TypeError: it is not a mapping.
         """
         rows_seen, unmerged, saved = self._checked_state(state)
         for name, tensor in self._samples.tensors().items():
@@ -270,7 +273,7 @@ class ScoreStore:
         self.replicas.restore(unmerged)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises what `load_state_dict` would; changes nothing."""
+        """Raises what `load_state_dict` would raise; changes nothing."""
         self._checked_state(state)
 
     def _checked_state(self, state: Mapping[str, Any]) -> tuple[int, Any, Mapping[str, Tensor]]:
