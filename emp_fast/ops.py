@@ -1,10 +1,9 @@
-"""The operations as torch.library ops: schema, kernel, fake and autograd of each.
+"""The operations as torch.library ops: the schema, kernel, fake and autograd of each.
 
-Nothing else dispatches. Where nothing looks at an op (`_watched`) it is called past the dispatcher:
-a small batch is scored in a few microseconds, of which the dispatcher would take as many again.
-``Library.define`` costs a third of what ``torch.library.custom_op`` does per call, which a training
-step of small batches feels. The autograd functions stand outside the ops, so ``torch.compile``
-traces through them.
+Nothing else dispatches. If nothing observes an op (`_watched`), it bypasses the dispatcher: scoring
+a small batch takes a few microseconds, and the dispatcher would double that. ``Library.define``
+costs a third of ``torch.library.custom_op`` per call, which matters in training steps on small
+batches. The autograd functions are outside the ops, so that ``torch.compile`` traces through them.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ _LOSS_OPTIONS = "int ignore_index, float label_smoothing, float softcap"
 def _define(
     schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Registers an op; returns how to call one whose first argument is a tensor."""
+    """Registers an op; returns a function that calls it, if its first argument is a tensor."""
     name = schema[: schema.index("(")]
     _library.define(schema)
-    # Without gradients, as where it is called past the dispatcher: what a backend does in tensor
-    # code is not to be recorded.
+    # Without gradients, as in calls that bypass the dispatcher: autograd must not record the tensor
+    # code of a backend.
     _library.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"emp_fast::{name}", fake, lib=_library)
     op = getattr(torch.ops.emp_fast, name)
@@ -68,13 +67,14 @@ def _define(
     return call
 
 
-#: `LossOptions` of the same few settings again and again.
+#: `LossOptions`, cached because a run uses the same few settings again and again.
 loss_options = functools.lru_cache(maxsize=64)(LossOptions)
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether ``tensor`` may stand for others: to a compiler, tracer, transform or mode, or by
-    itself. What it holds must not decide anything then.
+    """Whether ``tensor`` may stand for other tensors, so that no decision may depend on its values.
+
+    That is so under a compiler, tracer, transform or mode, and for subclasses and meta tensors.
     """
     return bool(
         is_compiling()
@@ -87,13 +87,13 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def _watched(tensor: Tensor) -> bool:
-    """Whether something is to see the ops on ``tensor``: what traces it, or a profiler."""
+    """Whether something must see the ops on ``tensor``: a tracer (`is_traced`) or a profiler."""
     return is_traced(tensor) or bool(is_profiled())
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Computes in the types that the tensors have."""
-    if device.type == "meta":  # which torch.autocast does not know
+    """Disables autocast, so that ops compute in the dtypes of their tensors."""
+    if device.type == "meta":  # torch.autocast does not support it
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -139,7 +139,7 @@ def scores(
     label_smoothing: float,
     softcap: float,
 ) -> tuple[Tensor, ...]:
-    """`Backend.scores`: the fields of SampleStats of rows whose gradient is not wanted."""
+    """`Backend.scores`: the fields of SampleStats for rows whose gradient is not wanted."""
     if _watched(logits):
         loss, rows, correct, count = torch.ops.emp_fast.cross_entropy(
             logits, target, weight, ignore_index, label_smoothing, softcap
@@ -173,7 +173,7 @@ cross_entropy_backward = _define(
 
 
 class _Once(torch.autograd.Function):
-    """Hands a gradient on; differentiating it again raises instead of passing it for a constant."""
+    """Passes a gradient on. Differentiating it raises, instead of treating it as a constant."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class _Once(torch.autograd.Function):
 
 
 def _once(grad: Tensor, *inputs: Tensor | None) -> Tensor:
-    """Guards ``grad``, computed from ``inputs``, when the caller asked for ``create_graph``."""
+    """Guards ``grad``, computed from ``inputs``, if the caller asked for ``create_graph``."""
     if torch.is_grad_enabled() and not is_compiling():
         guarded: Tensor = _Once.apply(  # type: ignore[no-untyped-call]
             grad.detach(), *(x for x in inputs if x is not None)
@@ -198,7 +198,7 @@ def _once(grad: Tensor, *inputs: Tensor | None) -> Tensor:
 
 
 def _only_loss_carries_gradient(ctx: Any, *others: Tensor) -> None:
-    """Marks the other outputs, for which autograd would else make gradients of zeros."""
+    """Marks the other outputs, for which autograd would otherwise make gradients of zeros."""
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
@@ -248,10 +248,10 @@ def cross_entropy_for_backward(
 
 
 class WithGaps(torch.autograd.Function):
-    """The positions [S, T, C] of sequences with the rows that lie between them in memory, as
-    [S, P, C]: P rows a sequence without a hole, the positions from ``front`` on.
+    """Views the positions [S, T, C] of sequences and the rows between them in memory as [S, P, C].
 
-    No copy; the gradient of the rows between is dropped. What they hold must not matter.
+    The P rows of a sequence have no gaps; the positions start at row ``front``. Nothing is copied.
+    The gradient of the rows in between is dropped, so their values must not matter.
     """
 
     @staticmethod
@@ -268,7 +268,7 @@ class WithGaps(torch.autograd.Function):
         return grad.narrow(1, ctx.front, ctx.positions), None
 
 
-# ---- scoring, gradient and state in one ---------------------------------------------------------
+# ---- scores, gradient and state update in one ---------------------------------------------------
 
 
 def _mean_step(
@@ -365,8 +365,8 @@ _scale_ = _define(
 class CrossEntropyStep(torch.autograd.Function):
     """Weighted mean loss of a batch, its gradient and the new state from one read of the logits.
 
-    The gradient is made in the forward pass; the backward pass scales it by what it then knows,
-    mostly 1, and 1 costs no memory traffic (`scale_`).
+    The forward pass computes the gradient. The backward pass scales it by the incoming gradient and
+    the factor, usually 1 together, which costs no memory traffic (`scale_`).
     """
 
     @staticmethod
@@ -389,7 +389,7 @@ class CrossEntropyStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, row_scale = ctx.saved_tensors
-        if ctx.grad is None:  # a second pass through a retained graph: the first took the memory
+        if ctx.grad is None:  # second pass through a retained graph; the first took the gradient
             arguments = logits, target, weight, *ctx.options
             _, rows, _, count = cross_entropy(*arguments)
             grad_loss = (grad_mean / count.sum().clamp_min(1)).expand(logits.shape[0])
@@ -407,7 +407,7 @@ _apply_cross_entropy_step = apply_past_transforms(CrossEntropyStep)
 
 
 def cross_entropy_step(logits: Tensor, *arguments: Any) -> Tensor:
-    """`CrossEntropyStep`, where `fuses_step` says that the logits are read once."""
+    """`CrossEntropyStep`, for backends where `fuses_step` says that it reads the logits once."""
     apply: Callable[..., Tensor] = (
         CrossEntropyStep.apply if _watched(logits) else _apply_cross_entropy_step
     )
@@ -509,7 +509,7 @@ _define(
 
 
 def winners(indices: Tensor, usable: Tensor, count: Tensor | None, state: State) -> Winners:
-    """`Backend.winners`; of shapes that do not depend on the data where something looks on."""
+    """`Backend.winners`; if something observes the op, shapes do not depend on the data."""
     if not _watched(indices):
         return resolve(state.scores.device).winners(indices, usable, count, state)
     num_samples = state.scores.shape[0]
@@ -531,10 +531,10 @@ def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     rows = values.shape[1]
     if offsets.device.type == "cpu":
         check_offsets(offsets, rows)
-    else:  # not read by the host, but never outside the rows
+    else:  # the host cannot check them without waiting, but they must not leave the rows
         offsets = offsets.clamp(0, rows).cummax(0).values
-    # A sum a segment, not differences of a running sum: one sample's NaN must not reach another's.
-    # In float64, for a segment is added up in order, however long.
+    # Each segment has its own sum, instead of differences of a running sum, so that a NaN in one
+    # sample does not reach another. In float64, because a segment is summed sequentially.
     columns = values.T.double().contiguous()
     summed = torch.segment_reduce(columns, "sum", offsets=offsets, axis=0, unsafe=True)
     return summed.T.to(values.dtype, memory_format=torch.contiguous_format)
@@ -609,9 +609,10 @@ _define(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Row scores of ``hidden @ classifier.T + bias``, a block of rows of logits at a time.
+    """Row scores of ``hidden @ classifier.T + bias``, computed one block of rows at a time.
 
-    The backward pass makes each block again: memory of one block, at the price of one more product.
+    The backward pass recomputes each block: this needs the memory of only one block, at the cost of
+    one more product.
     """
 
     @staticmethod
@@ -643,7 +644,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 9
         hidden, classifier, bias = ctx.saved_tensors[:3]
-        # What was to be cast was cast in the forward pass; backward() may run under autocast too.
+        # The forward pass has made all casts, but backward() may itself run under autocast.
         with torch.no_grad(), without_autocast(hidden.device):
             grads = LinearCrossEntropy._gradients(ctx, grad_loss.detach())
         inputs = (grad_loss, hidden, classifier, bias)
@@ -655,7 +656,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden, classifier, bias, target, weight, rows = ctx.saved_tensors
         want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = []
-        # Sums over many blocks: float32, whatever the parameters are.
+        # Sums over many blocks are carried in at least float32, whatever the parameters' dtype.
         wide = torch.promote_types(classifier.dtype, torch.float32)
         grad_classifier = torch.zeros_like(classifier, dtype=wide) if want_classifier else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias else None
@@ -686,5 +687,5 @@ def _logits(hidden: Tensor, classifier: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _blocks(chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Splits all tensors along their first axis; one empty block when there are no rows."""
+    """Splits all tensors along their first axis; one empty block if there are no rows."""
     return list(zip(*(tensor.split(chunk) for tensor in tensors), strict=True))

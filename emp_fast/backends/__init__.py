@@ -1,7 +1,7 @@
 """Chooses the backend of a device: the fastest that serves it, or the one that the user names.
 
-An automatic choice that fails falls back with one warning; an explicit one raises with the reason.
-On first use on a device a kernel backend must agree with the reference on a tiny case
+If an automatic choice fails, it falls back with one warning; an explicit one raises with the
+reason. On first use on a device, a kernel backend must agree with the reference on a tiny case
 (`selfcheck`).
 """
 
@@ -33,12 +33,12 @@ _AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 _ENVIRONMENT = "EMP_FAST_BACKEND"
 _ENCODED = getattr(os.environ, "encodekey", str)(_ENVIRONMENT)
 
-# One for the process, not one a thread: autograd runs the backward pass in threads of its own.
+# One per process, not per thread, because autograd runs the backward pass in its own threads.
 _explicit: str | None = None
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot serve; the message says why."""
+    """A backend that was requested by name cannot be used; the message says why."""
 
 
 class BackendStatus(NamedTuple):
@@ -46,7 +46,7 @@ class BackendStatus(NamedTuple):
 
     name: str
     available: bool
-    reason: str | None  # why not
+    reason: str | None  # why it is not available
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: no backend has that name.
-        BackendError: raised by the operations inside, when the backend cannot serve their tensors.
+        BackendError: raised by the operations inside, if the backend cannot serve their tensors.
     """
     global _explicit
     _check_name(name, "name")
@@ -72,7 +72,7 @@ def use_backend(name: str) -> Iterator[None]:
 def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """The backend that serves tensors of ``device``.
 
-    float64 is served by the reference alone, whatever was chosen: no kernel carries it.
+    The reference always serves float64, whatever was chosen, because no kernel supports it.
     """
     if dtype == torch.float64:
         return load("reference")
@@ -80,20 +80,20 @@ def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
 
 
 def _asked_for() -> str | None:
-    """What the environment variable says now.
+    """The current value of the environment variable.
 
-    ``os.environ.get`` takes almost a microsecond, most of it to encode the name and to raise
-    KeyError inside; a small batch is scored in ten.
+    ``os.environ.get`` takes almost a microsecond, mostly to encode the name and to raise KeyError
+    internally. Scoring a small batch takes about ten.
     """
     try:
         value = os.environ._data.get(_ENCODED)  # type: ignore[attr-defined]
-    except AttributeError:  # another Python's environment
+    except AttributeError:  # a Python whose os.environ has no _data
         return os.environ.get(_ENVIRONMENT)
     return None if value is None else os.environ.decodevalue(value)
 
 
 def load(name: str) -> Backend:
-    """The backend of that name, made once.
+    """The backend of that name, created once.
 
     Raises:
         BackendError: its module cannot be imported here.
@@ -128,7 +128,7 @@ def _refusal(name: str, device: torch.device) -> str | None:
     reason = loaded.why_not(device)
     if reason is None and name != "reference":
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise BackendError(  # not a reason: it would be remembered
+            raise BackendError(  # not returned as a reason, because that would be cached
                 f"a CUDA graph cannot capture the first use of the {name} backend on {device}, "
                 "which compares it with the reference: take one step before"
             )
@@ -139,7 +139,7 @@ def _refusal(name: str, device: torch.device) -> str | None:
 
 
 def _refusal_or_bad_setting(name: str, device: torch.device) -> str | None:
-    """The same for who only asks; an operation raises for an environment variable it cannot use."""
+    """`_refusal`, but a bad environment variable is a reason too; operations raise for it."""
     try:
         return _refusal(name, device)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What both GPU backends share: which devices they serve, and the outputs that they write."""
+"""Shared by both GPU backends: which devices they serve, and the outputs that they write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OLDEST = (8, 0)
 
 
 def why_not_gpu(device: torch.device) -> str | None:
-    """The reason that ``device`` is no NVIDIA GPU of compute capability 8.0 and up."""
+    """Why ``device`` is not an NVIDIA GPU of compute capability 8.0 or higher; None if it is."""
     if device.type != "cuda":
         return f"it serves CUDA devices alone, not {device}"
     if not torch.cuda.is_available():
@@ -25,9 +25,9 @@ def why_not_gpu(device: torch.device) -> str | None:
 
 
 def empty_scores(logits: Tensor) -> RowScores:
-    """`RowScores` of as many rows."""
+    """Uninitialised `RowScores` for the rows of ``logits``."""
     rows = logits.shape[0]
-    # Of all ways to say it, the cheapest for the host: no device, no tuple.
+    # This form, without a device and a tuple, costs the host the least.
     return RowScores(
         logits.new_empty(rows, dtype=torch.float32),
         logits.new_empty(len(ROW_FIELDS), rows, dtype=torch.float32),

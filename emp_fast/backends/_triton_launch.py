@@ -1,4 +1,4 @@
-"""How the Triton backend launches: on the device of the tensors, at little cost to the host."""
+"""Launches Triton kernels on the device of their tensors, at little cost to the host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 _HERE = nullcontext()
 
-#: Launched binaries by kernel, device, argument types and constants: all that a binary depends on.
+#: Binaries by kernel, device, argument types, constants and warps: all that a binary depends on.
 _binaries: dict[Any, Any] = {}
 
 
@@ -32,8 +32,8 @@ def launch(
 ) -> None:
     """Launches on the current stream of the current device; compiles on the first use of a variant.
 
-    Triton's own launcher binds and inspects every argument at every call. The binaries here depend
-    on argument types and constants alone (`emp_fast.kernels._jit`), so one dictionary look-up
+    Triton's own launcher binds and inspects every argument in every call. The binaries here depend
+    only on argument types and constants (`emp_fast.kernels._jit`), so one dictionary look-up
     replaces that.
     """
     if INTERPRETED:
@@ -46,7 +46,7 @@ def launch(
     if binary is None:
         _binaries[key] = kernel[grid](*pointers, *numbers, *constants, num_warps=warps)
         return
-    # Of a tensor Triton asks the driver where it is, each time; not of an address.
+    # For a tensor, Triton asks the driver in every call where it is; for an address it does not.
     addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
     stream = current_stream(device)
     binary[grid](*addresses, *numbers, *constants, stream=stream)

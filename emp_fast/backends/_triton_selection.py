@@ -16,10 +16,10 @@ _BINS = selection.BINS.value
 
 
 class _Marks(NamedTuple):
-    """What one read of N scores has made of a bracket."""
+    """The result of one read of N scores for a bracket."""
 
-    bits: Tensor  # [words] int32: above the bracket, and some of its ties
-    counts: Tensor  # [2, blocks] int32: of the bits, and of the scores inside
+    bits: Tensor  # [words] int32: a bit per score above the bracket, and for some of its ties
+    counts: Tensor  # [2, blocks] int32: number of set bits, and of scores inside the bracket
     keys: Tensor | None  # [inside] int32, in no particular order; None: not collected
     indices: Tensor | None  # [inside] int64
 
@@ -34,7 +34,7 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
         found = _sampled_bracket(scores, k)
         marks, above, inside = _mark(scores, found, -1, n // plan.CANDIDATE_SHARE)
         if not above < k <= above + inside:
-            # The sample missed, about once in 16 thousand times.
+            # The sample missed the k-th score, which happens about once in 16 thousand times.
             found = bracket.EVERY_KEY
         else:
             found = found._replace(above=above)
@@ -42,8 +42,9 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
                 found = _narrow(marks.keys, found, k)
                 _mark_more(marks, marks.keys, marks.indices, found, k)
                 return _expand(marks, k)
-        # Else many equal scores: more candidates than are collected, so the scores are read again.
-        del marks  # one bitmap at a time
+        # Otherwise many scores are equal, and there are more candidates than were collected: the
+        # scores are read again.
+        del marks  # holds only one bitmap at a time
     found = _narrow(scores, found, k)
     marks, marked, ties = _mark(scores, found, n, 0)
     if marked > k:
@@ -72,7 +73,8 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
             4,
         )
         reached = bins.flip(1).cumsum(1)  # [G, 256], from the highest byte down
-        # The first byte that reaches a group's share; for a share of 0 the top one, which none has.
+        # The first byte at which a group reaches its share. For a share of 0 it is the highest
+        # byte, which no key has.
         steps = (reached < remaining[:, None]).sum(1, keepdim=True)
         before = torch.where(steps > 0, reached.gather(1, (steps - 1).clamp_min(0)), 0)
         remaining = remaining - before[:, 0]
@@ -92,7 +94,7 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
 
 
 def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
-    """A narrow bracket that most likely holds the k-th highest score: one sample a stratum."""
+    """A narrow bracket that most likely holds the k-th highest score: one sample per stratum."""
     n, samples = scores.shape[0], plan.SAMPLES
     upper, lower = bracket.sample_ranks(n, k, samples)
     stratum = n // samples
@@ -102,7 +104,7 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
     launch(philox_kernels.philox, grid, (bits,), numbers, (plan.PHILOX_BLOCK,), 4)
     at = torch.arange(samples, device=scores.device) * stratum + bits.long().remainder(stratum)
     keys = order_keys(scores[at]).long()
-    keys -= ((keys < 0) & (keys > -(2**31))).long()  # the kernels' keys of negative scores
+    keys -= ((keys < 0) & (keys > -(2**31))).long()  # in kernels, keys of negative scores differ
     keys = keys.sort(descending=True).values + 2**31
     ends = keys[[max(upper, 0), min(lower, samples - 1)]].tolist()
     high = ends[0] if upper >= 0 else bracket.EVERY_KEY.high
@@ -111,7 +113,7 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
 
 
 def _narrow(scores: Tensor, found: bracket.Bracket, k: int) -> bracket.Bracket:
-    """Reads scores, or keys, until the bracket is one key: that of the k-th highest."""
+    """Reads scores, or keys, until the bracket is a single key: that of the k-th highest score."""
     n = scores.shape[0]
     blocks = plan.ceil_div(n, plan.HISTOGRAM_BLOCK)
     grid = (min(blocks, 8 * multiprocessors(scores.device)), 1, 1)
@@ -127,11 +129,11 @@ def _narrow(scores: Tensor, found: bracket.Bracket, k: int) -> bracket.Bracket:
 def _mark(
     scores: Tensor, found: bracket.Bracket, last_tie: int, capacity: int
 ) -> tuple[_Marks, int, int]:
-    """One read of the scores.
+    """Marks scores in one read.
 
     Returns:
-        The marks, with the candidates if there are at most ``capacity`` of them, and how many
-        scores are marked and how many are inside the bracket.
+        The marks, with the candidates if there are at most ``capacity``; the number of scores that
+        are marked; and the number inside the bracket.
     """
     n, device = scores.shape[0], scores.device
     blocks = plan.ceil_div(n, plan.MARK_SCORES)
@@ -161,7 +163,7 @@ def _last_tie(scores: Tensor, marks: _Marks, threshold: int, wanted: int) -> int
     before = int(reached[block - 1]) if block > 0 else 0
     start = block * plan.MARK_SCORES
     keys = order_keys(scores[start : start + plan.MARK_SCORES])
-    # The kernels' keys of negative scores are one less.
+    # In the kernels, the keys of negative scores are one less.
     key = threshold - 2**31 + (0 < threshold < 2**31)
     return start + int((keys == key).nonzero()[wanted - before - 1])
 
@@ -169,7 +171,7 @@ def _last_tie(scores: Tensor, marks: _Marks, threshold: int, wanted: int) -> int
 def _mark_more(
     marks: _Marks, keys: Tensor, indices: Tensor, found: bracket.Bracket, k: int
 ) -> None:
-    """Marks the candidates above the threshold and the first of its ties."""
+    """Marks the candidates above the threshold and the first of those equal to it."""
     n = keys.shape[0]
     key = found.low if found.low < 2**31 else found.low - 2**32
     ties = indices[keys == key]
@@ -186,7 +188,7 @@ def _mark_more(
 
 
 def _align_bytes(scores: Tensor) -> int:
-    """How wide the kernels may load scores; a slice may lie off the 16-byte grid."""
+    """How wide the kernels may load scores; a slice may not start at a multiple of 16 bytes."""
     return 4 if scores.data_ptr() % plan.VECTOR_BYTES else plan.VECTOR_BYTES
 
 

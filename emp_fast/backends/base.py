@@ -1,9 +1,9 @@
-"""What a backend is: the one interface that the reference, C++, Triton and CUDA paths implement.
+"""The backend interface, which the reference, C++, Triton and CUDA implement.
 
-Arguments arrive validated (`emp_fast.functional` and `emp_fast.store` do that once) and normalised:
+Arguments arrive validated (once, by `emp_fast.functional` and `emp_fast.store`) and normalised:
 ``logits`` is [R, C] with unit stride along C and any row stride; everything else is contiguous.
-Outputs are allocated by torch on the device of the inputs, where all tensors are unless it is said.
-Scoring and updating never synchronise with the host, except that on CPU tensors a bad value raises
+All tensors are on one device unless stated otherwise, and torch allocates the outputs there.
+Scoring and updating never synchronise with the host; only for CPU tensors a bad value raises
 IndexError.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emp_fast.backends.winners import Winners, winners
 
-#: The scores in `RowScores.rows`, in its order; what the backward pass needs comes after them.
+#: The scores in `RowScores.rows`, in order; the values that the backward pass needs follow them.
 SCORE_FIELDS = ("entropy", "el2n", "margin", "confidence")
 ROW_FIELDS = (*SCORE_FIELDS, "max", "inv_sum", "miss")
 
@@ -31,13 +31,13 @@ class LossOptions(NamedTuple):
 
 
 class RowScores(NamedTuple):
-    """Every score of R rows of logits. An ignored row is all zeros, correct and of count 0."""
+    """All scores of R rows of logits. An ignored row is all zeros, is correct and has count 0."""
 
     loss: Tensor  # [R] float32
     rows: Tensor  # [7, R] float32, in the order of ROW_FIELDS:
     #   max      the largest logit (after the softcap), M
     #   inv_sum  1 / sum_j exp(x_j - M)
-    #   miss     the probability off the target, summed without it: 1 - p_y with all its digits
+    #   miss     1 - p_y to full precision: the sum of the probabilities of all other classes
     correct: Tensor  # [R] bool
     count: Tensor  # type: ignore[assignment]  # [R] int32, 1 or 0
 
@@ -46,9 +46,9 @@ RecurrenceKind = Literal["ema", "mean", "variance"]
 
 
 class Recurrence(NamedTuple):
-    """How one sample's state moves on a visit, in the form that every kernel can run.
+    """How a visit changes one sample's state, in the form that every kernel can run.
 
-    With x the accumulated ``signal``, m the memory and n the visits before this one::
+    With x the ``signal`` of this visit, m the memory and n the number of visits before it::
 
         ema       m' = x on the first visit, then decay * m + (1 - decay) * x
         mean      m' = m + (x - m) / (n + 1)
@@ -60,7 +60,7 @@ class Recurrence(NamedTuple):
     kind: RecurrenceKind
     signal: str  # the name of a SampleStats field
     decay: float = 0.0
-    direct: str | None = None  # the name of a SampleStats field; None leaves the term out
+    direct: str | None = None  # the name of a SampleStats field; None omits the term
     direct_scale: float = 0.0
     memory_scale: float = 1.0
     variance_scale: float = 0.0
@@ -73,47 +73,47 @@ class State(NamedTuple):
     memory: Tensor  # [N] float32
     visits: Tensor  # [N] int32
     variance: Tensor | None  # [N] float32, for the variance recurrence
-    #: [N] int32 scratch, all zero between calls: finds the last of repeated indices. Calls on one
-    #: state must not overlap in time.
+    #: [N] int32 scratch that finds the last of repeated indices; all zero between calls. Calls on
+    #: one state must not overlap in time.
     claims: Tensor
     #: [2] int64: rows refused as non-finite, rows refused as out of range. While a step runs on a
-    #: GPU it holds more; whoever reads it does so in the order of the step's stream.
+    #: GPU it holds other values too, so read it in the order of the step's stream.
     counters: Tensor
 
 
 class MeanStep(NamedTuple):
-    """What a training step on S rows of logits leaves behind, apart from the moved state."""
+    """The results of a training step on S rows of logits, apart from the updated state."""
 
-    mean: Tensor  # [] float32: the sum of row_scale * loss by the number of rows that count
-    grad: Tensor  # [S, C] contiguous in the dtype of the logits: its gradient, but for a factor
-    factor: Tensor | None  # [] float32: what the gradient is still to be multiplied by; None: 1
+    mean: Tensor  # [] float32: sum of row_scale * loss, divided by the number of rows that count
+    grad: Tensor  # [S, C] contiguous in the dtype of the logits: gradient of mean, up to factor
+    factor: Tensor | None  # [] float32: the gradient has yet to be multiplied by it; None: 1
 
 
 class Backend(ABC):
     """One implementation of every operation, for the devices that `why_not` accepts."""
 
     name: ClassVar[str]
-    #: Whether `mean_step` reads the logits from memory once; else it is not used.
+    #: Whether `mean_step` reads the logits from memory only once; otherwise it is not used.
     fuses_step: ClassVar[bool] = False
 
     @abstractmethod
     def why_not(self, device: torch.device) -> str | None:
-        """The reason that this backend cannot serve ``device``, None when it can; never raises."""
+        """Why this backend cannot serve ``device``; None if it can. Never raises."""
 
     @abstractmethod
     def cross_entropy(
         self,
-        logits: Tensor,  # [R, C] float16, bfloat16 or float32; float64 in the reference alone
+        logits: Tensor,  # [R, C] float16, bfloat16 or float32; float64 only in the reference
         target: Tensor,  # [R] int64 class ids, or [R, C] float32 (float64) probabilities
         weight: Tensor | None,  # [C] float32 (float64)
         options: LossOptions,
     ) -> RowScores:
-        """Scores every row in one pass. Design: the numerics of docs/numerics.md."""
+        """Scores every row in one pass, with the numerics of docs/numerics.md."""
 
     def scores(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> tuple[Tensor, ...]:
-        """The fields of SampleStats of rows whose gradient is not wanted; see `cross_entropy`."""
+        """The fields of SampleStats for rows whose gradient is not wanted; see `cross_entropy`."""
         loss, rows, correct, count = self.cross_entropy(logits, target, weight, options)
         return (loss, *rows[: len(SCORE_FIELDS)].unbind(0), correct, count)
 
@@ -124,10 +124,10 @@ class Backend(ABC):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        rows: Tensor,  # [7, R], of the forward pass
+        rows: Tensor,  # [7, R] from the forward pass
         options: LossOptions,
     ) -> Tensor:
-        """The gradient to the logits, [R, C] contiguous in their dtype."""
+        """The gradient with respect to the logits, [R, C] contiguous in their dtype."""
 
     def cross_entropy_step(
         self,
@@ -143,7 +143,7 @@ class Backend(ABC):
     ) -> tuple[RowScores, Tensor]:
         """One training step: forward, gradient of ``scale * sum(row_scale * loss)``, state update.
 
-        This composes the three; a GPU backend fuses them.
+        This default composes the three; GPU backends fuse them.
         """
         scores = self.cross_entropy(logits, target, weight, options)
         grad_loss = torch.full_like(scores.loss, scale) if row_scale is None else row_scale * scale
@@ -172,8 +172,8 @@ class Backend(ABC):
     ) -> MeanStep:
         """`cross_entropy_step` for the mean of ``row_scale * loss`` over the rows that count.
 
-        How many those are is known only after it where the host must not wait: the gradient is
-        that of the mean over all rows then, and ``factor`` makes up for it.
+        The host must not wait to learn how many rows count, so the gradient is that of the mean
+        over all rows, and ``factor`` corrects it.
         """
         scale = 1 / max(logits.shape[0], 1)
         scored, grad = self.cross_entropy_step(
@@ -190,11 +190,12 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor]:
         """`MeanStep.mean`, and the factor for a gradient of the mean over all S rows.
 
-        The factor is exactly 1 when every row counts, so that `scale_` has nothing to do.
+        The factor is exactly 1 if every row counts, so that `scale_` has nothing to do.
         """
         counted = count.sum().clamp_min(1).to(loss.dtype)
         weighted = loss if row_scale is None else loss * row_scale
-        # A number over a tensor would be its reciprocal times the number: not always 1 for n / n.
+        # torch computes number / tensor as the reciprocal times the number, which is not always 1
+        # for n / n. Dividing two tensors is.
         every = torch.full_like(counted, max(loss.shape[0], 1))
         return weighted.sum() / counted, every / counted
 
@@ -206,8 +207,8 @@ class Backend(ABC):
     ) -> None:
         """Multiplies ``grad`` in place by ``factor`` times ``also``.
 
-        A GPU backend reads both on the device and leaves the memory alone when they make 1, as
-        they do when every row counts and the loss itself is what ``backward`` was called on.
+        A GPU backend reads both on the device and does not touch ``grad`` if their product is 1.
+        That is so if every row counts and ``backward`` was called on the loss itself.
         """
         grad.mul_(factor if also is None else factor * also)
 
@@ -221,12 +222,12 @@ class Backend(ABC):
         state: State,
         recurrence: Recurrence,
     ) -> None:
-        """Moves the state of the samples in ``indices``.
+        """Updates the state of the samples in ``indices``.
 
-        A row of count 0 is skipped. A row with a non-finite signal or direct term is refused and
-        counted in ``counters[0]``. Of the remaining rows with one index the last wins and is the
-        only one applied. An index outside [0, N): on the CPU IndexError with nothing applied at
-        all; on a GPU the row is refused and counted in ``counters[1]``.
+        A row with count 0 is skipped. A row with a non-finite signal or direct term is refused and
+        counted in ``counters[0]``. If several of the remaining rows have the same index, only the
+        last one is applied. An index outside [0, N) raises IndexError on the CPU, and nothing is
+        applied; on a GPU its row is refused and counted in ``counters[1]``.
         """
 
     def winners(
@@ -236,9 +237,10 @@ class Backend(ABC):
         count: Tensor | None,  # [S] int32; None: every row counts
         state: State,
     ) -> Winners:
-        """Which rows `update_state` would apply, for a rule that is tensor code; counts the others.
+        """The rows that `update_state` would apply, for a rule that is tensor code.
 
-        ``usable`` says of each row whether everything that the rule reads is finite.
+        Refused rows are counted as there. ``usable`` says for each row whether all stats that the
+        rule reads are finite.
         """
         num_samples = state.scores.shape[0]
         if indices.device.type == "cpu":
@@ -250,7 +252,7 @@ class Backend(ABC):
         """Indices of the ``k`` highest of [N] float32 scores, 0 <= k <= N: int64 [k], ascending.
 
         Ties go to the lowest index, -0.0 equals 0.0, +inf is highest, NaN is lowest and equal to
-        NaN. May synchronise with the host, but not where a CUDA graph is captured.
+        NaN. May synchronise with the host, except while a CUDA graph is captured.
         """
 
     @abstractmethod
@@ -262,7 +264,7 @@ class Backend(ABC):
         Args:
             scores: [N] float32.
             groups: [N] int64 in [0, G).
-            group_k: [G] int64 on the CPU, none larger than its group.
+            group_k: [G] int64 on the CPU, each at most the size of its group.
         """
 
     @abstractmethod
@@ -316,12 +318,12 @@ def check_offsets(offsets: Tensor, total: int) -> None:
 
 
 def check_quotas(groups: Tensor, group_k: Tensor, k: int) -> None:
-    """Raises ValueError unless ``group_k`` sums to ``k`` and no group gives more than it has.
+    """Raises ValueError unless ``group_k`` sums to ``k`` and no quota exceeds its group's size.
 
     Args:
         groups: [N] int64 on any device.
         group_k: [G] int64 on the CPU.
-        k: how many in all.
+        k: total number of samples.
     """
     total, num_groups = int(group_k.sum()), group_k.shape[0]
     if total != k:

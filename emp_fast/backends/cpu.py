@@ -1,6 +1,6 @@
-"""The native C++ backend of CPU tensors: one pass over the logits, every core, the widest vectors.
+"""The native C++ backend for CPU tensors: one pass over the logits, multithreaded and vectorised.
 
-The kernels are compiled for several instruction sets and the best that the processor runs is taken;
+The kernels are compiled for several instruction sets; the best that the processor supports is used.
 ``EMP_FAST_CPU_ISA=baseline|avx2|avx512`` chooses another. Threads: ``torch.get_num_threads()``.
 """
 
@@ -47,7 +47,7 @@ class CpuBackend(Backend):
         self._native: Any = loaded
 
     def why_not(self, device: torch.device) -> str | None:
-        """The reason that there is no native code for ``device``, or none at all."""
+        """Why there is no native code for ``device``; None if there is."""
         if device.type != "cpu":
             return f"it serves the CPU alone, not {device}"
         return self._reason
@@ -66,7 +66,7 @@ class CpuBackend(Backend):
     def scores(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> tuple[Tensor, ...]:
-        """Writes nothing for a backward pass; see `Backend.scores`."""
+        """Omits the fields that a backward pass needs; see `Backend.scores`."""
         rows = logits.shape[0]
         fields = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
         loss = fields.data_ptr()
@@ -111,7 +111,7 @@ class CpuBackend(Backend):
         rows: Tensor,
         options: LossOptions,
     ) -> Tensor:
-        """The gradient to the logits; see `Backend.cross_entropy_backward`."""
+        """The gradient with respect to the logits; see `Backend.cross_entropy_backward`."""
         grad = logits.new_empty(*logits.shape)
         self._native.cross_entropy_backward(
             *_inputs(logits, target, weight, options),
@@ -133,9 +133,9 @@ class CpuBackend(Backend):
         state: State,
         recurrence: Recurrence,
     ) -> MeanStep:
-        """A block of rows after the other, scored and differentiated while it is in the cache."""
+        """Scores one block of rows at a time and makes its gradient while it is in the cache."""
         rows, classes = logits.shape
-        mean = logits.new_empty(size=(), dtype=torch.float32)  # by keyword: it parses faster
+        mean = logits.new_empty(size=(), dtype=torch.float32)  # the keyword parses faster
         grad = logits.new_empty(rows, classes)
         workspace = logits.new_empty(self._native.step_workspace(rows), dtype=torch.float32)
         error = self._native.cross_entropy_step(
@@ -156,7 +156,7 @@ class CpuBackend(Backend):
         return MeanStep(mean, grad, None)
 
     def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
-        """Touches no memory when the factors make 1."""
+        """Does not touch ``grad`` if the product of the factors is 1."""
         value = factor.item() if also is None else factor.item() * also.item()
         if value != 1:
             grad.mul_(value)
@@ -186,7 +186,7 @@ class CpuBackend(Backend):
     def winners(
         self, indices: Tensor, usable: Tensor, count: Tensor | None, state: State
     ) -> Winners:
-        """Those rows alone, no sample twice."""
+        """Returns only the rows to apply, with no sample twice."""
         rows = indices.new_empty(indices.shape[0])
         samples = torch.empty_like(rows)
         found = self._native.winners(
@@ -205,7 +205,7 @@ class CpuBackend(Backend):
         return Winners(rows[:found], samples[:found], None)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
-        """One read of the scores; workspace of 1.3 bytes a score."""
+        """One read of the scores; the workspace takes 1.3 bytes per score."""
         native, n = self._native, scores.shape[0]
         at = scores.device
         selected = torch.empty(k, dtype=torch.int64, device=at)
@@ -221,7 +221,7 @@ class CpuBackend(Backend):
         return selected
 
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
-        """Five or six reads of the groups; workspace of 1.4 bytes a score, 20 and more a group."""
+        """Five or six reads of the groups; workspace of 1.4 bytes per score, 20+ per group."""
         native, n, num_groups = self._native, scores.shape[0], group_k.shape[0]
         threads = torch.get_num_threads()
         at = scores.device

@@ -1,7 +1,7 @@
-"""The native CUDA C++ backend: a launch or two score a batch, make its gradient, move its state.
+"""The native CUDA C++ backend: one or two launches score a batch, make its gradient and update it.
 
-It hands pointers, sizes and the current stream to ``emp_fast._native.cuda``; torch allocates
-outputs and workspace. Scoring and updating never synchronise and capture into CUDA graphs.
+It passes pointers, sizes and the current stream to ``emp_fast._native.cuda``; torch allocates
+outputs and workspace. Scoring and updating never synchronise and can be captured in CUDA graphs.
 docs/kernels.md describes the kernels.
 """
 
@@ -42,13 +42,13 @@ _HERE = nullcontext()
 
 
 class CudaBackend(RowKernelsChoice, Backend):
-    """Serves NVIDIA GPUs of compute capability 8.0 and up.
+    """Serves NVIDIA GPUs of compute capability 8.0 or higher.
 
     Args:
         row_kernels: which kernels score rows: "plain", "shared" or "held" (short rows), "cluster"
-            or "ring" (long rows), or "auto", the fastest as far as measured (docs/kernels.md); None
-            for what the environment variable ``EMP_FAST_CUDA_ROWS`` says, else "auto". What a
-            choice cannot serve, the plain kernels do.
+            or "ring" (long rows), or "auto", the fastest as far as measured (docs/kernels.md). None
+            takes the environment variable ``EMP_FAST_CUDA_ROWS``, else "auto". The plain kernels
+            serve whatever a choice cannot.
 
     Raises:
         ValueError: no kernels have that name.
@@ -56,7 +56,7 @@ class CudaBackend(RowKernelsChoice, Backend):
 
     name = "cuda"
     fuses_step = True
-    #: As in csrc/cuda/launch_ring.h.
+    #: In the order of csrc/cuda/launch_ring.h.
     row_kernel_names = ("auto", "plain", "shared", "cluster", "ring", "held")
     row_kernels_environment = "EMP_FAST_CUDA_ROWS"
 
@@ -74,7 +74,7 @@ class CudaBackend(RowKernelsChoice, Backend):
             self._native = native.cuda
 
     def why_not(self, device: torch.device) -> str | None:
-        """The reason that ``device`` is no GPU that this build has code for."""
+        """Why this build has no code for ``device``; None if it has."""
         if self._reason is not None:
             return self._reason
         return why_not_gpu(device)
@@ -90,7 +90,7 @@ class CudaBackend(RowKernelsChoice, Backend):
     def scores(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> tuple[Tensor, ...]:
-        """Writes nothing for a backward pass; see `Backend.scores`."""
+        """Omits the fields that a backward pass needs; see `Backend.scores`."""
         rows = logits.shape[0]
         fields = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
         correct = logits.new_empty(rows, dtype=torch.bool)
@@ -110,13 +110,13 @@ class CudaBackend(RowKernelsChoice, Backend):
         *,
         for_backward: bool,
     ) -> None:
-        """Writes to the addresses of `RowScores`, without the last fields unless for_backward."""
+        """Writes to the addresses of `RowScores`; omits the last fields unless ``for_backward``."""
         device = logits.device
         with _on(device):
             workspace = self._workspace(logits)
             self._native.score(
                 self._row_kernels,
-                # Without the sum of the class weights, which a gradient alone needs.
+                # Without the sum of the class weights, which only a gradient needs.
                 *_inputs(logits, target, weight, None, options),
                 *outputs,
                 for_backward,
@@ -158,7 +158,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         state: State,
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
-        """One launch for few rows, two for many and for long ones; three where rows are split."""
+        """One launch for few rows, two for many or long rows, three if rows are split."""
         outputs, grad, device = empty_scores(logits), empty_gradient(logits), logits.device
         with _on(device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
@@ -194,7 +194,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         if logits.shape[0] == 0:  # nothing to launch
             mean = logits.new_zeros((), dtype=torch.float32)
             return MeanStep(mean, grad, torch.ones_like(mean))
-        mean = logits.new_empty(size=(), dtype=torch.float32)  # by keyword: it parses faster
+        mean = logits.new_empty(size=(), dtype=torch.float32)  # the keyword parses faster
         factor = torch.empty_like(mean)
         scores = logits.new_empty(native.mean_step_workspace(logits.shape[0]), dtype=torch.uint8)
         with _on(device):
@@ -216,7 +216,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         return MeanStep(mean, grad, factor)
 
     def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
-        """One launch, which touches no memory when the factors make 1."""
+        """One launch, which does not touch ``grad`` if the product of the factors is 1."""
         if not grad.is_contiguous() or grad.data_ptr() % 16:
             super().scale_(grad, factor, also)
             return
@@ -255,7 +255,7 @@ class CudaBackend(RowKernelsChoice, Backend):
             )
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
-        """Four reads of the scores; one where they are many, checked on the host at the end."""
+        """Four reads of the scores; one if they are many, with a check on the host at the end."""
         n, device = scores.shape[0], scores.device
         if k == n:
             return torch.arange(n, device=device)
@@ -263,7 +263,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         if k == 0:
             return selected
         with _on(device):
-            # The check reads a number back, which a capture cannot.
+            # The check reads a number back, which is not possible during a capture.
             many = n >= self._native.SAMPLED_FROM
             sampled = many and not torch.cuda.is_current_stream_capturing()
             if not sampled or int(self._select(scores, k, selected, self._native.SAMPLE_BITS)):
@@ -271,7 +271,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         return selected
 
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
-        """A histogram a group; from 65537 groups on by sorting."""
+        """One histogram per group; from 65537 groups on, by sorting."""
         num_groups = group_k.shape[0]
         if num_groups > self._native.MAX_GROUPS:
             return ReferenceBackend().grouped_topk_indices(scores, groups, group_k)
@@ -312,10 +312,10 @@ class CudaBackend(RowKernelsChoice, Backend):
         return words
 
     def _select(self, scores: Tensor, k: int, selected: Tensor, sample_bits: int) -> Tensor:
-        """Launches the plan of a sample, or with 0 the plain one.
+        """Launches the plan that samples the scores, or the plain plan if ``sample_bits`` is 0.
 
         Returns:
-            Its status, [1] int64: 1 when the sample misled and the plain plan must run.
+            Its status, [1] int64: 1 if the sample was misleading and the plain plan must run.
         """
         n, device = scores.shape[0], scores.device
         size = self._native.topk_workspace(n, k, 0, sample_bits)
@@ -353,7 +353,7 @@ class CudaBackend(RowKernelsChoice, Backend):
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Makes ``device`` the current one; free when it is."""
+    """Makes ``device`` the current one; costs nothing if it already is."""
     if device.index == current_device():
         return _HERE
     return torch.cuda.device(device)
@@ -365,7 +365,7 @@ def _stream(device: torch.device) -> int:
 
 
 def _weight_sum(weight: Tensor | None, options: LossOptions) -> Tensor | None:
-    """The sum over the classes, which the gradient of a smoothed, weighted loss needs."""
+    """The sum of the class weights, which the gradient of a smoothed, weighted loss needs."""
     return weight.sum() if weight is not None and options.label_smoothing > 0 else None
 
 

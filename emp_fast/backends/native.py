@@ -1,4 +1,4 @@
-"""Loads ``emp_fast._native`` on first use; how both of its backends hand over their arguments."""
+"""Loads ``emp_fast._native`` on first use, and converts arguments for both of its backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch  # before the module: both then share one OpenMP runtime
+import torch  # before the native module, so that both share one OpenMP runtime
 from torch import Tensor
 
 from emp_fast.backends.base import ROW_FIELDS, Recurrence, State
@@ -17,9 +17,9 @@ from emp_fast.backends.base import ROW_FIELDS, Recurrence, State
 _BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 _ISA_ENVIRONMENT = "EMP_FAST_CPU_ISA"
 
-#: As Dtype of csrc/core/row_fields.h numbers them.
+#: Numbered like Dtype in csrc/core/row_fields.h.
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-#: As the fused steps count what a recurrence reads.
+#: The values that a recurrence may read, in the order in which the fused steps number them.
 VALUES = ("loss", *ROW_FIELDS)
 _KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
@@ -27,7 +27,7 @@ MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 
 @functools.cache
 def load_native() -> Any | str:
-    """The native module, or the reason that there is none."""
+    """The native module, or the reason why there is none."""
     try:
         module = import_module("emp_fast._native")
     except ImportError as error:
@@ -42,8 +42,10 @@ def load_native() -> Any | str:
 
 
 def build_failure(which: str = "reason") -> str | None:
-    """What setup.py recorded, if the build of this installation failed: "reason" of the module,
-    "cuda_reason" of its CUDA part.
+    """The reason that setup.py recorded if the build of this installation failed, else None.
+
+    Args:
+        which: "reason" for the module, "cuda_reason" for its CUDA part.
     """
     try:
         reason = json.loads(_BUILD_INFO.read_text()).get(which)
@@ -53,7 +55,7 @@ def build_failure(which: str = "reason") -> str | None:
 
 
 def pointer(tensor: Tensor | None) -> int:
-    """The address of the first element, 0 for none."""
+    """The address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -63,7 +65,7 @@ def pointers(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def state_arguments(state: State, recurrence: Recurrence) -> tuple[int | float, ...]:
-    """The state of N samples and how it moves.
+    """The arguments of native calls for the state of N samples and its recurrence.
 
     Raises:
         ValueError: the recurrence needs a variance and the state has none.

@@ -1,7 +1,7 @@
-"""The pure-PyTorch backend: any device, any float dtype, no kernels. The oracle of the others.
+"""The pure-PyTorch backend: any device, any float dtype, no kernels. The others are tested with it.
 
-Plain and readable before fast; it makes several passes over the logits. The numerics are those of
-docs/numerics.md: the target is left out of the sums and folded in at the end.
+It favours readability over speed and makes several passes over the logits. The numerics are those
+of docs/numerics.md: the sums leave out the target, which is added at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from emp_fast.backends.winners import winners
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
-_MOST_VISITS = 2**31 - 1  # and there the count stays
+_MOST_VISITS = 2**31 - 1  # the visit count saturates here
 
 
 class ReferenceBackend(Backend):
@@ -91,7 +91,7 @@ class ReferenceBackend(Backend):
         rows = torch.stack(
             [entropy.clamp_min(0), el2n, margin, e_y * inv_sum, largest, inv_sum, miss]
         )
-        # A row of NaN stays NaN in every field; a class id outside the range makes one on a GPU.
+        # A NaN in a row makes all its fields NaN. So does a class id out of range on a GPU.
         spoiled = bad | torch.isnan(loss) | torch.isnan(inv_sum)
         rows = torch.where(spoiled, torch.nan, rows)
         loss = torch.where(spoiled, torch.nan, loss)
@@ -111,7 +111,7 @@ class ReferenceBackend(Backend):
         raw = _accumulation(logits)
         x = _capped(raw, options.softcap)
         num_classes = x.shape[1]
-        if x.dtype == torch.float64:  # the float32 rows would cost float64 its digits
+        if x.dtype == torch.float64:  # rows are float32, which would lose float64's precision
             largest = x.amax(1, keepdim=True)
             e = (x - largest).exp()
             inv_sum = 1 / e.sum(1, keepdim=True)
@@ -124,7 +124,8 @@ class ReferenceBackend(Backend):
             t = _smoothed(target, options, weight)
             total = t.sum(1, keepdim=True)
             grad = total * p - t
-            # By the miss where the class has most of the target; else both differences are near 1.
+            # `by_miss` is precise if the class has most of the target. Otherwise both of its terms
+            # are near 1 and would cancel.
             t_y = t.gather(1, y)
             by_miss = (total - t_y) - total * _miss(p, y, rows)
             at_target = torch.where(2 * t_y > total, by_miss, grad.gather(1, y))
@@ -217,7 +218,7 @@ class ReferenceBackend(Backend):
         c3 = torch.full_like(index, stream & _MASK32)
         k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
         for _ in range(10):
-            # A 64-bit product wraps in int64; its two halves are still right once masked.
+            # The 64-bit product wraps in int64, but its two halves are right once masked.
             product0, product1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
             high0, high1 = (product0 >> 32) & _MASK32, (product1 >> 32) & _MASK32
             c0, c1 = high1 ^ c1 ^ k0, product1 & _MASK32
@@ -227,9 +228,9 @@ class ReferenceBackend(Backend):
 
 
 def order_keys(scores: Tensor) -> Tensor:
-    """Maps floats to integers of the same order: -0.0 equals 0.0, NaN lowest.
+    """Maps floats to integers in the same order: -0.0 equals 0.0, NaN is lowest.
 
-    Integer work alone, so that flushing denormals to zero does not change the order.
+    It uses only integer operations, so flushing denormals to zero does not change the order.
 
     Args:
         scores: [N] float32 or float64.
@@ -254,9 +255,10 @@ def _capped(x: Tensor, softcap: float) -> Tensor:
 
 
 def _lowest_of_top(keys: Tensor, k: int) -> Tensor:
-    """The k-th highest."""
+    """The k-th highest key."""
     n = keys.shape[0]
-    if keys.is_cuda:  # kthvalue raises under torch.use_deterministic_algorithms for its index alone
+    # On CUDA, kthvalue raises under torch.use_deterministic_algorithms, if only for its index.
+    if keys.is_cuda:
         return keys.sort().values[n - k]
     return keys.kthvalue(n - k + 1).values
 
@@ -264,7 +266,7 @@ def _lowest_of_top(keys: Tensor, k: int) -> Tensor:
 def _class_ids(
     target: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows count, which of them have an impossible class, and ids safe to index with."""
+    """Which rows count, which of them have an invalid class id, and ids safe to index with."""
     if target.device.type == "cpu":
         check_target_range(target, num_classes, ignore_index)
     valid = target != ignore_index
@@ -279,7 +281,7 @@ def _smoothed(target: Tensor, options: LossOptions, weight: Tensor | None) -> Te
 
 
 def _masked_product(t: Tensor, log_p: Tensor) -> Tensor:
-    """``t * log_p``, where a class of no weight costs nothing even at log_p = -inf."""
+    """``t * log_p``, but 0 for a class with t = 0, even at log_p = -inf."""
     return torch.where(t == 0, 0.0, t * log_p)
 
 

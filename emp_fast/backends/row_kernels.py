@@ -1,4 +1,4 @@
-"""The choice between the kernels of one backend that score rows."""
+"""The choice between a backend's kernels that score rows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import ClassVar
 
 
 class RowKernelsChoice:
-    """A backend some of whose kernels do the same work in different ways (docs/kernels.md)."""
+    """A backend with several kernels for the same work (docs/kernels.md)."""
 
-    #: "auto" first: the fastest as far as measured. What a choice cannot serve, "plain" does.
+    #: "auto", the fastest as far as measured, comes first. "plain" serves what a choice cannot.
     row_kernel_names: ClassVar[tuple[str, ...]]
     #: The environment variable that chooses for the process.
     row_kernels_environment: ClassVar[str]
-    _row_kernels: int  # of row_kernel_names
+    _row_kernels: int  # position in row_kernel_names
 
     def _choose_row_kernels(self, name: str | None) -> None:
-        """The kernels of that name; None: what the environment says, else "auto".
+        """Chooses the kernels of that name; None takes the environment variable, else "auto".
 
         Raises:
             ValueError: no kernels have that name.
@@ -32,7 +32,7 @@ class RowKernelsChoice:
 
     @property
     def row_kernels(self) -> str:
-        """Which kernels score rows; may be set."""
+        """Name of the kernels that score rows; may be set."""
         return self.row_kernel_names[self._row_kernels]
 
     @row_kernels.setter

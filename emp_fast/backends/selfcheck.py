@@ -1,4 +1,4 @@
-"""A kernel backend proves itself: a tiny case against the reference, once a process and device."""
+"""Checks a kernel backend against the reference on a tiny case, once per process and device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def self_check(backend: Backend, device: torch.device) -> str | None:
     """Runs every operation of ``backend`` on a few samples.
 
     Returns:
-        None when all agree with the reference, else what differed or failed: the backend is then
+        None if all agree with the reference, otherwise what differed or failed; the backend is then
         refused.
 
     Raises:
-        torch.OutOfMemoryError: the device has no memory left for it.
+        torch.OutOfMemoryError: the device has not enough memory left for the check.
     """
     reference = ReferenceBackend()
     try:
@@ -31,7 +31,7 @@ def self_check(backend: Backend, device: torch.device) -> str | None:
                 if not _agree(a, b):
                     return f"self-check failed: {operation.__name__[1:]} output {output} differs"
     except torch.OutOfMemoryError:
-        raise  # says nothing about the backend: the next use may fit
+        raise  # says nothing about the backend; at its next use there may be memory
     except Exception as error:  # anything: a driver, a compiler, a launch
         return f"self-check failed: {type(error).__name__}: {error}"
     return None
@@ -46,8 +46,8 @@ def _agree(got: Tensor, wanted: Tensor) -> bool:
 
 
 def _logits(device: torch.device) -> Tensor:
-    # 5 rows of 37 classes: neither is a multiple of any vector width. The memory is: kernels read
-    # whole vectors, and compute-sanitizer knows of no more than was asked for.
+    # 5 rows of 37 classes: neither is a multiple of any vector width. The allocation is, because
+    # kernels read whole vectors, and compute-sanitizer reports reads beyond the requested size.
     values = (torch.arange(188, dtype=torch.float32, device=device) * 0.7).sin() * 4
     return values[:185].view(5, 37)
 
@@ -101,7 +101,7 @@ def _tensors(state: State) -> dict[str, Tensor]:
 
 def _scores(device: torch.device) -> Tensor:
     values = [0.5, -0.0, torch.nan, 0.0, torch.inf, -1.0, 0.5, -torch.inf, 0.5]
-    values += [0.0, 0.0, 0.0]  # not looked at: fill the last vector, as in `_logits`
+    values += [0.0, 0.0, 0.0]  # not selected from: they fill the last vector, as in `_logits`
     return torch.tensor(values, dtype=torch.float32, device=device)[:9]
 
 

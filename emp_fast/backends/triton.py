@@ -1,4 +1,4 @@
-"""The Triton backend: CUDA devices of compute capability 8.0 and up, without a toolchain.
+"""The Triton backend: CUDA devices of compute capability 8.0 or higher, without a toolchain.
 
 Under ``TRITON_INTERPRET=1``, set before Triton is imported, it serves CPU tensors instead: the same
 kernels run through Triton's interpreter, slowly, for tests.
@@ -30,7 +30,7 @@ from emp_fast.kernels import philox as philox_kernels
 from emp_fast.kernels import plan, row_epilogue, score_loop, score_rows, score_tile
 from emp_fast.kernels import update_state as state_kernels
 
-#: The fields of `RowScores`, of which a launch may be given some.
+#: The fields of `RowScores`; a launch may be given only some of them.
 _Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _NO_OUTPUTS: _Outputs = (None, None, None, None)
 
@@ -41,7 +41,7 @@ _FIELD_ROWS = {
 
 
 class _Rows(NamedTuple):
-    """What is scored, as `Backend.cross_entropy` is given it."""
+    """The inputs of `Backend.cross_entropy`."""
 
     logits: Tensor
     target: Tensor
@@ -50,22 +50,22 @@ class _Rows(NamedTuple):
 
     @property
     def flags(self) -> tuple[bool, bool, bool]:
-        """SOFT, SMOOTH, SOFTCAP."""
+        """The constants SOFT, SMOOTH and SOFTCAP of the kernels."""
         options = self.options
         soft = self.target.is_floating_point()
         return soft, options.label_smoothing > 0, options.softcap > 0
 
 
 class _Wanted(NamedTuple):
-    """What a launch makes beside the scores."""
+    """What a launch makes besides the scores."""
 
     grad: Tensor | None = None  # [R, C], of ``scale * sum(row_scale * loss)``
     row_scale: Tensor | None = None
     scale: float = 1.0
-    update: tuple[Tensor, State, Recurrence] | None = None  # of which samples, and how
+    update: tuple[Tensor, State, Recurrence] | None = None  # indices, state and how it changes
 
     def weight_sum(self, rows: _Rows) -> Tensor | None:
-        """That of the classes, which the gradient of a smoothed, weighted loss needs."""
+        """The sum of the class weights, which the gradient of a smoothed, weighted loss needs."""
         soft, smooth, _ = rows.flags
         if rows.weight is None or self.grad is None or not smooth or soft:
             return None
@@ -77,9 +77,9 @@ class TritonBackend(RowKernelsChoice, Backend):
 
     Args:
         row_kernels: which kernels score rows: "plain", "stepped" (`score_rows` for many rows), or
-            "auto", the fastest as far as measured (docs/kernels.md); None for what the environment
-            variable ``EMP_FAST_TRITON_ROWS`` says, else "auto". What a choice cannot serve, the
-            plain kernels do.
+            "auto", the fastest as far as measured (docs/kernels.md). None takes the environment
+            variable ``EMP_FAST_TRITON_ROWS``, else "auto". The plain kernels serve whatever a
+            choice cannot.
 
     Raises:
         ValueError: no kernels have that name.
@@ -191,8 +191,8 @@ class TritonBackend(RowKernelsChoice, Backend):
     def mean_loss(
         self, loss: Tensor, count: Tensor, row_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        # Two allocations: the mean goes to the user, who could not write into a view.
-        mean = loss.new_empty(size=())  # by keyword: it parses faster
+        # Two allocations, because the mean goes to the user, who could not write into a view.
+        mean = loss.new_empty(size=())  # the keyword parses faster
         factor = torch.empty_like(mean)
         num_rows = loss.shape[0]
         with device_of(loss):
@@ -261,7 +261,7 @@ class TritonBackend(RowKernelsChoice, Backend):
         return bits
 
     def _score_whole(self, rows: _Rows, scores: RowScores, wanted: _Wanted) -> None:
-        """Scores, and what else is wanted, of rows that stay in registers."""
+        """Computes the scores, and what else is wanted, of rows that stay in registers."""
         logits, grad = rows.logits, wanted.grad is not None
         itemsize = logits.element_size()
         served = rows.weight is None and wanted.update is None and not any(rows.flags)
@@ -280,7 +280,7 @@ class TritonBackend(RowKernelsChoice, Backend):
         _score_tile(rows, scores, wanted)
 
     def _prefers_rows(self, itemsize: int, grad: bool) -> bool:
-        """Whether the choice of row kernels is `score_rows` where it serves."""
+        """Whether the row kernels to use are `score_rows`, if it serves the case."""
         if self.row_kernels == "auto":
             return plan.rows_are_ahead(itemsize, grad)
         return self.row_kernels == "stepped"
@@ -314,7 +314,7 @@ def _score_rows(stepped: plan.RowsPlan, rows: _Rows, scores: RowScores, wanted: 
 
 
 def _score_tile(rows: _Rows, scores: _Outputs, wanted: _Wanted, *, stats: bool = True) -> None:
-    """stats: makes ``scores``; else it reads from them what the gradient needs."""
+    """With ``stats`` it makes ``scores``; otherwise it reads there what the gradient needs."""
     logits, target, weight, options = rows
     num_rows, num_classes = logits.shape
     tile = plan.plan_tile(
@@ -370,7 +370,7 @@ def _score_loop(
     stats: bool = True,
     parts: Tensor | None = None,
 ) -> None:
-    """stats: as of `_score_tile`. With ``parts`` it leaves the sums of each part of a row there."""
+    """As `_score_tile`. With ``parts``, it writes the sums of each part of a row there."""
     logits, target, weight, options = rows
     num_rows, num_classes = logits.shape
     indices, state, rule, num_samples = _update_arguments(wanted.update)
@@ -445,7 +445,7 @@ def _check_target(logits: Tensor, target: Tensor, options: LossOptions) -> None:
 
 
 def _sum_losses(loss: Tensor, count: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sums of the losses and of the counts that each of several programs takes."""
+    """The sums of losses and of counts over the rows of each program."""
     programs = min(plan.ceil_div(loss.shape[0], plan.MEAN_BLOCK), plan.MEAN_PROGRAMS)
     totals = loss.new_empty(programs, dtype=torch.float64)
     counts = loss.new_empty(programs, dtype=torch.int64)
@@ -486,7 +486,7 @@ def _rule(recurrence: Recurrence) -> tuple[int | float, ...]:
 def _update_arguments(
     update: tuple[Tensor, State, Recurrence] | None,
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[int | float, ...], int]:
-    """Returns the indices, the state, signal_row to variance_scale, and N, for a scoring kernel."""
+    """The indices, the state, signal_row to variance_scale, and N, for a scoring kernel."""
     if update is None:
         return None, (None,) * len(State._fields), (0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0), 0
     indices, state, recurrence = update
