@@ -1,4 +1,4 @@
-"""Several ranks: replicated state and its merge, and state that is spread over them."""
+"""Several ranks: replicated state and its merge, and state that is sharded over ranks."""
 
 from emp_fast.distributed.sharded_store import ShardedScoreStore
 

@@ -1,4 +1,4 @@
-"""Rows of several tensors as one tensor of bytes, so that one all_to_all carries them."""
+"""Packs rows of several tensors into one byte tensor, so that one all_to_all carries them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Layout", "layout_of", "pack_rows", "row_bytes", "unpack_rows"]
 
 class _Column(NamedTuple):
     name: str
-    dtype: str  # as "float32": it travels pickled
+    dtype: str  # a name such as "float32", because it is sent pickled
     shape: tuple[int, ...]  # of one row
 
     @property
@@ -26,7 +26,7 @@ Layout = tuple[_Column, ...]
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    """How the rows of ``tensors`` [S, ...] lie in a packed row."""
+    """How the rows of ``tensors`` [S, ...] are laid out in a packed row."""
     return tuple(
         _Column(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape[1:]))
         for name, tensor in tensors.items()
@@ -56,7 +56,7 @@ def unpack_rows(packed: Tensor, layout: Layout) -> dict[str, Tensor]:
     tensors, start = {}, 0
     for column in layout:
         raw = packed[:, start : start + column.bytes]
-        raw = raw.clone(memory_format=torch.contiguous_format)  # aligned, also where S is 1
+        raw = raw.clone(memory_format=torch.contiguous_format)  # aligned, even if S is 1
         dtype: torch.dtype = getattr(torch, column.dtype)
         tensors[column.name] = raw.view(dtype).view(packed.shape[0], *column.shape)
         start += column.bytes

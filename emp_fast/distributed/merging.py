@@ -1,8 +1,8 @@
-"""The merge of replicated state: what each rank changed since the last merge goes to every rank.
+"""The merge of replicated state: sends what each rank changed since the last merge to all ranks.
 
-A sample has changed when its visits have. Each rank sends a bitmap of its changed samples and their
-rows, so an epoch costs N / 8 bytes a rank and, over all ranks together, the changed rows once: 8
-bytes a sample for scores and memory. It goes in blocks of samples, which bounds the memory of it.
+A sample has changed if its visits have. Each rank sends a bitmap of its changed samples, and their
+rows. An epoch therefore costs N / 8 bytes per rank and, over all ranks together, the changed rows
+once: 8 bytes per sample for scores and memory. Samples are merged in blocks to bound the memory.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from emp_fast.distributed.ranks import Ranks
 
 __all__ = ["merge_rows"]
 
-_BLOCK = 1 << 20  # samples a collective
-_ALIGNMENT = 16  # of every field in a payload: typed views of it need that of their dtype
+_BLOCK = 1 << 20  # samples per collective
+_ALIGNMENT = 16  # bytes, of every field in a payload, because typed views must be aligned
 
 
 class _Field(NamedTuple):
-    """How one tensor's rows lie in a payload."""
+    """How one tensor's rows are laid out in a payload."""
 
     dtype: torch.dtype
     shape: torch.Size  # of one row
@@ -34,13 +34,14 @@ def merge_rows(
     visits: Tensor,  # [N] int32
     merged_visits: Tensor,  # [N] int32, as of the last merge, the same on every rank
 ) -> tuple[int, int]:
-    """Brings every rank's changed rows to every rank; ``merged_visits`` then equals ``visits``.
+    """Sends every rank's changed rows to all ranks; ``merged_visits`` then equals ``visits``.
 
-    A sample that several ranks visited gets the rows of the rank that visited it most, the highest
-    such rank; its visits add up.
+    A sample that several ranks visited gets the rows of the rank that visited it most often (the
+    highest such rank in a tie); its visits add up.
 
     Returns:
-        How many samples any rank visited since the last merge, and how many several did.
+        The number of samples that any rank visited since the last merge, and the number that
+        several ranks visited.
     """
     n = visits.shape[0]
     blocks = [(low, min(low + _BLOCK, n)) for low in range(0, n, _BLOCK)]
@@ -91,7 +92,8 @@ def _merge_block(
     most = torch.zeros_like(delta)
     total = torch.zeros_like(delta)
     repeated = torch.zeros_like(delta, dtype=torch.bool)
-    for payload, count in zip(payloads, counts, strict=True):  # rising, so ties go to the highest
+    # In ascending order of the ranks, so that ties go to the highest rank.
+    for payload, count in zip(payloads, counts, strict=True):
         if count == 0:
             continue
         at, theirs = _unpack(payload, n, fields, count)
@@ -110,7 +112,7 @@ def _merge_block(
 
 
 def _delta_dtype(most: int) -> torch.dtype | None:
-    """The narrowest type for visits since the last merge; None where each is 1."""
+    """The narrowest dtype for visits since the last merge; None if all are 1."""
     if most <= 1:
         return None
     return torch.uint8 if most < 256 else torch.int32

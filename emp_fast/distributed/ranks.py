@@ -1,6 +1,6 @@
 """The ranks that train together, and the few collectives that the state needs, over any group.
 
-Nothing here decides anything: what is merged and what is spread over ranks does.
+It makes no decisions about the state; its callers do.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 if dist.is_available() and not dist.is_initialized():
-    # Its functions have the default group of the moment of import as their default argument. Torch
-    # imports it with the first DistributedDataParallel, and then destroy_process_group cannot end
-    # Gloo's threads: one that still frees a tensor as Python exits aborts the process.
+    # The functions of this module take the default group at import time as a default argument.
+    # Torch imports it with the first DistributedDataParallel; destroy_process_group then cannot end
+    # Gloo's threads, and one that still frees a tensor as Python exits aborts the process.
     import torch.distributed.nn.functional
 
 __all__ = ["Ranks", "rank_of", "same_group", "world_size_of"]
 
-_WORDS = 4  # int64 of a SHA-256
+_WORDS = 4  # int64 words of a SHA-256
 _SHARED_ERRORS = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
 
 
 def world_size_of(process_group: Any = None) -> int:
-    """Ranks of the group (None: the default one); 1 while torch.distributed is not initialised."""
+    """Size of the group (None: the default one); 1 while torch.distributed is not initialised."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     size = dist.get_world_size(process_group)
@@ -46,7 +46,7 @@ def rank_of(process_group: Any = None) -> int:
 
 
 def same_group(one: Any, other: Any) -> bool:
-    """Whether two process groups are the same; None is the default one."""
+    """Whether two process groups are the same; None is the default group."""
     if not (dist.is_available() and dist.is_initialized()):
         return one is other
     default = dist.group.WORLD
@@ -54,26 +54,28 @@ def same_group(one: Any, other: Any) -> bool:
 
 
 class Ranks:
-    """One process's view of the group for the length of one collective operation.
+    """One process's view of the group during one collective operation.
 
-    Every operation opens with the same small record, so ranks that are at different operations, or
-    mean different things by the same one, find out there.
+    Every operation starts by exchanging the same small record. It shows whether ranks are in
+    different operations, or were given different arguments.
 
     Args:
         process_group: of torch.distributed; None is the default group.
-        device: where the data lives. It travels from there where every rank can, through the host
-            or the current GPU where the group serves only those.
-        operation: what is done, for error messages.
+        device: where the data lives. It is sent from there if all ranks can do so, otherwise from
+            the host or from the current GPU, whichever the group serves.
+        operation: name of the operation, for error messages.
         facts: what all ranks must agree about, plain values by name.
-        error: what keeps this rank from taking part; raised here and, as the same type with this
-            rank's number, on all other ranks.
-        notes: two numbers to tell every rank; see ``notes``.
+        error: what keeps this rank from taking part. It is raised here and, as the same type with
+            this rank's number, on all other ranks.
+        notes: two numbers that every rank receives; see ``notes``.
 
     Raises:
-        ValueError: this process is not in the group, or the operation or ``facts`` differ between
-            ranks (on all of them, with what differs).
-        ValueError, TypeError, IndexError: a rank had that ``error``.
-        RuntimeError: a rank died or did not take part within the group's time-out.
+        ValueError: this process is not in the group, the operation or ``facts`` differ between
+            ranks (raised on all of them, with the difference), or a rank had such an ``error``.
+        TypeError: a rank had such an ``error``.
+        IndexError: a rank had such an ``error``.
+        RuntimeError: a rank died or did not take part within the group's time-out, or had an
+            ``error`` of any other type.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Ranks:
             raise error
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's ``tensor``, all of one shape and dtype, on the device of this rank's."""
+        """Every rank's ``tensor``, on this rank's device; all must have one shape and dtype."""
         if self.size == 1:
             return [tensor]
         sent = tensor.to(self._device).contiguous()
@@ -109,7 +111,7 @@ class Ranks:
         return [part.to(tensor.device) for part in gathered]
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """The "sum", "min" or "max" of every rank's ``tensor``."""
+        """The "sum", "min" or "max" of all ranks' tensors."""
         if self.size == 1:
             return tensor
         reduced = tensor.to(self._device, copy=True).contiguous()
@@ -127,12 +129,12 @@ class Ranks:
         return sum(self.all_gather(tensor)[: self.rank], torch.zeros_like(tensor))
 
     def all_to_all(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Sends every rank its rows and returns the rows for this one, in the order of the ranks.
+        """Sends every rank its rows and returns those sent to this one, in the order of the ranks.
 
         Args:
-            rows: [S, ...] in the order of their destinations; all ranks' of one row shape and
-                dtype.
-            counts: [R] rows for each rank, summing to S.
+            rows: [S, ...] in the order of their destinations; row shape and dtype are the same on
+                all ranks.
+            counts: [R] number of rows for each rank, summing to S.
         """
         if self.size == 1:
             return rows
@@ -148,7 +150,7 @@ class Ranks:
         return incoming.to(rows.device)
 
     def gather_objects(self, value: object) -> list[Any]:
-        """Every rank's ``value``, pickled: for what is rare and small."""
+        """Every rank's ``value``, pickled; for rare and small data."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -163,7 +165,7 @@ class Ranks:
         error: Exception | None,
         notes: tuple[int, int],
     ) -> None:
-        """Makes sure that all ranks mean the same, and finds a device that serves all of them."""
+        """Checks that all ranks agree, and finds a device from which all of them can send."""
         served = _device_types(self._group)
         self._device = neutral = _neutral_device(served)
         digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
@@ -180,7 +182,7 @@ class Ranks:
         self.notes = [(other[-2], other[-1]) for other in records]
 
     def _fail(self, error: Exception | None) -> NoReturn:
-        """Some rank cannot take part: all of them raise, each its own error or the first one's."""
+        """Raises on all ranks because one cannot take part: its own error or the first rank's."""
         told = self.gather_objects(None if error is None else (type(error).__name__, str(error)))
         if error is not None:
             raise error
@@ -189,11 +191,11 @@ class Ranks:
         raise kind(f"{self._operation}: rank {rank} raised this, and no rank changed: {message}")
 
     def _disagree(self, facts: Mapping[str, object]) -> NoReturn:
-        """Every rank has seen that the facts differ: all of them tell what and raise."""
+        """Raises on all ranks, with the facts that differ between them."""
         gathered = self.gather_objects(dict(facts))
         names = sorted({name for other in gathered for name in other})
         if any(other["operation"] != gathered[0]["operation"] for other in gathered):
-            names = ["operation"]  # the other facts then differ as a matter of course
+            names = ["operation"]  # the other facts then naturally differ
         differing = []
         for name in names:
             values = [other.get(name) for other in gathered]
@@ -218,13 +220,13 @@ class Ranks:
 
 
 def _device_types(process_group: Any) -> list[str]:
-    """Device types that the group's backends serve, as "cpu" and "cuda"."""
+    """Device types that the group's backends serve, such as "cpu" and "cuda"."""
     config = dist.get_backend_config(process_group)  # "cpu:gloo,cuda:nccl"
     return [part.split(":")[0] for part in config.split(",")]
 
 
 def _neutral_device(served: list[str]) -> torch.device:
-    """A device that every rank can send from, wherever its data lives."""
+    """A device from which every rank can send, wherever its data lives."""
     if "cpu" in served:
         return torch.device("cpu")
     return torch.device(served[0], torch.accelerator.current_device_index())

@@ -1,4 +1,4 @@
-"""Replicated state on several ranks: what all of them know, what this one alone does, the merge."""
+"""Replicated state on several ranks: what all ranks know, what only this one knows, the merge."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["Replicas"]
 
 
 class Replicas:
-    """What every rank knows since the last merge; the rest of the state is this rank's own.
+    """What all ranks knew at the last merge; the rest of the state is this rank's own.
 
     Args:
         samples: the state of all samples, as this rank has it.
-        rows: counts the rows that moved it.
+        rows: counts the rows that updated it.
 
     Attributes:
         process_group: the ranks that train together; None is the default group.
@@ -39,13 +39,13 @@ class Replicas:
         self.rows_seen = 0
         self._visits: Tensor | None = None  # [N] int32; None: all 0, or `_unknown`
         self._counters = [0, 0]
-        self._unknown = False  # loaded before the process group existed: whose are the visits?
+        self._unknown = False  # loaded before the group existed; nobody knows which visits are ours
 
     def merge(self, facts: Mapping[str, object]) -> None:
         """See `ScoreStore.merge`. A warning names the line that called the caller's caller.
 
         Args:
-            facts: what all ranks must agree about besides, plain values by name.
+            facts: what else all ranks must agree about, plain values by name.
         """
         if world_size_of(self.process_group) == 1:
             return
@@ -92,23 +92,24 @@ class Replicas:
             )
 
     def _base_facts(self) -> dict[str, object]:
-        """What the merge builds on must be the same everywhere, and known."""
+        """The state that the merge builds on, which must be known and equal on all ranks."""
         if self._unknown and self._rows.total == self.rows_seen:
             self._visits, self._unknown = self._samples.state.visits.clone(), False
         base = "unknown" if self._unknown else self.rows_seen
         return {"samples_seen_at_last_merge": base}
 
-    @torch.inference_mode(False)  # as all of the state
+    @torch.inference_mode(False)  # as for all state
     def _merged_visits(self) -> Tensor:
-        """[N] int32, the visits as of the last merge, where the state lives now."""
+        """[N] int32 visits as of the last merge, on the current device of the state."""
         visits = self._samples.state.visits
         return torch.zeros_like(visits) if self._visits is None else self._visits.to(visits.device)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def unmerged(self) -> dict[str, Any] | None:
-        """What tells this rank's own updates from everybody's, in a snapshot; None: there are none
-        of its own.
+        """Entries of a snapshot that separate this rank's updates from merged ones.
+
+        None if this rank has no updates of its own.
         """
         size = world_size_of(self.process_group)
         if size == 1 or self._rows.total == self.rows_seen:
@@ -125,7 +126,7 @@ class Replicas:
         """Reads what `unmerged` returned; changes nothing.
 
         Raises:
-            ValueError: it is damaged, or another rank's.
+            ValueError: it is damaged, or was saved by another rank.
         """
         if unmerged is None:
             return None
@@ -152,8 +153,9 @@ class Replicas:
         return unmerged
 
     def restore(self, unmerged: Mapping[str, Any] | None) -> None:
-        """Takes over what a snapshot says of the last merge, from `checked_unmerged`. The state and
-        the rows must have been restored.
+        """Restores the state of the last merge from the result of `checked_unmerged`.
+
+        The samples and the row count must have been restored before.
         """
         state = self._samples.state
         self._visits, self._unknown = None, False

@@ -1,13 +1,13 @@
-"""Exact selection among samples that are spread over ranks: histograms travel, samples do not.
+"""Exact selection among samples that are sharded over ranks; only histograms are exchanged.
 
-The threshold of every group is found digit by digit, from the most significant, in the keys as
-integers. Every rank counts its keys by the next digit and the counts are added up over all ranks;
-what lies above the digit at which the quota runs out is taken, what has that digit goes on. Keys
-that are left in the end tie exactly, and the lower ranks' samples have the lower indices.
+The threshold of each group is found in the keys, taken as integers, digit by digit from the most
+significant. Every rank counts its keys by the next digit, and the counts are summed over all ranks.
+Keys above the digit at which the quota runs out are taken; keys with that digit remain for the next
+step. Keys that remain at the end tie exactly; lower ranks have the lower indices.
 
-One search hands at most `_HISTOGRAM_BYTES` a rank to the collectives whatever N is, and beyond 1280
-groups about 520 bytes a group. It reads the samples twice, for the first digit; the other digits
-are about the few that are left.
+For any N, a search passes at most `_HISTOGRAM_BYTES` per rank to the collectives, and beyond 1280
+groups about 520 bytes per group. It reads all samples twice, for the first digit; only few samples
+remain for the others.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _BLOCK = 1 << 22  # samples at a time: bounds each int64 temporary to 32 MiB
 
 
 class ShardedCandidates(Candidates):
-    """One rank's own samples, of which all ranks choose together.
+    """One rank's own samples, in a choice that all ranks make together.
 
     Args:
-        ranks: each holds one range of the samples, ascending.
-        scores: of this rank's samples, like all that follows; see `Candidates`.
-        visited: which of them have a score.
-        groups: their groups.
-        num_groups: of all ranks' samples.
-        seed: keys the random numbers, with
-        epoch: the epoch.
+        ranks: the ranks; each holds one range of the samples, in ascending order.
+        scores: scores of this rank's samples; see `Candidates`.
+        visited: which of these samples have been visited.
+        groups: groups of these samples.
+        num_groups: number of groups over all ranks.
+        seed: keys the random numbers together with ``epoch``.
+        epoch: number of the epoch.
         start: index of this rank's first sample.
     """
 
@@ -90,7 +90,7 @@ class ShardedCandidates(Candidates):
         return mask
 
     def _first_ties(self, tied: _Rows, left: Tensor) -> Tensor:
-        """Of samples that tie with their group's threshold, this rank's share of the first."""
+        """This rank's share of the first samples that tie with the threshold of their group."""
         sizes = torch.bincount(tied.group, minlength=left.shape[0])
         here = left - self._ranks.sum_of_lower(sizes)
         order = tied.group.sort(stable=True).indices
@@ -105,7 +105,7 @@ class ShardedCandidates(Candidates):
 
 
 class _Rows(NamedTuple):
-    """Samples whose keys have their group's threshold as far as it is known."""
+    """Samples whose keys agree with the known digits of their group's threshold."""
 
     index: Tensor  # type: ignore[assignment]  # [S] int64, ascending, within this rank
     group: Tensor  # [S] int64
@@ -124,14 +124,14 @@ class _Rows(NamedTuple):
 
 
 class _Blocks:
-    """The eligible samples as rows, a block at a time; may be gone through more than once."""
+    """The eligible samples as rows, one block at a time; may be iterated repeatedly."""
 
     def __init__(self, keys: Tensor, eligible: Tensor | None, groups: Tensor | None) -> None:
         self._keys, self._eligible, self._groups = keys, eligible, groups
 
     def __iter__(self) -> Iterator[_Rows]:
         n, device = self._keys.shape[0], self._keys.device
-        for low in range(0, max(n, 1), _BLOCK):  # one block, if an empty one, on every rank
+        for low in range(0, max(n, 1), _BLOCK):  # at least one block, possibly empty, on every rank
             index = torch.arange(low, min(low + _BLOCK, n), device=device)
             if self._eligible is not None:
                 index = index[self._eligible[low : low + _BLOCK]]
@@ -140,8 +140,10 @@ class _Blocks:
 
 
 def _digit_widths(num_groups: int) -> list[int]:
-    """Bits of each digit of a key: the first, which reads all samples, as wide as the bytes allow,
-    so that it leaves few.
+    """Number of bits of each digit of a key.
+
+    The first digit, for which all samples are read, is as wide as `_HISTOGRAM_BYTES` allows, so
+    that few samples remain.
     """
     for first in range(16, 2, -1):
         widths = [first]
@@ -153,7 +155,7 @@ def _digit_widths(num_groups: int) -> list[int]:
 
 
 def _cut(histogram: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """The digit at which each group's quota runs out, and what is left of the quota there."""
+    """The digit at which each group's quota runs out, and how much of the quota is left there."""
     at_or_above = histogram.flip(1).cumsum(1).flip(1)
     cut = (at_or_above >= left[:, None]).sum(1) - 1
     group = torch.arange(cut.shape[0], device=cut.device)

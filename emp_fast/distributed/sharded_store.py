@@ -1,4 +1,4 @@
-"""State that is spread over ranks, for more samples than one device holds."""
+"""State that is sharded over ranks, for more samples than fit on one device."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from emp_fast.snapshots import checked_count, checked_tensors, require_entries, 
 
 __all__ = ["ShardedScoreStore"]
 
-_REFUSALS = (IndexError, TypeError, ValueError)  # of arguments, told to all ranks
+_REFUSALS = (IndexError, TypeError, ValueError)  # for invalid arguments; raised on all ranks
 _INDEX = " index"  # no stat has that name
 
 
 def even_bounds(num_samples: int, size: int) -> list[int]:
-    """Where the ranks' ranges start, and at last N: rank r owns bounds[r] to bounds[r + 1]."""
+    """Starts of the ranks' ranges, followed by N: rank r owns bounds[r] to bounds[r + 1]."""
     return [rank * num_samples // size for rank in range(size + 1)]
 
 
 class _Outgoing(NamedTuple):
-    """What one rank's batch comes to, in the order of the ranks that own its samples."""
+    """One rank's batch, in the order of the ranks that own its samples."""
 
     given: int  # rows of the batch
     rows: dict[str, Tensor]  # the stats that the rule reads and the index within the owner's range
@@ -45,27 +45,28 @@ class _Outgoing(NamedTuple):
 
     @property
     def layout(self) -> Layout | None:
-        """None for a rank without a batch: it need not know what the others' stats look like."""
+        """Layout of the rows; None without a batch, which has no dtypes and shapes of its own."""
         return layout_of(self.rows) if self.given else None
 
 
 class ShardedScoreStore:
-    """A `ScoreStore` of which each rank of a process group holds one contiguous range of samples.
+    """A `ScoreStore` that is sharded: each rank of a process group holds one contiguous range.
 
-    Every method but `state_dict` and `load_state_dict` is collective: all ranks call it, in the
-    same order. The state and the selections are those of one `ScoreStore` that is given the batches
-    of all ranks, the lowest rank's first, in one update, whatever the number of ranks.
+    `update`, `select` and `num_nonfinite` are collective: all ranks must call them in the same
+    order. For any number of ranks, the state and the selections equal those of a single
+    `ScoreStore` that gets the batches of all ranks in one update, the lowest rank's first.
 
     Args:
         num_samples: N over all ranks.
-        rule: what a visit does to a sample's state.
+        rule: how a visit changes a sample's state.
         process_group: of torch.distributed; None is the default group. Without torch.distributed
             this process is the only rank.
         device: where this rank's state lives; None follows the stats of its first update.
 
     Raises:
-        ValueError: num_samples is below 1, the rule does not fit it, or this process is not in the
-            group.
+        ValueError: num_samples is below 1, the rule does not fit it, there is no such device, or
+            this process is not in the group.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class ShardedScoreStore:
         #: The samples whose state this rank holds.
         self.owned_range = range(low, high)
         self._shard = SampleState(high - low, rule.shard(low, high, num_samples), device)
-        self._rule_name = repr(rule)  # of all samples; hashing a rule's tensors once is enough
+        self._rule_name = repr(rule)  # of the whole rule; computed once, as it may hash tensors
         self._warned = 0
         #: Rows given to `update` by all ranks since the store was made.
         self.rows_seen = 0
@@ -101,7 +102,7 @@ class ShardedScoreStore:
 
     @property
     def scores(self) -> Tensor:
-        """[len(owned_range)] float32 of the rank's own samples; +inf where never visited."""
+        """[len(owned_range)] float32 scores of the rank's own samples; +inf where never visited."""
         return self._shard.state.scores
 
     @property
@@ -116,7 +117,7 @@ class ShardedScoreStore:
 
     @property
     def num_nonfinite(self) -> int:
-        """How many rows of all ranks were refused because a stat was not finite. Collective."""
+        """How many rows on all ranks were refused because a stat was not finite. Collective."""
         ranks = self._ranks("num_nonfinite", {})
         return int(ranks.all_reduce(self._shard.state.counters)[0])
 
@@ -124,29 +125,30 @@ class ShardedScoreStore:
 
     def update(
         self,
-        indices: Tensor,  # [S] integers in [0, N), of any ranks' ranges
+        indices: Tensor,  # [S] integers in [0, N), in any rank's range
         stats: SampleStats | Mapping[str, Tensor],  # of S samples
         **extra: Tensor,
     ) -> None:
-        """Moves the state of the samples that the ranks' batches visited, wherever it lives.
+        """Updates the state of the samples in all ranks' batches, on whichever rank it lives.
 
-        As `ScoreStore.update` of all ranks' batches in one, the lowest rank's first: of several
-        rows of one sample the last one of the highest rank is applied, and it counts as one visit.
-        A rank that has run out of batches passes empty indices, with any stats or none.
+        This is `ScoreStore.update` with the batches of all ranks in one, the lowest rank's first.
+        If a sample has several rows, the last one of the highest rank is applied and counts as one
+        visit. A rank that has run out of batches passes empty indices, with any stats or none.
 
-        Three collectives of O(S + R) bytes a rank: the index, 8 bytes, and the stats that the rule
-        reads. The sizes are read by the host, so the call waits for the device.
+        It takes three collectives of O(S + R) bytes per rank: 8 bytes per row for the index, and
+        the stats that the rule reads. The host reads the sizes, so the call waits for the device.
 
         Args:
-            indices: which samples.
+            indices: the samples.
             stats: their stats, or a mapping of those that the rule reads (and "count", optionally).
             **extra: further stats that the rule reads.
 
         Raises:
-            ValueError, TypeError: the arguments of some rank are impossible, or the stats' dtypes
-                or shapes differ between ranks; IndexError: an index of some rank lies outside
-                [0, N). On all ranks, with nothing applied on any.
-            ValueError: the ranks disagree about N, the rule, or what has been done so far.
+            ValueError: a rank's arguments are invalid, the dtypes or shapes of the stats differ
+                between ranks, or the ranks disagree about N, the rule, or what has been done so
+                far. This and the next two are raised on all ranks, and nothing is applied.
+            TypeError: an argument of a rank has the wrong type.
+            IndexError: an index of a rank lies outside [0, N).
             RuntimeError: a rank died or did not take part within the group's time-out.
         """
         outgoing, refused = _Outgoing(0, {}, [0] * self._size), None
@@ -179,7 +181,7 @@ class ShardedScoreStore:
             return _Outgoing(0, {}, [0] * self._size)
         indices, rows, count = self._shard.checked_batch(indices, stats, extra)
         check_index_range(indices, self.num_samples)
-        if self._shard.recurrence is not None:  # reads float32; other rules get what they are given
+        if self._shard.recurrence is not None:  # it reads float32; other rules get stats as given
             rows = {name: values.float() for name, values in rows.items()}
         if count is not None:
             counted = count > 0
@@ -204,16 +206,17 @@ class ShardedScoreStore:
         seed: int = 0,
         balance: Balance = "equal",
     ) -> Selection:
-        """Chooses the samples of an epoch among all ranks' and returns this rank's own of them.
+        """Chooses the samples of an epoch from all ranks, and returns those that this rank owns.
 
-        The ranks' selections one after the other are what `ScoreStore.select` returns, bit for
-        bit, for any number of ranks. How many a rank gets depends on the scores.
+        For any number of ranks, their selections in rank order are bit for bit what
+        `ScoreStore.select` returns. How many samples a rank gets depends on the scores.
 
         Args:
-            k: how many over all ranks, 1 <= k <= N; None for a policy that fixes its own number.
-            policy: how; `TopK` by default.
-            labels: class ids of all samples, or of those in `owned_range` alone.
-            epoch: keys the random numbers, with ``seed``.
+            k: number of samples over all ranks, 1 <= k <= N; None for a policy that fixes its own
+                number.
+            policy: how to choose; `TopK` by default.
+            labels: class ids of all samples, or only of those in `owned_range`.
+            epoch: keys the random numbers together with ``seed``.
             seed: any int.
             balance: see `ScoreStore.select`.
 
@@ -221,8 +224,9 @@ class ShardedScoreStore:
             Selection of global indices within `owned_range`, ascending, and their weights.
 
         Raises:
-            ValueError, TypeError: the arguments of some rank are impossible, or the ranks disagree
-                about them, N, the rule, or what has been done so far; on all ranks.
+            ValueError: a rank's arguments are invalid, or the ranks disagree about them, N, the
+                rule, or what has been done so far. Raised on all ranks, as is TypeError.
+            TypeError: an argument of a rank has the wrong type.
             RuntimeError: a rank died or did not take part within the group's time-out.
         """
         groups, num_groups, refused = None, 1, None
@@ -285,10 +289,10 @@ class ShardedScoreStore:
             )
 
     def merge(self, process_group: Any = None) -> None:
-        """Does nothing: every sample's state lives on one rank, and `update` brings it there.
+        """Does nothing: each sample's state lives on one rank, and `update` sends its rows there.
 
         Raises:
-            ValueError: another process group than the store's own is given.
+            ValueError: the process group is not the store's own.
         """
         if process_group is not None and not same_group(process_group, self._process_group):
             raise ValueError(
@@ -303,7 +307,7 @@ class ShardedScoreStore:
         error: Exception | None = None,
         notes: tuple[int, int] = (0, 0),
     ) -> Ranks:
-        """Opens a collective operation on the ranks that the store was made for."""
+        """Starts a collective operation on the ranks that the store was made for."""
         operation = f"ShardedScoreStore.{method}"
         size = world_size_of(self._process_group)
         if size != self._size:
@@ -338,19 +342,19 @@ class ShardedScoreStore:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Restores this rank's samples from one snapshot or from several, whole or not at all.
+        """Restores this rank's samples from one or several snapshots, completely or not at all.
 
-        The snapshots may come from any number of ranks, as long as they hold all samples of
-        `owned_range` between them; a snapshot of a `ScoreStore` will do as well. Load those of one
-        moment on all ranks: the next collective raises where they differ.
+        The snapshots may come from any number of ranks, as long as together they hold all samples
+        of `owned_range`; a snapshot of a `ScoreStore` also works. Load snapshots of the same moment
+        on all ranks, or the next collective raises.
 
         Args:
-            state: as `state_dict` returned it on this or on any rank, or a list of such.
+            state: what `state_dict` returned on this or any other rank, or a list of such.
 
         Raises:
-            ValueError: a snapshot is of another format, size or rule, or damaged; or they do not
-                go together, or do not hold all samples; TypeError: it is something else. Nothing
-                is changed then.
+            ValueError: a snapshot is damaged or has another format, size or rule; or the snapshots
+                do not fit together or do not hold all samples.
+            TypeError: ``state`` is neither a mapping nor a sequence.
         """
         if not isinstance(state, (Mapping, Sequence)):
             raise TypeError(f"state must be of state_dict(), or a list of such, got {state!r}")
@@ -362,7 +366,7 @@ class ShardedScoreStore:
         self._check_coverage(pieces)
         low, high = self.owned_range.start, self.owned_range.stop
         for name, tensor in self._shard.tensors().items():
-            if name == "counters":  # go with the first sample, so each is loaded by one rank
+            if name == "counters":  # go to the owner of a piece's first sample, so they count once
                 tensor.zero_()
                 for piece in pieces:
                     if low <= piece.start < high:
@@ -429,16 +433,16 @@ class _Piece(NamedTuple):
 
 
 def _fingerprint(layout: Layout | None) -> int:
-    """An int64 that tells layouts apart."""
+    """An int64 hash of a layout."""
     digest = hashlib.sha256(repr(layout).encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def _common_layout(ranks: Ranks, own: Layout | None) -> Layout | None:
-    """The layout of all ranks' rows, also for a rank that has none; None where no rank has rows.
+    """The layout of all ranks' rows, even for a rank without rows; None if no rank has rows.
 
     Raises:
-        ValueError: they differ; on all ranks.
+        ValueError: the layouts differ. Raised on all ranks.
     """
     if not any(given for given, _ in ranks.notes):
         return None
@@ -458,7 +462,7 @@ def _common_layout(ranks: Ranks, own: Layout | None) -> Layout | None:
 
 
 def _groups(ranks: Ranks, labels: Tensor) -> tuple[Tensor, int]:
-    """The labels as [S] int64 in [0, G), alike on all ranks, and G."""
+    """The labels as [S] int64 in [0, G), numbered alike on all ranks, and G."""
     own = labels.unique()
     sizes = [int(size) for size in ranks.all_gather(torch.tensor([own.shape[0]]))]
     padded = own.new_zeros(max(sizes))
