@@ -1,6 +1,6 @@
-"""The command line, ``emp-fast`` or ``python -m emp_fast``: one file a command.
+"""The command line, ``emp-fast`` or ``python -m emp_fast``: one file per command.
 
-Whatever the user got wrong is one line on stderr and exit code 2.
+Every user error gives one line on stderr and exit code 2.
 """
 
 from __future__ import annotations

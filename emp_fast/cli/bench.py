@@ -1,6 +1,6 @@
-"""``emp-fast bench``: what scoring and selection cost on this machine, against plain PyTorch.
+"""``emp-fast bench``: measures scoring and selection on this machine against plain PyTorch.
 
-Each case is first held against an oracle; a wrong result is not timed. The full suites, with the
+Each case is first checked against an oracle; a wrong result is not timed. The full suites, with the
 peers and recorded results, are in the repository's benchmarks folder.
 """
 
@@ -29,7 +29,7 @@ from emp_fast.testing import ATOL, RTOL, benchmark_shapes, oracle
 
 __all__ = ["bench"]
 
-_SECONDS, _QUICK_SECONDS = 1.0, 0.1  # a case
+_SECONDS, _QUICK_SECONDS = 1.0, 0.1  # per case
 _SELECTION = (50_000, 1_280_000, 20_000_000)
 _KEPT = 0.3
 _UPDATE = (128, 4096)
@@ -42,9 +42,9 @@ class Case(NamedTuple):
     """One line of the table."""
 
     name: str
-    bytes: int | None  # that the operation must move at least: input read once, gradient written
+    bytes: int | None  # least traffic of the operation: input read once, gradient written
     contenders: dict[str, Callable[[], object]]  # the first is emp_fast
-    problem: str | None  # what emp_fast got wrong
+    problem: str | None  # what emp_fast computed wrongly
 
 
 def bench(
@@ -245,7 +245,7 @@ def _score_problem(logits: Tensor, target: Tensor) -> str | None:
 
 
 def _copy_bandwidth(device: torch.device, seconds: float) -> float:
-    """Bytes read and written a second by torch's copy of a tensor far larger than any cache."""
+    """Bytes per second that torch reads and writes to copy a tensor far larger than any cache."""
     source = torch.zeros(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     times = interleaved_medians({"copy": lambda: target.copy_(source)}, device, seconds)

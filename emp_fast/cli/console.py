@@ -1,4 +1,4 @@
-"""What every command shares: consoles and the error line."""
+"""Shared by all commands: consoles and the error line."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from emp_fast.files import FileProblem
 
 __all__ = ["InputError", "OneLineErrors", "chosen_device", "stderr", "stdout"]
 
-#: Tables keep their columns in a log file, where there is no terminal to ask for its width.
+#: Width of tables in a log file, where there is no terminal that has a width.
 _WIDTH_WITHOUT_TERMINAL = 120
-_INTERRUPTED = 130  # as a shell reports SIGINT
+_INTERRUPTED = 130  # exit code with which a shell reports SIGINT
 
-# Some versions of typer use click, others carry a copy of it: the ancestor of their public error is
-# the error base of whichever it is.
+# Some versions of typer use click, others bundle a copy of it. The base class of errors is found
+# among the ancestors of typer's public error in both cases.
 _UsageProblem: type[Any] = next(
     ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException"
 )
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message is the one line that is printed."""
+    """The user's input cannot be used; the message is the one line that is printed."""
 
 
 class OneLineErrors(TyperGroup):
@@ -45,7 +45,7 @@ class OneLineErrors(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Runs as its base does; with ``standalone_mode`` it ends the process."""
+        """Runs like the base class; with ``standalone_mode`` it ends the process."""
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -57,7 +57,7 @@ class OneLineErrors(TyperGroup):
                 raise
             _end(error)
         if standalone_mode:
-            if result == _INTERRUPTED:  # of the versions of typer that raise no Abort
+            if result == _INTERRUPTED:  # some versions of typer return this and raise no Abort
                 typer.echo("emp-fast: interrupted", err=True)
             sys.exit(result if isinstance(result, int) else 0)
         return result
@@ -67,8 +67,8 @@ def chosen_device(name: str) -> torch.device:
     """The device that ``--device`` names.
 
     Raises:
-        InputError: it does not exist here, or the backend that the environment names cannot serve
-            it.
+        InputError: the device does not exist here, or the backend chosen by the environment cannot
+            serve it.
     """
     try:
         device = checked_device(name)
@@ -85,12 +85,12 @@ def chosen_device(name: str) -> torch.device:
 
 
 def stdout() -> Console:
-    """Where results go."""
+    """The console for results."""
     return _console(stderr=False)
 
 
 def stderr() -> Console:
-    """Where progress and remarks go, so that a redirected stdout holds results alone."""
+    """The console for progress and remarks, so that a redirected stdout holds only results."""
     return _console(stderr=True)
 
 
@@ -102,12 +102,12 @@ def _console(*, stderr: bool) -> Console:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning in one line: which line of which file gave it says nothing to the user."""
+    """Prints a warning in one line, without file and line number, which do not help the user."""
     typer.echo(f"emp-fast: {message}", err=True)
 
 
 def _end(error: Exception) -> NoReturn:
-    """Ends the process with the line and exit code of an error of the user's; raises any other."""
+    """Ends the process with the line and exit code of a user error; raises any other error."""
     if isinstance(error, typer.Abort):
         typer.echo("emp-fast: interrupted", err=True)
         sys.exit(_INTERRUPTED)

@@ -1,4 +1,4 @@
-"""``emp-fast demo``: trains on real images with several rules at one budget of samples."""
+"""``emp-fast demo``: trains on real images with several rules, all with one budget of samples."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _settings(
 
 
 def _prepare(output: Path) -> None:
-    """Finds out before the training whether its results can be kept."""
+    """Checks before the training whether its results can be saved."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -176,7 +176,7 @@ def _run(images: ImageData, settings: Settings, names: list[str], num_seeds: int
 
 
 def _facts() -> dict[str, Any]:
-    """When and on what the runs were made."""
+    """Date, machine and versions of the runs."""
     return {
         "date": date.today().isoformat(),
         "processor": processor_name(),
@@ -253,7 +253,7 @@ def _accuracy(summary: Summary) -> str:
 
 
 def _verdict(summaries: list[Summary]) -> str | None:
-    """EMP against the best of the others, seed by seed, so that what all share cancels."""
+    """Compares EMP with the best other method seed by seed, so that shared variation cancels."""
     emp = next((summary for summary in summaries if summary.name == "emp"), None)
     others = [summary for summary in summaries if summary.name != "emp"]
     if emp is None or not others or len(emp.accuracies) < 2:

@@ -1,4 +1,4 @@
-"""``emp-fast doctor``: what is available here, why the rest is not, and whether it works."""
+"""``emp-fast doctor``: shows what is available, whether it works, and why the rest is missing."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from emp_fast.functional import cross_entropy, topk_indices
 
 __all__ = ["doctor"]
 
-_SELF_CHECK_FAILED = "self-check failed: "  # how `selfcheck.self_check` begins
-#: The environment variables that choose kernels, and what holds without them.
+_SELF_CHECK_FAILED = "self-check failed: "  # prefix of what `selfcheck.self_check` returns
+#: The environment variables that choose kernels, and their defaults.
 _SETTINGS = dict.fromkeys(
     ("EMP_FAST_BACKEND", "EMP_FAST_CUDA_ROWS", "EMP_FAST_TRITON_ROWS"), "auto"
 )
@@ -52,7 +52,7 @@ def examine() -> dict[str, Any]:
         "versions": {
             "emp_fast": emp_fast.__version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,  # with its build, which the metadata may lack
+            "torch": torch.__version__,  # includes the build, which the metadata may lack
             "torch's CUDA": torch.version.cuda,
             **{package: package_version(package) for package in _PACKAGES},
         },
@@ -94,24 +94,24 @@ def _backends(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _choice(device: torch.device) -> str:
-    """The backend that an operation on ``device`` would use now, or why there is none."""
+    """The backend that an operation on ``device`` would use, or why there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", emp_fast.EmpFastWarning)  # the table says the same
         try:
             return resolve(device).name
-        except (BackendError, ValueError) as error:  # EMP_FAST_BACKEND names what cannot serve
+        except (BackendError, ValueError) as error:  # EMP_FAST_BACKEND names an unusable backend
             return f"none: {error}"
 
 
 def _reference_problem() -> str | None:
-    """What is wrong with the reference, against which every other backend is checked; or None."""
+    """What is wrong with the reference, with which all backends are compared; None if nothing."""
     logits = torch.arange(24, dtype=torch.float32).reshape(4, 6).sin() * 3
     target = torch.tensor([0, 5, 2, 2])
     try:
         with use_backend("reference"):
             loss = cross_entropy(logits, target).loss
             kept = topk_indices(torch.tensor([0.5, 2.0, 0.5, 1.0]), 3)
-    except Exception as error:  # whatever it is, doctor's task is to say it
+    except Exception as error:  # doctor must report any error
         return f"{type(error).__name__}: {error}"
     if not torch.allclose(
         loss, torch.nn.functional.cross_entropy(logits, target, reduction="none")
@@ -138,7 +138,7 @@ def _build_info() -> dict[str, Any]:
     try:
         info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        built = not isinstance(load_native(), str)  # elsewhere, and copied here
+        built = not isinstance(load_native(), str)  # built elsewhere and copied here
         return {"native": built, "reason": "no build has run in this source tree"}
     except (OSError, ValueError) as error:
         return {"native": False, "reason": f"_build_info.json cannot be read: {error}"}
@@ -146,7 +146,7 @@ def _build_info() -> dict[str, Any]:
 
 
 def _verified() -> dict[str, dict[str, list[str]]]:
-    """What has run on which GPU, by backend, and what has not, from verified.json."""
+    """What has run on which GPU, by backend, and what has not run, from verified.json."""
     file = resources.files("emp_fast") / "verified.json"
     verified = json.loads(file.read_text(encoding="utf-8"))
     gpus: dict[str, list[str]] = {"triton": [], "cuda": []}
@@ -161,7 +161,7 @@ def _verified() -> dict[str, dict[str, list[str]]]:
 
 
 def _instruction_set() -> str | None:
-    """That of the native kernels that run on this CPU; None without the native module."""
+    """The instruction set that the native CPU kernels use here; None without the native module."""
     native = load_native()
     return None if isinstance(native, str) else str(native.isa())
 
@@ -212,7 +212,7 @@ def _backend_table(report: dict[str, Any]) -> Table:
             line["backend"],
             "[green]yes[/green]" if line["available"] else "[yellow]no[/yellow]",
             line["self_check"],
-            Text(line["reason"] or ""),  # not markup: reasons hold brackets
+            Text(line["reason"] or ""),  # not markup, because reasons contain brackets
         )
     return table
 

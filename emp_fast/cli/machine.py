@@ -1,4 +1,4 @@
-"""What a result names beside its numbers: the processor, the versions of packages."""
+"""What a result states besides its numbers: the processor and the versions of packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["package_version", "processor_name"]
 
 
 def processor_name() -> str:
-    """As the system spells it, such as "AMD EPYC"."""
+    """Name of the processor as the system spells it, such as "AMD EPYC"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -20,7 +20,7 @@ def processor_name() -> str:
 
 
 def package_version(package: str) -> str | None:
-    """Of an installed distribution; None where it is not installed."""
+    """Version of a distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

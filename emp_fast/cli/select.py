@@ -1,4 +1,4 @@
-"""``emp-fast select``: a file of scores in, the kept indices or the kept part of a data set out."""
+"""``emp-fast select``: reads scores, writes the kept indices or the kept part of a data set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _EXACT_INTEGERS = 2**53
 
 _Number = float | int | None
 
-#: What --policy offers, and from which option each takes its number.
+#: The choices of --policy, and the options from which they take their numbers.
 _POLICIES: dict[str, Callable[[dict[str, _Number]], Policy]] = {
     "topk": lambda given: policies.TopK(),
     "random": lambda given: policies.Random(),
@@ -201,7 +201,7 @@ def _policy(name: str, numbers: dict[str, _Number], keep: float | None, k: int |
 
 
 def _named(given: dict[str, _Number], *names: str) -> dict[str, Any]:
-    """Takes the options of these names out of ``given``; a policy has defaults for the others."""
+    """Removes the options with these names from ``given``; policies have defaults for the rest."""
     return {name: value for name in names if (value := given.pop(name)) is not None}
 
 
@@ -228,13 +228,14 @@ def _budget(num_samples: int, keep: float | None, k: int | None, policy: Policy)
 
 
 def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> tuple[Tensor, bool]:
-    """[N] scores without NaN: float32, or float64 where only that holds them and the policy can;
-    and whether they were rounded.
+    """[N] scores without NaN, and whether they were rounded.
+
+    They are float32, or float64 if only that can hold them and the policy supports it.
     """
     array = read_vector(path, column, "score")
     if array.dtype.kind not in "fiu":
         raise InputError(f"{path} must hold numbers, got dtype {array.dtype}")
-    fits = array.dtype.kind == "f" and array.dtype.itemsize <= 4  # and half the memory will do
+    fits = array.dtype.kind == "f" and array.dtype.itemsize <= 4  # then half the memory suffices
     wide = array.astype(np.float32 if fits else np.float64)
     if array.dtype.kind in "iu" and (np.abs(wide) > _EXACT_INTEGERS).any():
         raise InputError(f"{path} holds integers beyond 2**53, which scores cannot tell apart")
@@ -260,7 +261,7 @@ def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> tup
 
 
 def _labels(path: Path, column: str | None, num_samples: int) -> tuple[Tensor, int]:
-    """[N] int64 group ids from 0 and their number."""
+    """[N] int64 group ids, counted from 0, and the number of groups."""
     array = read_vector(path, column, "label")
     if array.dtype.kind not in "iu":
         raise InputError(f"{path} must hold integer class ids, got dtype {array.dtype}")

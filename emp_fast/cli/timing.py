@@ -1,4 +1,4 @@
-"""Times things against each other on one machine, so that its load meets all of them alike."""
+"""Times contenders in turn on one machine, so that its load affects all of them alike."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 
 __all__ = ["interleaved_medians"]
 
-_MIN_SAMPLE = 2e-3  # seconds; shorter ones would measure the clock and the call of it
+_MIN_SAMPLE = 2e-3  # seconds; shorter samples would measure the clock and its overhead
 _MIN_ROUNDS = 9
 
 
 def interleaved_medians(
     contenders: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
 ) -> dict[str, float]:
-    """Median seconds a call of each contender; every round runs each of them once, in turn.
+    """Median seconds per call of each contender; every round times each of them once, in turn.
 
     Args:
-        contenders: what to time.
-        device: is synchronised around a sample when it is a GPU.
+        contenders: functions to time, by name.
+        device: synchronised around a sample if it is a GPU.
         seconds: how long to measure all of them together, beyond the fewest rounds of a median.
     """
     calls = {name: _calls(run, device) for name, run in contenders.items()}
@@ -34,7 +34,7 @@ def interleaved_medians(
 
 
 def _calls(run: Callable[[], object], device: torch.device) -> int:
-    """How many calls make a sample long enough; warms up on the way."""
+    """How many calls make a sample long enough; also warms up."""
     run()
     calls = 1
     while (elapsed := _sample(run, calls, device) * calls) < _MIN_SAMPLE:
@@ -43,7 +43,7 @@ def _calls(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _sample(run: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Mean seconds of so many calls."""
+    """Mean seconds per call over that many calls."""
     _synchronise(device)
     started = time.perf_counter()
     for _ in range(calls):

@@ -1,5 +1,5 @@
-"""What ``emp-fast demo`` runs: pruning rules compared on real images at one budget of samples seen.
+"""The code of ``emp-fast demo``: compares pruning rules on images with one budget of samples seen.
 
 ``datasets`` reads the images, ``models`` holds the networks, ``training`` runs one method once, and
-``comparison`` runs every method over several seeds and summarises.
+``comparison`` runs every method with several seeds and summarises.
 """

@@ -1,4 +1,4 @@
-"""Runs every method with every seed at one budget of samples, and summarises what was measured."""
+"""Runs every method with every seed and one budget of samples, and summarises the measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Comparison", "Summary", "compare", "defaults"]
 
 
 class Defaults(NamedTuple):
-    """What suits a data set."""
+    """Default settings for a data set."""
 
     epochs: int
     seeds: int
@@ -36,24 +36,24 @@ _DEFAULTS = {
 
 
 def defaults(data: str) -> Defaults:
-    """Epochs, seeds, batch size and peak learning rate of the data set of that name."""
+    """Epochs, seeds, batch size and peak learning rate for the data set of that name."""
     return _DEFAULTS[data]
 
 
 class Summary(NamedTuple):
-    """What one method did, over its seeds."""
+    """The results of one method over its seeds."""
 
     name: str
     label: str
     about: str
     accuracy_mean: float
-    accuracy_std: float | None  # of the sample; None with one seed
+    accuracy_std: float | None  # sample deviation; None with one seed
     accuracies: list[float]
-    samples_seen: int  # of each run
-    train_seconds: float  # mean of a run
-    loss_milliseconds: float  # median of a step: loss and gradient, with a pruner the scores too
-    selection_milliseconds: float  # mean of an epoch
-    overhead_percent: float | None  # of the training time; None for the plain loop or without one
+    samples_seen: int  # per run
+    train_seconds: float  # mean per run
+    loss_milliseconds: float  # median per step: loss and gradient; with a pruner, scores too
+    selection_milliseconds: float  # mean per epoch
+    overhead_percent: float | None  # of the training time; None for the plain loop or without it
 
 
 class Comparison(NamedTuple):
@@ -67,7 +67,7 @@ class Comparison(NamedTuple):
     runs: dict[str, list[Run]]
 
     def summaries(self) -> list[Summary]:
-        """One a method, in the order that they were asked for."""
+        """One summary per method, in the order in which they were requested."""
         plain = None
         if "full" in self.runs:
             plain = median(second for run in self.runs["full"] for second in run.loss_seconds)
@@ -78,7 +78,7 @@ class Comparison(NamedTuple):
         step = median(second for run in runs for second in run.loss_seconds)
         overhead = None
         if plain is not None and name != "full":
-            # The median step, since one interruption by the system costs more than all the scoring.
+            # The median step, because one interruption by the system costs more than all scoring.
             extra = [(step - plain) * run.steps + run.selection_seconds for run in runs]
             overhead = 100 * sum(extra) / sum(run.train_seconds for run in runs)
         return Summary(
@@ -118,7 +118,7 @@ class Comparison(NamedTuple):
         }
 
     def figure(self) -> Figure:
-        """Accuracy against samples seen, visits a sample, score distribution.
+        """Accuracy against samples seen, visits per sample, score distribution.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -162,13 +162,13 @@ def compare(
     seeds: Iterable[int],
     progress: Callable[[str, int, int], object] = lambda name, seed, seen: None,
 ) -> Comparison:
-    """Runs the methods in turn, seed by seed, so that a change of the machine's load meets all.
+    """Runs the methods in turn, seed by seed, so that a change in machine load affects all.
 
     Args:
-        data: what to train and test on.
+        data: training and test data.
         settings: the same for every run.
-        names: of the methods.
-        seeds: one run each for every method.
+        names: names of the methods.
+        seeds: every method runs once with each.
         progress: called after every step with method, seed and the samples seen.
     """
     chosen = methods(settings.prune_rate)

@@ -1,6 +1,6 @@
 """Reads the demo's images: scikit-learn's digits, Fashion-MNIST (IDX files), CIFAR-10 and -100.
 
-Nothing is downloaded. Every reader checks what it reads and raises with the name of the file.
+Nothing is downloaded. Every reader validates its files, and errors name the file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["DATASETS", "ImageData", "load"]
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")
-_DIGITS_TEST = 449  # a quarter of the 1797
+_DIGITS_TEST = 449  # a quarter of the 1797 images
 
 
 class ImageData(NamedTuple):
-    """A classification set, standardised by the mean and deviation of its training images."""
+    """A classification data set, standardised by the mean and deviation of its training images."""
 
     name: str
     train_images: Tensor  # [N, channels, height, width] float32
@@ -42,8 +42,8 @@ def load(name: str, root: Path | None = None) -> ImageData:
 
     Args:
         name: one of ``DATASETS``.
-        root: the folder of its files. Fashion-MNIST falls back to where Debian installs it; digits
-            come with scikit-learn and take none.
+        root: the folder of its files. The default for Fashion-MNIST is where Debian installs it;
+            digits come with scikit-learn and take no root.
 
     Raises:
         ValueError: the name is unknown, the root is missing or not wanted, or a file is malformed.
@@ -71,7 +71,7 @@ def _digits(root: Path | None) -> ImageData:
     bunch = load_digits()
     images = np.asarray(bunch.images, dtype=np.float32)[:, None]
     labels = np.asarray(bunch.target, dtype=np.int64)
-    # The file is ordered by writer: the split must not leave whole writers to the test set alone.
+    # The file is ordered by writer; shuffle, so that no writer occurs only in the test set.
     order = np.random.default_rng(0).permutation(len(labels))
     test, train = order[:_DIGITS_TEST], order[_DIGITS_TEST:]
     return _standardised("digits", images[train], labels[train], images[test], labels[test], 10)
@@ -111,13 +111,13 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """Reads an IDX file of unsigned bytes, gzipped or not (by its first bytes, not by its name).
+    """Reads an IDX file of unsigned bytes, gzipped or not (judged by its first bytes).
 
     Format: http://yann.lecun.com/exdb/mnist/: two zero bytes, the type (0x08), the number of
     dimensions, then each size as a big-endian uint32, then the data.
 
     Raises:
-        ValueError: it is not such a file, or it is cut off.
+        ValueError: it is not such a file, or it is truncated.
     """
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
@@ -143,7 +143,7 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
 
 
 class _Cifar(NamedTuple):
-    """Where one of the two sets keeps things in the python version of its archive."""
+    """The layout of one of the two data sets in the python version of its archive."""
 
     name: str
     folder: str
@@ -186,10 +186,11 @@ def _cifar(layout: _Cifar) -> Callable[[Path | None], ImageData]:
 def read_cifar_batch(path: Path, layout: _Cifar) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Reads one batch: images [n, 3, 32, 32] in 0..255 and labels [n].
 
-    The format is a pickle, which could run anything; only what a numpy array needs is let through.
+    The format is a pickle, which could run any code; only what a NumPy array needs is allowed.
 
     Raises:
-        FileNotFoundError: it is not there; ValueError: it is not a CIFAR batch.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a CIFAR batch.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -214,7 +215,7 @@ def read_cifar_batch(path: Path, layout: _Cifar) -> tuple[NDArray[np.float32], N
 class _ArrayUnpickler(pickle.Unpickler):
     """Rebuilds dicts, lists, numbers and numpy arrays; refuses every other class or function."""
 
-    # The files name the module that numpy had when they were written; the function is today's.
+    # The files name NumPy's module at the time of writing; the function is that of today.
     _ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012 - constant
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],

@@ -62,7 +62,7 @@ def small_resnet(num_classes: int) -> nn.Sequential:
 
 
 class _Residual(nn.Module):
-    """``x + convolutions(x)``, He et al., arXiv 1512.03385."""
+    """``x + convolutions(x)`` (He et al., arXiv 1512.03385)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ _WARM_UP = 0.2  # share of the budget over which the learning rate rises
 
 
 class Method(NamedTuple):
-    """A way to choose what to train on; without a rule, a plain loop over all data."""
+    """A way to choose training samples; without a rule, a plain loop over all data."""
 
     label: str
     about: str
@@ -54,34 +54,34 @@ METHODS = tuple(methods(0.5))
 
 
 class Settings(NamedTuple):
-    """How a run trains."""
+    """Settings of a run."""
 
     prune_rate: float
     epochs: int  # pruned epochs: the budget is epochs * round((1 - prune_rate) * N) samples
     batch_size: int
-    learning_rate: float  # its peak; it rises, then falls to 0, over the budget
-    tests: int  # how often the accuracy is measured
+    learning_rate: float  # peak value; over the budget it rises, then falls to 0
+    tests: int  # number of accuracy measurements
     device: torch.device
 
     def budget(self, num_samples: int) -> int:
-        """Samples that every method trains on."""
+        """The number of samples that every method trains on."""
         return self.epochs * round((1 - self.prune_rate) * num_samples)
 
 
 class Run(NamedTuple):
-    """What one method did with one seed."""
+    """The results of one method with one seed."""
 
     seed: int
     samples_seen: int
     steps: int
     epochs: int  # begun
-    accuracy: list[tuple[int, float]]  # (samples seen, test accuracy), rising; the last is final
+    accuracy: list[tuple[int, float]]  # (samples seen, test accuracy), ascending; the last is final
     visits: Tensor  # [N] int64 on the CPU
     scores: Tensor | None  # [N] float32 on the CPU; None for the plain loop
-    kept: Tensor | None  # [K] int64 on the CPU, what the next epoch would train on
+    kept: Tensor | None  # [K] int64 on the CPU, the samples of the next epoch
     train_seconds: float  # all of training, with data loading, without testing
-    loss_seconds: list[float]  # of each step: loss, its gradient, with a pruner scores and state
-    selection_seconds: float  # all selections, and the shuffle of what they kept
+    loss_seconds: list[float]  # per step: loss and gradient; with a pruner, scores and state too
+    selection_seconds: float  # all selections, and the shuffling of the kept samples
 
 
 def train(
@@ -94,11 +94,11 @@ def train(
     """Trains until exactly ``settings.budget`` samples are seen; the last batch is cut to fit.
 
     Args:
-        data: what to train and test on.
+        data: training and test data.
         method: how the samples are chosen.
         settings: the same for every method.
-        seed: of the weights and of the order; methods with one seed start from the same weights.
-        progress: called after every step with the samples seen.
+        seed: of the weights and the order; methods with the same seed start from the same weights.
+        progress: called after every step with the number of samples seen.
     """
     device, num_samples = settings.device, len(data.train_labels)
     budget = settings.budget(num_samples)
@@ -143,7 +143,7 @@ def train(
             optimizer.zero_grad()
             made = model(images.to(device))
             target = labels.to(device)
-            # The backward pass in two parts, so that the loss is timed with its gradient and
+            # The backward pass is split in two, so that the loss is timed with its own gradient but
             # without the model's.
             logits = made.detach().requires_grad_()
             before = _now(device)
@@ -189,7 +189,7 @@ def train(
 
 
 class _TimedSampler(Sampler[int]):
-    """Passes a sampler on and adds up the time its epochs take to begin: pruners select then."""
+    """Wraps a sampler and sums the time to begin its epochs, which is when pruners select."""
 
     def __init__(self, sampler: Sampler[int]) -> None:
         self.sampler = sampler
@@ -226,5 +226,5 @@ def _accuracy(model: nn.Module, data: ImageData, device: torch.device) -> float:
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # else only the launches would be timed
+        torch.cuda.synchronize(device)  # otherwise only the launches would be timed
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the trainers share."""
+"""Shared by the integrations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["missing", "require_data_of", "require_one_length", "require_pruner"]
 
 
 def missing(module: str, library: str, extra: str) -> str:
-    """The message of an ImportError that says what to install."""
+    """Message of an ImportError that says what to install."""
     return (
         f"emp_fast.integrations.{module} needs {library}, which is not installed: "
         f"pip install 'emp_fast[{extra}]'"
@@ -18,7 +18,7 @@ def missing(module: str, library: str, extra: str) -> str:
 
 
 def require_pruner(pruner: object) -> None:
-    """Raises TypeError unless ``pruner`` is one."""
+    """Raises TypeError unless ``pruner`` is a `Pruner`."""
     if not isinstance(pruner, Pruner):
         raise TypeError(f"pruner must be an emp_fast.Pruner, got {pruner!r}")
 
@@ -27,9 +27,9 @@ def require_data_of(pruner: Pruner, dataset: object, name: str) -> None:
     """Raises ValueError unless ``dataset`` has the pruner's number of samples, or no length.
 
     Args:
-        pruner: whose samples.
+        pruner: the pruner.
         dataset: the training set.
-        name: what the message calls it.
+        name: name of the data set in the message.
     """
     known = pruner.store.num_samples
     if isinstance(dataset, Sized) and len(dataset) != known:
@@ -40,8 +40,8 @@ def require_one_length(pruner: Pruner, epochs: int, remedy: str) -> None:
     """Raises ValueError unless the first ``epochs`` epochs use equally many samples.
 
     Args:
-        pruner: whose epochs.
-        epochs: how many.
+        pruner: the pruner.
+        epochs: number of epochs to check.
         remedy: what the user can do, for the message.
     """
     budgets = [pruner.schedule.budget(epoch) for epoch in range(max(1, epochs))]

@@ -9,8 +9,8 @@
             loss = pruner.loss(model(x), y, idx)
             accelerator.backward(loss); ...
 
-`Accelerator.save_state` then saves the pruner, and after `Accelerator.load_state` the loader goes
-on inside its epoch.
+`Accelerator.save_state` then also saves the pruner, and after `Accelerator.load_state` the loader
+continues within its epoch.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ __all__ = ["PrunedLoader", "prepare_loader"]
 
 
 def prepare_loader(accelerator: Accelerator, pruner: Pruner, loader: Any) -> PrunedLoader:
-    """`Accelerator.prepare` of a loader, and of the pruner whose sampler it has.
+    """`Accelerator.prepare` for a loader and the pruner whose sampler it has.
 
     Args:
         accelerator: shards the pruner's global order over its processes.
-        pruner: is registered for checkpointing.
+        pruner: the pruner; it is registered for checkpointing.
         loader: a DataLoader with ``sampler=pruner.sampler``.
 
     Raises:
-        ValueError: the loader has another sampler, or its data set another length; or the
-            accelerator has stateful loaders, or one process fetches for all; TypeError: ``pruner``
-            is no Pruner.
+        ValueError: the loader has another sampler, or its data set has another length; or the
+            accelerator uses stateful loaders, or one process that fetches for all.
+        TypeError: ``pruner`` is not a Pruner.
     """
     require_pruner(pruner)
-    # A stateful loader would spend the position that it restores on the epoch behind the resumed.
+    # A stateful loader would apply its restored position to the epoch after the resumed one.
     if getattr(accelerator, "use_stateful_dataloader", False):
         raise ValueError(
             "accelerator must not have use_stateful_dataloader=True: the prepared loader resumes "
             "inside its epoch by the pruner's state"
         )
-    # Only the main process would iterate, and to begin an epoch is collective.
+    # Only the main process would iterate, but beginning an epoch is collective.
     if getattr(accelerator, "dispatch_batches", None):
         raise ValueError(
             "accelerator must not have dispatch_batches=True: every process reads its own share of "
@@ -63,7 +63,7 @@ def prepare_loader(accelerator: Accelerator, pruner: Pruner, loader: Any) -> Pru
             f"itself; got {sampler!r}"
         )
     require_data_of(pruner, getattr(loader, "dataset", None), "the data set of loader")
-    sampler.whole = True  # Accelerate skips what a resumed epoch has been trained on
+    sampler.whole = True  # Accelerate itself skips the trained part of a resumed epoch
     prepared = PrunedLoader(accelerator, pruner, accelerator.prepare(loader))
     accelerator.register_for_checkpointing(prepared)
     return prepared
@@ -72,7 +72,7 @@ def prepare_loader(accelerator: Accelerator, pruner: Pruner, loader: Any) -> Pru
 class PrunedLoader:
     """A prepared loader whose iterations are the pruner's epochs; made by `prepare_loader`.
 
-    Other attributes are the prepared loader's.
+    All other attributes are those of the prepared loader.
     """
 
     def __init__(self, accelerator: Accelerator, pruner: Pruner, loader: Any) -> None:
@@ -85,22 +85,23 @@ class PrunedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         epoch, position = self.pruner.progress.coming()
-        # Accelerate counts the loader's own iterations, from 0 in a resumed run too.
+        # Accelerate counts the loader's own iterations, starting from 0 even in a resumed run.
         self.loader.set_epoch(epoch)
-        # Whole batches are skipped, so batches and the repeated tail are an uninterrupted run's.
+        # Only whole batches are skipped, so that the batches and the repeated tail are the same as
+        # in an uninterrupted run.
         skipped = position // self.loader.total_batch_size
         loader = self.loader
         if skipped:
             loader = self.accelerator.skip_first_batches(loader, skipped)
         yield from loader
-        self.pruner.progress.end_loop()  # that it was announced above says nothing of the next
+        self.pruner.progress.end_loop()  # set_epoch above announced this epoch, not the next one
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
         self.pruner.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The pruner's, with every rank's updates. Collective."""
+        """The pruner's state, with the updates of all ranks. Collective."""
         self.pruner.merge()
         return self.pruner.state_dict()
 

@@ -1,15 +1,15 @@
-"""The Hugging Face `Trainer` on pruned epochs: one class name and one argument more::
+"""The Hugging Face `Trainer` on pruned epochs: another class name and one more argument::
 
     trainer = PrunedTrainer(
         model, args, train_dataset=train_set, pruner=Pruner(len(train_set), prune_rate=0.7)
     )
     trainer.train()
 
-The loss is the Trainer's own: the mean over the samples, or for language models over the tokens,
-of all batches whose gradients are accumulated, on all processes. (Models that ignore
-``num_items_in_batch``, as BertForSequenceClassification does, have an accumulated gradient that is
-too large by the number of batches in the plain Trainer, and the right one here.) A sample's score
-is made of the mean over its own tokens.
+The loss is that of the Trainer: the mean over the samples (for language models, over the tokens) of
+all batches whose gradients are accumulated, on all processes. (In the plain Trainer, models that
+ignore ``num_items_in_batch``, such as BertForSequenceClassification, get an accumulated gradient
+that is too large by the number of batches; here it is right.) A sample's score is made from the
+mean over its own tokens.
 """
 
 from __future__ import annotations
@@ -45,38 +45,38 @@ else:
 
 __all__ = ["PrunedTrainer", "PrunerMixin"]
 
-#: Where the samples of a packed batch begin, beside `SAMPLE_INDEX`.
+#: Key of the starts of the samples in a packed batch; it accompanies `SAMPLE_INDEX`.
 _OFFSETS = "sample_offsets"
-_IGNORED = -100  # the Trainer's own, in labels
+_IGNORED = -100  # the label that the Trainer ignores
 _FILE = "pruner.pt"  # in a checkpoint's folder
 
 
 class _Batch(NamedTuple):
-    """What `compute_loss` takes out of the model's inputs for the loss."""
+    """What `compute_loss` removes from the model's inputs and keeps for the loss."""
 
     indices: Tensor | None  # [S]; None in evaluation
-    offsets: Tensor | None  # [S + 1], of packed samples
-    shifted: Tensor | None  # labels that a collator has shifted already
+    offsets: Tensor | None  # [S + 1], for packed samples
+    shifted: Tensor | None  # labels that a collator has already shifted
 
 
 class PrunerMixin(_Base):
     """Makes any `Trainer` prune: ``class MyPrunedTrainer(PrunerMixin, MyTrainer): pass``.
 
-    It serves models whose loss is the cross-entropy of ``logits`` and ``labels``: classification
+    It supports models whose loss is the cross-entropy of ``logits`` and ``labels``: classification
     of sequences, tokens or images, masked and causal language models. Batches may be padded, or
-    packed into one row as `DataCollatorWithFlattening` does. On several processes every one sees
-    its share (Accelerate's doing); checkpoints hold the pruner and ``resume_from_checkpoint``
-    restores it.
+    packed into one row as by `DataCollatorWithFlattening`. On several processes, Accelerate gives
+    each its share. Checkpoints include the pruner, and ``resume_from_checkpoint`` restores it.
 
     Args:
-        *args: of the Trainer.
-        pruner: of ``len(train_dataset)`` samples. Its epochs must have one length, because the
-            Trainer computes the number of steps once.
-        **kwargs: of the Trainer.
+        *args: positional arguments of the Trainer.
+        pruner: a pruner of ``len(train_dataset)`` samples. All its epochs must have the same
+            length, because the Trainer computes the number of steps once.
+        **kwargs: keyword arguments of the Trainer.
 
     Raises:
-        ValueError: the arguments, the model or the pruner do not go together; raised before the
+        ValueError: the arguments, the model or the pruner do not fit together. Raised before the
             first step.
+        TypeError: ``pruner`` is not a Pruner.
     """
 
     compute_loss_func: Any
@@ -96,7 +96,7 @@ class PrunerMixin(_Base):
                 f"one process must use one device, got {self.args.n_gpu}: start one process a GPU "
                 "with torchrun"
             )
-        grouped = getattr(self.args, "group_by_length", False)  # what transformers 5.0 has
+        grouped = getattr(self.args, "group_by_length", False)  # transformers 5.0 has this instead
         strategy = "group_by_length" if grouped else "random"
         strategy = getattr(self.args, "train_sampling_strategy", strategy)
         if strategy != "random":
@@ -112,7 +112,7 @@ class PrunerMixin(_Base):
                 f"got {problem!r}: score such a loss with Pruner.update in a compute_loss of yours"
             )
         self.pruner = pruner
-        # The Trainer scales what this returns for gradient accumulation and for several devices.
+        # The Trainer scales the result for gradient accumulation and for several devices.
         self.compute_loss_func = self._pruned_loss
         self._shifts_labels = _shifts_labels(self.model)
         self._batch = _Batch(None, None, None)
@@ -121,7 +121,7 @@ class PrunerMixin(_Base):
     # ---- data -----------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """The Trainer's own loader, of samples that carry their index, in the pruner's order."""
+        """The Trainer's own loader, over samples with their indices in the pruner's order."""
         self._check_train_set()
         with self._indexed_train_set():
             return super().get_train_dataloader()
@@ -143,10 +143,10 @@ class PrunerMixin(_Base):
 
     @contextmanager
     def _indexed_train_set(self) -> Iterator[None]:
-        """Lets the loader be made of the indexed set and a collator that knows of the index."""
+        """Makes the loader use the indexed data set and a collator that handles the index."""
         bare, collate = self.train_dataset, self.data_collator
-        # Columns go before they are read; the Trainer does not know the wrapped set as one of
-        # `datasets`, and would drop them sample by sample.
+        # Unused columns are removed before they are read. The Trainer does not recognise the
+        # wrapped set as one of `datasets`, and would drop them sample by sample.
         kept = self._remove_unused_columns(bare) if hasattr(bare, "column_names") else bare
         self.train_dataset, self.data_collator = with_indices(kept), _IndexedCollate(collate)
         try:
@@ -156,11 +156,11 @@ class PrunerMixin(_Base):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if SAMPLE_INDEX not in self._signature_columns:  # else remove_unused_columns drops it
+        if SAMPLE_INDEX not in self._signature_columns:  # or remove_unused_columns would drop it
             self._signature_columns.append(SAMPLE_INDEX)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        # Whole: the Trainer skips the batches that a resumed epoch has been trained on.
+        # Whole, because the Trainer itself skips the trained batches of a resumed epoch.
         return EpochSampler(self.pruner.progress, whole=True)
 
     def num_examples(self, dataloader: Any) -> int:
@@ -178,7 +178,7 @@ class PrunerMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's, with a loss that scores the samples of a training batch."""
+        """The Trainer's `compute_loss`, with a loss that scores the samples of a training batch."""
         inputs = dict(inputs)
         self._batch = _Batch(
             inputs.pop(SAMPLE_INDEX, None),
@@ -197,7 +197,7 @@ class PrunerMixin(_Base):
     def _pruned_loss(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The sum over samples of (policy weight) * (loss of all its tokens), over the items."""
+        """Sum over samples of (policy weight) * (loss of all its tokens), divided by the items."""
         indices, offsets, target = self._batch
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         if target is None:
@@ -218,7 +218,7 @@ class PrunerMixin(_Base):
             self.pruner.update(indices, stats)
             loss = loss * self.pruner.weights(indices)
         items = num_items_in_batch
-        if items is None:  # the Trainer could not count them: each batch then weighs the same
+        if items is None:  # the Trainer could not count them, so each batch gets the same weight
             items = stats.count.sum() * getattr(self, "current_gradient_accumulation_steps", 1)
         return loss.sum() / torch.as_tensor(items, device=loss.device).clamp_min(1)
 
@@ -234,7 +234,7 @@ class PrunerMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self.pruner.merge()  # on all ranks: one file then serves any number of them
+        self.pruner.merge()  # on all ranks, so that one file serves any number of ranks
         if self.args.should_save:
             save_checkpoint(os.path.join(output_dir, _FILE), pruner=self.pruner)
 
@@ -248,7 +248,7 @@ class PrunerMixin(_Base):
                 f"no {_FILE} in {checkpoint}: it was saved without a pruner, or by save_only_model"
             )
         load_checkpoint(path, pruner=self.pruner)
-        if self.args.ignore_data_skip:  # the Trainer then begins the epoch again
+        if self.args.ignore_data_skip:  # the Trainer then restarts the epoch
             self.pruner.load_state_dict({**self.pruner.state_dict(), "position": 0})
 
 
@@ -258,7 +258,7 @@ class PrunedTrainer(PrunerMixin, Trainer):
 
 def _shifts_labels(model: Any) -> bool:
     """Whether labels are the tokens themselves, so that each position predicts the next one."""
-    if hasattr(model, "get_base_model"):  # of peft
+    if hasattr(model, "get_base_model"):  # a peft model
         model = model.get_base_model()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
@@ -268,15 +268,15 @@ def _shifts_labels(model: Any) -> bool:
 
 
 def _shift(labels: Tensor) -> Tensor:
-    """[S, T] what each position predicts: the next one's label, and nothing at the end."""
+    """[S, T] the label that each position predicts: the next one's; none for the last position."""
     return pad(labels, (0, 1), value=_IGNORED)[..., 1:]
 
 
 class _IndexedCollate:
-    """Takes the index out of the samples, and puts all of them into the batch.
+    """Removes the index from the samples and adds all indices to the batch.
 
-    Where the samples are packed into one row it adds where each of them begins; here, on the host,
-    because finding that on a GPU would wait for it.
+    If the samples are packed into one row, it also adds where each of them starts. It does so here,
+    on the host, because finding this on a GPU would synchronise.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
@@ -301,7 +301,7 @@ class _IndexedCollate:
 
 
 def _packed_offsets(batch: Mapping[str, Any], samples: int) -> Tensor | None:
-    """[S + 1] int64 where each sample begins in the single row of a packed batch; else None."""
+    """[S + 1] int64 starts of the samples in the single row of a packed batch; otherwise None."""
     tokens = batch.get("input_ids")
     if tokens is None or tokens.shape[0] == samples:
         return None

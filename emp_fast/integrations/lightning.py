@@ -38,18 +38,20 @@ __all__ = ["PrunerCallback"]
 class PrunerCallback(Callback):
     """Keeps a pruner in step with a Lightning `Trainer`.
 
-    Checkpoints hold the pruner, and ``fit(ckpt_path=...)`` goes on inside its epoch. Every epoch
-    logs `Pruner.stats`. Before the first step it makes sure that the pruner's sampler is the one
-    that the trainer uses: on several processes Lightning replaces all but a `DistributedSampler`.
+    Checkpoints include the pruner, and ``fit(ckpt_path=...)`` continues within its epoch. Every
+    epoch logs `Pruner.stats`. Before the first step the callback checks that the trainer uses the
+    pruner's sampler, because on several processes Lightning replaces any sampler other than a
+    `DistributedSampler`.
 
     Args:
-        pruner: whose ``distributed_sampler()`` the training loader has.
+        pruner: the pruner; the training loader must have its ``distributed_sampler()``.
         log: send `Pruner.stats` to the trainer's loggers, as "pruner/..."
 
     Raises:
-        TypeError: ``pruner`` is no Pruner.
-        ValueError: by ``fit``, before the first step: the sampler is not the pruner's, the data set
-            has another length, or epochs differ in length and the trainer would not notice.
+        TypeError: ``pruner`` is not a Pruner.
+        ValueError: raised by ``fit`` before the first step: the sampler is not the pruner's, the
+            data set has another length, or epochs differ in length and the trainer would not
+            notice.
     """
 
     def __init__(self, pruner: Pruner, *, log: bool = True) -> None:
@@ -85,13 +87,13 @@ class PrunerCallback(Callback):
             require_data_of(self.pruner, getattr(loader, "dataset", None), "the training set")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.pruner.progress.end_loop()  # the trainer keeps the iterator, and asks for lengths
+        self.pruner.progress.end_loop()  # the trainer keeps the iterator and asks for lengths
         if self._log:
             stats = {f"pruner/{name}": value for name, value in self.pruner.stats().items()}
             pl_module.log_dict(stats, rank_zero_only=True)
 
     def state_dict(self) -> dict[str, Any]:
-        self.pruner.merge()  # Lightning asks all ranks; one of them then saves for any number
+        self.pruner.merge()  # Lightning calls this on all ranks; one of them saves for all
         return self.pruner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""What tests and benchmarks share: one list of cases, the float64 oracle, the tolerances.
+"""Shared by tests and benchmarks: one list of cases, the float64 oracle, the tolerances.
 
     for case in CASES:
         logits, target, options = make(case)
         got = emp_fast.functional.cross_entropy(logits, target, **options)
         wanted, grad = oracle(logits, target, **options)
 
-It needs numpy and no test framework, so that a backend of one's own can be held against it as well.
+It needs NumPy but no test framework, so that you can also test a backend of your own with it.
 """
 
 from emp_fast.testing.cases import (

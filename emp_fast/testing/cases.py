@@ -1,8 +1,8 @@
 """The cases of `emp_fast.functional.cross_entropy`: odd sizes, every option, adversarial inputs.
 
-Each size is there for a reason: 1 has no other class; 7, 31, 33, 127 and 129 straddle lanes and
-warps; 10, 100 and 1000 are the common data sets; 1025, 4099 and 33001 need several blocks and leave
-a ragged end.
+Each class count is there for a reason: 1 has no other class; 7, 31, 33, 127 and 129 straddle lanes
+and warps; 10, 100 and 1000 are those of common data sets; 1025, 4099 and 33001 need several blocks
+and leave a partial one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CPU_BENCHMARK_SHAPES = (
     (64, 128256),
 )
 
-#: Rows and classes at which the GPU backends are measured, small batches to language models.
+#: Rows and classes at which the GPU backends are measured, from small batches to language models.
 GPU_BENCHMARK_SHAPES = (
     (128, 10),
     (512, 10),
@@ -51,15 +51,15 @@ LogitsKind = Literal[
     "wide",  # 40 * normal
     "constant",  # every class equal
     "masked",  # half of the other classes -inf
-    "first_block_masked",  # all -inf but the last class and the target
+    "first_block_masked",  # all -inf except the last class and the target
     "target_masked",  # the target's own logit -inf
-    "only_target",  # all -inf but the target
+    "only_target",  # all -inf except the target
     "nan_row",  # one NaN in the middle row
-    "inf_row",  # one +inf in the middle row: its softmax has no value
+    "inf_row",  # one +inf in the middle row, whose softmax is undefined
 ]
 TargetKind = Literal[
     "ids",
-    "soft",  # mixup of two classes and some mass everywhere
+    "soft",  # mixup of two classes, with some mass everywhere
     "one_hot",
     "close",  # within 1e-3 of the prediction
 ]
@@ -69,7 +69,7 @@ Layout = Literal[
     "column_strided",  # every second column
     "transposed",
     "unaligned",  # starts one element into its storage
-    "expanded",  # one row for all, stride 0
+    "expanded",  # all rows are one row, with stride 0
 ]
 
 _MASKED: tuple[LogitsKind, ...] = (
@@ -90,7 +90,7 @@ class Case:
     samples: int = 5
     classes: int = 10
     positions: int | None = None  # T of logits [S, T, C]; None: logits [S, C]
-    lengths: tuple[int, ...] | None = None  # packed samples; `samples` is then their number
+    lengths: tuple[int, ...] | None = None  # of packed samples; `samples` is then their number
     dtype: torch.dtype = torch.float32
     target: TargetKind = "ids"
     logits: LogitsKind = "random"
@@ -124,7 +124,7 @@ def benchmark_shapes(device: str | torch.device) -> tuple[tuple[int, int], ...]:
 
 
 def cut(case: Case, samples: int = 5, classes: int = 130) -> Case:
-    """The same case with at most so many samples and classes, for interpreters."""
+    """The same case with at most that many samples and classes, for slow interpreters."""
     lengths = None if case.lengths is None else case.lengths[:samples]
     return replace(
         case,
@@ -185,7 +185,7 @@ def _logits(case: Case, y: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _mask(case: Case, x: Tensor, y: Tensor) -> None:
-    """Puts the infinities and the NaN of ``case`` into ``x``."""
+    """Writes the infinities and the NaN of ``case`` into ``x``."""
     at = (torch.arange(x.shape[0]), y)
     kept = x[at].clone()
     if case.logits == "masked":
@@ -204,8 +204,9 @@ def _mask(case: Case, x: Tensor, y: Tensor) -> None:
 
 
 def strange_rows(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits [rows, classes] and class ids [rows]: infinities, NaN and the ends of ``dtype`` in one
-    batch, a kind a row, so that neighbours differ in kind.
+    """Logits [rows, classes] and class ids [rows] with infinities, NaN and the limits of ``dtype``.
+
+    Each row has one kind of special value, and neighbouring rows have different kinds.
     """
     generator = torch.Generator().manual_seed(classes)
     x = 3 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
@@ -250,7 +251,7 @@ def _probabilities(case: Case, logits: Tensor, y: Tensor, generator: torch.Gener
 
 
 def _laid_out(case: Case, x: Tensor) -> Tensor:
-    """The same values in the memory layout of ``case``; what lies between them is NaN."""
+    """The same values in the memory layout of ``case``; the memory between them is NaN."""
     rows, classes = x.shape
     if case.layout == "row_strided":
         held = x.new_full((rows, classes + 5), torch.nan)[:, 2 : classes + 2]

@@ -1,6 +1,6 @@
-"""The float64 oracle: every score straight from its definition, a row at a time, with exact sums.
+"""The float64 oracle: every score directly by its definition, row by row, with exact sums.
 
-Written apart from the backends on purpose: no state is carried, nothing is merged or shared.
+It is deliberately independent of the backends: no running state, no merging, no shared code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-#: A float32 statistic agrees with the oracle when |got - wanted| <= ATOL + RTOL * |wanted|.
+#: A float32 statistic agrees with the oracle if |got - wanted| <= ATOL + RTOL * |wanted|.
 RTOL, ATOL = 1e-5, 1e-6
 
 _Array = npt.NDArray[Any]
@@ -21,7 +21,7 @@ _NAN_ROW = (math.nan,) * 5
 
 
 class OracleStats(NamedTuple):
-    """As `emp_fast.SampleStats`, in float64."""
+    """Like `emp_fast.SampleStats`, in float64."""
 
     loss: _Array
     entropy: _Array
@@ -29,12 +29,12 @@ class OracleStats(NamedTuple):
     margin: _Array
     confidence: _Array
     correct: _Array
-    count: _Array  # type: ignore[assignment]  # hides tuple.count
+    count: _Array  # type: ignore[assignment]  # shadows tuple.count
 
 
 class _Row(NamedTuple):
     scores: tuple[float, ...]  # loss, entropy, el2n, margin, confidence
-    grad: _Array  # [C], of the loss to the logits
+    grad: _Array  # [C], of the loss with respect to the logits
 
 
 def oracle(
@@ -58,10 +58,10 @@ def oracle(
         label_smoothing: as there.
         softcap: as there.
         offsets: as there.
-        grad_loss: [S], the gradient that arrives at the loss; None: ones.
+        grad_loss: [S], the incoming gradient of the loss; None: ones.
 
     Returns:
-        The statistics, and the gradient to the logits in their shape; both float64.
+        The statistics, and the gradient with respect to the logits, in their shape; both float64.
     """
     shape = tuple(logits.shape)
     num_classes = shape[-1]
@@ -108,7 +108,7 @@ def _row(
     num_classes = len(raw)
     x = raw if softcap is None else softcap * np.tanh(raw / softcap)
     top = float(np.max(x))
-    if not math.isfinite(top):  # NaN, +inf, or nothing but -inf: the softmax has no value
+    if not math.isfinite(top):  # NaN, +inf, or only -inf: the softmax is undefined
         return _Row(_NAN_ROW, np.full(num_classes, math.nan))
 
     e = np.exp(x - top)
@@ -125,7 +125,7 @@ def _row(
         one_hot[y] = 1
         t = one_hot
         off = p.copy()
-        off[y] = -math.fsum(np.delete(e, y)) / total  # p_y - 1, all its digits
+        off[y] = -math.fsum(np.delete(e, y)) / total  # p_y - 1 to full precision
     others = np.delete(x, y)
 
     smooth = t * (1 - label_smoothing) + label_smoothing / num_classes

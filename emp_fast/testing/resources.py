@@ -31,22 +31,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Expected(NamedTuple):
-    """How wide the accesses that come from some source line must be."""
+    """How wide the accesses from certain source lines must be."""
 
     kernel: str  # pattern of the kernel's name, and of a Triton variant's choices
     source: str  # pattern of the innermost source lines
     bits: int  # at least
     why: str
-    least: int = 0  # so many such accesses must be there, within so many loops:
+    least: int = 0  # at least so many such accesses must exist, inside `loops` loops
     loops: int = 0
-    every: bool = True  # False: `least` of them must be as wide, others may be narrower
+    every: bool = True  # False: `least` of them must be this wide, others may be narrower
 
 
 _LOAD_VECTOR = r"static_cast<const uint4\*>\(address\)"
 _ROW_KERNELS = r"^(rows_in_registers|rows_looped|row_parts|row_gradients)\b"
 
-#: The first that fits an access decides. One that none fits is of a few bytes a row or a sample, or
-#: of a table that stays in the cache, and may have any width, unless `BULK` says otherwise.
+#: The first entry that matches an access decides. Accesses that none matches may have any width
+#: unless they match `BULK`: they move a few bytes per row or sample, or read a cached table.
 EXPECTED = (
     # CUDA
     Expected(_ROW_KERNELS, _LOAD_VECTOR, 128, "logits move by 16 bytes", 1, loops=1),
@@ -199,31 +199,31 @@ EXPECTED = (
     ),
 )
 
-#: Kernels that an architecture has not the instructions for, and whose code there is a trap.
+#: Kernels whose code is a trap on an architecture that lacks their instructions.
 TRAPS = {("rows_cluster", "sm_80")}
 
-#: An access to logits, scores or gradients that nothing in `EXPECTED` explains is an error.
+#: An access to logits, scores or gradients that nothing in `EXPECTED` matches is an error.
 BULK = r"\blogits(_ptr)?\b|\bscores(_ptr)? ?[+\[]|\bgrad(_row|_ptr)?\b ?[+\[]"
 
 
 class Finding(NamedTuple):
-    """One kernel with what is wrong with it."""
+    """One kernel and its problems."""
 
     kernel: Kernel
     problems: tuple[str, ...]
 
 
-#: Bytes a thread of a Triton kernel may keep on its stack, outside loops alone. Triton leaves the
-#: registers to ptxas, which rather puts a few results of a row there, for the epilogue to fetch
-#: once, than let fewer warps run at a time.
+#: Bytes that a thread of a Triton kernel may keep on its stack, only outside loops. Triton leaves
+#: register allocation to ptxas, which keeps a few results of a row there for the epilogue, rather
+#: than have fewer warps resident.
 TRITON_STACK = 16
 
 
 def check(kernel: Kernel, stack: int = 0) -> Finding:
-    """Holds ``kernel`` against the rules of this module.
+    """Checks ``kernel`` against the rules of this module.
 
     Args:
-        kernel: as compiled.
+        kernel: the compiled kernel.
         stack: bytes that a thread may keep on its stack outside loops.
     """
     problems = []
@@ -260,7 +260,7 @@ def check(kernel: Kernel, stack: int = 0) -> Finding:
 
 
 def _expectations(name: str) -> list[Expected]:
-    """Those for the kernel called ``name``: of each source the first that fits."""
+    """The expectations for the kernel called ``name``: the first match for each source pattern."""
     fitting: dict[str, Expected] = {}
     for expected in EXPECTED:
         if re.search(expected.kernel, name):
@@ -269,18 +269,18 @@ def _expectations(name: str) -> list[Expected]:
 
 
 def _own_source(access: Access) -> str:
-    """The source lines of an access from the innermost of our own on, without NVIDIA's."""
+    """The source lines of an access, from our innermost line outwards, without NVIDIA's."""
     lines = access.source.split(" < ")
     return " < ".join(line for line in lines if "_DECL__" not in line)
 
 
 def check_cuda(module: Path) -> list[Finding]:
-    """The findings of every kernel for every architecture in a built native module."""
+    """The findings for every kernel and architecture in a built native module."""
     return [_without_cuts(check(kernel)) for kernel in kernels_of(module, [ROOT])]
 
 
 def _without_cuts(finding: Finding) -> Finding:
-    """Refuses the instruction that was in the one kernel which read beyond its logits."""
+    """Reports the instruction that occurred in the one kernel that read beyond its logits."""
     if not finding.kernel.cuts_that_answer:
         return finding
     problem = f"{finding.kernel.cuts_that_answer} VIMNMX with a predicate (docs/kernels.md)"
@@ -288,7 +288,7 @@ def _without_cuts(finding: Finding) -> Finding:
 
 
 def check_triton(every: bool, capabilities: Sequence[int], pool: Executor) -> list[Finding]:
-    """The findings of every Triton variant, or of few that show every pair of choices."""
+    """The findings for every Triton variant, or for a few that cover every pair of choices."""
     from emp_fast.testing.triton_variants import covering, every_variant
 
     variants = every_variant()
@@ -308,7 +308,7 @@ def _check_variant(work: tuple[Any, int]) -> Finding:
     variant, capability = work
     try:
         cubin = compile_ahead(variant, capability)
-    except Exception as error:  # whatever the compiler refuses
+    except Exception as error:  # the compiler may fail with any exception
         kernel = Kernel(str(variant), f"sm_{capability}", 0, 0, 0, ())
         return Finding(kernel, (f"it does not compile: {type(error).__name__}: {error}",))
     with tempfile.TemporaryDirectory() as folder:
@@ -322,7 +322,7 @@ def _check_variant(work: tuple[Any, int]) -> Finding:
 
 
 def table(findings: Iterable[Finding]) -> str:
-    """A Markdown table: a line for each kernel and architecture, over all its variants."""
+    """A Markdown table with one line per kernel and architecture, over all variants."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         name = re.split(r"[<(]", finding.kernel.name)[0]
@@ -354,7 +354,7 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _native_module() -> Path | None:
-    """The native module as built, if it has CUDA kernels."""
+    """The built native module, if it has CUDA kernels."""
     from emp_fast.backends.native import load_native
 
     native = load_native()
@@ -386,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("the native module has no CUDA kernels", file=sys.stderr)
         return 1
     findings = []
-    context = multiprocessing.get_context("spawn")  # a forked torch has no threads
+    context = multiprocessing.get_context("spawn")  # a forked process loses torch's threads
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         cuda = None if module is None else pool.submit(check_cuda, module)
         if options.triton != "none":

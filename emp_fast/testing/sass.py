@@ -1,8 +1,8 @@
-"""What the machine code of a kernel uses: registers, stack, spills, and every access to memory.
+"""Reads the machine code of kernels: registers, stack, spills, and every memory access.
 
-Read with NVIDIA's cuobjdump and nvdisasm, which Triton's wheel brings along, from cubins or from a
-file that embeds them. Where the code carries line numbers (``-lineinfo``, and Triton's default)
-each access knows the source lines that it came from, innermost first.
+It uses NVIDIA's cuobjdump and nvdisasm, which Triton's wheel includes, on cubins or on files that
+embed them. If the code has line numbers (``-lineinfo``, and Triton by default), each access lists
+its source lines, innermost first.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Access(NamedTuple):
     """One instruction that reads or writes memory."""
 
     opcode: str  # LDG.E.128.CONSTANT
-    depth: int  # loops around it
-    source: str  # the text of its source line and of those that it was inlined into, by " < "
+    depth: int  # number of loops around it
+    source: str  # its source line and those that it was inlined into, separated by " < "
 
     @property
     def bits(self) -> int:
-        """How many bits it moves a thread."""
+        """How many bits it moves per thread."""
         for part in self.opcode.split(".")[1:]:
             if part in _BITS:
                 return _BITS[part]
@@ -43,21 +43,20 @@ class Access(NamedTuple):
 
     @property
     def is_local(self) -> bool:
-        """Whether it touches a thread's own memory: a spilled register or an array kept there."""
+        """Whether it accesses a thread's local memory: a spilled register or a local array."""
         return self.opcode.split(".")[0] in ("LDL", "STL")
 
 
 class Kernel(NamedTuple):
-    """One kernel as compiled for one architecture."""
+    """One kernel, compiled for one architecture."""
 
     name: str
     architecture: str  # sm_90a
-    registers: int  # a thread
-    stack: int  # bytes a thread
-    shared: int  # static bytes a block
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    shared: int  # static bytes per block
     accesses: tuple[Access, ...]
-    #: Instructions that cut a number to a bound and answer a question about it at once, VIMNMX with
-    #: a predicate among their results (docs/kernels.md).
+    #: VIMNMX instructions that both clamp a number and set a predicate (docs/kernels.md).
     cuts_that_answer: int = 0
 
 
@@ -69,8 +68,8 @@ def kernels_of(image: Path, sources: Iterable[Path] = ()) -> list[Kernel]:
 
     Args:
         image: the file.
-        sources: folders in which source files are found again by the end of their path, where the
-            path that the code carries is gone.
+        sources: folders in which source files are looked up by the end of their path if the path
+            in the code does not exist.
 
     Raises:
         FileNotFoundError: the tools are not installed.
@@ -88,7 +87,7 @@ def kernels_of(image: Path, sources: Iterable[Path] = ()) -> list[Kernel]:
 def _kernels_of_cubin(cubin: Path, sources: tuple[Path, ...]) -> list[Kernel]:
     usage = _usage(_run("cuobjdump", "-res-usage", str(cubin)))
     text = _run("nvdisasm", "-c", "-gi", str(cubin))
-    # Code for the newest architectures names its target, older code has a flag.
+    # Code for the newest architectures names its target; older code has a flag.
     target = re.search(r"\.target\s+(sm_\w+)|EF_CUDA_(SM\d+)", text)
     if target is None:
         raise RuntimeError(f"nvdisasm names no architecture in {cubin}")
@@ -142,7 +141,7 @@ def _accesses(section: str, sources: tuple[Path, ...]) -> list[Access]:
 
 
 def _steps(section: str) -> tuple[list[_Step], dict[str, int]]:
-    """The instructions in order, and the one that each label stands before."""
+    """The instructions in order, and the position of the one after each label."""
     steps: list[_Step] = []
     labels: dict[str, int] = {}
     lines: list[tuple[str, int]] = []
@@ -156,7 +155,7 @@ def _steps(section: str) -> tuple[list[_Step], dict[str, int]]:
         elif match := _INSTRUCTION.match(line):
             target = _TARGET.search(match.group(4))
             label = target.group(1) if target else None
-            # The newest architectures name a uniform predicate among the operands: BRA.U !UP0, ...
+            # For the newest architectures, a uniform predicate is an operand: BRA.U !UP0, ...
             conditional = match.group(2) is not None or bool(_PREDICATE.match(match.group(4)))
             steps.append(_Step(match.group(3), conditional, label, tuple(lines)))
             fresh = False
@@ -166,10 +165,10 @@ def _steps(section: str) -> tuple[list[_Step], dict[str, int]]:
 
 
 def _depths(steps: list[_Step], labels: dict[str, int]) -> list[int]:
-    """For each instruction the number of loops around it.
+    """For each instruction, the number of loops around it.
 
-    Loops are the cycles of the control flow, not stretches of addresses: the compiler moves rare
-    code out of the way, and a jump back from there is no loop.
+    Loops are cycles of the control flow, not ranges of addresses: the compiler moves rarely run
+    code elsewhere, and a jump back from there is not a loop.
     """
     following: list[list[int]] = []
     for at, step in enumerate(steps):
@@ -187,13 +186,13 @@ def _depths(steps: list[_Step], labels: dict[str, int]) -> list[int]:
         for cycle in _cycles(pending.pop(), following):
             for at in cycle:
                 depths[at] += 1
-            # Without its first instruction a loop falls apart into the loops inside it.
+            # Without its first instruction, a loop decomposes into its inner loops.
             pending.append(cycle - {min(cycle)})
     return depths
 
 
 def _cycles(nodes: set[int], following: list[list[int]]) -> list[set[int]]:
-    """The strongly connected parts of ``nodes`` that hold a cycle (Tarjan, without recursion)."""
+    """The strongly connected components of ``nodes`` that have a cycle (Tarjan, not recursive)."""
     order: dict[int, int] = {}
     low: dict[int, int] = {}
     stack: list[int] = []
@@ -252,7 +251,7 @@ def _lines(path: str, sources: tuple[Path, ...]) -> list[str]:
 
 @functools.cache
 def _plain(mangled: str) -> str:
-    """``rows_looped<float, 32, true>``: the name without its scopes and its parameters."""
+    """``rows_looped<float, 32, true>``: the name without scopes and parameters."""
     if not mangled.startswith("_Z"):
         return mangled
     whole = _run("c++filt", mangled).strip()
@@ -271,10 +270,10 @@ def _run(tool: str, *arguments: str, cwd: str | None = None) -> str:
 
 @functools.cache
 def find_tool(name: str) -> str:
-    """The path of a tool: from Triton's wheel, else from the CUDA toolkit.
+    """The path of a tool from Triton's wheel, or else from the CUDA toolkit.
 
     Raises:
-        FileNotFoundError: it is in neither.
+        FileNotFoundError: the tool is in neither.
     """
     found = None
     try:

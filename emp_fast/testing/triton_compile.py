@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels ahead of time, for devices that are not there."""
+"""Compiles the Triton kernels ahead of time, for devices that need not be present."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 
 from emp_fast.testing.triton_variants import Variant
 
-#: Compute capabilities that the Triton backend is held to.
+#: Compute capabilities for which the Triton backend is checked.
 CAPABILITIES = (80, 90, 100)
 
 
@@ -18,7 +18,7 @@ def compile_ahead(variant: Variant, capability: int) -> bytes:
     """The cubin of ``variant`` for devices of ``capability``, 10 * major + minor.
 
     Raises:
-        Exception: whatever Triton or ptxas refuse.
+        Exception: any error of Triton or ptxas.
     """
     signature, constants = source_of(variant)
     compiled: Any = triton.compile(
@@ -31,7 +31,7 @@ def compile_ahead(variant: Variant, capability: int) -> bytes:
 
 
 def source_of(variant: Variant) -> tuple[dict[str, str], dict[str, Any]]:
-    """The types of all parameters of a launch, and the values of those known when compiling."""
+    """The types of all parameters of a launch, and the values of the compile-time constants."""
     choices = variant.choices()
     signature, constants = {}, {}
     for parameter in variant.function().params:

@@ -1,10 +1,9 @@
 """Every binary that the Triton backend can launch, found by asking the backend itself.
 
-The backend runs on CPU tensors over a grid of shapes and options with its launches recorded in
-place of run. A binary depends on the kernel, the types of its pointers, its constants and the
-number of warps, so distinct records are the distinct binaries: `every_variant`. They are tens of
-thousands, the product of all options; `covering` chooses few of them that show every pair of
-choices.
+The backend runs on CPU tensors over a grid of shapes and options; its launches are recorded and not
+run. A binary depends on the kernel, its pointer types, its constants and the number of warps, so
+distinct records are distinct binaries (`every_variant`). There are tens of thousands, the product
+of all options; `covering` chooses a few that cover every pair of choices.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from emp_fast.kernels import (
     update_state,
 )
 
-#: How Triton writes the types of pointers.
+#: Triton's names of pointer types.
 _POINTER_TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -51,10 +50,10 @@ _POINTER_TYPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """All that the binary of one launch depends on."""
+    """All that the binary of a launch depends on."""
 
     kernel: str  # module.function within emp_fast.kernels
-    pointers: tuple[str | None, ...]  # types as Triton writes them
+    pointers: tuple[str | None, ...]  # Triton's names of their types
     constants: tuple[int | bool, ...]
     warps: int
 
@@ -76,7 +75,7 @@ class Variant:
         }
 
     def function(self) -> Any:
-        """The Triton function."""
+        """The Triton function of the kernel."""
         return _kernels()[self.kernel]
 
 
@@ -89,7 +88,7 @@ def variant_of(
     constants: tuple[int | bool, ...],
     warps: int,
 ) -> Variant:
-    """The variant that a call of `launch` asks for."""
+    """The variant that a call of `launch` needs."""
     types = tuple(None if p is None else _POINTER_TYPES[p.dtype] for p in pointers)
     return Variant(_name_of(kernel), types, constants, warps)
 
@@ -99,8 +98,7 @@ def recorded(then: Launch | None = None) -> Iterator[dict[Variant, None]]:
     """Records the variants of all launches inside the block, in order, each once.
 
     Args:
-        then: called with the arguments of every launch after it was recorded; None: the launch is
-            dropped.
+        then: called with the arguments of every launch after recording it; None drops the launch.
     """
     seen: dict[Variant, None] = {}
 
@@ -119,11 +117,11 @@ def recorded(then: Launch | None = None) -> Iterator[dict[Variant, None]]:
 
 
 def every_variant(row_kernels: str = "stepped") -> tuple[Variant, ...]:
-    """Every variant of every kernel, in the order in which the grid meets them.
+    """Every variant of every kernel, in the order in which the grid reaches them.
 
     Args:
-        row_kernels: the choice of the backend (`TritonBackend`). "stepped" takes the most variants,
-            all that the other choices do among them.
+        row_kernels: the choice of the backend (`TritonBackend`). "stepped" has the most variants,
+            including all those of the other choices.
     """
     backend = triton_backend.TritonBackend(row_kernels)
     multiprocessors = mock.Mock()
@@ -140,11 +138,11 @@ def every_variant(row_kernels: str = "stepped") -> tuple[Variant, ...]:
 
 
 def covering(variants: Sequence[Variant]) -> list[Variant]:
-    """Few of ``variants`` in which every pair of choices that any of them makes occurs.
+    """A few of ``variants`` that cover every pair of choices that occurs in any of them.
 
-    The rows and the columns of a tile count as one choice: its shape. Those with the most options
-    of each shape and width of the logits come first, since registers are spilled where options
-    meet; then greedily always the one that shows the most pairs not seen before.
+    The rows and columns of a tile count as one choice, its shape. The variants with the most
+    options for each shape and logit width come first, because combined options spill registers.
+    Then the variant that covers the most new pairs is added, repeatedly.
     """
     chosen: list[Variant] = []
     for kernel in sorted({variant.kernel for variant in variants}):
@@ -163,11 +161,11 @@ def covering(variants: Sequence[Variant]) -> list[Variant]:
 
 
 def _heaviest(variants: Sequence[Variant]) -> list[int]:
-    """Where the variants with the most options of each shape and width of the logits are."""
+    """Positions of the variants with the most options for each shape and logit width."""
     most: dict[tuple[Any, ...], tuple[int, int]] = {}
     for index, variant in enumerate(variants):
         choices = variant.choices()
-        width = str(variant.pointers[0])[-2:]  # of *bf16 and *fp16 the same
+        width = str(variant.pointers[0])[-2:]  # the same for *bf16 and *fp16
         shape = (choices.get("ROWS"), choices.get("BLOCK"), variant.warps, width)
         options = sum(value is not None and value is not False for value in choices.values())
         weight = 100 * options - int(choices.get("ALIGN", 0))
@@ -176,7 +174,7 @@ def _heaviest(variants: Sequence[Variant]) -> list[int]:
 
 
 def _pairs(variants: Sequence[Variant]) -> npt.NDArray[np.int64]:
-    """For each variant the numbers of the pairs of choices that it makes."""
+    """For each variant, the numbers of the pairs of choices in it."""
     rows = []
     for variant in variants:
         choices = variant.choices()
@@ -188,7 +186,7 @@ def _pairs(variants: Sequence[Variant]) -> npt.NDArray[np.int64]:
         if len(numbers) > 1:
             columns.append((np.array([numbers[value] for value in column]), len(numbers)))
     pairs, first = [np.zeros(len(rows), np.int64)], 1
-    for a, size in columns:  # with what all variants have alike
+    for a, size in columns:  # pairs with a choice that all variants share
         pairs.append(first + a)
         first += size
     for (a, size), (b, other_size) in itertools.combinations(columns, 2):
@@ -199,14 +197,14 @@ def _pairs(variants: Sequence[Variant]) -> npt.NDArray[np.int64]:
 
 # ---- the grid -----------------------------------------------------------------------------------
 
-#: The most rows whose state a scoring launch moves, and one more.
+#: The most rows whose state a scoring launch updates, and one more.
 _ROWS = (plan.STEP_UPDATE_ROWS, plan.STEP_UPDATE_ROWS + 1)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MANY = 10**6  # multiprocessors: enough to split rows as far as they go
+_MANY = 10**6  # multiprocessors: enough to split rows as far as possible
 
 
 class _Call(NamedTuple):
-    """A call of the backend on a device of so many multiprocessors."""
+    """A call of the backend on a device with that many multiprocessors."""
 
     multiprocessors: int
     method: str
@@ -218,13 +216,13 @@ class _Shape(NamedTuple):
 
     rows: int
     classes: int
-    padding: int  # columns between the rows
+    padding: int  # extra columns between the rows
     dtype: torch.dtype
     multiprocessors: int
 
 
 def _alignments(dtype: torch.dtype) -> Iterator[int]:
-    """Powers of two up to the elements of a vector."""
+    """Powers of two up to the number of elements in a vector."""
     return (1 << i for i in range((plan.VECTOR_BYTES // dtype.itemsize).bit_length()))
 
 
@@ -250,7 +248,7 @@ def _scoring_calls() -> Iterator[_Call]:
 
 
 def _mean_calls() -> Iterator[_Call]:
-    """The mean of the losses, and the scaling of gradients of every alignment."""
+    """The mean of the losses, and the scaling of gradients for every alignment."""
     factor = torch.empty(())
     for rows in (plan.MEAN_ROWS, plan.MEAN_ROWS + 1):
         loss, count = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
@@ -261,7 +259,7 @@ def _mean_calls() -> Iterator[_Call]:
             yield _Call(1, "scale_", (torch.empty(align, dtype=dtype), factor, also))
 
 
-#: Recurrences that take different binaries: without and with a variance.
+#: Recurrences that need different binaries: without and with a variance.
 _RULES = (Recurrence("ema", "loss"), Recurrence("variance", "loss"))
 
 
@@ -278,7 +276,7 @@ def _tile_shapes(dtype: torch.dtype, ragged: int) -> Iterator[_Shape]:
     while block <= plan.TILE_CLASSES_GRAD:
         for rows in _ROWS:
             yield _Shape(rows, block - ragged, 0, dtype, _MANY)
-        yield _Shape(_ROWS[-1] * 2, block - ragged, 0, dtype, 1)  # enough to be taken in steps
+        yield _Shape(_ROWS[-1] * 2, block - ragged, 0, dtype, 1)  # enough rows for `score_rows`
         block *= 2
 
 
@@ -290,7 +288,7 @@ def _loop_shapes(dtype: torch.dtype, ragged: int) -> Iterator[_Shape]:
         classes = least + 2 * vector - ragged
         for rows in _ROWS:
             yield _Shape(rows, classes, padding, dtype, 1)
-        yield _Shape(2, classes, padding, dtype, 1)  # too few for a warp a row
+        yield _Shape(2, classes, padding, dtype, 1)  # too few rows for one warp per row
         yield _Shape(2, classes, padding, dtype, _MANY)  # split
     yield _Shape(2, 2**19 - ragged, 0, dtype, _MANY)  # split into many parts
 
@@ -321,7 +319,7 @@ def _selection_calls() -> Iterator[_Call]:
     for n in (1000, plan.SAMPLE_FROM):
         scores, groups = torch.arange(float(n)), torch.zeros(n, dtype=torch.int64)
         yield _Call(1, "topk_indices", (scores, 1))
-        yield _Call(1, "topk_indices", (torch.arange(-1, float(n))[1:], 1))  # off the 16-byte grid
+        yield _Call(1, "topk_indices", (torch.arange(-1, float(n))[1:], 1))  # not 16-byte aligned
         yield _Call(1, "grouped_topk_indices", (scores, groups, torch.tensor([1])))
     yield _Call(1, "philox", (5, 0, 0, 0, 0, torch.device("cpu")))
 
@@ -329,10 +327,10 @@ def _selection_calls() -> Iterator[_Call]:
 def _answer(
     kernel: Any, grid: Any, pointers: Any, numbers: Any, constants: Any, warps: int
 ) -> None:
-    """Stands in for the kernels whose results decide what the selection launches next.
+    """Replaces the kernels whose results decide what the selection launches next.
 
-    The highest bin of each histogram holds the highest score, and the first block of a bitmap one
-    inside the bracket, the highest, so that there is a candidate.
+    The highest bin of each histogram holds the highest score, and the first block of a bitmap holds
+    one score inside the bracket, the highest, so that there is a candidate.
     """
     name = _name_of(kernel)
     if name == "selection.histogram":
