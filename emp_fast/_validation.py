@@ -1,7 +1,7 @@
-"""Checks arguments once, at the public edge: the error names the argument and the value it had.
+"""Checks arguments once, in the public functions; errors name the argument and its value.
 
-``require_*`` returns nothing; ``checked_*`` returns the value in the form that the rest uses;
-``is_*`` only says whether.
+``require_*`` returns nothing; ``checked_*`` returns the value in normalised form; ``is_*`` returns
+a bool.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def is_plain_int(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is an int of Python's own, as settings are that are compared by their repr;
-    a bool is none.
+    """Whether ``value`` is a Python int and not a bool.
+
+    Settings that are compared by their repr must be, which excludes NumPy's ints.
     """
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_plain_real(value: object) -> bool:
-    """The same of an int or a float."""
+    """Whether ``value`` is a Python int or float and not a bool; see `is_plain_int`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def checked_device(device: torch.device | str | None) -> torch.device:
-    """The device, of which tensors can be made here; None is the CPU.
+    """The device, after checking that tensors can be made on it; None is the CPU.
 
     Raises:
         ValueError: torch knows no such device, or this process has none.
@@ -48,10 +49,10 @@ def checked_device(device: torch.device | str | None) -> torch.device:
 
 
 def are_rows_and_ids(logits: object, target: object) -> bool:
-    """Whether these need no conversion to be [R, C] logits and their [R] class ids.
+    """Whether these are [R, C] logits and their [R] class ids that need no conversion.
 
-    So they are in most training steps, of which this takes a third of the time that the checks take
-    which say what is wrong with others.
+    That is so in most training steps. This test takes a third of the time of the full checks, whose
+    errors say what is wrong.
     """
     if type(logits) is not Tensor or type(target) is not Tensor:
         return False
@@ -72,12 +73,12 @@ def are_rows_and_ids(logits: object, target: object) -> bool:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless ``value`` is a tensor, dense, and whole in this process."""
+    """Raises TypeError unless ``value`` is a dense tensor and not distributed over processes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: {value!r}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-    # Not isinstance: that would import torch.distributed.tensor.
+    # Not isinstance, because that would import torch.distributed.tensor.
     if type(value) is not Tensor and hasattr(value, "to_local"):
         raise TypeError(
             f"{name} must be a plain tensor, got a {type(value).__name__}: pass {name}.to_local() "
@@ -94,7 +95,7 @@ def require_float(name: str, value: object) -> None:
 
 
 def checked_integers(name: str, values: object) -> Tensor:
-    """An integer tensor, made of a sequence or array where it is none."""
+    """An integer tensor, converted from a sequence or array if necessary."""
     if not isinstance(values, Tensor):
         try:
             values = torch.as_tensor(values)
@@ -113,7 +114,7 @@ def require_rows(name: str, tensor: Tensor, axis: str, packed: bool) -> None:
 
 
 def checked_int(name: str, value: object) -> int:
-    """An int, made of NumPy's where it is one; a bool is none."""
+    """A Python int, converted from NumPy's if necessary; bools are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return int(value)
@@ -128,7 +129,7 @@ def checked_positive(name: str, value: float) -> float:
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Whether it is a real number, Python's or NumPy's; a bool is none."""
+    """Whether ``value`` is a real number of Python or NumPy, and not a bool."""
     number = isinstance(value, (int, float, np.integer, np.floating))
     return number and not isinstance(value, bool)
 
@@ -142,12 +143,12 @@ def _checked_real(name: str, value: object) -> float:
 def checked_target(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, target: Tensor
 ) -> Tensor:
-    """Class ids as int64, probabilities in the type that sums are carried in; contiguous.
+    """Class ids as int64, or probabilities in the dtype that carries sums; contiguous.
 
     Args:
-        shape: of the logits.
-        dtype: of the logits.
-        device: of the logits.
+        shape: shape of the logits.
+        dtype: dtype of the logits.
+        device: device of the logits.
         target: what the caller passed.
     """
     if target.device != device:
@@ -166,13 +167,13 @@ def checked_target(
             f"target must have shape {tuple(shape[:-1])} to go with logits {tuple(shape)}, "
             f"got {tuple(target.shape)}"
         )
-    if target.dtype != torch.int64:  # asking costs a tenth of a conversion to what it is already
+    if target.dtype != torch.int64:  # the test costs a tenth of a no-op conversion
         target = target.to(torch.int64)
     return target.contiguous()
 
 
 def checked_weight(weight: Tensor | None, num_classes: int, like: Tensor) -> Tensor | None:
-    """Class weights beside logits ``like``, in the type that sums are carried in."""
+    """Class weights for logits ``like``, in the dtype that carries sums."""
     if weight is None:
         return None
     require_tensor("weight", weight)
@@ -188,7 +189,7 @@ def checked_weight(weight: Tensor | None, num_classes: int, like: Tensor) -> Ten
 def checked_options(
     ignore_index: int, label_smoothing: float, softcap: float | None
 ) -> tuple[int, float, float]:
-    """The ignored class id, the label smoothing and the softcap, 0 for none."""
+    """The ignored class id, the label smoothing and the softcap, which is 0 for none."""
     if (
         softcap is None
         and type(ignore_index) is int
@@ -196,7 +197,7 @@ def checked_options(
         and 0.0 <= label_smoothing <= 1.0
         and -(2**63) <= ignore_index < 2**63
     ):
-        return ignore_index, label_smoothing, 0.0  # as they mostly are: nothing to convert
+        return ignore_index, label_smoothing, 0.0  # the usual case: nothing to convert
     ignore_index = checked_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must lie in [-2**63, 2**63), got {ignore_index}")
@@ -208,7 +209,7 @@ def checked_options(
 
 
 def checked_offsets(offsets: Tensor | None, packed: Tensor) -> Tensor | None:
-    """Offsets as int64; the values of CPU tensors are checked where they are used."""
+    """Offsets as int64. The values of CPU tensors are checked later, where they are used."""
     if offsets is None:
         return None
     require_tensor("offsets", offsets)
@@ -226,7 +227,7 @@ def checked_offsets(offsets: Tensor | None, packed: Tensor) -> Tensor | None:
 def checked_groups(
     scores: Tensor, groups: Tensor, group_k: Tensor | Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    """Groups as int64 beside the scores, quotas as int64 on the CPU; their values are unchecked."""
+    """Groups as int64 on the scores' device, quotas as int64 on the CPU; values are unchecked."""
     require_tensor("groups", groups)
     if groups.dtype not in INTEGERS:
         raise TypeError(f"groups must be integer class ids, got {groups.dtype}")
@@ -246,5 +247,5 @@ def checked_groups(
 
 
 def carried_type(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over values of ``dtype`` are carried."""
+    """The dtype that carries sums over values of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -2,4 +2,4 @@
 
 
 class EmpFastWarning(UserWarning):
-    """Something was handled, and the user should know: a fallback, refused values."""
+    """Something was handled but the user should know, such as a fallback or refused values."""

@@ -1,4 +1,4 @@
-"""Batches of a `with_indices` data set: in which order they come, and what a model makes of one."""
+"""Batches of a `with_indices` data set: their order, unpacking them, and scoring by a model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ _TARGET_NAMES = ("labels", "label", "targets", "target")
 
 
 class Batch(NamedTuple):
-    """What a loader yielded, taken apart."""
+    """A batch from a loader, unpacked."""
 
-    inputs: Sequence[Any] | Mapping[str, Any]  # of the model: arguments, or keyword arguments
+    inputs: Sequence[Any] | Mapping[str, Any]  # positional or keyword arguments of the model
     target: Any
     indices: Tensor  # [S] integers
 
 
 def unpacked(batch: Any) -> Batch:
-    """Takes a batch of ``(sample, index)`` pairs or of mappings with "sample_index" apart.
+    """Unpacks a batch of ``(sample, index)`` pairs, or of mappings with "sample_index".
 
-    Of a sequence sample the last element is the target and the others go to the model in order; of
-    a mapping the target is "labels", "label", "targets" or "target" and the others go by name.
+    If a sample is a sequence, its last element is the target, and the others go to the model in
+    order. If it is a mapping, the target is "labels", "label", "targets" or "target", and the
+    others go to the model by name.
 
     Raises:
-        TypeError: it is neither, or has no target.
+        TypeError: the batch has neither form, or has no target.
     """
     if isinstance(batch, Mapping) and SAMPLE_INDEX in batch:
         sample: Any = {name: value for name, value in batch.items() if name != SAMPLE_INDEX}
@@ -66,7 +67,7 @@ def score_by_logits(
     shift_labels: bool,
     options: Mapping[str, Any],
 ) -> tuple[Tensor, SampleStats]:
-    """The indices of a batch, and the stats of the logits that the model gives for it."""
+    """The indices of a batch, and the stats of the logits that the model returns for it."""
     inputs, target, indices = unpacked(batch)
     inputs, target = moved(inputs, device), moved(target, device)
     output = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
@@ -79,7 +80,7 @@ def score_by_logits(
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Every tensor in nested mappings and sequences, on the device."""
+    """Moves every tensor in nested mappings and sequences to the device."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
@@ -90,7 +91,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 class _Batches(Sampler[list[int]]):
-    """The batches ``numbers`` of a data set cut into batches in order."""
+    """The batches with the given numbers, of a data set split into batches in order."""
 
     def __init__(self, numbers: Sequence[int], batch_size: int, num_samples: int) -> None:
         self.numbers, self.batch_size, self.num_samples = numbers, batch_size, num_samples
@@ -107,17 +108,18 @@ class _Batches(Sampler[list[int]]):
 def rebatched(
     loader: Iterable[Any], wanted: Callable[[Tensor], Tensor], rank: int, world_size: int, seed: int
 ) -> Iterable[Any] | None:
-    """A loader like ``loader`` that gives one rank its share of the batches which hold samples that
-    are wanted, whatever the sampler of the original is; None where it cannot be made.
+    """A loader like ``loader``, for one rank's share of the batches with wanted samples.
 
-    The batches are the same for any number of ranks. All ranks get as many: a rank may repeat one.
+    The sampler of ``loader`` is ignored. The batches are the same for any number of ranks. All
+    ranks get equally many batches, so a rank may repeat one.
 
     Args:
-        loader: a `DataLoader` over `with_indices` with a batch size, or anything else.
-        wanted: which of some samples [S] are, as bool [S].
-        rank: whose share.
+        loader: a `DataLoader` over `with_indices` with a batch size. For anything else the result
+            is None.
+        wanted: maps sample indices [S] to bool [S].
+        rank: rank whose share is loaded.
         world_size: R.
-        seed: of the workers; the global generators are neither read nor written.
+        seed: seed of the workers; the global generators are neither read nor written.
     """
     if (
         not isinstance(loader, DataLoader)
@@ -146,7 +148,7 @@ def rebatched(
 
 
 def _logits(output: Any) -> Tensor:
-    """The logits in what a model returned: itself, its ``logits``, or the first of a sequence."""
+    """The logits in a model's output: the output, its ``logits``, or the first of a sequence."""
     found = output
     if isinstance(output, Mapping):
         found = output.get("logits")
@@ -167,7 +169,7 @@ def _are_indices(value: Any) -> bool:
 
 
 def _described(value: Any) -> str:
-    """A value by its types: its data would flood the message."""
+    """Describes a value by its types, because its data would flood the message."""
     name = type(value).__name__
     if isinstance(value, Tensor):
         return f"{name} {tuple(value.shape)}"

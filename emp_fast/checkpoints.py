@@ -1,12 +1,12 @@
-"""Checkpoints that a killed run can rely on: written whole or not at all, refused when damaged.
+"""Checkpoints that survive a kill: written completely or not at all, and refused if damaged.
 
     emp_fast.save_checkpoint("run.pt", model=model, optimizer=optimizer, pruner=pruner, step=step)
     ...
     saved = emp_fast.load_checkpoint("run.pt", model=model, optimizer=optimizer, pruner=pruner)
     step = saved["step"]
 
-Tensors and plain values alone: the file loads with ``torch.load(weights_only=True)``, or, with the
-suffix .safetensors, without pickle at all.
+They hold only tensors and plain values, so the file loads with ``torch.load(weights_only=True)``;
+with the suffix .safetensors it needs no pickle at all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What has a state to save and load: models, optimizers, schedulers, loaders, pruners."""
+    """An object with a state to save and load: a model, optimizer, scheduler, loader or pruner."""
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot."""
@@ -44,25 +44,26 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class _Checking(Stateful, Protocol):
-    """What can tell whether it takes a snapshot before it changes."""
+    """An object that can check a snapshot without changing."""
 
     def check_state_dict(self, state: Any) -> None:
-        """Raises what ``load_state_dict`` would; changes nothing."""
+        """Raises what ``load_state_dict`` would raise; changes nothing."""
 
 
 def save_checkpoint(path: str | Path, **parts: Any) -> None:
-    """Writes a checkpoint so that at any moment ``path`` is the last one, or this one, whole.
+    """Writes a checkpoint. At any moment ``path`` is completely the previous one or this one.
 
     On several ranks, call `Pruner.merge` on all of them and this on one; see docs/resuming.md.
 
     Args:
         path: the file; an existing one is replaced. ``.safetensors`` chooses that format (it needs
             the safetensors package), any other suffix torch's.
-        **parts: what has ``state_dict()``, or tensors and plain values (None, bool, int, float, str
-            and tuples, lists and dicts of those) as they are.
+        **parts: objects with ``state_dict()``, or tensors and plain values (None, bool, int, float,
+            str, and tuples, lists and dicts of those).
 
     Raises:
-        TypeError: a part holds something else, which could not be loaded safely; it is named.
+        TypeError: a part holds something else, which could not be loaded safely; the error names
+            it.
         FileProblem: the file cannot be written.
     """
     path = Path(path)
@@ -82,13 +83,13 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
 def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
     """Reads a checkpoint and restores the given parts, all of them or none.
 
-    Parts with a ``check_state_dict``, as the pruner has, are asked before anything is changed.
-    While the others are restored it holds a copy of what they were, to put back when one refuses
-    its state.
+    Parts with a ``check_state_dict``, such as the pruner, check their state before anything
+    changes. The other parts' previous states are copied first and put back if a part refuses its
+    new state.
 
     Args:
         path: a file that `save_checkpoint` wrote.
-        **parts: what to restore, by the names under which it was saved.
+        **parts: objects to restore, by the names under which they were saved.
 
     Returns:
         Everything that was saved, by name, on the CPU.
@@ -96,7 +97,7 @@ def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
     Raises:
         FileProblem: the file cannot be read, is truncated, damaged or foreign, lacks a part, or a
             part refuses its state. Nothing is changed then.
-        TypeError: a part has no ``load_state_dict``.
+        TypeError: a part has no ``state_dict`` or no ``load_state_dict``.
     """
     path = Path(path)
     for name, part in parts.items():
@@ -116,7 +117,7 @@ def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
             if name not in checked:
                 before[name] = copy.deepcopy(part.state_dict())
                 part.load_state_dict(saved[name])
-    except Exception as error:  # whatever a part refuses its state with
+    except Exception as error:  # a part may refuse its state with any exception
         for changed, state in before.items():
             parts[changed].load_state_dict(state)
         raise FileProblem(
@@ -128,7 +129,7 @@ def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
 
 
 def _check(where: str, value: Any) -> None:
-    """Refuses what neither format could load again without running code."""
+    """Raises TypeError for a value that could not be loaded again without running code."""
     if isinstance(value, (Tensor, *_PLAIN)):
         return
     if isinstance(value, Mapping):
@@ -144,7 +145,7 @@ def _check(where: str, value: Any) -> None:
 
 
 def _readable(path: Path) -> None:
-    """Tells a file that is not to be had from one whose contents are wrong."""
+    """Raises for a file that cannot be opened, as opposed to one whose contents are wrong."""
     try:
         path.open("rb").close()
     except OSError as error:
@@ -172,7 +173,7 @@ def _parts(path: Path, version: Any, parts: Any) -> dict[str, Any]:
     return parts
 
 
-# ---- safetensors: named tensors, and the structure that holds them as JSON -----------------------
+# ---- safetensors: named tensors, and their structure as JSON -------------------------------------
 
 
 def _write_safetensors(path: Path, saved: dict[str, Any]) -> None:
@@ -183,7 +184,7 @@ def _write_safetensors(path: Path, saved: dict[str, Any]) -> None:
         "version": str(_VERSION),
         "structure": json.dumps(structure, allow_nan=True),
     }
-    # Aliases and views become tensors of their own: the format has neither.
+    # Aliases and views become separate tensors, because the format has neither.
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     raw = _safetensors("torch").save(owned, metadata)
     write_atomically(path, lambda file: file.write(raw), overwrite=True)

@@ -1,7 +1,7 @@
-"""Files of one value a sample: scores and labels to read, scores and kept indices to write.
+"""Files with one value per sample: reads scores and labels, writes scores and kept indices.
 
-``.npy`` holds one vector, ``.parquet`` columns of one length, ``.txt`` (written alone) a number a
-line. A file is written whole or not at all.
+``.npy`` holds one vector, ``.parquet`` columns of one length, ``.txt`` (write only) one number per
+line. A file is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _READABLE = (".npy", ".parquet")
 
 
 class FileProblem(ValueError):
-    """A file cannot be read or written as asked; the message is one line that names it."""
+    """A file cannot be read or written as requested; the message is one line that names it."""
 
 
 def read_vector(path: Path, column: str | None, usual_column: str) -> NDArray[Any]:
-    """The vector of at least one value that a file holds.
+    """Reads a non-empty vector from a file.
 
     Args:
         path: a .npy or .parquet file.
-        column: of a .parquet file; None for its only one, or else ``usual_column``.
-        usual_column: the column that is meant where several are.
+        column: column of a .parquet file; None takes its only one, or else ``usual_column``.
+        usual_column: the column to take if the file has several.
 
     Raises:
         FileProblem: the file cannot be read, is damaged, or holds anything but such a vector.
@@ -67,7 +67,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The named columns of a .parquet file.
 
     Raises:
-        FileProblem: the file cannot be read, is damaged, or lacks a column; or one has nulls.
+        FileProblem: the file cannot be read, is damaged, or lacks a column; or a column has nulls.
     """
     names = column_names(path)
     for column in columns:
@@ -85,7 +85,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
 
 
 def column_names(path: Path) -> list[str]:
-    """Of a .parquet file.
+    """Column names of a .parquet file.
 
     Raises:
         FileProblem: the file cannot be read, or is damaged.
@@ -95,11 +95,11 @@ def column_names(path: Path) -> list[str]:
 
 
 def check_writable(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> None:
-    """Finds out before the work is done whether its results can be written.
+    """Checks before the work starts whether its results can be written.
 
     Raises:
-        FileProblem: the suffix is none of ``suffixes``, what it needs is not installed, there is no
-            such folder, or the file exists already.
+        FileProblem: the suffix is not in ``suffixes``, its library is not installed, the folder
+            does not exist, or the file already exists.
     """
     if path.suffix not in suffixes:
         raise FileProblem(f"the output must end in {', '.join(suffixes)}, got {path}")
@@ -131,15 +131,15 @@ def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], *, overwrite:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwrite: bool) -> None:
-    """Writes a file so that at any moment ``path`` is what it was before, or whole.
+    """Writes a file so that at any moment ``path`` is either unchanged or complete.
 
     Args:
         path: the file.
-        write: is called with a temporary binary file of the same folder.
+        write: called with a temporary binary file in the same folder.
         overwrite: replace an existing file.
 
     Raises:
-        FileProblem: it exists already, or it cannot be written.
+        FileProblem: the file already exists, or it cannot be written.
     """
     if path.exists() and not overwrite:
         raise FileProblem(f"{path} exists already; overwrite replaces it")

@@ -1,4 +1,4 @@
-"""Online hard-example mining: which samples of a batch the backward pass is for."""
+"""Online hard-example mining: selects the samples of a batch for the backward pass."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ def select_in_batch(
     rule: Rule = EMP(),
     **extra: Tensor,
 ) -> Tensor:
-    """Positions of the k samples of a batch that score highest, ascending.
+    """Positions of the k samples with the highest scores in a batch, ascending.
 
         stats = emp_fast.functional.cross_entropy(model(x), y)
         hard = emp_fast.select_in_batch(stats, k=32)
         stats.loss[hard].mean().backward()
 
-    That leaves the gradient of the other samples out. To leave their backward pass out as well,
-    select from a pass without gradients and run the model on ``x[hard]``.
+    This omits the gradient of the other samples. To omit their backward pass too, select from a
+    forward pass without gradients and run the model on ``x[hard]``.
 
-    A sample without a score, as its stats are not finite or it has no valid position, comes last.
-    Ties go to the first. Nothing waits for the device. On several ranks each selects from its own
-    batch: with the same k everywhere, DDP's mean of the gradients is the mean over all selected.
+    A sample without a score, because its stats are not finite or it has no valid position, comes
+    last. Ties go to the first sample. Nothing waits for the device. On several ranks, each selects
+    from its own batch: if k is the same everywhere, DDP's mean of the gradients is the mean over
+    all selected samples.
 
     Args:
-        stats: of the batch; or scores [S], such as ``pruner.store.scores[idx]``, of which the rule
-            has been made already.
-        k: how many, 0 <= k <= S.
-        rule: makes the scores, as on a sample's first visit: EMP's loss + beta * entropy, for one.
-        **extra: further stats that the rule reads, as ``hidden=`` for `GraNd`.
+        stats: stats of the batch, or scores [S] that a rule has already made, such as
+            ``pruner.store.scores[idx]``.
+        k: number of samples, 0 <= k <= S.
+        rule: makes the scores, as on a sample's first visit; for EMP, loss + beta * entropy.
+        **extra: further stats that the rule reads, such as ``hidden=`` for `GraNd`.
 
     Returns:
         int64 [k].
 
     Raises:
-        ValueError: k is impossible, or the rule reads other stats; TypeError: a dtype is.
+        ValueError: k is invalid, or the rule reads stats that are not given.
+        TypeError: an argument has the wrong type or dtype.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")

@@ -1,6 +1,7 @@
-"""The pictures of pruning: one state (`selection_figure`), methods compared (`comparison_figure`).
+"""Figures of pruning: one state (`selection_figure`), methods compared (`comparison_figure`).
 
-matplotlib is imported on use; figures are made without pyplot, so no global state and no display.
+matplotlib is imported on use. Figures are made without pyplot, so they need neither global state
+nor a display.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Curve", "comparison_figure", "selection_figure"]
 
 _KEPT, _PRUNED, _ALL, _LINE = "#0072b2", "#c9ced6", "#6b7280", "#d55e00"
-#: Okabe and Ito's colours, told apart with any colour vision.
+#: Okabe and Ito's colours, which are distinguishable with any colour vision.
 _METHODS = ("#6b7280", "#e69f00", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#56b4e9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE: Any = {
@@ -39,7 +40,7 @@ _STYLE: Any = {
     "legend.fontsize": 9,
 }
 _BINS = 60
-_POINTS = 20_000  # more dots than this say nothing more, and files grow
+_POINTS = 20_000  # more dots than this show nothing new and enlarge the file
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Curve:
     label: str
     seen: ArrayLike  # [P] training samples seen at each test
     accuracy: ArrayLike  # [P] mean over the seeds, in [0, 1]
-    deviation: ArrayLike  # [P] over the seeds; zeros draw no band
+    deviation: ArrayLike  # [P] standard deviation over the seeds; zeros draw no band
     visits: ArrayLike  # [N] visits of each training sample
 
 
@@ -65,17 +66,17 @@ def selection_figure(
 ) -> Figure:
     """One panel each: scores with their threshold, visits, class balance, entropy against loss.
 
-    The visits a sample are the paper's picture of low-frequency learning (arXiv 2408.16031): scores
-    that spread the visits evenly leave every sample with too few to be remembered.
+    The visits per sample are how the paper shows low-frequency learning (arXiv 2408.16031): scores
+    that spread the visits evenly leave each sample with too few visits to be remembered.
 
     Args:
-        scores: +inf marks a sample never visited; those are counted, not drawn.
+        scores: +inf marks a sample never visited; such samples are counted, not drawn.
         visits: how often each sample was trained on.
         kept: indices of the selected samples.
-        labels: class ids; without them no class panel.
-        loss: last loss of each sample; without it, or without ``entropy``, no such panel.
+        labels: class ids; without them there is no class panel.
+        loss: last loss of each sample; its panel needs both this and ``entropy``.
         entropy: accumulated memory term of each sample.
-        title: above everything.
+        title: title of the figure.
 
     Returns:
         A matplotlib Figure; ``figure.savefig("pruning.png")`` writes it.
@@ -114,14 +115,15 @@ def comparison_figure(
     score_label: str = "scores",
     title: str | None = None,
 ) -> Figure:
-    """Accuracy against samples seen, visits a sample of every method, the scores of one of them.
+    """Accuracy against samples seen, visits per sample of every method, scores of one method.
 
     Args:
         curves: the methods; at least one.
-        scores: of the method whose distribution is drawn; without them no such panel.
-        kept: indices of its selected samples.
-        score_label: names that method.
-        title: above everything.
+        scores: scores of the method whose distribution is drawn; without them there is no such
+            panel.
+        kept: indices of the samples that this method selected.
+        score_label: name of this method.
+        title: title of the figure.
 
     Returns:
         A matplotlib Figure.
@@ -154,7 +156,7 @@ def _score_panel(
     values = scores[finite]
     if values.size:
         edges, logarithmic = _edges(values)
-        inside = np.clip(values, edges[0], edges[-1])  # the first bin holds all that is lower
+        inside = np.clip(values, edges[0], edges[-1])  # the first bin includes all lower values
         kept_counts, _ = np.histogram(inside[kept[finite]], edges)
         counts, _ = np.histogram(inside, edges)
         axis.set_ylim(0, 1.4 * counts.max())  # room for the legend
@@ -165,7 +167,7 @@ def _score_panel(
         kept_values = values[kept[finite]]
         if kept_values.size and kept_values.size < values.size:
             threshold = kept_values.min()
-            if threshold >= values[~kept[finite]].max():  # not so when the policy is not a top-k
+            if threshold >= values[~kept[finite]].max():  # only a top-k policy has a threshold
                 axis.axvline(
                     threshold, color=_LINE, linewidth=1.5, label=f"threshold {threshold:.3g}"
                 )
@@ -179,7 +181,7 @@ def _score_panel(
 def _visit_panel(axis: Axes, visits: NDArray[Any]) -> None:
     axis.set(title="Visits a sample", xlabel="visits", ylabel="samples")
     top = int(visits.max(initial=0))
-    # Whole visits a bin, so that no bin covers more visits than another and the comb looks ragged.
+    # Every bin covers the same whole number of visits; otherwise the histogram would look ragged.
     width = max(1, -(-(top + 1) // _BINS))
     edges = np.arange(0, top + 1 + width, width) - 0.5
     counts, _ = np.histogram(visits, edges)
@@ -220,7 +222,7 @@ def _plane_panel(
     if len(drawable) > _POINTS:
         drawable = np.random.default_rng(0).choice(drawable, _POINTS, replace=False)
     if len(drawable) and loss[drawable].max() > 0:
-        # Most losses are near zero and a few are large; the smallest are drawn at the left edge.
+        # Most losses are near zero and a few are large; the smallest go to the left edge.
         floor = max(float(np.quantile(loss[drawable], 0.01)), float(loss[drawable].max()) * 1e-7)
         loss = np.maximum(loss, floor)
         axis.set_xscale("log")
@@ -277,7 +279,7 @@ def _ranked_visits_panel(axis: Axes, curves: Sequence[Curve]) -> None:
     )
     for curve, color in zip(curves, cycle(_METHODS), strict=False):
         visits = np.sort(_vector("visits", curve.visits))[::-1]
-        # A thousand ranks draw the same line as all of them.
+        # A thousand ranks give the same line as all of them.
         ranks = np.unique(np.linspace(0, len(visits) - 1, 1000).astype(np.int64))
         share = 100 * (ranks + 0.5) / len(visits)
         axis.plot(share, visits[ranks], color=color, linewidth=1.6, label=curve.label)
@@ -313,7 +315,7 @@ def _style() -> Any:
 
 
 def _edges(values: NDArray[Any]) -> tuple[NDArray[Any], bool]:
-    """Bin edges, and whether they are logarithmic: scores of a trained model span many decades."""
+    """Bin edges, and whether they are logarithmic; a trained model's scores span many decades."""
     low, high = float(values.min()), float(values.max())
     median = float(np.median(values))
     if low >= 0 and median > 0 and high / median > 20:

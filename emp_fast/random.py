@@ -1,7 +1,7 @@
-"""Counter-based randomness: sample i draws the same on every rank, backend and run.
+"""Counter-based randomness: sample i gets the same numbers on every rank, backend and run.
 
-Philox keyed by seed, its counter the sample, the epoch and the use (`Stream`). Nothing here reads
-or writes a global generator.
+Philox is keyed by the seed; its counter holds the sample, the epoch and the use (`Stream`). Nothing
+here reads or writes a global generator.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from emp_fast import ops  # noqa: F401  (registers the ops)
 
-#: Samples a step of the integer arithmetic, which bounds its temporaries of 8 bytes a sample: on a
-#: GPU to 32 MiB; on the CPU to 2 MiB, which the allocator reuses, where it would return larger ones
-#: to the system and fault every page in again at the next step.
+#: Samples per step of the integer arithmetic, whose temporaries take 8 bytes per sample. A step
+#: takes 32 MiB on a GPU and 2 MiB on the CPU. There the allocator reuses blocks of that size;
+#: larger ones it would return to the system, and every step would fault all pages in again.
 _GPU_BLOCK, _CPU_BLOCK = 1 << 22, 1 << 18
-_LARGEST_FLOAT_PATTERN = 0x7F800000  # the bit pattern of +inf; all below it are finite, in order
+_LARGEST_FLOAT_PATTERN = 0x7F800000  # bits of +inf; all patterns below it are finite and in order
 
 
 class Stream(IntEnum):
-    """What a random number is for: uses never share numbers."""
+    """The use of a random number; different uses never share numbers."""
 
     UNVISITED = 0
     RANDOM = 1
@@ -36,9 +36,9 @@ class Stream(IntEnum):
 def random_keys(
     n: int, *, seed: int, epoch: int, stream: Stream, start: int = 0, device: torch.device
 ) -> Tensor:
-    """Random sort keys: [n] float32, finite, non-negative, uniform over the 2**31 such patterns.
+    """Random sort keys: [n] float32, uniform over the bit patterns of non-negative finite floats.
 
-    Not uniform as numbers; their order is a uniform one, with ties one in 2**31.
+    The numbers are not uniform, but their order is. Two keys tie about once in 2**31 pairs.
     """
     keys = torch.empty(n, dtype=torch.int32, device=device)
     block = _block(device)
@@ -51,10 +51,10 @@ def random_keys(
 def gumbel(
     n: int, *, seed: int, epoch: int, stream: Stream, start: int = 0, device: torch.device
 ) -> Tensor:
-    """Standard Gumbel noise, [n] float32, the same bits on every device.
+    """Standard Gumbel noise, [n] float32, with the same bits on every device.
 
-    The logarithms are built from IEEE basic operations alone: library logarithms differ between
-    devices in the last bit, which could swap two samples at the threshold.
+    The logarithms use only basic IEEE operations: library logarithms differ between devices in the
+    last bit, which could swap two samples at the threshold.
     """
     noise = torch.empty(n, dtype=torch.float32, device=device)
     block = _block(device)
@@ -72,21 +72,22 @@ def _block(device: torch.device) -> int:
 def _bits(
     n: int, seed: int, epoch: int, stream: Stream, start: int, device: torch.device
 ) -> Tensor:
-    """[n] int64 in [0, 2**32)."""
+    """[n] int64 random numbers in [0, 2**32)."""
     words: Tensor = torch.ops.emp_fast.philox(n, _signed(seed), epoch, int(stream), start, device)
     return words.long() & 0xFFFFFFFF
 
 
 def _signed(seed: int) -> int:
-    """Any int as the 64 bits that a schema's int carries."""
+    """Any int, reduced to the signed 64 bits of an int in an op's schema."""
     seed &= 2**64 - 1
     return seed - 2**64 if seed >= 2**63 else seed
 
 
 def _exact_log(x: Tensor) -> Tensor:
-    """Natural logarithm of positive float64: 2 atanh((m - 1) / (m + 1)) + e log 2, a fixed series.
+    """Natural logarithm of positive float64: 2 atanh((m - 1) / (m + 1)) + e log 2, by a series.
 
-    Accurate to a few ulp; reproducible because each step is one correctly rounded operation.
+    It is accurate to a few ulp, and reproducible because each step is one correctly rounded
+    operation.
     """
     mantissa, exponent = torch.frexp(x)
     low = mantissa < 0.7071067811865476

@@ -1,4 +1,4 @@
-"""How many rows a store was given."""
+"""Counts the rows given to a store."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ __all__ = ["RowCount"]
 
 
 class RowCount:
-    """Rows given to `ScoreStore.update`: in all, and in the largest update.
+    """Rows given to `ScoreStore.update`: in total, and in the largest update.
 
-    Ints, and under torch.compile a tensor: a compiled step guards on the value of an int that it
-    reads, and would be compiled anew in every step.
+    They are counted in ints, but under torch.compile in a tensor: a compiled step guards on the
+    value of an int that it reads, and would be recompiled in every step.
     """
 
-    @torch.inference_mode(False)  # a tensor made in inference mode could not be updated outside it
+    @torch.inference_mode(False)  # a tensor made in inference mode cannot be updated outside it
     def __init__(self) -> None:
         self._total = self._largest = 0
         self._compiled = torch.zeros(2, dtype=torch.int64)
 
     def add(self, rows: int) -> None:
-        """Counts an update of so many rows."""
+        """Counts an update with that many rows."""
         if is_compiling():
             torch.ops.emp_fast.count_rows(self._compiled, rows)
         else:
@@ -31,7 +31,7 @@ class RowCount:
 
     @property
     def total(self) -> int:
-        """Rows of all updates, or what was set last and the rows since."""
+        """Rows of all updates; once set, that number plus the rows since."""
         return self._total + int(self._compiled[0])
 
     @total.setter

@@ -1,6 +1,6 @@
-"""The checks that every ``load_state_dict`` makes of a snapshot before it changes anything.
+"""Checks that every ``load_state_dict`` makes of a snapshot before it changes anything.
 
-``where`` is the entry's place in the snapshot, for the error: ``state['rows_seen']``.
+``where`` names the checked entry in error messages, for example ``state['rows_seen']``.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _STORE_FORMAT = 1
 
 
 class Form(NamedTuple):
-    """What a tensor must be to take the place of another."""
+    """The dtype and shape that a tensor needs to replace another."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Form:
-        """That of a tensor."""
+        """The form of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     def __str__(self) -> str:
@@ -43,30 +43,30 @@ class Form(NamedTuple):
 
 
 def store_facts(num_samples: int, rule: str) -> dict[str, Any]:
-    """What a store's snapshot begins with, a `ScoreStore`'s or a rank's of a `ShardedScoreStore`.
+    """The first entries of a snapshot of a `ScoreStore`, or of one rank of a `ShardedScoreStore`.
 
     Args:
         num_samples: N over all ranks.
-        rule: the repr of the rule of all samples.
+        rule: the repr of the rule for all samples.
     """
     return {"format": _STORE_FORMAT, "num_samples": num_samples, "rule": rule}
 
 
 def require_state(state: object) -> None:
-    """Raises TypeError unless ``state`` is a mapping, as ``state_dict`` returns it."""
+    """Raises TypeError unless ``state`` is a mapping, as returned by ``state_dict``."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be what state_dict() returned, got {state!r}")
 
 
 def require_entries(where: str, state: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
-    """Raises ValueError unless ``state`` has these entries, with these values."""
+    """Raises ValueError unless ``state`` has these entries with these values."""
     for name, value in wanted.items():
         if state.get(name) != value:
             raise ValueError(f"{where}[{name!r}] must be {value!r}, got {state.get(name)!r}")
 
 
 def checked_count(where: str, value: object) -> int:
-    """A non-negative int; a bool is none.
+    """The value, after checking that it is a non-negative int and not a bool.
 
     Raises:
         ValueError: it is something else.
@@ -89,10 +89,10 @@ def require_form(where: str, value: object, form: Form) -> None:
 
 
 def checked_tensors(where: str, saved: object, forms: Mapping[str, Form]) -> Mapping[str, Tensor]:
-    """Tensors of these names and forms, and no others.
+    """The saved tensors, after checking that they have exactly these names and forms.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: they do not.
     """
     if not isinstance(saved, Mapping) or set(saved) != set(forms):
         names = sorted(saved) if isinstance(saved, Mapping) else saved

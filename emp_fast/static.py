@@ -1,4 +1,4 @@
-"""Static pruning: every sample of a data set scored once by a trained model, and written down."""
+"""Static pruning: a trained model scores every sample of a data set, and the scores are saved."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["score_dataset"]
 
 _WRITABLE = (".npy", ".parquet")
-_CAUSAL = ("ForCausalLM", "LMHeadModel")  # how transformers and peft name such models
-_OPTIONS = ("weight", "ignore_index", "label_smoothing", "softcap")  # of a batch's cross-entropy
-_SAVING_SHARE = 0.05  # of the time goes into partial results at most
+_CAUSAL = ("ForCausalLM", "LMHeadModel")  # suffixes of causal models in transformers and peft
+_OPTIONS = ("weight", "ignore_index", "label_smoothing", "softcap")  # of the cross-entropy
+_SAVING_SHARE = 0.05  # largest share of the time that goes into saving partial results
 
 ScoreBatch = Callable[[Any, Any], tuple[Tensor, SampleStats]]
 
@@ -59,54 +59,53 @@ def score_dataset(
     progress: bool = True,
     **options: Any,
 ) -> SampleStats:
-    """Scores every sample of a data set: without gradients, in eval mode, which is restored.
+    """Scores every sample of a data set without gradients, in eval mode, which is restored.
 
         stats = emp_fast.score_dataset(model, loader, output="scores.parquet")
 
-    The scores file is what ``emp-fast select`` reads. An interrupted call, made again, goes on from
-    its partial result. Autocast is the caller's: call this inside of it.
+    ``emp-fast select`` reads the output. If a call was interrupted, the same call continues from
+    its partial result. To use autocast, call this inside an autocast context.
 
-    A `DataLoader` with a batch size over `with_indices` gives its data set, batch size, workers and
-    collate function; its sampler is not used. Every sample is scored once a pass, whatever the
-    sampler would shuffle, shard or leave out, in batches that are the same on any number of ranks;
-    each rank of the process group scores its share. Any other iterable of such batches is taken as
-    it comes, and on several ranks each must be given its share.
+    A `DataLoader` with a batch size over `with_indices` provides its data set, batch size, workers
+    and collate function; its sampler is not used. Every sample is scored once per pass, in batches
+    that are the same on any number of ranks, and each rank of the process group scores its share.
+    Any other iterable of such batches is used as it is, and on several ranks each must get its own
+    share.
 
     Args:
         model: returns logits: a tensor, an object or mapping with ``logits``, or a sequence that
-            begins with them. Of a batch (x, y) it gets x; of a mapping, by name, everything but the
-            target ("labels", "label", "targets" or "target").
+            begins with them. From a batch (x, y) it gets x; from a mapping it gets by name all but
+            the target ("labels", "label", "targets" or "target").
         loader: yields batches of samples with their indices.
         rule: makes the score from the mean stats, as on a sample's first visit.
-        passes: over the data set; the stats are means over them, which is of use where the data set
-            augments at random.
-        output: .parquet with the columns "score" and ``stats``, or .npy with the score alone.
+        passes: number of passes over the data set. The stats are means over them, which is useful
+            with random augmentation.
+        output: .parquet with the columns "score" and ``stats``, or .npy with only the score.
         stats: fields of SampleStats to write.
         overwrite: replace an existing output.
-        partial: where the partial result is kept; beside ``output`` by default. Each rank has its
-            own, and any number of ranks goes on from them.
-        save_every: seconds between partial results; they take at most a twentieth of the time.
-        num_samples: N, where the loader's data set is not directly of `with_indices`.
-        score_batch: ``score_batch(model, batch) -> (indices, SampleStats)`` for batches or models
-            of any other kind; the batch is on the device.
+        partial: file of the partial result; next to ``output`` by default. Each rank writes its
+            own, and any number of ranks can continue from them.
+        save_every: seconds between partial results; saving takes at most a twentieth of the time.
+        num_samples: N, if the loader's data set is not made directly by `with_indices`.
+        score_batch: ``score_batch(model, batch) -> (indices, SampleStats)`` for other kinds of
+            batches or models; the batch is on the device.
         shift_labels: score position t of the logits against label t + 1, as causal language models
-            are trained. None is False, but for such a model you must say.
-        device: where the batches go; None: where the model is.
-        process_group: the ranks that score together; None is the default group, where one exists.
-        progress: show a progress bar, on the first rank.
+            are trained. None is False, except that it must be given for a causal language model.
+        device: where the batches go; None is the model's device.
+        process_group: the ranks that score together; None is the default group, if one exists.
+        progress: show a progress bar on the first rank.
         **options: of `functional.cross_entropy`: weight, ignore_index, label_smoothing, softcap.
 
     Returns:
-        SampleStats of N samples, the same on every rank. `ScoreStore.update` takes them.
+        SampleStats of N samples, the same on every rank. `ScoreStore.update` accepts them.
 
     Raises:
-        ValueError: an argument is impossible, the loader did not deliver every sample, or a file
-            cannot be read or written (emp_fast.FileProblem).
-        TypeError: an argument is of the wrong type, or batches or logits are not of a kind that is
-            understood.
+        ValueError: an argument is invalid, or the loader did not deliver every sample.
+        emp_fast.FileProblem: a file cannot be read or written.
+        TypeError: an argument has the wrong type, or the form of batches or logits is unknown.
 
     Warns:
-        EmpFastWarning: samples without a finite score, NaN in the output.
+        EmpFastWarning: some samples have no finite score; they are NaN in the output.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     scored_on = _device_of(bare) if device is None else checked_device(device)
@@ -189,14 +188,14 @@ def _one_pass(
 
 
 class _Partial:
-    """The partial results: one file a rank, of which all that are there are read.
+    """The partial results: each rank writes one file, and reads those of all ranks.
 
     Args:
-        path: without the rank; None keeps none.
-        tally: what is kept.
-        facts: what a run must share to go on from it.
-        ranks: that score together.
-        every: seconds between two.
+        path: the file name without the rank; None keeps no partial results.
+        tally: the stats to save.
+        facts: what a run must have in common with the saved one to continue from it.
+        ranks: the ranks that score together.
+        every: seconds between two partial results.
     """
 
     def __init__(
@@ -242,7 +241,7 @@ class _Partial:
             yield
         except BaseException:
             if self._own is not None:
-                with suppress(Exception):  # what ended the block is what the user must see
+                with suppress(Exception):  # the user must see the exception that ended the block
                     self.tally.save(self._own, self._facts)
             raise
         if self._own is not None:
@@ -250,7 +249,7 @@ class _Partial:
 
     def remove(self) -> None:
         for path in {*self._read, *([] if self._own is None else [self._own])}:
-            path.unlink(missing_ok=True)  # another rank may have been faster
+            path.unlink(missing_ok=True)  # another rank may have removed it already
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ def _check_rule(rule: Rule, num_samples: int) -> None:
             f"rule must read stats of {', '.join(SampleStats._fields)} alone, but {rule!r} reads "
             f"{', '.join(missing)}"
         )
-    rule.buffers(num_samples, torch.device("cpu"))  # raises where the rule is for another N
+    rule.buffers(num_samples, torch.device("cpu"))  # raises if the rule is for another N
 
 
 def _device_of(model: Any) -> torch.device:
@@ -347,7 +346,7 @@ def _partial_path(partial: str | os.PathLike[str] | None, output: Path | None) -
 
 
 def _scoring(score_batch: ScoreBatch | None, shift_labels: bool, options: dict[str, Any]) -> str:
-    """How a batch is scored, in words that are the same in every process."""
+    """Describes how batches are scored, in the same words in every process."""
     if score_batch is not None:
         return f"score_batch {getattr(score_batch, '__qualname__', type(score_batch).__qualname__)}"
     told = {
@@ -358,13 +357,13 @@ def _scoring(score_batch: ScoreBatch | None, shift_labels: bool, options: dict[s
 
 
 def _digest(model: Any) -> str:
-    """Names the model's weights; a callable that is no Module is taken on trust."""
+    """A hash of the model's weights; a callable that is not a Module is not checked."""
     digest = hashlib.sha256()
     if isinstance(model, nn.Module):
         for name, tensor in sorted(model.state_dict().items()):
             if not isinstance(tensor, Tensor):
                 continue
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a DTensor
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor
             raw = local.detach().cpu().contiguous().view(-1).view(torch.uint8)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(raw.numpy().tobytes())
@@ -376,7 +375,7 @@ def _digest(model: Any) -> str:
 
 @contextmanager
 def _together(process_group: Any, what: str) -> Iterator[None]:
-    """An error of one rank in the block is an error on all of them, and none waits for it."""
+    """Raises an error of one rank in the block on all ranks, so that none waits for it."""
     problem: Exception | None = None
     try:
         yield
@@ -387,7 +386,7 @@ def _together(process_group: Any, what: str) -> Iterator[None]:
 
 @contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
-    """Eval mode without gradients; each module is then in the mode that it was in."""
+    """Eval mode without gradients; afterwards restores the mode of each module."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     try:
@@ -405,7 +404,7 @@ def _bar(shown: bool) -> Iterator[Progress | None]:
     if not shown:
         yield None
         return
-    # Here, not above: importing the package stays quick.
+    # Imported here so that importing the package stays quick.
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,4 +1,4 @@
-"""The stats of a data set while it is being scored: sums over the passes, and what is done."""
+"""The stats of a data set while it is being scored: sums over passes, and the progress."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUMMED = ("loss", "entropy", "el2n", "margin", "confidence")
 
 
 class Tally:
-    """Sums of N samples' stats, over as many passes as each of them has been through.
+    """Sums of the stats of N samples over their completed passes.
 
     Args:
         num_samples: N.
@@ -30,7 +30,7 @@ class Tally:
     """
 
     def __init__(self, num_samples: int, device: torch.device) -> None:
-        #: Passes that a sample has been through; on the host, so that looking costs no waiting.
+        #: Completed passes of each sample; on the host, so that reading it never waits.
         self.done = torch.zeros(num_samples, dtype=torch.int32)
         self._tensors = {
             "sums": torch.zeros(len(_SUMMED), num_samples, dtype=torch.float32, device=device),
@@ -40,15 +40,15 @@ class Tally:
         }
 
     def add(self, indices: Tensor, stats: SampleStats, passes_before: int) -> int:
-        """Adds those samples of a batch that this pass has not met yet; returns how many.
+        """Adds the samples of a batch that this pass has not seen yet; returns their number.
 
         Args:
-            indices: [S] integers, on the host.
-            stats: of S samples.
-            passes_before: samples that have been through more are skipped.
+            indices: [S] integers, on any device.
+            stats: stats of S samples.
+            passes_before: samples with more completed passes are skipped.
 
         Raises:
-            IndexError: an index lies outside [0, N); nothing of the batch has been added then.
+            IndexError: an index lies outside [0, N). Nothing of the batch is added.
             ValueError: indices and stats differ in length.
         """
         n = len(self.done)
@@ -62,7 +62,7 @@ class Tally:
         if bool(bad.any()):
             raise IndexError(f"indices must lie in [0, {n}), got {int(indices[bad][0])}")
         fresh = (self.done[indices] <= passes_before).nonzero()[:, 0].numpy()
-        # Of a sample that is there twice the last row counts, as in ScoreStore.update.
+        # If a sample occurs twice, its last row counts, as in ScoreStore.update.
         samples, place = np.unique(indices.numpy()[fresh][::-1], return_index=True)
         rows = fresh[::-1][place]
         self.done[samples] += 1
@@ -79,8 +79,10 @@ class Tally:
         return len(samples)
 
     def means(self) -> SampleStats:
-        """The mean over the passes in which a sample had valid positions, the sum of its valid
-        positions, and whether it was correct in all of them.
+        """The mean stats over the passes in which a sample had valid positions.
+
+        ``count`` is the sum of its valid positions; ``correct`` says whether it was correct in all
+        passes.
         """
         visits = self._tensors["visits"].clamp_min(1)
         fields = dict(zip(_SUMMED, self._tensors["sums"] / visits, strict=True))
@@ -89,8 +91,10 @@ class Tally:
         )
 
     def merge(self, ranks: Ranks) -> None:
-        """Brings every rank's samples to every rank. Of a sample that several ranks have, the one
-        with the most passes counts, the lowest such rank.
+        """Exchanges the samples of all ranks.
+
+        If several ranks have a sample, the rank with the most passes counts, or the lowest such
+        rank in a tie.
         """
         if ranks.size == 1:
             return
@@ -104,10 +108,10 @@ class Tally:
     # ---- on disk --------------------------------------------------------------------------------
 
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Writes what is done into a file that is whole at any moment.
+        """Writes the tally to a file, which is complete at any moment.
 
         Raises:
-            FileProblem: it cannot be written.
+            FileProblem: the file cannot be written.
         """
         state = {
             "format": _FORMAT,
@@ -118,10 +122,10 @@ class Tally:
         write_atomically(path, lambda file: torch.save(state, file), overwrite=True)
 
     def load(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Takes over samples that a file has been through more passes with.
+        """Takes over the samples that have more completed passes in a file.
 
         Raises:
-            FileProblem: it is damaged, or of a run of other facts.
+            FileProblem: the file is damaged, or is of a run with other facts.
         """
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
@@ -130,7 +134,7 @@ class Tally:
             differing = sorted(
                 name for name in facts if not sound or theirs.get(name) != facts[name]
             )
-            if not differing:  # else they may well be of another size
+            if not differing:  # otherwise the tensors may have another size
                 self._check_fits(done, tensors)
         except Exception as error:  # a damaged file can raise nearly anything
             raise FileProblem(
@@ -148,7 +152,7 @@ class Tally:
             tensor.copy_(torch.where(ahead.to(tensor.device), theirs_here, tensor))
 
     def _check_fits(self, done: object, tensors: Mapping[str, object]) -> None:
-        """Raises ValueError or KeyError unless these can take the place of what is here."""
+        """Raises ValueError or KeyError unless these can replace the tensors of this tally."""
         require_form("done", done, Form.of(self.done))
         for name, tensor in self._tensors.items():
             require_form(name, tensors[name], Form.of(tensor))
