@@ -1,11 +1,11 @@
 """Builds ``emp_fast._native`` through CMake; the metadata lives in pyproject.toml.
 
-The C++ module is optional at install time: without a compiler the package installs in pure Python,
-and ``emp-fast doctor`` repeats the reason recorded here. Environment:
+The C++ module is optional at install time: without a compiler the package installs as pure Python,
+and ``emp-fast doctor`` shows the reason recorded here. Environment:
 
     EMP_FAST_REQUIRE_NATIVE=1   a failed native build fails the install (releases, CI)
-    EMP_FAST_CUDA=0|1           leave CUDA out | fail when it cannot be built; default: build it
-                                when nvcc works, and do without it where that fails
+    EMP_FAST_CUDA=0|1           leave CUDA out | fail if it cannot be built; default: build it
+                                if nvcc works, and leave it out if that fails
     EMP_FAST_CUDA_ARCHS=...     CMake architecture list in place of every one that nvcc knows
     CMAKE_ARGS=...              more arguments for CMake's configuration
 """
@@ -30,10 +30,10 @@ BUILD_DIR = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds CMakeLists.txt, and records the outcome beside the module."""
+    """Configures and builds CMakeLists.txt, and records the outcome next to the module."""
 
     def build_extension(self, ext: Extension) -> None:
-        # A file left by an earlier build must not pass for the result of this one.
+        # A file from an earlier build must not be taken for the result of this one.
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
         module.unlink(missing_ok=True)
@@ -41,7 +41,7 @@ class CMakeBuild(build_ext):
         reason, cuda_reason = self._failure(module, cuda), None
         with_cuda = cuda == "AUTO" and self._found_nvcc()
         if reason is not None and with_cuda and self._failure(module, "0") is None:
-            reason, cuda_reason = None, reason  # CUDA it was: an nvcc that is too old, say
+            reason, cuda_reason = None, reason  # CUDA was the cause, such as an nvcc too old
             _say(cuda_reason, "without CUDA it succeeds; Triton serves GPUs where it is installed.")
         if reason is not None:
             if os.environ.get("EMP_FAST_REQUIRE_NATIVE") == "1":
@@ -55,7 +55,7 @@ class CMakeBuild(build_ext):
         (module.parent / BUILD_INFO).write_text(json.dumps(made) + "\n")
 
     def get_outputs(self) -> list[str]:
-        """The files that exist: an optional module that was not built is not an output."""
+        """The files that exist, because an optional module that was not built is not an output."""
         package = Path(self.build_lib) / "emp_fast"
         outputs = [path for path in super().get_outputs() if Path(path).exists()]
         return [*outputs, str(package / BUILD_INFO)]
@@ -92,8 +92,8 @@ class CMakeBuild(build_ext):
         if cmake is None:
             raise RuntimeError("cmake is not installed")
         BUILD_DIR.mkdir(parents=True, exist_ok=True)
-        # The cache names tools of an earlier build's environment, which pip has deleted, and keeps
-        # that there was no nvcc. What is compiled stays.
+        # The cache refers to tools of an earlier build environment that pip has deleted, and may
+        # record that there was no nvcc. Compiled files remain.
         (BUILD_DIR / "CMakeCache.txt").unlink(missing_ok=True)
         import pybind11
 
@@ -121,10 +121,10 @@ class CMakeBuild(build_ext):
 
 
 def _run(command: list[str]) -> None:
-    """Runs a command, whose output goes on to this one's.
+    """Runs a command and forwards its output.
 
     Raises:
-        RuntimeError: it failed, for the reason that its output names first.
+        RuntimeError: the command failed; the message is the first error in its output.
     """
     lines = []
     with subprocess.Popen(
@@ -145,7 +145,7 @@ def _cause(lines: list[str]) -> str:
         if re.search(r"error:|error #|^#error|\bfatal\s*:", line):
             return line
     for number, line in enumerate(lines):
-        if line.startswith("CMake Error"):  # whose message is in the lines behind it
+        if line.startswith("CMake Error"):  # its message is in the following lines
             return " ".join(lines[number : number + 4])
     return lines[-1] if lines else "the compiler failed without output"
 

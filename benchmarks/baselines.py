@@ -1,4 +1,4 @@
-"""What emp_fast is measured against: what a user would write in PyTorch, and the peers' kernels."""
+"""The baselines of emp_fast: what a user would write in PyTorch, and the kernels of peers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FIVE = ("loss", "entropy", "el2n", "margin", "confidence")
 
 
 def five_scores(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """The five scores in eager PyTorch, as fast as accurate eager code was found to be.
+    """The five scores in eager PyTorch, in the fastest accurate form that we found.
 
-    EL2N by subtracting at the target: 1 - 2 p_y + sum p^2 saves a pass and loses easy samples.
+    EL2N subtracts at the target: 1 - 2 p_y + sum p^2 saves a pass but is wrong for easy samples.
     """
     x, y = logits.float(), target[:, None]
     log_p = functional.log_softmax(x, 1)
@@ -34,7 +34,7 @@ def five_scores(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
 
 
 def five_scores_to_compile(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """The same in the form that torch.compile fuses best: a mask, where scatters break fusion."""
+    """The same in the form that torch.compile fuses best: with a mask, as scatters break fusion."""
     x, y = logits.float(), target[:, None]
     at_target = torch.arange(x.shape[1], device=x.device) == y
     log_p = functional.log_softmax(x, 1)
@@ -76,29 +76,30 @@ def update_emp(
 
 
 def liger(logits: Tensor, target: Tensor) -> Tensor:
-    """Liger-Kernel's cross-entropy, one loss a row; it writes the gradient over the logits."""
+    """Liger-Kernel's cross-entropy, one loss per row; it overwrites the logits by the gradient."""
     peer = _peer("liger_kernel.transformers.functional", "liger-kernel")
     loss: Tensor = peer.liger_cross_entropy(logits, target, reduction="none")
     return loss
 
 
 def quack(logits: Tensor, target: Tensor) -> Tensor:
-    """The cross-entropy of quack, one loss a row."""
+    """The cross-entropy of quack, one loss per row."""
     peer = _peer("quack.cross_entropy", "quack-kernels")
     loss: Tensor = peer.cross_entropy(logits, target, reduction="none")
     return loss
 
 
 def cut_cross_entropy(hidden: Tensor, classifier: Tensor, target: Tensor) -> Tensor:
-    """Apple's cross-entropy of ``hidden @ classifier.T``: it takes no logits."""
+    """Apple's cross-entropy of ``hidden @ classifier.T``, which takes no logits."""
     peer = _peer("cut_cross_entropy", "cut-cross-entropy")
     loss: Tensor = peer.linear_cross_entropy(hidden, classifier, target, reduction="none")
     return loss
 
 
 def liger_linear(hidden: Tensor, classifier: Tensor, target: Tensor) -> Tensor:
-    """Liger-Kernel's cross-entropy of ``hidden @ classifier.T``; its forward makes the gradients of
-    the mean, so only the mean is asked for.
+    """Liger-Kernel's cross-entropy of ``hidden @ classifier.T``, reduced to the mean.
+
+    Its forward pass computes the gradients of the mean, so we request only that.
     """
     peer = _peer("liger_kernel.transformers.functional", "liger-kernel")
     result = peer.liger_fused_linear_cross_entropy(hidden, classifier, target, reduction="mean")

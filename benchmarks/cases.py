@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.harness import Inputs, rotations
 from emp_fast.functional import cross_entropy
 
-#: The rows that are checked hold at most so many logits: float64 and its temporaries must fit.
+#: Most logits in the rows that are checked, because float64 and its temporaries must fit.
 _CHECKED_LOGITS = 2**24
 
 
@@ -25,14 +25,14 @@ def logits_and_targets(
 ) -> list[Inputs]:
     """Several (logits [S, C], target [S]) to rotate over.
 
-    "random" is 3 * normal: every class is alive. "peaked" is what a trained network gives: p_y near
-    1 - 1e-6 in most rows, and one row in eight confidently wrong.
+    "random" is 3 * normal: every class has some probability. "peaked" resembles a trained network:
+    p_y is near 1 - 1e-6 in most rows, and one row in eight is confidently wrong.
     """
     samples, classes = shape
     generator = torch.Generator(device).manual_seed(0)
     nbytes = samples * classes * dtype.itemsize
     made = []
-    # A GPU's cache is flushed between calls; there one input does, and the largest fit only once.
+    # On a GPU the cache is flushed between calls, so one input suffices; the largest fit only once.
     for _ in range(rotations(nbytes, cache_bytes) if device.type == "cpu" else 1):
         target = torch.randint(classes, (samples,), generator=generator, device=device)
         logits = torch.randn(samples, classes, generator=generator, device=device).mul_(3)
@@ -46,7 +46,7 @@ def logits_and_targets(
 
 
 def checked_rows(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Takes the rows that are checked: all of a small case, an even spread of a large one."""
+    """Selects the rows to check: all of a small case, evenly spaced ones of a large case."""
     samples, classes = shape
     count = min(samples, max(8, _CHECKED_LOGITS // classes))
     rows = torch.linspace(0, samples - 1, count, device=device, dtype=torch.float64).round().long()
@@ -56,7 +56,7 @@ def checked_rows(shape: tuple[int, int], device: torch.device) -> Callable[[Tens
 def expected_scores(
     narrow: Callable[[Tensor], Tensor], *, gradient: bool = False
 ) -> Callable[[Inputs], Mapping[str, Tensor]]:
-    """The reference in float64, which the float64 oracle of the tests vouches for."""
+    """The reference backend in float64, which the tests compare with the float64 oracle."""
 
     def expected(inputs: Inputs) -> Mapping[str, Tensor]:
         logits = narrow(inputs[0].detach()).double().requires_grad_(gradient)
@@ -70,8 +70,10 @@ def expected_scores(
 
 
 def scores(n: int, kind: str, device: torch.device) -> Tensor:
-    """[N] scores: "random" is exponential, as losses in training are; "peaked" all but a twentieth
-    within a few per cent of each other, with many ties, as late in training.
+    """[N] scores: "random" is exponential, as losses in training are.
+
+    In "peaked", all but a twentieth are within a few per cent of each other, with many ties, as
+    late in training.
     """
     generator = torch.Generator(device).manual_seed(1)
     made = torch.empty(n, device=device).exponential_(generator=generator)

@@ -1,7 +1,7 @@
-"""Options, the machine, and how a contest becomes rows of pytest-benchmark's JSON and table.
+"""Options, the machine, and the conversion of a contest to pytest-benchmark's JSON and table.
 
-pytest-benchmark times one thing after the other; here one of its benchmarks is a whole contest,
-whose round runs every contender. Its hooks then put a row for each contender in its place.
+pytest-benchmark times one thing after another. Here one of its benchmarks is a whole contest, and
+each round runs every contender. Its hooks then replace the contest by a row for each contender.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _device(config: pytest.Config) -> torch.device:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The same cases on every device, at the sizes that are usual there."""
+    """Parametrises the same cases on every device, with the sizes that are usual there."""
     device, quick = _device(metafunc.config), metafunc.config.getoption("--quick")
 
     def over(name: str, values: Sequence[Any], spelled: Callable[[Any], str] = str) -> None:
@@ -89,7 +89,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def copy_rate(request: pytest.FixtureRequest, device: torch.device, quick: bool) -> float:
-    """Bytes a second of a large copy, measured before the first case."""
+    """Bytes per second of a large copy, measured before the first case."""
     nbytes = 2**22 if quick else 2**30 if device.type == "cuda" else 2**29
     request.config.stash[_LOAD] = machine.load()
     measured = machine.copy_bandwidth(device, nbytes)
@@ -104,7 +104,7 @@ def clock(device: torch.device) -> Clock:
 
 @pytest.fixture(autouse=True)
 def _quiet_first_use() -> Iterator[None]:
-    """A machine without one of the kernel backends says so in the report, not by a warning here."""
+    """Ignores warnings about missing kernel backends, which the report lists."""
     import emp_fast
 
     with warnings.catch_warnings():
@@ -121,7 +121,7 @@ def race(
     copy_rate: float,
     quick: bool,
 ) -> Race:
-    """Checks the contenders of a case, times them, and records what stood the check."""
+    """Checks the contenders of a case, times them, and records those that passed the check."""
 
     def run(
         case: Case,
@@ -155,7 +155,7 @@ def race(
 
 
 def _peaks(contest: Contest, device: torch.device) -> dict[str, int | None]:
-    """Of a second call: the first also builds, loads and compiles."""
+    """Peak memory of a second call, because the first also builds, loads and compiles."""
     peaks = {}
     for contender, _, refused in contest.standings:
         if refused is None:
@@ -188,11 +188,11 @@ def _record(standing: Standing, case: Case, copy_rate: float, peak: int | None) 
     return record
 
 
-# ---- a row a contender ---------------------------------------------------------------------------
+# ---- one row per contender -----------------------------------------------------------------------
 
 
 def _rows(bench: dict[str, Any], *, flat: bool) -> Iterator[dict[str, Any]]:
-    """One entry of pytest-benchmark for each contender of the contest that ``bench`` is."""
+    """One pytest-benchmark entry for each contender of the contest ``bench``."""
     info = bench["extra_info"]
     case = {name: info[name] for name in ("suite", "case", "floor_bytes", "facts")}
     for record in info["contenders"]:
@@ -214,7 +214,7 @@ def _rows(bench: dict[str, Any], *, flat: bool) -> Iterator[dict[str, Any]]:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Keeps who ran as pytest-benchmark's benchmarks, and who did not with the reasons."""
+    """Writes the contenders that ran as benchmarks, and the others with their reasons."""
     rows = [
         row
         for bench in output_json["benchmarks"]
@@ -229,7 +229,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 def pytest_benchmark_group_stats(
     benchmarks: list[dict[str, Any]],
 ) -> list[tuple[str, list[dict[str, Any]]]]:
-    """A table for each case, a line for each contender."""
+    """One table per case, with one line per contender."""
     return [
         (bench["group"], rows)
         for bench in benchmarks
@@ -240,7 +240,7 @@ def pytest_benchmark_group_stats(
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    """What the numbers depend on, and nothing that names a host or a user."""
+    """What the numbers depend on, without anything that identifies a host or a user."""
     import emp_fast
 
     machine_info.clear()
@@ -252,12 +252,12 @@ def pytest_benchmark_update_machine_info(
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """The commit alone says what ran."""
+    """Keeps only the commit, which says what ran."""
     for key in set(commit_info) - {"id", "time", "dirty"}:
         del commit_info[key]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """The console table keeps to what the report shows, unless asked for more."""
+    """Limits the console table to what the report shows, unless more is requested."""
     config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "rounds"]

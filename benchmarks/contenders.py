@@ -1,4 +1,4 @@
-"""The contenders of each suite, with what to check of their results."""
+"""The contenders of each suite, and what to check in their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from emp_fast.backends.row_kernels import RowKernelsChoice
 
 OURS = Bound(1e-5, 1e-6)
-#: The gradient of a mean: what `outputs` gives is scaled back to the single sample.
+#: For the gradient of a mean, which `outputs` rescales to a single sample.
 OUR_GRADIENT = Bound(1e-4, 2e-6)
 EXACT = Bound(0.0, 0.0)
 ONLY_LOSS = "computes the loss alone"
@@ -30,11 +30,12 @@ ONLY_LOSS = "computes the loss alone"
 def backends(
     device: torch.device, *, every_row_kernel: bool = False
 ) -> tuple[dict[str, Callable[[], AbstractContextManager[Any]]], dict[str, str]]:
-    """The kernel backends of ``device`` with how to enter each, and why the others cannot serve.
+    """The kernel backends of ``device`` with a context for each, and why the others cannot serve.
 
-    The automatic choice comes first, for ratios are taken to it; it is entered by doing nothing, as
-    users do. Where no kernel serves, the reference stands in, under its own name. every_row_kernel:
-    each backend also with every choice of its row kernels (docs/kernels.md).
+    The automatic choice comes first, because ratios are relative to it; its context does nothing,
+    as in users' code. If no kernel serves, the reference replaces it, under its own name. With
+    ``every_row_kernel``, each backend also appears with every choice of row kernels
+    (docs/kernels.md).
     """
     status = [s for s in backend_status(device) if s.name != "reference"]
     names = [s.name for s in status if s.available] or ["reference"]
@@ -59,7 +60,7 @@ def _entering(name: str) -> Callable[[], AbstractContextManager[Any]]:
 
 
 def _with_row_kernels(name: str, kernels: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The backend with these kernels for rows."""
+    """The backend with these row kernels."""
 
     @contextmanager
     def enter() -> Iterator[None]:
@@ -83,7 +84,7 @@ def ours(
     *,
     every_row_kernel: bool = False,
 ) -> list[Contender]:
-    """One contender a backend; those that cannot serve are struck out with their reason."""
+    """One contender per backend; those that cannot serve are marked as refused, with the reason."""
     return ours_each(lambda: call, outputs, device, bound, every_row_kernel=every_row_kernel)
 
 
@@ -95,7 +96,7 @@ def ours_each(
     *,
     every_row_kernel: bool = False,
 ) -> list[Contender]:
-    """The same where every backend needs a call of its own, for the state that it moves."""
+    """The same, if every backend needs its own call for the state that it updates."""
     entered, refused = backends(device, every_row_kernel=every_row_kernel)
     contenders = [
         Contender(f"emp_fast {name}", make(), outputs, bound, context=context, ours=True)
@@ -131,7 +132,7 @@ def forward(device: torch.device, *, compile: bool) -> list[Contender]:
 
 
 def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
-    """The same, and the gradient of the mean loss to the logits."""
+    """The same, and the gradient of the mean loss with respect to the logits."""
     compiled_scores = compiled(baselines.five_scores_to_compile, wanted=compile)
     peers = [
         Contender("eager", _with_gradients(baselines.five_scores), _and_gradient(_five)),
@@ -196,8 +197,9 @@ def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contend
 
 
 def _with_gradients(score: Callable[..., Any]) -> Callable[..., Any]:
-    """``score(*inputs, target)``, then the gradients of the mean loss to all inputs; gives the
-    first of them.
+    """Calls ``score(*inputs, target)`` and computes the gradients of the mean loss for all inputs.
+
+    Returns the result and the first of these gradients.
     """
 
     def call(*arguments: Tensor) -> tuple[Any, Tensor]:
@@ -211,12 +213,12 @@ def _with_gradients(score: Callable[..., Any]) -> Callable[..., Any]:
 def _and_gradient(
     outputs: Callable[[Any], Mapping[str, Tensor]],
 ) -> Callable[[Any], Mapping[str, Tensor]]:
-    """Of what `_with_gradients` returns; the gradient of the mean as that of a single sample."""
+    """Outputs of `_with_gradients`; rescales the gradient of the mean to a single sample."""
     return lambda pair: {**outputs(pair[0]), "gradient": pair[1] * pair[1].shape[0]}
 
 
 def selection(device: torch.device, values: Callable[[Tensor], Tensor]) -> list[Contender]:
-    """Indices of the k highest of N scores; ``values`` gives the scores of a choice, in order."""
+    """Indices of the k highest of N scores; ``values`` returns the chosen scores in order."""
 
     def exact(indices: Tensor) -> Mapping[str, Tensor]:
         return {"indices": indices}
@@ -250,9 +252,9 @@ def _argpartition(scores: Tensor, k: int) -> Any:
 
 
 def _on_a_copy(call: Callable[..., Any]) -> Callable[..., Any]:
-    """For a peer that writes the gradient over the logits: the others must not find it there.
+    """Copies the logits for a peer that overwrites them by the gradient, to protect the others.
 
-    The first call, which is the checked one, sees the logits; later ones what was left of them.
+    The first call, which is checked, sees the logits; later calls see what the peer left there.
     """
     copies: dict[int, Tensor] = {}
 
@@ -270,7 +272,7 @@ def compiled(
 ) -> Callable[..., Any]:
     """``torch.compile`` in its default mode, specialised to the shapes of the case.
 
-    ``reset`` forgets what earlier cases compiled, before their number makes dynamo give up.
+    ``reset`` discards what earlier cases compiled, before dynamo reaches its recompilation limit.
     """
     if not wanted:
         return _unavailable("not compiled in a quick run")

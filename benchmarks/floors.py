@@ -1,15 +1,15 @@
-"""The bytes that the sweep's work cannot do without: inputs read once, outputs written once."""
+"""The least traffic of the sweep's work: inputs read once, outputs written once."""
 
 from __future__ import annotations
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-#: Of a row besides its logits, and how often its logits move.
+#: Bytes per row besides its logits, and how often the logits are read or written.
 _ROW_BYTES = {"scores": (28, 1), "step": (56, 2), "backward": (28, 2)}
-_UPDATE_BYTES = 36  # a row
+_UPDATE_BYTES = 36  # per row
 
 
 def floor_bytes(case: str) -> int:
-    """Of a case by its name, as benchmarks/sweep.py spells it.
+    """The floor of a case in bytes, by its name as in benchmarks/sweep.py.
 
     "scores 512 x 1000 bfloat16" (or "step", "backward"), "select 30% of 1e+06", "update 4096".
     """

@@ -1,8 +1,8 @@
-"""Interleaved timing of every contender of a case; a speed exists only behind a passed check.
+"""Interleaved timing of all contenders of a case; only a passed check makes a speed valid.
 
-One round times each contender once, in a new random order, so that a slow minute of the machine
-falls on all of them alike. What is timed is a burst of calls on rotating inputs: together more than
-the caches hold, where the inputs are large enough for that.
+One round times each contender once, in a new random order, so that a slow period of the machine
+affects all of them alike. The clock times a burst of calls on rotating inputs, which together
+exceed the caches if the inputs are large enough.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from benchmarks import machine
 
 Inputs = tuple[Any, ...]
 
-#: A round is repeated at least so often, whatever the budget is.
+#: Rounds are repeated at least so often, whatever the time budget.
 MIN_ROUNDS = 7
 MAX_ROUNDS = 400
 MAX_BURST = 256
 MAX_FLUSHES = 256
-#: A call that takes longer needs no warming up beyond the check.
+#: Seconds from which a call needs no warm-up besides the check.
 _SLOW = 0.05
 
 
 class CheckFailed(AssertionError):
-    """A contender's result differs from the reference: its speed means nothing."""
+    """A contender's result differs from the reference, so its speed is meaningless."""
 
 
 class Unavailable(Exception):
@@ -58,23 +58,23 @@ class Contender:
 
     name: str
     call: Callable[..., Any]
-    #: The tensors to compare with the reference, of the result of `call`.
+    #: Maps the result of `call` to the tensors that are compared with the reference.
     outputs: Callable[[Any], Mapping[str, Tensor]]
     bound: Bound = PEER_BOUND
-    #: What it computes less, or other, than the others.
+    #: What it omits, or computes differently from the others.
     note: str = ""
     #: Entered around every burst, outside the timing.
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    #: Ours: a failed check fails the test instead of striking the contender out.
+    #: Whether it is ours; a failed check then fails the test, instead of refusing the contender.
     ours: bool = False
 
 
 class Sample(NamedTuple):
-    """Seconds a call, of one burst."""
+    """Seconds per call in one burst."""
 
-    #: On the CPU wall time, on a GPU the time of its kernels.
+    #: Wall time on the CPU; time of the kernels on a GPU.
     seconds: float
-    #: On a GPU: until the call returned, and until its result was there. None on the CPU.
+    #: On a GPU, the time until the call returned and until its result was ready. None on the CPU.
     host: float | None = None
     latency: float | None = None
 
@@ -87,7 +87,7 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Wall time to the end of what the calls enqueue: for the CPU, and for whole steps anywhere."""
+    """Wall time until all enqueued work has ended: for the CPU, and for whole steps anywhere."""
 
     def __init__(self, synchronize: Callable[[], object] = lambda: None) -> None:
         self._synchronize = synchronize
@@ -103,11 +103,11 @@ class WallClock:
 
 
 class CudaClock:
-    """Kernel time from events behind a flushed L2 cache, host time and latency apart.
+    """Kernel time from events after a flush of the L2 cache; host time and latency separately.
 
-    The flush reads: lines that it had written would leave the cache in the time of the call. It
-    also keeps the device busy while the host launches, so that the events hold no gap that is the
-    host's. The tests pass something in the place of `torch.cuda`.
+    The flush only reads, because written lines would be evicted during the timed call. It also
+    keeps the device busy while the host launches, so that the events include no time in which the
+    device waits for the host. The tests replace `torch.cuda`.
     """
 
     def __init__(self, flush: Tensor, cuda: Any = torch.cuda) -> None:
@@ -136,7 +136,7 @@ class CudaClock:
             hosts.append(returned - start)
             latencies.append(time.perf_counter() - start)
         host = statistics.median(hosts)
-        # Longer than the host takes by much: where it pauses, the device must not wait for it.
+        # Much longer than the host takes, so that the device need not wait if the host pauses.
         flushes = 1 + math.ceil(4 * host / self._flush_seconds)
         pairs = []
         for arguments in inputs:
@@ -153,7 +153,7 @@ class CudaClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock of single calls on ``device``."""
+    """The clock for single calls on ``device``."""
     if device.type == "cpu":
         return WallClock()
     return CudaClock(torch.ones(machine.cache_bytes(device), device=device))  # four times the cache
@@ -165,21 +165,21 @@ def _whole(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Case:
-    """What is measured: the work, its inputs and what the right result is."""
+    """What is measured: the work, its inputs and the right result."""
 
     suite: str
     name: str
     inputs: Sequence[Inputs]
     expected: Callable[[Inputs], Mapping[str, Tensor]]
-    #: Bytes that the work cannot do without: every input read once, every output written once.
+    #: Least traffic of the work in bytes: every input read once, every output written once.
     floor_bytes: int | None = None
-    #: Narrows an output to the part that `expected` gives, where the whole would not fit.
+    #: Narrows an output to the part that `expected` returns, if the whole would not fit.
     narrow: Callable[[Tensor], Tensor] = _whole
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Standing(NamedTuple):
-    """What became of one contender of a case."""
+    """The outcome for one contender of a case."""
 
     contender: Contender
     samples: list[Sample]
@@ -202,9 +202,9 @@ class Contest:
 
         Args:
             case: the work.
-            contenders: who does it.
+            contenders: the ways to do it.
             clock: how to time it.
-            burst_seconds: about how long a burst lasts, so that the timer hardly counts.
+            burst_seconds: approximate length of a burst, which makes timer overhead negligible.
             seed: of the order in the rounds.
         """
         self.case = case
@@ -216,7 +216,7 @@ class Contest:
         self.round_seconds = 0.0
 
     def check(self) -> None:
-        """Compares everybody with the reference; strikes out who differs or cannot run.
+        """Compares all contenders with the reference; refuses those that differ or cannot run.
 
         Raises:
             CheckFailed: one of ours differs.
@@ -255,19 +255,19 @@ class Contest:
                 raise CheckFailed(f"{where}: by up to {worst:.3g}")
 
     def calibrate(self) -> None:
-        """Warms every contender up and finds how many calls make a burst."""
+        """Warms up every contender and finds how many calls make a burst."""
         for standing in self._running():
             contender = standing.contender
             with contender.context():
                 single = self._timed(contender, calls=1)
-                if single < _SLOW:  # the check alone has not warmed a quick call up
+                if single < _SLOW:  # the check alone does not warm up a quick call
                     single = min(single, *(self._timed(contender, calls=1) for _ in range(3)))
                 calls = min(MAX_BURST, max(1, math.ceil(self._burst_seconds / max(single, 1e-9))))
                 self._calls[contender.name] = calls
                 self.round_seconds += single if calls == 1 else self._timed(contender, calls)
 
     def _timed(self, contender: Contender, calls: int) -> float:
-        """Seconds that a burst takes with all that the clock does around it."""
+        """Seconds that a burst takes, including the clock's own work."""
         start = time.perf_counter()
         self._clock.burst(contender.call, self._next(contender, calls))
         return time.perf_counter() - start
@@ -289,7 +289,7 @@ class Contest:
                 gc.enable()
 
     def rounds(self, budget: float) -> int:
-        """How many rounds fit ``budget`` seconds, within the bounds."""
+        """How many rounds fit in ``budget`` seconds, within the limits."""
         fitting = int(budget / max(self.round_seconds, 1e-9))
         return max(MIN_ROUNDS, min(MAX_ROUNDS, fitting))
 
@@ -304,7 +304,7 @@ class Contest:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Median with the 20 and 80 percentiles."""
+    """The median and the 20th and 80th percentiles."""
     if len(values) == 1:
         return dict.fromkeys(("p20", "median", "p80"), values[0])
     fifths = statistics.quantiles(values, n=5, method="inclusive")
@@ -312,12 +312,12 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def rotations(nbytes: int, cache_bytes: int, limit: int = 16) -> int:
-    """How many inputs of ``nbytes`` to rotate over, so that together they leave the cache."""
+    """How many inputs of ``nbytes`` to rotate over, so that together they exceed the cache."""
     return max(2, min(limit, math.ceil(2 * cache_bytes / max(nbytes, 1))))
 
 
 def _precision(dtype: torch.dtype) -> float:
-    """Half precision rounds twice on the way: the exponential's argument and the result."""
+    """Error of half precision, which rounds twice: the exponential's argument and the result."""
     if dtype in (torch.float16, torch.bfloat16):
         return 2 * torch.finfo(dtype).eps
     return 0.0

@@ -14,20 +14,20 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 class Shown(NamedTuple):
-    """A run of the sweep, and what is to be said of it."""
+    """A run of the sweep, and how to present it."""
 
     title: str
     file: str
-    run: int  # its place in the file
+    run: int  # its position in the file
     note: str
-    decimal_below_us: float  # shorter times are given with a decimal
+    decimal_below_us: float  # shorter times get a decimal
 
 
 def kernel_report(folder: Path, shown: Sequence[Shown]) -> str:
     """A heading and a table for each run.
 
     Raises:
-        BadResult: a file is damaged, lacks the run, or is of another machine than the first.
+        BadResult: a file is damaged, lacks the run, or is from another machine than the first.
     """
     files = {one.file: read_json(folder / one.file) for one in shown}
     try:
@@ -71,7 +71,7 @@ def _report(files: dict[str, Any], shown: Sequence[Shown]) -> str:
 
 
 def _commit(found: str | None) -> str:
-    """As `machine.commit` tells it, with a plus for changes that were not committed."""
+    """The result of `machine.commit` in words; a plus means uncommitted changes."""
     if found is None:
         return "commit unknown"
     return f"commit {found[:12]}" + (" with uncommitted changes" if found.endswith("+") else "")

@@ -1,4 +1,4 @@
-"""The machine of a run: what it is, and the copy bandwidth that its kernels are held against."""
+"""The machine of a run: its description, and the copy bandwidth to which kernels are compared."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 
 from emp_fast.cli.machine import package_version, processor_name
 
-#: Packages whose version a result needs beside it.
+#: Packages whose versions a result must state.
 _PACKAGES = ("numpy", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions, without anything that names the host or its user."""
+    """Hardware and versions, without anything that identifies the host or its user."""
     facts: dict[str, Any] = {
         "device": device.type,
         "processor": processor_name(),
@@ -31,7 +31,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": {
-            "torch": torch.__version__,  # with its build, which the metadata may lack
+            "torch": torch.__version__,  # includes the build, which the metadata may lack
             **{name: version for name in _PACKAGES if (version := package_version(name))},
         },
     }
@@ -48,7 +48,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
-    """Bytes a second of ``tensor.copy_``: ``nbytes`` read and ``nbytes`` written."""
+    """Bytes per second of ``tensor.copy_``: ``nbytes`` read and ``nbytes`` written."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     rates = []
@@ -64,19 +64,19 @@ def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
             start = time.perf_counter()
             target.copy_(source)
             seconds = time.perf_counter() - start
-        if repeat >= 2:  # the first touch the pages
+        if repeat >= 2:  # the first copies fault in the pages
             rates.append(2 * source.nbytes / seconds)
     fifths = statistics.quantiles(rates, n=5, method="inclusive")
     return {"median": statistics.median(rates), "p20": fifths[0], "p80": fifths[3]}
 
 
 def load() -> float | None:
-    """Processes that wanted a core in the last minute: above zero, others take part in the run."""
+    """Processes that wanted a core in the last minute; above zero, others may disturb the run."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def commit() -> str | None:
-    """The commit of the sources, with a plus where there are changes; None without history."""
+    """The commit of the sources, with a plus if there are changes; None without history."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -90,7 +90,7 @@ def commit() -> str | None:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last-level cache of ``device``."""
+    """Size of the last-level cache of ``device``."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -100,10 +100,10 @@ def cache_bytes(device: torch.device) -> int:
 
 
 class PeakMemory:
-    """Bytes that a call held at its height beyond what was held before it, its result included.
+    """Peak memory of a call in bytes, beyond what was allocated before, including its result.
 
-    On Linux the high-water mark of the process is reset and read; free memory is given back to the
-    system first, so that nothing hides in it.
+    On Linux it resets and reads the high-water mark of the process. Free memory is returned to the
+    system first, because allocations in it would not be seen.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -173,7 +173,7 @@ def _refused_list(result: Result) -> str:
 
 
 def readme_block(result: Result, report: str, picture: str | None) -> str:
-    """The summary that stands between the README's markers."""
+    """The summary between the README's markers."""
     peers = [
         name
         for name in names(result.cases, ours=False)
@@ -247,7 +247,7 @@ def rewrite(text: str, marker: str, block: str) -> str:
     """``text`` with ``block`` between ``<!-- MARKER -->`` and ``<!-- /MARKER -->``.
 
     Raises:
-        BadResult: the markers are not there, once each.
+        BadResult: the page does not have each marker exactly once.
     """
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -280,7 +280,7 @@ def _span(one: Measured) -> str:
 
 
 def _three(value: float) -> str:
-    """Three digits, never in powers of ten."""
+    """Three significant digits, never in scientific notation."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 

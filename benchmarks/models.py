@@ -12,7 +12,7 @@ from emp_fast.demo.models import fashion_mnist_cnn
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 for 32 x 32 images: a 3 x 3 stem and no pooling after it, else as the paper has it.
+    """ResNet-18 for 32 x 32 images: a 3 x 3 stem without pooling, otherwise as in the paper.
 
     He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385.
     """
@@ -63,7 +63,7 @@ def _convolution(before: int, width: int, stride: int) -> nn.Conv2d:
 
 
 class Workload(NamedTuple):
-    """A network with the data that it usually sees."""
+    """A network and the size of its usual data."""
 
     name: str
     model: Callable[[], nn.Module]

@@ -8,7 +8,7 @@ from benchmarks.result import STEP, SUITES, Result, names
 
 
 def plot(result: Result, path: Path) -> None:
-    """A dot for each peer and case: its time relative to ours, and its percentiles."""
+    """Draws a dot for each peer and case: its time relative to ours, with percentiles."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -24,7 +24,7 @@ def plot(result: Result, path: Path) -> None:
     shown = [
         name
         for name in [*names(result.cases, ours=True)[1:], *names(result.cases, ours=False)]
-        # A backend's kernels by choice, "cuda, plain", are for the table.
+        # Choices of a backend's kernels, such as "cuda, plain", appear only in the table.
         if ", " not in name
         and any(name in case.contenders for _, cases in suites for case in cases)
     ]

@@ -19,7 +19,7 @@ from benchmarks.result import STEP, BadResult, Result, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the report; 2 for input that cannot be reported."""
+    """Writes the report; returns 2 for input that cannot be reported."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("result", type=Path, nargs="+", help="JSON files of one machine")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What benchmark runs measured: their files read, joined, and freed of unsteady times."""
+"""Results of benchmark runs: reads and joins their files, and removes unsteady times."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SUITES = {
     "selection": "Selection of the highest scores",
     "training step": "Whole training step",
 }
-#: The suite of whole training steps, whose contenders are no peers of each other.
+#: The suite of whole training steps, whose contenders do not do the same work.
 STEP = "training step"
-#: Who is refused in a case that loses all its contenders.
+#: The name under which a case that loses all its contenders is refused.
 EVERYBODY = "every contender"
-#: A GPU's kernel times beyond this share of 80 to 20 percentile hold the host's pauses, which fell
-#: between the kernels of a call; they are reported as not measured.
+#: Largest ratio of the 80th to the 20th percentile of a GPU's kernel times. Beyond it the times
+#: include pauses of the host between the kernels of a call; they are reported as not measured.
 _STEADY = 1.5
 _UNSTEADY = f"its 80 percentile is more than {_STEADY} times its 20 percentile"
 
@@ -33,7 +33,7 @@ class BadResult(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender of one case, in seconds a call."""
+    """The times of one contender of one case, in seconds per call."""
 
     name: str
     ours: bool
@@ -48,13 +48,13 @@ class Measured:
 
     @property
     def steady(self) -> bool:
-        """Whether its time is that of its kernels; wall times have no host's time apart."""
+        """Whether the time is that of the kernels; wall times, without host time, always pass."""
         return self.host is None or self.p80 <= _STEADY * self.p20
 
 
 @dataclass
 class CaseResult:
-    """A case with the contenders that stood its check, in the order in which they were given."""
+    """A case with the contenders that passed its check, in the order in which they were given."""
 
     suite: str
     name: str
@@ -63,12 +63,13 @@ class CaseResult:
 
     @property
     def ours(self) -> Measured | None:
-        """The contender that ratios are taken to: the backend chosen first."""
+        """The contender to which ratios are relative: our first backend."""
         return next((one for one in self.contenders.values() if one.ours), None)
 
     def drop_unsteady(self) -> list[dict[str, Any]]:
-        """Takes out who was not timed steadily, and everybody where ratios would have no base;
-        returns who went, as refused.
+        """Removes contenders with unsteady times, or all if the base of the ratios is unsteady.
+
+        Returns the removed contenders as refused.
         """
         gone = {name: _UNSTEADY for name, one in self.contenders.items() if not one.steady}
         if self.ours is not None and self.ours.name in gone:
@@ -82,7 +83,7 @@ class CaseResult:
         ]
 
     def ratio(self, peer: str) -> float | None:
-        """How many times as long as ours ``peer`` takes."""
+        """The time of ``peer`` divided by ours."""
         if self.ours is None or peer not in self.contenders:
             return None
         return self.contenders[peer].median / self.ours.median
@@ -90,7 +91,7 @@ class CaseResult:
 
 @dataclass
 class Run:
-    """What was measured at one commit."""
+    """Measurements at one commit."""
 
     machine: dict[str, Any]
     commit: dict[str, Any]
@@ -100,12 +101,12 @@ class Run:
 
     @property
     def titles(self) -> list[str]:
-        """Its suites in words, in the order of the report."""
+        """The titles of its suites, in the order of the report."""
         return [title for suite, title in SUITES.items() if suite in self.suites]
 
     @property
     def which(self) -> str:
-        """The commit in short, with a plus where it had uncommitted changes."""
+        """The short commit, with a plus if it had uncommitted changes."""
         name = str(self.commit.get("id") or "unknown")[:12]
         return f"{name}+" if self.commit.get("dirty") else name
 
@@ -118,7 +119,7 @@ class Run:
 
 @dataclass
 class Result:
-    """A run, or several of one machine, each of suites of its own."""
+    """One run, or several of one machine, each with its own suites."""
 
     runs: list[Run]
     cases: list[CaseResult]
@@ -126,18 +127,18 @@ class Result:
 
     @property
     def machine(self) -> dict[str, Any]:
-        """As the first run found it."""
+        """The machine as described by the first run."""
         return self.runs[0].machine
 
     @property
     def hardware(self) -> str:
-        """What the work ran on, by name."""
+        """Name of the device that did the work."""
         machine = self.machine
         return str(machine.get("gpu") or f"{machine['processor']} ({machine['cores']} cores)")
 
     @property
     def date(self) -> str:
-        """That of the latest run."""
+        """The date of the latest run."""
         return max(run.date for run in self.runs)
 
     def suite(self, name: str) -> list[CaseResult]:
@@ -145,11 +146,11 @@ class Result:
         return [case for case in self.cases if case.suite == name]
 
     def add(self, other: Result, path: Path) -> None:
-        """Takes in the result file ``path``.
+        """Adds the result file ``path``.
 
         Raises:
-            BadResult: it is of another machine, has a suite that is here of another commit, or a
-                case that is here.
+            BadResult: it is from another machine, has a case that is already here, or a suite that
+                is already here from another commit.
         """
         if _identity(self) != _identity(other):
             raise BadResult(f"{path} is of another machine or of other versions than the first")
@@ -175,7 +176,7 @@ class Result:
 
 
 def names(cases: Iterable[CaseResult], *, ours: bool) -> list[str]:
-    """The contenders that are ours, or the peers, each once."""
+    """The names of our contenders, or of the peers, each once."""
     found = [one.name for case in cases for one in case.contenders.values() if one.ours == ours]
     return list(dict.fromkeys(found))
 
@@ -184,8 +185,8 @@ def load(paths: Sequence[Path]) -> Result:
     """Reads result files; later ones add to the first.
 
     Raises:
-        BadResult: a file is missing, damaged, empty or of another machine, or two have the same
-            suite of different commits.
+        BadResult: a file is missing, damaged, empty or from another machine, or two have the same
+            suite from different commits.
     """
     whole: Result | None = None
     for path in paths:
@@ -200,10 +201,10 @@ def load(paths: Sequence[Path]) -> Result:
 
 
 def read_json(path: Path) -> Any:
-    """What ``path`` holds.
+    """The contents of a JSON file.
 
     Raises:
-        BadResult: it cannot be read, or is no JSON.
+        BadResult: the file cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text())

@@ -40,7 +40,7 @@ from emp_fast.backends.base import LossOptions, Recurrence, State
 from emp_fast.kernels import plan
 from emp_fast.rules import EMP
 
-#: Rows are as many as make a launch long beside its start; of a few shapes they are few.
+#: Most shapes have enough rows that a launch takes much longer than its start; a few have few rows.
 _SHAPES = (
     (128, 10),
     (512, 100),
@@ -71,7 +71,7 @@ _WHAT = (
 
 
 class Variant(NamedTuple):
-    """A backend as it is entered."""
+    """A backend with certain kernels or launch constants."""
 
     name: str
     backend: str
@@ -80,7 +80,7 @@ class Variant(NamedTuple):
 
 
 def variants(device: torch.device) -> list[Variant]:
-    """Every backend with every choice of kernels, and launch arithmetic of the triton one."""
+    """Every backend with every choice of kernels, and Triton with other launch constants."""
 
     def planned(
         serves: Callable[[int, int], bool], within: str = "triton", **constants: int
@@ -114,7 +114,7 @@ def variants(device: torch.device) -> list[Variant]:
         return ours
     return [
         *ours,
-        # score_tile alone, and score_rows wherever it serves: auto takes either.
+        # Only score_tile, or score_rows wherever it serves; auto may take either.
         *(planned(short, "triton, plain", THREAD_ELEMENTS=n) for n in (8, 16)),
         planned(short, "triton, plain", TILE_THREADS=256),
         *(
@@ -136,11 +136,11 @@ def _state(device: torch.device) -> State:
 
 
 class Case(NamedTuple):
-    """Work that every variant does alike."""
+    """Work that all variants do."""
 
-    name: str  # as benchmarks/floors.py reads it
+    name: str  # in the form that benchmarks/floors.py reads
     shape: tuple[int, int]
-    call: Callable[[Any], Any]  # of the backend
+    call: Callable[[Any], Any]  # takes the backend
 
 
 def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bool) -> list[Case]:
@@ -180,7 +180,7 @@ def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bo
 
 
 def selection_cases(n: int, device: torch.device, warm: bool) -> list[Case]:
-    """Shares of ``n`` scores."""
+    """Selections of several shares of ``n`` scores."""
     scores = drawn_scores(10**6 if warm else n, "random", device)
 
     def case(share: float) -> Case:
@@ -195,7 +195,7 @@ def selection_cases(n: int, device: torch.device, warm: bool) -> list[Case]:
 
 
 def update_case(rows: int, state: State) -> Case:
-    """The state's update by given values."""
+    """The update of the state by given values."""
     device = state.scores.device
     values = torch.rand(2, rows, device=device)
     indices = torch.randperm(_NUM_SAMPLES, device=device)[:rows]
@@ -207,7 +207,7 @@ def update_case(rows: int, state: State) -> Case:
 
 
 def cases(device: torch.device, warm: bool) -> Iterator[Case]:
-    """All of them; the inputs of one exist at a time."""
+    """All cases; the inputs of only one exist at a time."""
     state = _state(device)
     for shape, dtype in itertools.product(_SHAPES, (torch.bfloat16, torch.float32)):
         yield from row_cases(shape, dtype, state, warm)
@@ -218,7 +218,7 @@ def cases(device: torch.device, warm: bool) -> Iterator[Case]:
 
 
 def host_times(rows: int, classes: int) -> Iterator[tuple[str, float]]:
-    """Seconds a call where the host is the bottleneck: many calls in a row, ours and torch's."""
+    """Seconds per call if the host is the bottleneck: many calls in a row, ours and torch's."""
     logits = torch.randn(rows, classes, device="cuda", requires_grad=True)
     target = torch.randint(classes, (rows,), device="cuda")
     indices = torch.arange(rows, device="cuda")
@@ -259,7 +259,7 @@ def host_times(rows: int, classes: int) -> Iterator[tuple[str, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a line a case, a column a variant."""
+    """Prints one line per case, one column per variant."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, help="JSON file for all numbers")
     parser.add_argument("--only", nargs="*", default=[""], help="cases that begin so")
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"copy {rate / 1e9:.0f} GB/s", flush=True)
     for place, case in enumerate(cases(device, bool(given.warm))):
         if case.name.startswith(tuple(given.only)) and place % parts == part:
-            # The rows held to compile are few, and take the kernels of many.
+            # A warm run has few rows, but must compile the kernels for many.
             fewest = 0 if given.warm else plan.KEPT_STEPS
             with mock.patch.object(plan, "KEPT_STEPS", fewest):
                 results[case.name] = _measured(case, every, clock)
@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured(case: Case, every: Sequence[Variant], clock: Clock | None) -> dict[str, float]:
-    """Seconds of each variant; without a clock each is only compiled."""
+    """Seconds for each variant; without a clock each is only compiled."""
     found = {}
     tunable = case.name.split()[0] in ("scores", "step")
     for variant in every:
@@ -327,7 +327,7 @@ def _measured(case: Case, every: Sequence[Variant], clock: Clock | None) -> dict
                 call()
                 if clock is not None:
                     found[variant.name] = clock.burst(call, [()] * _REPEATS).seconds
-        except Exception as error:  # the others go on
+        except Exception as error:  # continue with the other variants
             print(f"{case.name}, {variant.name}: {type(error).__name__}: {error}", flush=True)
     return found
 

@@ -12,7 +12,7 @@ from benchmarks import contenders
 from benchmarks.conftest import Race
 from benchmarks.harness import Bound, Case, Inputs
 
-#: Sums over thousands of products, in another order than the reference's.
+#: For sums over thousands of products, in an order that differs from the reference's.
 _MATRIX_BOUND = Bound(1e-3, 1e-3)
 
 
@@ -34,7 +34,7 @@ def test_linear(
     inputs = [(normal(rows, features), normal(classes, features), target)]
 
     def expected(arguments: Inputs) -> Mapping[str, Tensor]:
-        """The reference on float32 logits; a float64 product of this size is out of reach."""
+        """The reference on float32 logits, because a float64 product of this size is too slow."""
         hidden, classifier, target = arguments
         logits = (hidden.detach().float() @ classifier.detach().float().T).requires_grad_()
         with emp_fast.use_backend("reference"):

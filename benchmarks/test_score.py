@@ -26,7 +26,7 @@ def test_forward(
         name=_name(shape, dtype, logits_kind, device),
         inputs=logits_and_targets(shape, dtype, device, logits_kind, cache),
         expected=expected_scores(narrow),
-        # The logits once; 8 bytes of target and five scores of 4 bytes a row.
+        # The logits once; per row, 8 bytes of target and five scores of 4 bytes.
         floor_bytes=shape[0] * (shape[1] * dtype.itemsize + 28),
         narrow=narrow,
         facts={"shape": list(shape), "dtype": str(dtype), "logits": logits_kind},
@@ -52,7 +52,7 @@ def test_forward_backward(
         name=_name(shape, dtype, logits_kind, device),
         inputs=logits_and_targets(shape, dtype, device, logits_kind, cache, requires_grad=True),
         expected=expected_scores(narrow, gradient=True),
-        # The gradient written once on top.
+        # The same, and the gradient written once.
         floor_bytes=shape[0] * (2 * shape[1] * dtype.itemsize + 28),
         narrow=narrow,
         facts={"shape": list(shape), "dtype": str(dtype), "logits": logits_kind},

@@ -1,4 +1,4 @@
-"""Indices of the k highest of N scores, its time and its memory."""
+"""Indices of the k highest of N scores: time and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_selection(
     k = int(share * num_scores)
 
     def chosen_values(indices: Tensor) -> Tensor:
-        """What was chosen, in order: contenders without a rule for ties differ in indices alone."""
+        """The chosen scores, sorted; contenders without a rule for ties differ only in indices."""
         return scores[indices].sort().values
 
     def expected(inputs: Inputs) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Whole training steps with and without pruning: what a user pays."""
+"""Whole training steps with and without pruning: the cost to a user."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _PRUNE_RATE = 0.7
 
 
 def test_step(race: Race, workload: Workload, device: torch.device, quick: bool) -> None:
-    """The whole overhead of pruning: scores, update and the selection's share of a step."""
+    """The total overhead of pruning: scores, update and the selection's share of a step."""
     batch, samples = workload.batch, workload.num_samples
     kept = round((1 - _PRUNE_RATE) * samples)
     steps = math.ceil(kept / batch)
-    # The layout that each kind of device convolves fastest in.
+    # The memory layout in which each kind of device convolves fastest.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = workload.model().to(device)
     model = model.to(memory_format=layout)  # type: ignore[call-overload]
-    # The full work of an optimiser that moves nothing: every contender sees the same logits.
+    # The optimiser does its full work but changes nothing, so that all contenders see the same
+    # logits.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     pruner = emp_fast.Pruner(samples, prune_rate=_PRUNE_RATE, device=device)
     every = torch.arange(samples, device=device)
@@ -86,12 +87,12 @@ def test_step(race: Race, workload: Workload, device: torch.device, quick: bool)
         expected=expected,
         facts={"batch": batch, "num_samples": samples, "prune_rate": _PRUNE_RATE, "steps": steps},
     )
-    # Convolutions need not repeat their last bits, least of all in half precision.
+    # Convolutions are not reproducible in the last bits, least of all in half precision.
     bound = Bound(1e-4, 1e-5) if device.type == "cpu" else Bound(3e-2, 3e-2)
     contest = race(
         case,
         [
-            # First: its check needs the state as `expected` saw it.
+            # It comes first, because its check needs the state as `expected` saw it.
             Contender(
                 "selection", select, lambda made: {"indices": made.indices}, EXACT, ours=True
             ),
@@ -100,7 +101,7 @@ def test_step(race: Race, workload: Workload, device: torch.device, quick: bool)
             Contender("F.cross_entropy", step(plain), loss_of, bound, note="the plain step"),
         ],
         clock=WallClock(torch.cuda.synchronize) if device.type == "cuda" else WallClock(),
-        # A GPU's queue runs ahead of the host; only a stretch of steps shows what one costs.
+        # The host runs ahead of a GPU, so only a series of steps shows the cost of one.
         burst_seconds=0.1 if device.type == "cuda" else 0.0,
         patience=7.5,
     )
@@ -120,7 +121,7 @@ def _batches(workload: Workload, device: torch.device, layout: torch.memory_form
 
 
 def _overhead(contest: Contest, steps: int) -> dict[str, dict[str, float]]:
-    """What a pruned step costs beyond the plain one of the same round, the selection shared out."""
+    """The cost of a pruned step, with its share of the selection, beyond the round's plain step."""
     seconds = {
         standing.contender.name: [sample.seconds for sample in standing.samples]
         for standing in contest.standings

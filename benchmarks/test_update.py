@@ -1,4 +1,4 @@
-"""The state update alone, and loss, scores, gradient and update together: a step less its model."""
+"""The state update alone, and with loss, scores and gradient: a training step without its model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from benchmarks.conftest import Race
 from benchmarks.harness import Case, Contender, Inputs
 from emp_fast.rules import EMP
 
-#: As many as ImageNet-1k has training images.
+#: The number of training images in ImageNet-1k.
 _NUM_SAMPLES = 1_281_167
 _RULE = EMP(beta=0.5, decay=0.9)
 
 
 class _TensorState:
-    """The state of the baselines: what `baselines.update_emp` writes into."""
+    """The state of the baselines, into which `baselines.update_emp` writes."""
 
     def __init__(self, device: torch.device) -> None:
         self.scores = torch.full((_NUM_SAMPLES,), torch.inf, device=device)
@@ -86,7 +86,7 @@ def test_update(race: Race, rows: int, device: torch.device, quick: bool) -> Non
         name=f"{rows:,} of {_NUM_SAMPLES:,}",
         inputs=inputs,
         expected=expected,
-        # Index, loss and entropy read; score, memory and visits written, the last two read before.
+        # Reads index, loss and entropy; writes score, memory and visits, the last two also read.
         floor_bytes=rows * (16 + 20),
         facts={"rows": rows, "num_samples": _NUM_SAMPLES},
     )

@@ -3,7 +3,7 @@
     python examples/images_ddp.py
     torchrun --nproc-per-node 2 examples/images_ddp.py
 
-Both runs train on as many samples; the pruned one spends them on those of high score.
+Both runs train on the same number of samples; the pruned one trains on those with high scores.
 """
 
 import torch
@@ -47,7 +47,7 @@ def train(digits: ImageData, prune_rate: float, epochs: int) -> None:
             loss.backward()
             optimizer.step()
 
-    pruner.merge()  # now every rank knows of every rank's samples
+    pruner.merge()  # now every rank knows the samples of all ranks
     if not dist.is_initialized() or dist.get_rank() == 0:
         predicted = net(digits.test_images).argmax(1)
         accuracy = (predicted == digits.test_labels).float().mean().item()

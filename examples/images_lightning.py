@@ -3,7 +3,7 @@
     python examples/images_lightning.py
     torchrun --nproc-per-node 2 examples/images_lightning.py
 
-Both runs train on as many samples; the pruned one spends them on those of high score.
+Both runs train on the same number of samples; the pruned one trains on those with high scores.
 """
 
 import os
@@ -29,12 +29,12 @@ class Classifier(lightning.LightningModule):
         self.pruner = pruner
 
     def training_step(self, batch: list, _: int) -> torch.Tensor:
-        """The line that differs: the samples come with their indices."""
+        """The only difference: samples come with their indices, and the pruner makes the loss."""
         (images, labels), indices = batch
         return self.pruner.loss(self.net(images), labels, indices)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Nothing special."""
+        """As without pruning."""
         return torch.optim.AdamW(self.parameters(), 3e-3)
 
 
@@ -68,7 +68,7 @@ def train(digits: ImageData, prune_rate: float, epochs: int) -> None:
     )
     trainer.fit(model, loader)
 
-    pruner.merge()  # now every rank knows of every rank's samples
+    pruner.merge()  # now every rank knows the samples of all ranks
     if trainer.is_global_zero:
         predicted = model.net(digits.test_images).argmax(1)
         accuracy = (predicted == digits.test_labels).float().mean().item()

@@ -3,8 +3,8 @@
     python examples/manual_huggingface.py
     torchrun --nproc-per-node 2 examples/manual_huggingface.py
 
-The paragraphs of a batch are packed into one row without padding. Both runs train on as many
-paragraphs; the pruned one spends them on those of high score.
+The paragraphs of a batch are packed into one row without padding. Both runs train on the same
+number of paragraphs; the pruned one trains on those with high scores.
 """
 
 import gc
@@ -26,7 +26,7 @@ from transformers.utils import logging
 from emp_fast import Pruner
 from emp_fast.integrations.huggingface import PrunedTrainer
 
-LONGEST = 96  # bytes of a paragraph
+LONGEST = 96  # maximum bytes of a paragraph
 
 
 def main(prune_rate: float = 0.3, epochs: int = 3, quick: bool = False) -> None:
@@ -39,7 +39,7 @@ def main(prune_rate: float = 0.3, epochs: int = 3, quick: bool = False) -> None:
     for rate in (0.0, prune_rate):
         train(train_set, test_set[:50], rate, round(epochs / (1 - rate)))
     if dist.is_initialized():
-        gc.collect()  # the trainers, whose models hold the process group
+        gc.collect()  # frees the trainers, whose models hold the process group
         dist.destroy_process_group()
 
 
@@ -79,7 +79,7 @@ def train(train_set: list[dict], test_set: list[dict], prune_rate: float, epochs
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         loss = trainer.evaluate()["eval_loss"]
-    pruner.merge()  # now every rank knows of every rank's samples
+    pruner.merge()  # now every rank knows the samples of all ranks
     if trainer.is_world_process_zero():
         seen = pruner.store.rows_seen
         print(f"pruned {prune_rate:4.0%}  paragraphs {seen}  loss {loss:.3f} nats a byte")

@@ -3,7 +3,7 @@
     python examples/snippets_accelerate.py
     torchrun --nproc-per-node 2 examples/snippets_accelerate.py
 
-Both runs train on as many samples; the pruned one spends them on those of high score.
+Both runs train on the same number of samples; the pruned one trains on those with high scores.
 """
 
 import torch
@@ -20,7 +20,7 @@ from emp_fast.integrations.accelerate import prepare_loader
 
 
 class BagOfWords(nn.Module):
-    """The mean of the words' vectors, and two layers."""
+    """Two layers on the mean of the word vectors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
 
-    pruner.merge()  # now every rank knows of every rank's samples
+    pruner.merge()  # now every rank knows the samples of all ranks
     words, labels = test_set.tensors
     accuracy = (net(words).argmax(1) == labels).float().mean().item()
     accelerator.print(

@@ -3,7 +3,7 @@
     python examples/snippets_huggingface.py
     torchrun --nproc-per-node 2 examples/snippets_huggingface.py
 
-Both runs train on as many samples; the pruned one spends them on those of high score.
+Both runs train on the same number of samples; the pruned one trains on those with high scores.
 """
 
 import gc
@@ -36,12 +36,12 @@ def main(prune_rate: float = 0.5, epochs: int = 4, quick: bool = False) -> None:
     for rate in (0.0, prune_rate):
         train(train_set, test_set, rate, round(epochs / (1 - rate)))
     if dist.is_initialized():
-        gc.collect()  # the trainers, whose models hold the process group
+        gc.collect()  # frees the trainers, whose models hold the process group
         dist.destroy_process_group()
 
 
 def rows(part: Snippets) -> list[dict]:
-    """What a tokenizer would give."""
+    """Rows such as a tokenizer would produce."""
     return [
         {"input_ids": words, "label": label}
         for words, label in zip(part.words, part.labels, strict=True)
@@ -57,7 +57,7 @@ def collate(features: list[dict]) -> dict[str, Tensor]:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of snippets whose package is told."""
+    """The share of snippets whose package is predicted correctly."""
     return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
 
 
@@ -97,7 +97,7 @@ def train(train_set: list[dict], test_set: list[dict], prune_rate: float, epochs
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         measured = trainer.evaluate()["eval_accuracy"]
-    pruner.merge()  # now every rank knows of every rank's samples
+    pruner.merge()  # now every rank knows the samples of all ranks
     if trainer.is_world_process_zero():
         print(
             f"pruned {prune_rate:4.0%}  samples {pruner.store.rows_seen}  accuracy {measured:.3f}"

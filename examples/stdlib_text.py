@@ -11,9 +11,9 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 PACKAGES = ("asyncio", "email", "http", "multiprocessing", "unittest", "xml")
-WORDS = 2000  # ids of words: 0 is padding, 1 any rarer word
-LINES = 4  # of a snippet
-LENGTH = 32  # words of a snippet at most
+WORDS = 2000  # number of word ids; 0 is padding, 1 any rarer word
+LINES = 4  # lines per snippet
+LENGTH = 32  # maximum words per snippet
 
 
 class Snippets(NamedTuple):
@@ -24,7 +24,7 @@ class Snippets(NamedTuple):
 
 
 def snippets(per_package: int) -> tuple[Snippets, Snippets]:
-    """Snippets to train on, and every fifth to test on; the rest have set the vocabulary."""
+    """Snippets to train on, from which the vocabulary comes, and every fifth one to test on."""
     cut = {package: list(islice(_snippets_of(package), per_package)) for package in PACKAGES}
     labelled = [
         (re.findall(r"\w+|[^\w\s]", text), label)

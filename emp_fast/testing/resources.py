@@ -37,7 +37,7 @@ class Expected(NamedTuple):
     source: str  # pattern of the innermost source lines
     bits: int  # at least
     why: str
-    least: int = 0  # at least so many such accesses must exist, inside `loops` loops
+    least: int = 0  # at least so many such accesses must exist inside `loops` or more loops
     loops: int = 0
     every: bool = True  # False: `least` of them must be this wide, others may be narrower
 
