@@ -115,7 +115,7 @@ def _unavailable(reason: str) -> Callable[..., Any]:
 
 
 def forward(device: torch.device, *, compile: bool) -> list[Contender]:
-    """Loss and every score of [S, C] logits."""
+    """Contenders that compute the loss and all scores of [S, C] logits."""
     peers = [
         Contender("eager", baselines.five_scores, _five),
         Contender(
@@ -132,7 +132,7 @@ def forward(device: torch.device, *, compile: bool) -> list[Contender]:
 
 
 def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
-    """The same, and the gradient of the mean loss with respect to the logits."""
+    """The same with the gradient of the mean loss with respect to the logits."""
     compiled_scores = compiled(baselines.five_scores_to_compile, wanted=compile)
     peers = [
         Contender("eager", _with_gradients(baselines.five_scores), _and_gradient(_five)),
@@ -166,7 +166,7 @@ def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
 
 
 def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contender]:
-    """Loss, scores and both gradients of ``hidden @ classifier.T``."""
+    """Contenders that compute loss, scores and both gradients of ``hidden @ classifier.T``."""
 
     def of_logits(score: Callable[..., Any]) -> Callable[..., Any]:
         return lambda hidden, classifier, target: score(hidden @ classifier.T, target)

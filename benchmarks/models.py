@@ -72,7 +72,7 @@ class Workload(NamedTuple):
     num_samples: int
 
 
-#: What is trained on each kind of device.
+#: The workloads for each kind of device.
 WORKLOADS = {
     "cpu": (Workload("Fashion-MNIST CNN", fashion_mnist_cnn, (1, 28, 28), 128, 60_000),),
     "cuda": (

@@ -1,4 +1,4 @@
-"""Results as a picture."""
+"""Results as a plot."""
 
 from __future__ import annotations
 

@@ -288,7 +288,7 @@ def info_nce(
         features = hidden.detach()
         none = torch.zeros(samples, dtype=torch.int64, device=hidden.device)
         entropy = cross_entropy(features, none).entropy
-        stats = SampleStats(stats.loss, entropy, *stats[2:])  # torch 2.11 compiles no _replace
+        stats = SampleStats(stats.loss, entropy, *stats[2:])  # torch 2.11 cannot compile _replace
     return stats
 
 

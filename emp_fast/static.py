@@ -236,7 +236,7 @@ class _Partial:
 
     @contextmanager
     def saved(self) -> Iterator[None]:
-        """Saves once more when the block ends, however it does."""
+        """Saves once more when the block ends, even by an exception."""
         try:
             yield
         except BaseException:

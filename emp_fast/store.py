@@ -277,7 +277,7 @@ class ScoreStore:
         self._checked_state(state)
 
     def _checked_state(self, state: Mapping[str, Any]) -> tuple[int, Any, Mapping[str, Tensor]]:
-        """Rows seen, what `Replicas.restore` takes, and the tensors by name."""
+        """Rows seen, the argument of `Replicas.restore`, and the tensors by name."""
         require_state(state)
         require_entries("state", state, store_facts(self.num_samples, repr(self.rule)))
         rows_seen = checked_count("state['rows_seen']", state.get("rows_seen"))

@@ -29,7 +29,7 @@ def main(prune_rate: float = 0.5, epochs: int = 10, quick: bool = False) -> None
 
 
 def train(digits: ImageData, prune_rate: float, epochs: int) -> None:
-    """One run, on all ranks."""
+    """Runs one training, on all ranks."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     model = DistributedDataParallel(net) if dist.is_initialized() else net

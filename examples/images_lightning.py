@@ -48,7 +48,7 @@ def main(prune_rate: float = 0.5, epochs: int = 10, quick: bool = False) -> None
 
 
 def train(digits: ImageData, prune_rate: float, epochs: int) -> None:
-    """One run, on all ranks."""
+    """Runs one training, on all ranks."""
     lightning.seed_everything(0, verbose=False)
     train_set = TensorDataset(digits.train_images, digits.train_labels)
     pruner = emp_fast.Pruner(len(train_set), prune_rate)

@@ -44,7 +44,7 @@ def main(prune_rate: float = 0.3, epochs: int = 3, quick: bool = False) -> None:
 
 
 def train(train_set: list[dict], test_set: list[dict], prune_rate: float, epochs: int) -> None:
-    """One run, on all ranks."""
+    """Runs one training, on all ranks."""
     set_seed(0)
     config = GPT2Config(
         vocab_size=256,

@@ -50,7 +50,7 @@ def tensors(part: Snippets) -> TensorDataset:
 def train(
     train_set: TensorDataset, test_set: TensorDataset, prune_rate: float, epochs: int
 ) -> None:
-    """One run, on all ranks."""
+    """Runs one training, on all ranks."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
     net = BagOfWords()

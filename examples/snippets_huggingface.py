@@ -62,7 +62,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train(train_set: list[dict], test_set: list[dict], prune_rate: float, epochs: int) -> None:
-    """One run, on all ranks."""
+    """Runs one training, on all ranks."""
     set_seed(0)
     config = BertConfig(
         vocab_size=WORDS,

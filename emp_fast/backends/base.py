@@ -301,7 +301,7 @@ def check_index_range(indices: Tensor, num_samples: int) -> None:
 
 
 def check_offsets(offsets: Tensor, total: int) -> None:
-    """Raises ValueError unless a CPU tensor's offsets rise from 0 to ``total``."""
+    """Raises ValueError unless a CPU tensor's offsets never decrease and go from 0 to ``total``."""
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != total:
         raise ValueError(

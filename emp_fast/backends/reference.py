@@ -201,7 +201,7 @@ class ReferenceBackend(Backend):
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
         n = scores.shape[0]
         order = order_keys(scores).sort(descending=True, stable=True).indices
-        order = order[groups[order].sort(stable=True).indices]  # by group, then by falling score
+        order = order[groups[order].sort(stable=True).indices]  # by group, then by descending score
         sorted_groups = groups[order]
         sizes = torch.bincount(groups, minlength=group_k.shape[0])
         starts = sizes.cumsum(0) - sizes

@@ -32,7 +32,7 @@ def self_check(backend: Backend, device: torch.device) -> str | None:
                     return f"self-check failed: {operation.__name__[1:]} output {output} differs"
     except torch.OutOfMemoryError:
         raise  # says nothing about the backend; at its next use there may be memory
-    except Exception as error:  # anything: a driver, a compiler, a launch
+    except Exception as error:  # a driver, a compiler or a launch may raise anything
         return f"self-check failed: {type(error).__name__}: {error}"
     return None
 

@@ -52,7 +52,7 @@ def pack_rows(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """What `pack_rows` packed, by name."""
+    """The inverse of `pack_rows`: rows of all tensors, by name."""
     tensors, start = {}, 0
     for column in layout:
         raw = packed[:, start : start + column.bytes]

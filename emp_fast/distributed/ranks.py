@@ -125,7 +125,7 @@ class Ranks:
         return reduced.to(tensor.device)
 
     def sum_of_lower(self, tensor: Tensor) -> Tensor:
-        """The sum of the lower ranks' ``tensor``."""
+        """The sum of the tensors of all lower ranks."""
         return sum(self.all_gather(tensor)[: self.rank], torch.zeros_like(tensor))
 
     def all_to_all(self, rows: Tensor, counts: list[int]) -> Tensor:

@@ -326,7 +326,7 @@ class ShardedScoreStore:
         )
 
     def _facts(self) -> dict[str, Any]:
-        """What all ranks, and all their snapshots, must agree about."""
+        """The facts about which all ranks and all their snapshots must agree."""
         return store_facts(self.num_samples, self._rule_name)
 
     # ---- checkpoints ----------------------------------------------------------------------------
