@@ -537,7 +537,7 @@ def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     # In float64, for a segment is added up in order, however long.
     columns = values.T.double().contiguous()
     summed = torch.segment_reduce(columns, "sum", offsets=offsets, axis=0, unsafe=True)
-    return summed.T.to(values.dtype, memory_format=torch.contiguous_format)
+    return summed.T.to(values.dtype).clone(memory_format=torch.contiguous_format)
 
 
 _define(
@@ -548,21 +548,29 @@ _define(
 
 
 class SegmentSum(torch.autograd.Function):
-    """Sums [V, R] over the rows ``offsets[s]:offsets[s + 1]`` of each of S samples: [V, S]."""
+    """Sums over the rows ``offsets[s]:offsets[s + 1]`` of each of S samples, in float64.
+
+    Those of ``loss`` [R], [S], carry the gradient; those of ``others`` [V, R], [V, S], none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, others: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(offsets)
-        ctx.rows = values.shape[1]
-        summed: Tensor = torch.ops.emp_fast.segment_sum(values, offsets)
-        return summed
+        ctx.rows, ctx.dtype = loss.shape[0], loss.dtype
+        values = torch.cat([loss[None], others]).double()
+        summed = torch.ops.emp_fast.segment_sum(values, offsets)
+        total, sums = summed[0].clone(), summed[1:]
+        _only_loss_carries_gradient(ctx, sums)
+        return total, sums
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
         (offsets,) = ctx.saved_tensors
         row = torch.arange(ctx.rows, device=grad.device)
         owner = torch.searchsorted(offsets, row, right=True) - 1
-        return grad[:, owner.clamp(0, grad.shape[1] - 1)], None
+        return grad[owner.clamp(0, grad.shape[0] - 1)].to(ctx.dtype), None, None
 
 
 # ---- selection ----------------------------------------------------------------------------------
