@@ -10,7 +10,7 @@ traces through them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -640,7 +640,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             cross_entropy(_logits(h, classifier, bias), t, weight, *options)
             for h, t in _blocks(chunk, hidden, target)
         ]
-        loss, rows, correct, count = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        loss, rows, correct, count = (_joined(part, -1) for part in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, classifier, bias, target, weight, rows)
         ctx.options, ctx.chunk = options, chunk
         _only_loss_carries_gradient(ctx, rows, correct, count)
@@ -665,8 +665,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = []
         # Sums over many blocks: float32, whatever the parameters are.
         wide = torch.promote_types(classifier.dtype, torch.float32)
-        grad_classifier = torch.zeros_like(classifier, dtype=wide) if want_classifier else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias else None
+        grad_classifier: Tensor | None = None
+        grad_bias: Tensor | None = None
         for h, t, r, g in _blocks(ctx.chunk, hidden, target, rows.T, grad_loss):
             grad_logits = cross_entropy_backward(
                 g.contiguous(),
@@ -678,15 +678,25 @@ class LinearCrossEntropy(torch.autograd.Function):
             )
             if want_hidden:
                 grad_hidden.append(grad_logits @ classifier)
-            if grad_classifier is not None:
-                grad_classifier += grad_logits.T @ h
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0, dtype=wide)
+            if want_classifier:
+                grad_classifier = _added(grad_classifier, grad_logits.T @ h, wide)
+            if want_bias:
+                grad_bias = _added(grad_bias, grad_logits.sum(0, dtype=wide), wide)
         return (
-            torch.cat(grad_hidden) if want_hidden else None,
+            _joined(grad_hidden, 0) if want_hidden else None,
             None if grad_classifier is None else grad_classifier.to(classifier.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
         )
+
+
+def _added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum, in ``dtype``; the first part is not added to zeros, which would be written first."""
+    return part.to(dtype) if total is None else total.add_(part)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """All rows from those of blocks, along axis ``dim``."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _logits(hidden: Tensor, classifier: Tensor, bias: Tensor | None) -> Tensor:
