@@ -388,19 +388,25 @@ class CrossEntropyStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, weight, row_scale = ctx.saved_tensors
-        if ctx.grad is None:  # a second pass through a retained graph: the first took the memory
-            arguments = logits, target, weight, *ctx.options
-            _, rows, _, count = cross_entropy(*arguments)
-            grad_loss = (grad_mean / count.sum().clamp_min(1)).expand(logits.shape[0])
-            grad_loss = grad_loss if row_scale is None else grad_loss * row_scale
-            grad = cross_entropy_backward(
-                grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
-            )
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:  # a second pass through a retained graph: the first took the memory
+            grad = CrossEntropyStep._made_again(ctx, grad_mean)
         else:
-            grad, ctx.grad = ctx.grad, None
             _scale_(grad, grad_mean, ctx.factor)
-        return _once(grad, grad_mean, logits), *(None,) * 7
+        if torch.is_grad_enabled():  # asking for the saved tensors takes as long as the rest
+            grad = _once(grad, grad_mean, ctx.saved_tensors[0])
+        return grad, *(None,) * 7
+
+    @staticmethod
+    def _made_again(ctx: Any, grad_mean: Tensor) -> Tensor:
+        logits, target, weight, row_scale = ctx.saved_tensors
+        _, rows, _, count = cross_entropy(logits, target, weight, *ctx.options)
+        grad_loss = (grad_mean / count.sum().clamp_min(1)).expand(logits.shape[0])
+        grad_loss = grad_loss if row_scale is None else grad_loss * row_scale
+        grad: Tensor = cross_entropy_backward(
+            grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
+        )
+        return grad
 
 
 _apply_cross_entropy_step = apply_past_transforms(CrossEntropyStep)
