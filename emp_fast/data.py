@@ -14,6 +14,9 @@ __all__ = ["SAMPLE_INDEX", "IndexedDataset", "collate_with_indices", "with_indic
 #: The key under which a mapping sample carries its index.
 SAMPLE_INDEX = "sample_index"
 
+#: The types of most samples; to ask whether a type is a `Mapping` takes longer than all the rest.
+_NO_MAPPINGS = frozenset({tuple, list, Tensor})
+
 
 class IndexedDataset(Dataset[Any]):
     """A map-style dataset whose samples come with their index; made by `with_indices`.
@@ -40,8 +43,10 @@ class IndexedDataset(Dataset[Any]):
                 f"{type(self.dataset).__name__}.__getitems__ must return {len(indices)} samples, "
                 f"got {len(samples)}"
             )
+        if indices and min(indices) < 0:
+            indices = [self._position(index) for index in indices]
         return [
-            _indexed(sample, self._position(index))
+            (sample, index) if type(sample) in _NO_MAPPINGS else _indexed(sample, index)
             for sample, index in zip(samples, indices, strict=True)
         ]
 

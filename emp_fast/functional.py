@@ -491,12 +491,11 @@ def _means(
 def _packed_means(
     loss: Tensor, rows: Tensor, correct: Tensor, count: Tensor, offsets: Tensor
 ) -> SampleStats:
-    others = torch.stack([*rows[: len(SCORE_FIELDS)].unbind(0), (~correct).float()])
-    sums = torch.ops.emp_fast.segment_sum(others, offsets)
-    # Counts are summed in float64, which is exact beyond 2**24 positions per sample.
-    counts = torch.ops.emp_fast.segment_sum(count.double()[None], offsets)[0].to(torch.int32)
-    divisor = counts.clamp_min(1)
-    total: Tensor = ops.SegmentSum.apply(loss[None], offsets)  # type: ignore[no-untyped-call]
-    mean = total[0] / divisor
-    entropy, el2n, margin, confidence = (sums[:-1] / divisor).unbind(0)
-    return SampleStats(mean, entropy, el2n, margin, confidence, sums[-1] == 0, counts)
+    others = torch.cat([rows[: len(SCORE_FIELDS)], (~correct)[None], count[None]])
+    total, sums = ops.SegmentSum.apply(loss, others, offsets)  # type: ignore[no-untyped-call]
+    *fields, wrong, counted = sums.unbind(0)
+    divisor = counted.clamp_min(1)
+    mean: Tensor = (total / divisor).to(loss.dtype)
+    entropy, el2n, margin, confidence = (sums[: len(fields)] / divisor).to(rows.dtype).unbind(0)
+    counts = counted.to(torch.int32)
+    return SampleStats(mean, entropy, el2n, margin, confidence, wrong == 0, counts)

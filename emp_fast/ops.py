@@ -9,7 +9,7 @@ batches. The autograd functions are outside the ops, so that ``torch.compile`` t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -388,19 +388,25 @@ class CrossEntropyStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, weight, row_scale = ctx.saved_tensors
-        if ctx.grad is None:  # second pass through a retained graph; the first took the gradient
-            arguments = logits, target, weight, *ctx.options
-            _, rows, _, count = cross_entropy(*arguments)
-            grad_loss = (grad_mean / count.sum().clamp_min(1)).expand(logits.shape[0])
-            grad_loss = grad_loss if row_scale is None else grad_loss * row_scale
-            grad = cross_entropy_backward(
-                grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
-            )
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:  # second pass through a retained graph; the first took the gradient
+            grad = CrossEntropyStep._made_again(ctx, grad_mean)
         else:
-            grad, ctx.grad = ctx.grad, None
             _scale_(grad, grad_mean, ctx.factor)
-        return _once(grad, grad_mean, logits), *(None,) * 7
+        if torch.is_grad_enabled():  # unpacking the saved tensors takes as long as the rest
+            grad = _once(grad, grad_mean, ctx.saved_tensors[0])
+        return grad, *(None,) * 7
+
+    @staticmethod
+    def _made_again(ctx: Any, grad_mean: Tensor) -> Tensor:
+        logits, target, weight, row_scale = ctx.saved_tensors
+        _, rows, _, count = cross_entropy(logits, target, weight, *ctx.options)
+        grad_loss = (grad_mean / count.sum().clamp_min(1)).expand(logits.shape[0])
+        grad_loss = grad_loss if row_scale is None else grad_loss * row_scale
+        grad: Tensor = cross_entropy_backward(
+            grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
+        )
+        return grad
 
 
 _apply_cross_entropy_step = apply_past_transforms(CrossEntropyStep)
@@ -537,7 +543,7 @@ def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     # sample does not reach another. In float64, because a segment is summed sequentially.
     columns = values.T.double().contiguous()
     summed = torch.segment_reduce(columns, "sum", offsets=offsets, axis=0, unsafe=True)
-    return summed.T.to(values.dtype, memory_format=torch.contiguous_format)
+    return summed.T.to(values.dtype).clone(memory_format=torch.contiguous_format)
 
 
 _define(
@@ -548,21 +554,29 @@ _define(
 
 
 class SegmentSum(torch.autograd.Function):
-    """Sums [V, R] over the rows ``offsets[s]:offsets[s + 1]`` of each of S samples: [V, S]."""
+    """Sums over the rows ``offsets[s]:offsets[s + 1]`` of each of S samples, in float64.
+
+    The sums [S] of ``loss`` [R] carry the gradient; the sums [V, S] of ``others`` [V, R] do not.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, others: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(offsets)
-        ctx.rows = values.shape[1]
-        summed: Tensor = torch.ops.emp_fast.segment_sum(values, offsets)
-        return summed
+        ctx.rows, ctx.dtype = loss.shape[0], loss.dtype
+        values = torch.cat([loss[None], others]).double()
+        summed = torch.ops.emp_fast.segment_sum(values, offsets)
+        total, sums = summed[0].clone(), summed[1:]
+        _only_loss_carries_gradient(ctx, sums)
+        return total, sums
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
         (offsets,) = ctx.saved_tensors
         row = torch.arange(ctx.rows, device=grad.device)
         owner = torch.searchsorted(offsets, row, right=True) - 1
-        return grad[:, owner.clamp(0, grad.shape[1] - 1)], None
+        return grad[owner.clamp(0, grad.shape[0] - 1)].to(ctx.dtype), None, None
 
 
 # ---- selection ----------------------------------------------------------------------------------
@@ -633,7 +647,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             cross_entropy(_logits(h, classifier, bias), t, weight, *options)
             for h, t in _blocks(chunk, hidden, target)
         ]
-        loss, rows, correct, count = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        loss, rows, correct, count = (_joined(part, -1) for part in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, classifier, bias, target, weight, rows)
         ctx.options, ctx.chunk = options, chunk
         _only_loss_carries_gradient(ctx, rows, correct, count)
@@ -658,8 +672,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = []
         # Sums over many blocks are carried in at least float32, whatever the parameters' dtype.
         wide = torch.promote_types(classifier.dtype, torch.float32)
-        grad_classifier = torch.zeros_like(classifier, dtype=wide) if want_classifier else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias else None
+        grad_classifier: Tensor | None = None
+        grad_bias: Tensor | None = None
         for h, t, r, g in _blocks(ctx.chunk, hidden, target, rows.T, grad_loss):
             grad_logits = cross_entropy_backward(
                 g.contiguous(),
@@ -671,15 +685,25 @@ class LinearCrossEntropy(torch.autograd.Function):
             )
             if want_hidden:
                 grad_hidden.append(grad_logits @ classifier)
-            if grad_classifier is not None:
-                grad_classifier += grad_logits.T @ h
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0, dtype=wide)
+            if want_classifier:
+                grad_classifier = _added(grad_classifier, grad_logits.T @ h, wide)
+            if want_bias:
+                grad_bias = _added(grad_bias, grad_logits.sum(0, dtype=wide), wide)
         return (
-            torch.cat(grad_hidden) if want_hidden else None,
+            _joined(grad_hidden, 0) if want_hidden else None,
             None if grad_classifier is None else grad_classifier.to(classifier.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
         )
+
+
+def _added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Adds a part to the sum, in ``dtype``; the first part needs no zeros to be written before."""
+    return part.to(dtype) if total is None else total.add_(part)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenates the rows of all blocks along axis ``dim``; a single block is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _logits(hidden: Tensor, classifier: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,12 @@ from emp_fast.row_count import RowCount
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, StepOptions, checked_store_arguments
 from emp_fast.selection import Selection
-from emp_fast.selection_checks import check_chosen, checked_labels, checked_selection
+from emp_fast.selection_checks import (
+    check_chosen,
+    checked_labels,
+    checked_selection,
+    groups_of,
+)
 from emp_fast.snapshots import (
     checked_count,
     checked_tensors,
@@ -189,8 +194,7 @@ class ScoreStore:
         groups, num_groups = None, 1
         if labels is not None:
             labels = checked_labels(labels, self.num_samples).to(self.device)
-            classes, groups = torch.unique(labels, return_inverse=True)
-            num_groups = classes.shape[0]
+            groups, num_groups = groups_of(labels)
         candidates = Candidates(
             self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
         )

@@ -28,6 +28,7 @@ from emp_fast.rules import (
     Recurrence,
     Rule,
 )
+from emp_fast.selection_checks import groups_of
 
 
 def stats_of(samples: int, seed: int = 0, classes: int = 5):
@@ -605,3 +606,22 @@ def test_a_users_own_rule_is_named_by_its_settings_and_not_by_its_address():
 
     assert repr(Mine(2)) == repr(Mine(2)) == "Mine(power=2)"
     assert repr(EMP()) == "EMP(beta=1.0, decay=0.0)"
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([0, 2, 1, 1, 0]),
+        torch.tensor([7, 5, 9, 5, 9], dtype=torch.uint8),  # from 5 on, with gaps
+        torch.tensor([-3, 4, -3, 0, 0], dtype=torch.int32),
+        torch.tensor([2**62, -(2**62), 2**62, 0, 5]),  # too far apart to be counted
+        torch.tensor([4, 4, 4, 4, 4]),
+        torch.tensor([-128, 127, 0, 0, 127], dtype=torch.int8),
+    ],
+)
+def test_labels_become_their_ranks(labels):
+    groups, num_groups = groups_of(labels)
+    classes, inverse = torch.unique(labels, return_inverse=True)
+    assert torch.equal(groups, inverse)
+    assert groups.dtype == torch.int64
+    assert num_groups == len(classes)

@@ -9,11 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "address.h"
 #include "cpu/isa.h"
 #include "cpu/random_kernels.h"
 #include "cpu/selection.h"
-#include "cpu/state.h"
 
 namespace emp_fast::cpu {
 namespace {
@@ -42,17 +40,20 @@ void bind_selection(py::module_& m) {
       Released());
 }
 
-// Returns false and changes nothing if an index is out of range.
-bool update(Address indices, Address signal, Address direct, Address count, int64_t num_rows,
-            Address scores, Address memory, Address visits, Address variance, Address claims,
-            Address counters, int64_t num_samples, int kind, double decay, double direct_scale,
-            double memory_scale, double variance_scale, int threads) {
-  return update_state(pointer<const int64_t>(indices), pointer<const float>(signal),
-                      pointer<const float>(direct), pointer<const int32_t>(count), num_rows,
-                      {pointer<float>(scores), pointer<float>(memory), pointer<int32_t>(visits),
-                       pointer<float>(variance), pointer<uint32_t>(claims),
-                       pointer<int64_t>(counters), num_samples},
-                      make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale),
+// Returns false, with nothing done, when an index is out of range.
+bool update(const py::args& args) {
+  Arguments in(args);
+  const int64_t* indices = in.pointer<const int64_t>();
+  const float* signal = in.pointer<const float>();
+  const float* direct = in.pointer<const float>();
+  const int32_t* count = in.pointer<const int32_t>();
+  const auto num_rows = in.next<int64_t>();
+  const StateArguments moved = StateArguments::of(in);
+  const int threads = in.next<int>();
+  in.done();
+
+  const py::gil_scoped_release released;
+  return update_state(indices, signal, direct, count, num_rows, moved.state, moved.recurrence,
                       threads);
 }
 
@@ -91,7 +92,7 @@ void bind(py::module_& m) {
   m.def("set_isa", &set_isa, "Uses another supported instruction set.");
   bind_scores(m);
   bind_selection(m);
-  m.def("update_state", &update, Released());
+  m.def("update_state", &update);
   m.def("winners", &find_winners, Released());
   m.def("philox", &philox, Released());
 }

@@ -6,7 +6,7 @@
 #include <numeric>
 #include <vector>
 
-#include "address.h"
+#include "arguments.h"
 #include "cpu/bindings.h"
 #include "cpu/flush_to_zero.h"
 #include "cpu/parallel.h"
@@ -81,50 +81,62 @@ double weighted_sum(const float* values, const float* scale, int64_t rows) {
   return std::accumulate(parts, parts + kParts, 0.0);
 }
 
-// weight_before: holds what the problem points to.
-Problem make_problem(std::vector<double>& weight_before, Address logits, int dtype,
-                     int64_t row_stride, int64_t rows, int64_t classes, Address target, bool soft,
-                     Address weight, int64_t ignore_index, double label_smoothing, double softcap) {
+// What every scoring call begins with, in the order of _inputs in emp_fast/backends/cpu.py.
+struct Inputs {
   Problem problem{};
-  problem.logits = pointer<const void>(logits);
-  problem.dtype = static_cast<Dtype>(dtype);
-  problem.row_stride = row_stride;
-  problem.rows = rows;
-  problem.classes = classes;
-  problem.target = soft ? nullptr : pointer<const int64_t>(target);
-  problem.soft_target = soft ? pointer<const float>(target) : nullptr;
-  problem.weight = pointer<const float>(weight);
-  problem.weight_sum = static_cast<double>(classes);
-  if (problem.weight && label_smoothing > 0) {
+
+  explicit Inputs(Arguments& in) {
+    problem.logits = in.pointer<const void>();
+    problem.dtype = in.next<Dtype>();
+    problem.row_stride = in.next<int64_t>();
+    problem.rows = in.next<int64_t>();
+    problem.classes = in.next<int64_t>();
+    const auto target = in.next<Address>();
+    const bool soft = in.next<bool>();
+    problem.target = soft ? nullptr : pointer<const int64_t>(target);
+    problem.soft_target = soft ? pointer<const float>(target) : nullptr;
+    problem.weight = in.pointer<const float>();
+    problem.ignore_index = in.next<int64_t>();
+    problem.label_smoothing = in.single();
+    problem.softcap = in.single();
+    sum_weights();
+  }
+  Inputs(const Inputs&) = delete;  // the problem points into it
+
+ private:
+  void sum_weights() {
+    problem.weight_sum = static_cast<double>(problem.classes);
+    if (problem.weight == nullptr || problem.label_smoothing == 0) return;
     problem.weight_sum = 0;
-    for (int64_t j = 0; j < classes; ++j) {
-      if (j % kWeightStep == 0) weight_before.push_back(problem.weight_sum);
+    for (int64_t j = 0; j < problem.classes; ++j) {
+      if (j % kWeightStep == 0) weight_before_.push_back(problem.weight_sum);
       problem.weight_sum += problem.weight[j];
     }
-    problem.weight_before = weight_before.data();
+    problem.weight_before = weight_before_.data();
   }
-  problem.ignore_index = ignore_index;
-  problem.label_smoothing = static_cast<float>(label_smoothing);
-  problem.softcap = static_cast<float>(softcap);
-  return problem;
-}
+
+  std::vector<double> weight_before_;
+};
 
 // Returns the first row with an invalid class id, or -1. If there is one, the outputs are
 // undefined.
-int64_t cross_entropy(Address logits, int dtype, int64_t row_stride, int64_t rows, int64_t classes,
-                      Address target, bool soft, Address weight, int64_t ignore_index,
-                      double label_smoothing, double softcap, Address loss, Address fields,
-                      Address correct, Address count, bool for_backward, int threads) {
-  py::gil_scoped_release released;
-  std::vector<double> weight_before;
-  const Problem problem =
-      make_problem(weight_before, logits, dtype, row_stride, rows, classes, target, soft, weight,
-                   ignore_index, label_smoothing, softcap);
-  const ScoreOutputs out{pointer<float>(loss), pointer<float>(fields), pointer<bool>(correct),
-                         pointer<int32_t>(count), for_backward};
+int64_t cross_entropy(const py::args& args) {
+  Arguments in(args);
+  const Inputs inputs(in);
+  ScoreOutputs out{};
+  out.loss = in.pointer<float>();
+  out.fields = in.pointer<float>();
+  out.correct = in.pointer<bool>();
+  out.count = in.pointer<int32_t>();
+  out.for_backward = in.next<bool>();
+  const int threads = in.next<int>();
+  in.done();
+
+  const py::gil_scoped_release released;
+  const Problem& problem = inputs.problem;
   const ScoreKernels& kernels = score_kernels(active_isa());
   std::atomic<int64_t> wrong{kNone};
-  parallel_ranges(rows, rows_per_range(problem, kernels, threads), threads,
+  parallel_ranges(problem.rows, rows_per_range(problem, kernels, threads), threads,
                   [&](int64_t begin, int64_t end) {
                     const FlushToZero flush;
                     const int64_t found = kernels.forward(problem, out, begin, end);
@@ -136,82 +148,84 @@ int64_t cross_entropy(Address logits, int dtype, int64_t row_stride, int64_t row
   return first == kNone ? -1 : first;
 }
 
-void cross_entropy_backward(Address logits, int dtype, int64_t row_stride, int64_t rows,
-                            int64_t classes, Address target, bool soft, Address weight,
-                            int64_t ignore_index, double label_smoothing, double softcap,
-                            Address grad_loss, Address fields, Address grad, int threads) {
-  py::gil_scoped_release released;
-  std::vector<double> weight_before;
-  const Problem problem =
-      make_problem(weight_before, logits, dtype, row_stride, rows, classes, target, soft, weight,
-                   ignore_index, label_smoothing, softcap);
-  const GradientInputs in{pointer<const float>(grad_loss), pointer<const float>(fields)};
+void cross_entropy_backward(const py::args& args) {
+  Arguments in(args);
+  const Inputs inputs(in);
+  GradientInputs given{};
+  given.grad_loss = in.pointer<const float>();
+  given.fields = in.pointer<const float>();
+  void* grad = in.pointer<void>();
+  const int threads = in.next<int>();
+  in.done();
+
+  const py::gil_scoped_release released;
+  const Problem& problem = inputs.problem;
   const ScoreKernels& kernels = score_kernels(active_isa());
-  parallel_ranges(rows, rows_per_range(problem, kernels, threads), threads,
+  parallel_ranges(problem.rows, rows_per_range(problem, kernels, threads), threads,
                   [&](int64_t begin, int64_t end) {
                     const FlushToZero flush;
-                    kernels.backward(problem, in, pointer<void>(grad), begin, end);
+                    kernels.backward(problem, given, grad, begin, end);
                   });
 }
 
-// Takes the same arguments, then those of the update; see emp_fast.backends.base.Backend.mean_step.
-// The scores go to `workspace`, step_workspace(rows) floats, because the caller does not need them.
-// Returns kNoError, or kWrongTarget or kWrongIndex with the state unchanged.
+// See emp_fast.backends.base.Backend.mean_step. The scores go to a workspace of
+// mean_step_workspace(rows) floats, because the caller does not need them. Returns kNoError, or
+// kWrongTarget or kWrongIndex with the state unchanged.
 enum StepError { kNoError, kWrongTarget, kWrongIndex };
 
-int64_t step_workspace(int64_t rows) { return (kFields + 3) * rows + (rows + 3) / 4; }
+int64_t mean_step_workspace(int64_t rows) { return (kFields + 3) * rows + (rows + 3) / 4; }
 
-int cross_entropy_step(Address logits, int dtype, int64_t row_stride, int64_t rows, int64_t classes,
-                       Address target, bool soft, Address weight, int64_t ignore_index,
-                       double label_smoothing, double softcap, Address row_scale, Address indices,
-                       int signal, int direct, Address scores, Address memory, Address visits,
-                       Address variance, Address claims, Address counters, int64_t num_samples,
-                       int kind, double decay, double direct_scale, double memory_scale,
-                       double variance_scale, Address mean, Address grad, Address workspace,
-                       int threads) {
-  py::gil_scoped_release released;
-  std::vector<double> weight_before;
-  const Problem problem =
-      make_problem(weight_before, logits, dtype, row_stride, rows, classes, target, soft, weight,
-                   ignore_index, label_smoothing, softcap);
+int mean_step(const py::args& args) {
+  Arguments in(args);
+  const Inputs inputs(in);
+  const float* scale = in.pointer<const float>();  // null: every row has weight 1
+  const int64_t* indices = in.pointer<const int64_t>();
+  const int signal = in.next<int>();
+  const int direct = in.next<int>();
+  const StateArguments moved = StateArguments::of(in);
+  float* mean = in.pointer<float>();
+  void* grad = in.pointer<void>();
   // Row 0 is the loss, the fields follow: `signal` and `direct` are numbered in this order.
-  float* values = pointer<float>(workspace);
+  float* values = in.pointer<float>();
+  const int threads = in.next<int>();
+  in.done();
+
+  const py::gil_scoped_release released;
+  const Problem& problem = inputs.problem;
+  const int64_t rows = problem.rows;
   float* grad_loss = values + (1 + kFields) * rows;
   int32_t* count = reinterpret_cast<int32_t*>(grad_loss + rows);
   const ScoreOutputs out{values, values + rows, reinterpret_cast<bool*>(count + rows), count, true};
 
   int64_t counted = rows;
-  if (problem.target) counted -= std::count(problem.target, problem.target + rows, ignore_index);
+  if (problem.target) {
+    counted -= std::count(problem.target, problem.target + rows, problem.ignore_index);
+  }
   const double divisor = static_cast<double>(std::max<int64_t>(counted, 1));
   const float share = static_cast<float>(1 / divisor);
-  const float* scale = pointer<const float>(row_scale);
   for (int64_t r = 0; r < rows; ++r) grad_loss[r] = scale ? share * scale[r] : share;
 
   const ScoreKernels& kernels = score_kernels(active_isa());
-  const int64_t block = rows_per_block(classes, kernels);
+  const int64_t block = rows_per_block(problem.classes, kernels);
   std::atomic<bool> wrong{false};
-  parallel_ranges(
-      rows, rows_per_range(problem, kernels, threads), threads, [&](int64_t begin, int64_t end) {
-        const FlushToZero flush;
-        for (; begin < end && !wrong; begin += block) {
-          const int64_t stop = std::min(begin + block, end);
-          if (kernels.forward(problem, out, begin, stop) != kNone) wrong = true;
-          if (wrong) return;
-          kernels.backward(problem, {grad_loss, out.fields}, pointer<void>(grad), begin, stop);
-        }
-      });
+  parallel_ranges(rows, rows_per_range(problem, kernels, threads), threads,
+                  [&](int64_t begin, int64_t end) {
+                    const FlushToZero flush;
+                    for (; begin < end && !wrong; begin += block) {
+                      const int64_t stop = std::min(begin + block, end);
+                      if (kernels.forward(problem, out, begin, stop) != kNone) wrong = true;
+                      if (wrong) return;
+                      kernels.backward(problem, {grad_loss, out.fields}, grad, begin, stop);
+                    }
+                  });
   if (wrong) return kWrongTarget;
 
-  const bool applied = update_state(
-      pointer<const int64_t>(indices), values + signal * rows,
-      direct < 0 ? nullptr : values + direct * rows, count, rows,
-      {pointer<float>(scores), pointer<float>(memory), pointer<int32_t>(visits),
-       pointer<float>(variance), pointer<uint32_t>(claims), pointer<int64_t>(counters),
-       num_samples},
-      make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale), threads);
+  const bool applied =
+      update_state(indices, values + signal * rows, direct < 0 ? nullptr : values + direct * rows,
+                   count, rows, moved.state, moved.recurrence, threads);
   if (!applied) return kWrongIndex;
 
-  *pointer<float>(mean) = static_cast<float>(weighted_sum(values, scale, rows) / divisor);
+  *mean = static_cast<float>(weighted_sum(values, scale, rows) / divisor);
   return kNoError;
 }
 
@@ -220,8 +234,8 @@ int cross_entropy_step(Address logits, int dtype, int64_t row_stride, int64_t ro
 void bind_scores(py::module_& m) {
   m.def("cross_entropy", &cross_entropy);
   m.def("cross_entropy_backward", &cross_entropy_backward);
-  m.def("step_workspace", &step_workspace);
-  m.def("cross_entropy_step", &cross_entropy_step);
+  m.def("mean_step_workspace", &mean_step_workspace);
+  m.def("mean_step", &mean_step);
   m.attr("WRONG_TARGET") = static_cast<int>(kWrongTarget);
 }
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <unordered_map>
 
-#include "address.h"
+#include "arguments.h"
 #include "cuda/kernels.h"
 
 namespace emp_fast::cuda {
@@ -20,36 +20,50 @@ cudaStream_t stream_of(Address stream) { return pointer<CUstream_st>(stream); }
 
 int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-StateArgs state_args(Address scores, Address memory, Address visits, Address variance,
-                     Address claims, Address counters, int64_t samples,
-                     const Recurrence& recurrence) {
-  return {pointer<float>(scores),
-          pointer<float>(memory),
-          pointer<int32_t>(visits),
-          pointer<float>(variance),
-          pointer<int32_t>(claims),
-          pointer<unsigned long long>(counters),
-          samples,
-          recurrence};
+// In the order of state_arguments in emp_fast/backends/native.py.
+StateArgs state_args(Arguments& in) {
+  StateArgs state{};
+  state.scores = in.pointer<float>();
+  state.memory = in.pointer<float>();
+  state.visits = in.pointer<int32_t>();
+  state.variance = in.pointer<float>();
+  state.claims = in.pointer<int32_t>();
+  state.counters = in.pointer<unsigned long long>();
+  state.samples = in.next<int64_t>();
+  state.recurrence = recurrence_argument(in);
+  return state;
 }
 
-// The arguments that all scoring calls share.
-RowArgs row_args(Address logits, int64_t stride, int64_t rows, int64_t classes, Address target,
-                 Address soft, Address weight, Address weight_sum, int64_t ignore_index,
-                 double smoothing, double softcap) {
-  RowArgs a{};
-  a.logits = pointer<const void>(logits);
-  a.stride = stride;
-  a.rows = rows;
-  a.classes = static_cast<int>(classes);
-  a.target = pointer<const int64_t>(target);
-  a.soft = pointer<const float>(soft);
-  a.weight = pointer<const float>(weight);
-  a.weight_sum = pointer<const float>(weight_sum);
-  a.ignore_index = ignore_index;
-  a.smoothing = static_cast<float>(smoothing);
-  a.softcap = static_cast<float>(softcap);
-  return a;
+// What every scoring call begins with, in the order of _inputs in emp_fast/backends/cuda.py.
+struct Inputs {
+  int device;
+  Dtype dtype;
+  RowArgs rows;
+
+  static Inputs of(Arguments& in) {
+    Inputs inputs{in.next<int>(), in.next<Dtype>(), {}};
+    RowArgs& a = inputs.rows;
+    a.logits = in.pointer<const void>();
+    a.stride = in.next<int64_t>();
+    a.rows = in.next<int64_t>();
+    a.classes = static_cast<int>(in.next<int64_t>());
+    a.target = in.pointer<const int64_t>();
+    a.soft = in.pointer<const float>();
+    a.weight = in.pointer<const float>();
+    a.weight_sum = in.pointer<const float>();
+    a.ignore_index = in.next<int64_t>();
+    a.smoothing = in.single();
+    a.softcap = in.single();
+    return inputs;
+  }
+};
+
+// RowScores, in the order of its fields.
+void read_outputs(Arguments& in, RowArgs& a) {
+  a.loss = in.pointer<float>();
+  a.fields = in.pointer<float>();
+  a.correct = in.pointer<bool>();
+  a.count = in.pointer<int32_t>();
 }
 
 RowShape shape_of(const RowArgs& a, Dtype dtype, bool grad) {
@@ -119,44 +133,53 @@ int64_t score_workspace(int kernels, int device, int dtype, int64_t rows, int64_
   return most;
 }
 
-void score(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
-           int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
-           int64_t ignore_index, double smoothing, double softcap, Address loss, Address fields,
-           Address correct, Address count, bool for_backward, Address workspace, Address stream) {
-  if (rows == 0) return;
-  const auto type = static_cast<Dtype>(dtype);
-  RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
-                       ignore_index, smoothing, softcap);
-  a.loss = pointer<float>(loss);
-  a.fields = pointer<float>(fields);
-  a.correct = pointer<bool>(correct);
-  a.count = pointer<int32_t>(count);
-  a.for_backward = for_backward;
-  const auto chosen = static_cast<RowKernels>(kernels);
-  const RowPlan plan = plan_rows(chosen, shape_of(a, type, false), device_for(chosen, device));
-  run_scores(type, plan, a, workspace, stream_of(stream));
+void score(const py::args& args) {
+  Arguments in(args);
+  const auto kernels = in.next<RowKernels>();
+  auto [device, dtype, a] = Inputs::of(in);
+  read_outputs(in, a);
+  a.for_backward = in.next<bool>();
+  const auto workspace = in.next<Address>();
+  const cudaStream_t stream = stream_of(in.next<Address>());
+  in.done();
+  if (a.rows == 0) return;
+  const RowPlan plan = plan_rows(kernels, shape_of(a, dtype, false), device_for(kernels, device));
+  run_scores(dtype, plan, a, workspace, stream);
 }
 
-void backward(int device, int dtype, Address logits, int64_t stride, int64_t rows, int64_t classes,
-              Address target, Address soft, Address weight, Address weight_sum,
-              int64_t ignore_index, double smoothing, double softcap, Address fields,
-              Address grad_loss, Address grad, Address stream) {
-  if (rows == 0) return;
-  const auto type = static_cast<Dtype>(dtype);
-  RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
-                       ignore_index, smoothing, softcap);
-  a.fields = pointer<float>(fields);
-  a.row_scale = pointer<const float>(grad_loss);
+void backward(const py::args& args) {
+  Arguments in(args);
+  auto [device, dtype, a] = Inputs::of(in);
+  a.fields = in.pointer<float>();
+  a.row_scale = in.pointer<const float>();
   a.scale = 1.0f;
-  a.grad = pointer<void>(grad);
-  const BackwardPlan plan = plan_backward(shape_of(a, type, true), device_properties(device));
-  gradient(type, plan, a, stream_of(stream));
+  a.grad = in.pointer<void>();
+  const cudaStream_t stream = stream_of(in.next<Address>());
+  in.done();
+  if (a.rows == 0) return;
+  const BackwardPlan plan = plan_backward(shape_of(a, dtype, true), device_properties(device));
+  gradient(dtype, plan, a, stream);
 }
+
+// Which samples a step visits, what of their rows moves them, and where their state is.
+struct Visits {
+  const int64_t* indices;
+  int signal, direct;  // as VALUES in emp_fast/backends/native.py counts them; -1: no direct term
+  StateArgs state;
+
+  static Visits of(Arguments& in) {
+    Visits visits{};
+    visits.indices = in.pointer<const int64_t>();
+    visits.signal = in.next<int>();
+    visits.direct = in.next<int>();
+    visits.state = state_args(in);
+    return visits;
+  }
+};
 
 // Scores, gradient and step of a batch. `a` holds all arguments but those of the state update.
-void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64_t* indices,
-              int signal, int direct, const StateArgs& state, Address workspace,
-              cudaStream_t stream) {
+void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const Visits& visits,
+              Address workspace, cudaStream_t stream) {
   if (a.rows >= kMaxStepRows) {
     throw std::invalid_argument("logits must have fewer than " + std::to_string(kMaxStepRows) +
                                 " rows, got " + std::to_string(a.rows));
@@ -169,8 +192,12 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64
   const auto values = [&a](int which) {
     return which == 0 ? a.loss : a.fields + (which - 1) * a.rows;
   };
-  a.update = {indices, values(signal), direct < 0 ? nullptr : values(direct),
-              a.count, a.rows,         state};
+  a.update = {visits.indices,
+              values(visits.signal),
+              visits.direct < 0 ? nullptr : values(visits.direct),
+              a.count,
+              a.rows,
+              visits.state};
   a.step = plan_step(plan, a.rows);
   run_scores(type, plan, a, workspace, stream);
   if (a.step != StepPart::kWhole) step_claimed(a.update, a.mean, stream);
@@ -179,30 +206,21 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const int64
   }
 }
 
-void step(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
-          int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
-          int64_t ignore_index, double smoothing, double softcap, Address loss, Address fields,
-          Address correct, Address count, Address workspace, Address grad, Address row_scale,
-          double scale, Address indices, int signal, int direct, Address scores, Address memory,
-          Address visits, Address variance, Address claims, Address counters, int64_t samples,
-          int kind, double decay, double direct_scale, double memory_scale, double variance_scale,
-          Address stream) {
-  if (rows == 0) return;
-  RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
-                       ignore_index, smoothing, softcap);
-  a.loss = pointer<float>(loss);
-  a.fields = pointer<float>(fields);
-  a.correct = pointer<bool>(correct);
-  a.count = pointer<int32_t>(count);
+void step(const py::args& args) {
+  Arguments in(args);
+  const auto kernels = in.next<RowKernels>();
+  auto [device, dtype, a] = Inputs::of(in);
+  read_outputs(in, a);
   a.for_backward = true;
-  a.grad = pointer<void>(grad);
-  a.row_scale = pointer<const float>(row_scale);
-  a.scale = static_cast<float>(scale);
-  run_step(static_cast<RowKernels>(kernels), device, static_cast<Dtype>(dtype), a,
-           pointer<const int64_t>(indices), signal, direct,
-           state_args(scores, memory, visits, variance, claims, counters, samples,
-                      make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale)),
-           workspace, stream_of(stream));
+  const auto workspace = in.next<Address>();
+  a.grad = in.pointer<void>();
+  a.row_scale = in.pointer<const float>();
+  a.scale = in.single();
+  const Visits visits = Visits::of(in);
+  const cudaStream_t stream = stream_of(in.next<Address>());
+  in.done();
+  if (a.rows == 0) return;
+  run_step(kernels, device, dtype, a, visits, workspace, stream);
 }
 
 // The workspace of `mean_step`: MeanArgs::parts, then [1 + kFields + 1, rows] words of losses,
@@ -214,45 +232,42 @@ int64_t mean_step_workspace(int64_t rows) {
 }
 
 // The step of the mean loss over all rows. The scores stay in the workspace.
-void mean_step(int kernels, int device, int dtype, Address logits, int64_t stride, int64_t rows,
-               int64_t classes, Address target, Address soft, Address weight, Address weight_sum,
-               int64_t ignore_index, double smoothing, double softcap, Address split_workspace,
-               Address workspace, Address grad, Address row_scale, Address indices, int signal,
-               int direct, Address scores, Address memory, Address visits, Address variance,
-               Address claims, Address counters, int64_t samples, int kind, double decay,
-               double direct_scale, double memory_scale, double variance_scale, Address mean,
-               Address factor, Address stream) {
-  if (rows == 0) return;
-  RowArgs a = row_args(logits, stride, rows, classes, target, soft, weight, weight_sum,
-                       ignore_index, smoothing, softcap);
-  a.loss = pointer<float>(workspace + static_cast<Address>(mean_parts_bytes(rows)));
-  a.fields = a.loss + rows;
-  a.count = reinterpret_cast<int32_t*>(a.fields + kFields * rows);
-  a.for_backward = std::max(signal, direct) > kMax;  // signal and direct are 1 + a Field
-  a.grad = pointer<void>(grad);
-  a.row_scale = pointer<const float>(row_scale);
-  a.scale = static_cast<float>(1.0 / static_cast<double>(rows));
-  a.mean = {a.loss, a.row_scale, pointer<float>(mean), pointer<float>(factor),
-            pointer<double>(workspace)};
-  const StateArgs state =
-      state_args(scores, memory, visits, variance, claims, counters, samples,
-                 make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale));
-  run_step(static_cast<RowKernels>(kernels), device, static_cast<Dtype>(dtype), a,
-           pointer<const int64_t>(indices), signal, direct, state, split_workspace,
-           stream_of(stream));
+void mean_step(const py::args& args) {
+  Arguments in(args);
+  const auto kernels = in.next<RowKernels>();
+  auto [device, dtype, a] = Inputs::of(in);
+  const auto split_workspace = in.next<Address>();
+  const auto workspace = in.next<Address>();
+  a.grad = in.pointer<void>();
+  a.row_scale = in.pointer<const float>();
+  const Visits visits = Visits::of(in);
+  float* mean = in.pointer<float>();
+  float* factor = in.pointer<float>();
+  const cudaStream_t stream = stream_of(in.next<Address>());
+  in.done();
+  if (a.rows == 0) return;
+  a.loss = pointer<float>(workspace + static_cast<Address>(mean_parts_bytes(a.rows)));
+  a.fields = a.loss + a.rows;
+  a.count = reinterpret_cast<int32_t*>(a.fields + kFields * a.rows);
+  // signal and direct are 1 + a Field.
+  a.for_backward = std::max(visits.signal, visits.direct) > kMax;
+  a.scale = static_cast<float>(1.0 / static_cast<double>(a.rows));
+  a.mean = {a.loss, a.row_scale, mean, factor, pointer<double>(workspace)};
+  run_step(kernels, device, dtype, a, visits, split_workspace, stream);
 }
 
-void update(Address indices, Address signal, Address direct, Address count, int64_t rows,
-            Address scores, Address memory, Address visits, Address variance, Address claims,
-            Address counters, int64_t samples, int kind, double decay, double direct_scale,
-            double memory_scale, double variance_scale, Address stream) {
-  if (rows == 0) return;
-  update_state(
-      {pointer<const int64_t>(indices), pointer<const float>(signal), pointer<const float>(direct),
-       pointer<const int32_t>(count), rows,
-       state_args(scores, memory, visits, variance, claims, counters, samples,
-                  make_recurrence(kind, decay, direct_scale, memory_scale, variance_scale))},
-      stream_of(stream));
+void update(const py::args& args) {
+  Arguments in(args);
+  UpdateArgs a{};
+  a.indices = in.pointer<const int64_t>();
+  a.signal = in.pointer<const float>();
+  a.direct = in.pointer<const float>();
+  a.count = in.pointer<const int32_t>();
+  a.rows = in.next<int64_t>();
+  a.state = state_args(in);
+  const cudaStream_t stream = stream_of(in.next<Address>());
+  in.done();
+  if (a.rows > 0) update_state(a, stream);
 }
 
 int64_t topk_workspace(int64_t n, int64_t k, int64_t groups, int sample_bits) {

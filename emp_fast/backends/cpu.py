@@ -137,8 +137,8 @@ class CpuBackend(Backend):
         rows, classes = logits.shape
         mean = logits.new_empty(size=(), dtype=torch.float32)  # the keyword parses faster
         grad = logits.new_empty(rows, classes)
-        workspace = logits.new_empty(self._native.step_workspace(rows), dtype=torch.float32)
-        error = self._native.cross_entropy_step(
+        workspace = logits.new_empty(self._native.mean_step_workspace(rows), dtype=torch.float32)
+        error = self._native.mean_step(
             *_inputs(logits, target, weight, options),
             pointer(row_scale),
             indices.data_ptr(),
