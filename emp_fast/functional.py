@@ -100,7 +100,7 @@ def cross_entropy(
     return _per_sample(_score_rows(*arguments), shape, starts)
 
 
-def cross_entropy_step(
+def mean_step(
     logits: Tensor,  # [S, C]
     target: Tensor,
     indices: Tensor,  # [S] int64, on the device of the state
@@ -122,7 +122,7 @@ def cross_entropy_step(
         logits, target, weight, ignore_index, label_smoothing, softcap, None
     )
     options = ops.loss_options(ignore_index, smoothing, cap)
-    return ops.cross_entropy_step(
+    return ops.mean_step_for_backward(
         logits, target, weight, options, row_scale, indices, state, recurrence
     )
 

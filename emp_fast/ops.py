@@ -362,7 +362,7 @@ _scale_ = _define(
 )
 
 
-class CrossEntropyStep(torch.autograd.Function):
+class MeanCrossEntropy(torch.autograd.Function):
     """Weighted mean loss of a batch, its gradient and the new state from one read of the logits.
 
     The forward pass computes the gradient. The backward pass scales it by the incoming gradient and
@@ -390,7 +390,7 @@ class CrossEntropyStep(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
         grad, ctx.grad = ctx.grad, None
         if grad is None:  # second pass through a retained graph; the first took the gradient
-            grad = CrossEntropyStep._made_again(ctx, grad_mean)
+            grad = MeanCrossEntropy._made_again(ctx, grad_mean)
         else:
             _scale_(grad, grad_mean, ctx.factor)
         if torch.is_grad_enabled():  # unpacking the saved tensors takes as long as the rest
@@ -409,13 +409,13 @@ class CrossEntropyStep(torch.autograd.Function):
         return grad
 
 
-_apply_cross_entropy_step = apply_past_transforms(CrossEntropyStep)
+_apply_mean_cross_entropy = apply_past_transforms(MeanCrossEntropy)
 
 
-def cross_entropy_step(logits: Tensor, *arguments: Any) -> Tensor:
-    """`CrossEntropyStep`, for backends where `fuses_step` says that it reads the logits once."""
+def mean_step_for_backward(logits: Tensor, *arguments: Any) -> Tensor:
+    """`MeanCrossEntropy`, for backends where `fuses_step` says that it reads the logits once."""
     apply: Callable[..., Tensor] = (
-        CrossEntropyStep.apply if _watched(logits) else _apply_cross_entropy_step
+        MeanCrossEntropy.apply if _watched(logits) else _apply_mean_cross_entropy
     )
     return apply(logits, *arguments)
 

@@ -144,7 +144,7 @@ class SampleState:
             row_scale = row_scale.to(device, non_blocking=True)
         if indices.device != device:
             indices = indices.to(device, non_blocking=True)
-        return functional.cross_entropy_step(
+        return functional.mean_step(
             logits, target, indices, self.state, recurrence, row_scale, *options
         )
 

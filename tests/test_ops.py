@@ -377,11 +377,11 @@ def test_sizes_that_vary_compile_twice(name: str) -> None:
 
 @pytest.mark.parametrize("watched", [False, True], ids=["direct", "op"])
 def test_a_fused_step_gives_its_gradient_twice(backend: str, watched: bool) -> None:
-    """`CrossEntropyStep` hands out its buffer in the first pass, the second computes another."""
+    """`MeanCrossEntropy` hands out its buffer in the first pass, the second computes another."""
     logits, target, scale = leaf(R, C), class_ids(), normal(R).abs()
     arguments = (target, None, LossOptions(), scale, torch.arange(R), State(*state()))
     with Seen() if watched else nullcontext():
-        mean = ops.cross_entropy_step(logits, *arguments, Recurrence("ema", "loss"))
+        mean = ops.mean_step_for_backward(logits, *arguments, Recurrence("ema", "loss"))
     first = torch.autograd.grad(3 * mean, logits, retain_graph=True)[0].clone()
     second = torch.autograd.grad(3 * mean, logits)[0]
     x = logits.detach().requires_grad_()
