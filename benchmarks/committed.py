@@ -3,9 +3,10 @@
 python -m benchmarks.committed [--check]
 
 benchmarks/results/index.json says which files make which report. Written are the reports and plots
-in benchmarks/results/, the tables of speed in README.md, and in docs/kernels.md the tables of what
-has run on which GPU (emp_fast/verified.json). `--check` writes nothing, and fails where a page is
-not what it would be made; plots, which differ between versions of matplotlib, it leaves out.
+in benchmarks/results/, the tables of speed and accuracy in README.md, and in docs/kernels.md the
+tables of what has run on which GPU (emp_fast/verified.json). `--check` writes nothing, and fails
+where a page is not what it would be made; plots, which differ between versions of matplotlib, it
+leaves out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import accuracy_block
 from benchmarks.kernel_tables import Shown, kernel_report
 from benchmarks.markdown import markdown, readme_block, rewrite, table
 from benchmarks.plot import plot
@@ -42,7 +44,9 @@ def pages() -> dict[Path, str]:
         folder = RESULTS.relative_to(ROOT).as_posix()
         block = readme_block(result, f"{folder}/{name}.md", f"{folder}/{picture}")
         readme = rewrite(readme, f"bench:{result.machine['device']}", block)
-    made[README] = readme
+    demos = [RESULTS / one for one in _index()["demos"]]
+    shown = demos[0].with_suffix(".png").relative_to(ROOT).as_posix()
+    made[README] = rewrite(readme, "demo", accuracy_block(demos, shown))
     for name, shown in _index()["kernels"].items():
         made[RESULTS / f"{name}.md"] = kernel_report(RESULTS, [Shown(**one) for one in shown])
     made[KERNELS] = rewrite(KERNELS.read_text(), "verified", verified_block(read_json(VERIFIED)))

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
 
 from benchmarks import baselines, committed, machine, report, sweep  # noqa: E402
+from benchmarks.accuracy import accuracy_block  # noqa: E402
 from benchmarks.floors import floor_bytes  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
     MIN_ROUNDS,
@@ -667,3 +668,54 @@ def test_a_sweep_of_a_gpu_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("there is one")
     assert sweep.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def demo_file(folder: Path, data: str, **changes: Any) -> Path:
+    """A result of `emp-fast demo` of three methods and two seeds."""
+    names = {"full": (0.90, 0.92), "loss": (0.93, 0.93), "emp": (0.94, 0.95)}
+    methods = [
+        {
+            "name": name,
+            "label": name.upper(),
+            "about": f"what {name} does",
+            "accuracies": list(accuracies),
+            "accuracy_mean": sum(accuracies) / 2,
+            "accuracy_std": 0.01,
+        }
+        for name, accuracies in names.items()
+    ]
+    result = {
+        "data": data,
+        "num_samples": 1000,
+        "settings": {"epochs": 10, "prune_rate": 0.7},
+        "budget": 3000,
+        "seeds": [0, 1],
+        "torch": "2.13.0",
+        "processor": "An Ordinary Processor",
+        "date": "2026-11-24",
+        "methods": methods,
+    }
+    path = folder / f"{data}.json"
+    path.write_text(json.dumps(result | changes))
+    return path
+
+
+def test_accuracies_become_a_column_a_data_set(tmp_path: Path) -> None:
+    files = [demo_file(tmp_path, "fashion-mnist"), demo_file(tmp_path, "digits")]
+    block = accuracy_block(files, "demo.png")
+    assert "| method |  | Fashion-MNIST | digits |" in block
+    assert "| **EMP** | what emp does | 94.50 ± 1.00 | 94.50 ± 1.00 |" in block
+    # The differences are 4 and 3 points.
+    assert "EMP against full data +3.50 ± 0.50 points (standard error)" in block
+    assert "`make demo DEMO_FLAGS='--data fashion-mnist'` on An Ordinary Processor" in block
+    assert "digits: 3,000 samples, 10 epochs of 30% of 1,000, 2 seeds" in block
+    assert "](demo.png)" in block
+
+
+def test_accuracies_of_other_methods_or_of_none_are_refused(tmp_path: Path) -> None:
+    whole = demo_file(tmp_path, "digits")
+    methods = json.loads(whole.read_text())["methods"]
+    for changes in ({"methods": methods[1:]}, {"seeds": None}):
+        other = demo_file(tmp_path, "fashion-mnist", **changes)
+        with pytest.raises(BadResult, match=r"no results of emp-fast demo"):
+            accuracy_block([whole, other], "demo.png")
