@@ -483,6 +483,7 @@ def test_every_result_file_is_reported() -> None:
     index = json.loads((committed.RESULTS / "index.json").read_text())
     used = {name for files in index["reports"].values() for name in files}
     used |= {one["file"] for tables in index["kernels"].values() for one in tables}
+    used |= set(index["demos"])
     assert used == {path.name for path in committed.RESULTS.glob("*.json")} - {"index.json"}
     made = {*index["reports"], *index["kernels"]}
     assert made == {path.stem for path in committed.RESULTS.glob("*.md")}
