@@ -1,6 +1,6 @@
 // Reads the positional arguments of a call from Python one after the other.
 //
-// The kernels take up to 37 numbers, many of which the same few lines of Python pass to several
+// The kernels take up to 38 numbers, many of which the same few lines of Python pass to several
 // functions: emp_fast/backends/cuda.py (_inputs), cpu.py (_inputs) and native.py (state_arguments).
 // Each such group has one function here that reads it, in the same order.
 #pragma once

@@ -329,7 +329,7 @@ class Progress:
         if plan is self.plan:
             self._exhausted = True
             if self.position() >= len(plan):
-                self.end_loop()
+                self._iterator = None
 
     def go_back(self, epoch: int) -> Plan | None:
         """Goes back to the previous epoch if nothing of it or of this one has been trained on.

@@ -90,13 +90,11 @@ def cross_entropy(
         IndexError: a class id of a CPU tensor lies outside [0, C). On a GPU that sample's stats are
             NaN instead.
     """
-    arguments = _rows(logits, target, weight, ignore_index, label_smoothing, softcap, offsets)
+    rows = _rows(logits, target, weight, ignore_index, label_smoothing, softcap, offsets)
+    arguments, shape = rows[:-1], rows[-1]
     if offsets is None and not _wants_gradient(logits) and logits.dim() == 2:
         return SampleStats(*ops.scores(*arguments))
     starts = checked_offsets(offsets, logits)
-    shape: Sequence[int] = logits.shape[:-1]
-    if len(shape) == 2 and shape[0] > 0:  # with `_with_gaps` there may be more positions
-        shape = (shape[0], arguments[0].shape[0] // shape[0])
     return _per_sample(_score_rows(*arguments), shape, starts)
 
 
@@ -118,7 +116,7 @@ def mean_step(
     ``fuses_step`` is set: it reads the logits once and writes their gradient once. The recurrence
     may read the float fields of SampleStats.
     """
-    logits, target, weight, ignore_index, smoothing, cap = _rows(
+    logits, target, weight, ignore_index, smoothing, cap, _ = _rows(
         logits, target, weight, ignore_index, label_smoothing, softcap, None
     )
     options = ops.loss_options(ignore_index, smoothing, cap)
@@ -378,10 +376,14 @@ def _rows(
     label_smoothing: float,
     softcap: float | None,
     offsets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, int, float, float]:
-    """Validates the arguments of `cross_entropy` and normalises them for the ops."""
+) -> tuple[Tensor, Tensor, Tensor | None, int, float, float, Sequence[int]]:
+    """Validates the arguments of `cross_entropy` and normalises them for the ops.
+
+    The last value is the shape of the rows: [S], or [S, T] for sequences.
+    """
     if weight is None and are_rows_and_ids(logits, target):
-        return logits, target, None, *checked_options(ignore_index, label_smoothing, softcap)
+        options = checked_options(ignore_index, label_smoothing, softcap)
+        return logits, target, None, *options, target.shape
     require_float("logits", logits)
     require_tensor("target", target)
     require_rows("logits", logits, "C", packed=offsets is not None)
@@ -397,7 +399,7 @@ def _rows(
     if rows.stride(-1) != 1 and num_classes > 1:
         rows = rows.contiguous()
     flat_target = target if logits.dim() == 2 else target.flatten(0, 1)
-    return rows, flat_target, class_weight, ignore_index, smoothing, cap
+    return rows, flat_target, class_weight, ignore_index, smoothing, cap, logits.shape[:-1]
 
 
 def _with_gaps(

@@ -251,7 +251,8 @@ class WithGaps(torch.autograd.Function):
     """Views the positions [S, T, C] of sequences and the rows between them in memory as [S, P, C].
 
     The P rows of a sequence have no gaps; the positions start at row ``front``. Nothing is copied.
-    The gradient of the rows in between is dropped, so their values must not matter.
+    The gradient of the rows in between is dropped, so their values must not matter. As with any
+    view, autograd refuses the backward pass if the logits were written to after the loss.
     """
 
     @staticmethod

@@ -152,12 +152,14 @@ class SampleState:
         """Updates the state by a rule that is tensor code."""
         chosen = ops.winners(indices, _all_finite(indices, read), count, self.state)
         rows, at = chosen.rows, chosen.indices
+        if chosen.applied is None and rows.shape[0] == 0:
+            return  # a rule that reduces over its rows could not
         targets = {"score": self.state.scores, "memory": self.state.memory, **self.buffers}
         before = {
             name: target.index_select(0, at)
             for name, target in {**targets, "visits": self.state.visits}.items()
         }
-        stats = {name: value.index_select(0, rows) for name, value in read.items()}
+        stats = {name: value[rows] for name, value in read.items()}
         if "correct" in stats:
             stats["correct"] = stats["correct"].bool()
         moved = self.rule.step(stats, dict(before))
@@ -295,7 +297,7 @@ def _all_finite(indices: Tensor, read: Mapping[str, Tensor]) -> Tensor:
     """[S] bool: whether all stats of a row are finite."""
     zero = torch.zeros_like(indices, dtype=torch.float32)
     for value in read.values():
-        if value.dtype != torch.bool:
+        if value.is_floating_point():
             each = value - value  # 0 or NaN, in fewer operations than isfinite takes
             zero = zero + (each if value.dim() == 1 else each.flatten(1).sum(1))
     return zero == 0

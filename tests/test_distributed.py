@@ -414,6 +414,9 @@ def a_length_that_one_rank_alone_asks_for_waits_for_nobody(rank: int, size: int)
                 dist.all_reduce(torch.zeros(1))  # as DDP's backward pass
                 steps += 1
             assert steps == announced
+            if rank == 0 and size > 1:
+                assert len(loader) == announced  # until the next epoch is announced
+            dist.all_reduce(torch.zeros(1))  # as the sum of a metric
 
 
 # ---- which device the data travels from ---------------------------------------------------------

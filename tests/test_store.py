@@ -625,3 +625,35 @@ def test_labels_become_their_ranks(labels):
     assert torch.equal(groups, inverse)
     assert groups.dtype == torch.int64
     assert num_groups == len(classes)
+
+
+class CentredLoss(Rule):
+    """Reduces over its rows, of which there must then be one."""
+
+    reads = ("loss",)
+
+    def step(self, stats, state):
+        return {"score": stats["loss"] - stats["loss"].max()}
+
+
+def test_a_batch_of_refused_rows_alone_reaches_no_rule():
+    store = ScoreStore(4, CentredLoss())
+    stats = {"loss": torch.tensor([torch.nan, 1.0]), "count": torch.tensor([1, 0])}
+    store.update(torch.tensor([0, 1]), stats)
+    assert store.num_nonfinite == 1
+    assert store.visits.sum() == 0
+    store.update(torch.tensor([0, 1]), {"loss": torch.tensor([3.0, 1.0])})
+    assert store.scores[:2].tolist() == [0.0, -2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.int8, torch.bool])
+def test_stats_of_any_integer_type_are_finite(dtype):
+    class Count(Rule):
+        reads = ("hits",)
+
+        def step(self, stats, state):
+            return {"score": stats["hits"].float()}
+
+    store = ScoreStore(3, Count())
+    store.update(torch.tensor([2, 0]), {"hits": torch.tensor([1, 0]).to(dtype)})
+    assert store.scores.tolist() == [0.0, torch.inf, 1.0]

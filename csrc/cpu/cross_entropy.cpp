@@ -99,22 +99,23 @@ struct Inputs {
     problem.ignore_index = in.next<int64_t>();
     problem.label_smoothing = in.single();
     problem.softcap = in.single();
-    sum_weights();
   }
   Inputs(const Inputs&) = delete;  // the problem points into it
 
- private:
-  void sum_weights() {
+  // The whole problem, once all arguments have been read.
+  const Problem& sum_weights() {
     problem.weight_sum = static_cast<double>(problem.classes);
-    if (problem.weight == nullptr || problem.label_smoothing == 0) return;
+    if (problem.weight == nullptr || problem.label_smoothing == 0) return problem;
     problem.weight_sum = 0;
     for (int64_t j = 0; j < problem.classes; ++j) {
       if (j % kWeightStep == 0) weight_before_.push_back(problem.weight_sum);
       problem.weight_sum += problem.weight[j];
     }
     problem.weight_before = weight_before_.data();
+    return problem;
   }
 
+ private:
   std::vector<double> weight_before_;
 };
 
@@ -122,7 +123,7 @@ struct Inputs {
 // undefined.
 int64_t cross_entropy(const py::args& args) {
   Arguments in(args);
-  const Inputs inputs(in);
+  Inputs inputs(in);
   ScoreOutputs out{};
   out.loss = in.pointer<float>();
   out.fields = in.pointer<float>();
@@ -133,7 +134,7 @@ int64_t cross_entropy(const py::args& args) {
   in.done();
 
   const py::gil_scoped_release released;
-  const Problem& problem = inputs.problem;
+  const Problem& problem = inputs.sum_weights();
   const ScoreKernels& kernels = score_kernels(active_isa());
   std::atomic<int64_t> wrong{kNone};
   parallel_ranges(problem.rows, rows_per_range(problem, kernels, threads), threads,
@@ -150,7 +151,7 @@ int64_t cross_entropy(const py::args& args) {
 
 void cross_entropy_backward(const py::args& args) {
   Arguments in(args);
-  const Inputs inputs(in);
+  Inputs inputs(in);
   GradientInputs given{};
   given.grad_loss = in.pointer<const float>();
   given.fields = in.pointer<const float>();
@@ -159,7 +160,7 @@ void cross_entropy_backward(const py::args& args) {
   in.done();
 
   const py::gil_scoped_release released;
-  const Problem& problem = inputs.problem;
+  const Problem& problem = inputs.sum_weights();
   const ScoreKernels& kernels = score_kernels(active_isa());
   parallel_ranges(problem.rows, rows_per_range(problem, kernels, threads), threads,
                   [&](int64_t begin, int64_t end) {
@@ -177,7 +178,7 @@ int64_t mean_step_workspace(int64_t rows) { return (kFields + 3) * rows + (rows 
 
 int mean_step(const py::args& args) {
   Arguments in(args);
-  const Inputs inputs(in);
+  Inputs inputs(in);
   const float* scale = in.pointer<const float>();  // null: every row has weight 1
   const int64_t* indices = in.pointer<const int64_t>();
   const int signal = in.next<int>();
@@ -191,7 +192,7 @@ int mean_step(const py::args& args) {
   in.done();
 
   const py::gil_scoped_release released;
-  const Problem& problem = inputs.problem;
+  const Problem& problem = inputs.sum_weights();
   const int64_t rows = problem.rows;
   float* grad_loss = values + (1 + kFields) * rows;
   int32_t* count = reinterpret_cast<int32_t*>(grad_loss + rows);

@@ -93,8 +93,16 @@ class PrunedLoader:
         loader = self.loader
         if skipped:
             loader = self.accelerator.skip_first_batches(loader, skipped)
-        yield from loader
-        self.pruner.progress.end_loop()  # set_epoch above announced this epoch, not the next one
+        progress, plan = self.pruner.progress, None
+        try:
+            for batch in loader:
+                plan = progress.plan
+                yield batch
+        finally:
+            # set_epoch above announced this epoch, not the next one. An iterator that was given up
+            # may be closed when another epoch has begun.
+            if plan is not None and plan is progress.plan:
+                progress.end_loop()
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
