@@ -45,8 +45,8 @@ def pages() -> dict[Path, str]:
         block = readme_block(result, f"{folder}/{name}.md", f"{folder}/{picture}")
         readme = rewrite(readme, f"bench:{result.machine['device']}", block)
     demos = [RESULTS / one for one in _index()["demos"]]
-    shown = demos[0].with_suffix(".png").relative_to(ROOT).as_posix()
-    made[README] = rewrite(readme, "demo", accuracy_block(demos, shown))
+    demo_picture = demos[0].with_suffix(".png").relative_to(ROOT).as_posix()
+    made[README] = rewrite(readme, "demo", accuracy_block(demos, demo_picture))
     for name, shown in _index()["kernels"].items():
         made[RESULTS / f"{name}.md"] = kernel_report(RESULTS, [Shown(**one) for one in shown])
     made[KERNELS] = rewrite(KERNELS.read_text(), "verified", verified_block(read_json(VERIFIED)))

@@ -1,9 +1,9 @@
 """The backend interface, which the reference, C++, Triton and CUDA implement.
 
-Arguments arrive validated (once, by `emp_fast.functional` and `emp_fast.store`) and normalised:
-``logits`` is [R, C] with unit stride along C and any row stride; everything else is contiguous.
-All tensors are on one device unless stated otherwise, and torch allocates the outputs there.
-Scoring and updating never synchronise with the host; only for CPU tensors a bad value raises
+Arguments arrive validated (once, by `emp_fast.functional` and `emp_fast.sample_state`) and
+normalised: ``logits`` is [R, C] with unit stride along C and any row stride; everything else is
+contiguous. All tensors are on one device unless stated otherwise, and torch allocates the outputs
+there. Scoring and updating never synchronise with the host; only for CPU tensors a bad value raises
 IndexError.
 """
 
