@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 import torch
 from serving import require
-from test_functional import FLOAT_FIELDS, assert_stats, gradient, incoming, torch_loss
+from test_functional import (
+    FLOAT_FIELDS,
+    assert_margins_beyond_the_cap,
+    assert_stats,
+    gradient,
+    incoming,
+    torch_loss,
+)
 from torch import Tensor
 
 import emp_fast
@@ -162,6 +169,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("classes", [2, 9, 33, 257, 1025])
 def test_options(name: str, classes: int, isa: str, poison: None) -> None:
     check(Case(f"{name}_{classes}", min(19, rows_for(classes)), classes, **OPTIONS[name]))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 300])
+def test_the_margin_beyond_a_softcap_keeps_its_digits(classes: int, isa: str) -> None:
+    assert_margins_beyond_the_cap(classes)
 
 
 @pytest.mark.parametrize("classes", [3, 100, 1000])

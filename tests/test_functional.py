@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -208,6 +209,26 @@ def test_a_softcap_adds_no_more_error_to_the_gradient_than_in_torch(
     error = (gradient(torch.float32, ours=True) - wanted).abs().max()
     torch_error = (gradient(torch.float32, ours=False) - wanted).abs().max()
     assert float(error) <= 2 * float(torch_error)
+
+
+def assert_margins_beyond_the_cap(classes: int) -> None:
+    """Most logits are so far beyond the cap that their capped values hardly differ in float32."""
+    generator = torch.Generator().manual_seed(classes)
+    target = torch.randint(0, classes, (500,), generator=generator)
+    target[:250] = 0
+    for cap, size in itertools.product((0.5, 5.0, 50.0), (1.0, 3.0, 10.0)):
+        noise = torch.randn(500, classes, generator=generator)
+        logits = cap * size * (1 + 0.1 * noise)
+        logits[::3] = -logits[::3]
+        logits[1::3] = cap * noise[1::3]
+        logits[7], logits[11, 0], logits[17, -1] = math.inf, math.inf, -math.inf
+        got = cross_entropy(logits, target, softcap=cap)
+        assert_stats(got, oracle(logits, target, softcap=cap)[0])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 300, 5000])
+def test_the_margin_beyond_a_softcap_keeps_its_digits(classes: int, backend: str) -> None:
+    assert_margins_beyond_the_cap(classes)
 
 
 @pytest.mark.parametrize("target", ["ids", "soft"])

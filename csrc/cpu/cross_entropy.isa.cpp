@@ -31,7 +31,8 @@ struct GroupTarget {
 // The reduced sums of one row or one group of rows.
 struct Accumulated {
   SoftmaxSums<Floats> sums;
-  Floats spread;  // sum_{j != y} w_j (x_j - m), for label smoothing
+  Floats spread;                               // sum_{j != y} w_j (x_j - m), for label smoothing
+  Floats raw_max = broadcast(kMinusInfinity);  // max_{j != y} before the softcap, if there is one
 };
 
 // Calls body(i) for the rows of a group. The trip count of a full group is a compile-time constant,
@@ -59,7 +60,7 @@ constexpr int64_t kApart = 16;
 template <class Rows>
 struct Gathered {
   Accumulated accumulated;
-  Floats x_y;
+  Floats raw_y;  // the target's logit before the softcap
 };
 
 template <class Rows, class Format>
@@ -72,13 +73,15 @@ EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t fi
   alignas(64) float block[kNarrow * kLanes];
   const Ints y = load(target.id);
   Accumulated result{SoftmaxSums<Floats>::empty(), broadcast(0.0f)};
-  Floats x_y = broadcast(0.0f);
+  Floats raw_y = broadcast(0.0f);
   for_each_column<Format>(rows, problem.classes, [&](int64_t c, Floats raw) {
-    const Floats x = logits.capped(raw);
     const Mask is_y = y == broadcast(static_cast<int32_t>(c));
-    const Floats other = choose(is_y, broadcast(kMinusInfinity), x);
-    x_y = choose(is_y, x, x_y);
+    const Floats other = choose(is_y, broadcast(kMinusInfinity), logits.capped(raw));
+    raw_y = choose(is_y, raw, raw_y);
     result.sums.m = larger(other, result.sums.m);
+    if constexpr (Rows::kHasCap) {
+      result.raw_max = larger(choose(is_y, broadcast(kMinusInfinity), raw), result.raw_max);
+    }
     store(block + c * kLanes, other);
   });
   const typename Rows::Element* next = logits.row(first + kLanes);  // the next group, to prefetch
@@ -101,7 +104,7 @@ EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t fi
       result.spread = result.spread + weighted(weight, diff);
     }
   }
-  return {result, x_y};
+  return {result, raw_y};
 }
 
 // ---- many classes: one row at a time ----
@@ -217,16 +220,20 @@ EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Ro
     }
     const void* ahead = row + start + kBlock;
     if constexpr (Rows::kHasCap) {  // a tanh per logit: computed once and kept
-      alignas(64) float capped[kBlock];
+      using Format = typename Rows::Storage;
+      alignas(64) float raw[kBlock], capped[kBlock];
       for (int64_t i = 0; i < size; i += kLanes) {
+        const auto* from = row + start + i;
         const int64_t left = size - i;
-        const bool whole = left >= kLanes;
-        store(capped + i,
-              whole ? logits.read(row + start + i) : logits.read_first(row + start + i, left));
+        const Floats x = left >= kLanes ? Format::read(from) : read_some<Format>(from, left);
+        store(raw + i, x);
+        store(capped + i, logits.capped(x));
       }
       const Logits<Float32, false> plain{problem};
-      accumulate_block(result, Block<Logits<Float32, false>>{plain, capped, size, y - start},
-                       problem, weight, weight_before, ahead);
+      using Kept = Block<Logits<Float32, false>>;
+      result.raw_max = Kept{plain, raw, size, y - start}.largest(result.raw_max);
+      accumulate_block(result, Kept{plain, capped, size, y - start}, problem, weight, weight_before,
+                       ahead);
     } else {
       accumulate_block(result, Block<Rows>{logits, row + start, size, y - start}, problem, weight,
                        weight_before, ahead);
@@ -236,8 +243,10 @@ EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Ro
 }
 
 // The sums of each row of a group before the reduction over lanes; `reduce` gives one row per lane.
+template <bool kCapped>
 struct GroupSums {
   Floats m[kLanes], d[kLanes], s[kLanes], q[kLanes], spread[kLanes];
+  Floats raw_max[kCapped ? kLanes : 1];
 
   EMP_FAST_INLINE void put(int64_t i, const Accumulated& row) {
     m[i] = row.sums.m;
@@ -245,6 +254,7 @@ struct GroupSums {
     s[i] = row.sums.s;
     q[i] = row.sums.q;
     spread[i] = row.spread;
+    if constexpr (kCapped) raw_max[i] = row.raw_max;
   }
   EMP_FAST_INLINE Accumulated reduce() {
     Accumulated group;
@@ -253,6 +263,7 @@ struct GroupSums {
     group.sums.s = reduce_rows(s, Add{});
     group.sums.q = reduce_rows(q, Add{});
     group.spread = reduce_rows(spread, Add{});
+    if constexpr (kCapped) group.raw_max = reduce_rows(raw_max, Larger{});
     return group;
   }
 };
@@ -299,12 +310,26 @@ EMP_FAST_INLINE void write_scores(const Problem& problem, const ScoreOutputs& ou
   });
 }
 
+// The logits of the targets before the softcap.
 template <class Rows>
-EMP_FAST_INLINE Floats target_logits(const Rows& logits, int64_t first, int64_t count,
-                                     const GroupTarget& target) {
+EMP_FAST_INLINE Floats raw_target_logits(const Rows& logits, int64_t first, int64_t count,
+                                         const GroupTarget& target) {
   typename Rows::Element elements[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) elements[i] = logits.row(first + i)[target.id[i]];
-  return logits.read(elements);
+  return Rows::Storage::read(elements);
+}
+
+// The scores of a group, with the margin of logits before the softcap.
+template <class Rows>
+EMP_FAST_INLINE Scores<Floats> finish_group(const Rows& logits, const Accumulated& group,
+                                            Floats raw_y) {
+  Scores<Floats> scores = finish(group.sums, logits.capped(raw_y));
+  if constexpr (Rows::kHasCap) {
+    const Mask alone = group.sums.d == broadcast(0.0f);  // a single class
+    const Floats margin = logits.capped_difference(raw_y, group.raw_max);
+    scores.margin = choose(alone, scores.margin, margin);
+  }
+  return scores;
 }
 
 // ---- class ids ----
@@ -334,23 +359,23 @@ int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t beg
     }
 
     Accumulated group;
-    Floats x_y;
+    Floats raw_y;
     if (problem.classes < kNarrow) {
       const auto gathered = accumulate_columns(logits, first, count, target, format);
       group = gathered.accumulated;
-      x_y = gathered.x_y;
+      raw_y = gathered.raw_y;
     } else {
-      GroupSums sums{};
+      GroupSums<Rows::kHasCap> sums{};
       for (int64_t i = 0; i < count; ++i) {
         if (target.valid[i]) {
           sums.put(i, accumulate_row(logits, logits.row(first + i), target.id[i]));
         }
       }
       group = sums.reduce();
-      x_y = target_logits(logits, first, count, target);
+      raw_y = raw_target_logits(logits, first, count, target);
     }
 
-    const Scores<Floats> scores = finish(group.sums, x_y);
+    const Scores<Floats> scores = finish_group(logits, group, raw_y);
     Floats loss = scores.nll;
     if (problem.weight) {
       for (int i = 0; i < kLanes; ++i) target.weight[i] = problem.weight[target.id[i]];
@@ -362,8 +387,8 @@ int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t beg
         if (!problem.weight) target.weight[i] = 1.0f;
         rest[i] = static_cast<float>(problem.weight_sum - target.weight[i]);
       }
-      const Floats uniform =
-          uniform_loss(group.sums, x_y, scores, group.spread, load(target.weight), load(rest));
+      const Floats uniform = uniform_loss(group.sums, logits.capped(raw_y), scores, group.spread,
+                                          load(target.weight), load(rest));
       const float share = problem.label_smoothing / static_cast<float>(problem.classes);
       loss = fused(broadcast(share), uniform, broadcast(1.0f - problem.label_smoothing) * loss);
     }
@@ -431,7 +456,7 @@ int64_t score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t
   for (int64_t first = begin; first < end; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, end - first);
     GroupTarget target;
-    GroupSums sums{};
+    GroupSums<Rows::kHasCap> sums{};
     for (int64_t i = 0; i < count; ++i) {
       const float* t = problem.soft_target + (first + i) * problem.classes;
       target.id[i] = static_cast<int32_t>(largest_class(t, problem.classes));
@@ -439,7 +464,8 @@ int64_t score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t
       sums.put(i, accumulate_row(logits, logits.row(first + i), target.id[i]));
     }
     const Accumulated group = sums.reduce();
-    Scores<Floats> scores = finish(group.sums, target_logits(logits, first, count, target));
+    const Floats raw_y = raw_target_logits(logits, first, count, target);
+    Scores<Floats> scores = finish_group(logits, group, raw_y);
 
     // The loss of each class and the distance to the target need the finished softmax: a second
     // pass.

@@ -16,6 +16,7 @@ struct CappedLogits {
 
 template <class Format, bool kCapped>
 struct Logits {
+  using Storage = Format;
   using Element = typename Format::Element;
   static constexpr bool kHasCap = kCapped;
 
@@ -45,6 +46,32 @@ struct Logits {
     } else {
       return {x, broadcast(1.0f)};
     }
+  }
+
+  // capped(x) - capped(max), by the hyperbolic identity
+  //
+  //   tanh u - tanh v = tanh(u - v) (1 - tanh u tanh v)
+  //
+  // with the second factor from e^(-2 |u|) and e^(-2 |v|), without cancellation. Far beyond the
+  // cap, where capped logits are equal in float32, their difference keeps its digits. From |u| = 19
+  // on, tanh u is +-1 even in double precision, and here too.
+  EMP_FAST_INLINE Floats capped_difference(Floats x, Floats max) const {
+    const Floats zero = broadcast(0.0f), one = broadcast(1.0f);
+    const Floats cap = broadcast(problem.softcap);
+    const Floats u = x / cap, v = max / cap;
+    const auto decayed = [&](Floats z) {
+      const Floats magnitude = absolute(z);
+      const Floats e = exp_nonpositive(larger(broadcast(kFloor), broadcast(-2.0f) * magnitude));
+      return choose(broadcast(19.0f) < magnitude, zero, e);
+    };
+    const Floats e_u = decayed(u), e_v = decayed(v);
+    const Floats alike = e_u + e_v, opposite = fused(e_u, e_v, one);
+    const Floats rest =
+        choose(u < zero, choose(v < zero, alike, opposite), choose(v < zero, opposite, alike));
+    const Floats slope = (rest + rest) / ((one + e_u) * (one + e_v));
+    // Equal logits are tested for: inf - inf would be NaN.
+    const Floats apart = tanh_with_slope((x - max) / cap).value;
+    return choose(x == max, zero, cap * apart * slope);
   }
 
   EMP_FAST_INLINE Floats read(const Element* from) const { return capped(Format::read(from)); }

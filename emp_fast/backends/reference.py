@@ -37,7 +37,8 @@ class ReferenceBackend(Backend):
     def cross_entropy(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> RowScores:
-        x = _capped(_accumulation(logits), options.softcap)
+        raw = _accumulation(logits)
+        x = _capped(raw, options.softcap)
         dtype, num_classes = x.dtype, x.shape[1]
         soft = target.is_floating_point()
         if soft:
@@ -70,6 +71,9 @@ class ReferenceBackend(Backend):
         miss = d / total
         inv_sum = 1 / total
         margin = x_y - m
+        if options.softcap > 0 and num_classes > 1:
+            raw_max = raw.scatter(1, y[:, None], -torch.inf).amax(1)
+            margin = _capped_difference(raw.gather(1, y[:, None])[:, 0], raw_max, options.softcap)
 
         log_p = (x - largest[:, None]) - log_total[:, None]
         if soft:
@@ -252,6 +256,19 @@ def _accumulation(x: Tensor) -> Tensor:
 
 def _capped(x: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(x / softcap) if softcap > 0 else x
+
+
+def _capped_difference(x: Tensor, y: Tensor, softcap: float) -> Tensor:
+    """``_capped(x) - _capped(y)`` without cancellation.
+
+    tanh u - tanh v = tanh(u - v) (1 - tanh u tanh v), the second factor from e^(-2 |u|) and
+    e^(-2 |v|). From |u| = 19 on, tanh u is +-1 even in float64, and here too.
+    """
+    u, v = x / softcap, y / softcap
+    e_u, e_v = (torch.where(z.abs() > 19, 0.0, torch.exp(-2 * z.abs())) for z in (u, v))
+    rest = torch.where((u < 0) == (v < 0), e_u + e_v, 1 + e_u * e_v)
+    difference = softcap * torch.tanh((x - y) / softcap) * (2 * rest / ((1 + e_u) * (1 + e_v)))
+    return torch.where(x == y, 0.0, difference)  # inf - inf would be NaN
 
 
 def _lowest_of_top(keys: Tensor, k: int) -> Tensor:
