@@ -20,6 +20,7 @@ __all__ = [
     "current_stream",
     "forward_level",
     "innermost_transform",
+    "is_batched_gradient",
     "is_profiled",
     "tracing_state",
 ]
@@ -51,6 +52,8 @@ tracing_state = _inner("_C._get_tracing_state", _inner("jit.is_tracing", _perhap
 count_dispatch_modes = _inner("_C._len_torch_dispatch_stack", _perhaps)
 #: True within a transform of torch.func.
 innermost_transform = _inner("_C._functorch.peek_interpreter_stack", _perhaps)
+#: True of the gradients that autograd passes backwards under ``is_grads_batched``.
+is_batched_gradient = _inner("_C._functorch.is_legacy_batchedtensor", lambda _: True)
 #: True while a profiler records.
 is_profiled = _inner("_C._autograd._profiler_enabled", _perhaps)
 

@@ -21,6 +21,7 @@ from emp_fast._torch_internals import (
     apply_past_transforms,
     count_dispatch_modes,
     innermost_transform,
+    is_batched_gradient,
     is_profiled,
     tracing_state,
 )
@@ -50,15 +51,23 @@ _LOSS_OPTIONS = "int ignore_index, float label_smoothing, float softcap"
 
 
 def _define(
-    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Registers an op; returns a function that calls it, if its first argument is a tensor."""
+    """Registers an op; returns a function that calls it, if its first argument is a tensor.
+
+    Without ``vmap``, `torch.vmap` calls the op once per example.
+    """
     name = schema[: schema.index("(")]
     _library.define(schema)
     # Without gradients, as in calls that bypass the dispatcher: autograd must not record the tensor
     # code of a backend.
     _library.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"emp_fast::{name}", fake, lib=_library)
+    if vmap is not None:
+        torch.library.register_vmap(f"emp_fast::{name}", vmap, lib=_library)
     op = getattr(torch.ops.emp_fast, name)
 
     def call(tensor: Tensor, *arguments: Any) -> Any:
@@ -82,6 +91,7 @@ def is_traced(tensor: Tensor) -> bool:
         or tensor.is_meta
         or count_dispatch_modes()
         or innermost_transform()
+        or is_batched_gradient(tensor)
         or tracing_state()
     )
 
@@ -123,11 +133,49 @@ def _cross_entropy_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Ten
     )
 
 
+def _as_rows(x: Tensor, batch: int, dim: int | None, rows_dim: int = 0) -> Tensor:
+    """Makes the rows of all examples of `torch.vmap` the rows of one call.
+
+    ``dim`` is the dimension of the examples; None: all examples share ``x``.
+    """
+    if dim is None:
+        x = x.unsqueeze(rows_dim)
+        x = x.expand(*x.shape[:rows_dim], batch, *x.shape[rows_dim + 1 :])
+    else:
+        x = x.movedim(dim, rows_dim)
+    return x.flatten(rows_dim, rows_dim + 1).contiguous()
+
+
+def _cross_entropy_vmap(
+    info: Any, dims: tuple[int | None, ...], logits: Tensor, target: Tensor, *others: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    batch = info.batch_size
+    if dims[2] is not None:  # every example has its own class weights
+        calls = [
+            cross_entropy(*example) for example in _examples(batch, dims, logits, target, *others)
+        ]
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0, 0, 0, 0)
+    loss, rows, correct, count = cross_entropy(
+        _as_rows(logits, batch, dims[0]), _as_rows(target, batch, dims[1]), *others
+    )
+    made = loss, rows, correct, count
+    return tuple(x.unflatten(-1, (batch, -1)) for x in made), (0, 1, 0, 0)
+
+
+def _examples(batch: int, dims: tuple[int | None, ...], *arguments: Any) -> list[list[Any]]:
+    """The arguments of each example of `torch.vmap`."""
+    return [
+        [x if d is None else x.select(d, i) for x, d in zip(arguments, dims, strict=True)]
+        for i in range(batch)
+    ]
+
+
 cross_entropy = _define(
     f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_fake,
+    _cross_entropy_vmap,
 )
 
 
@@ -164,20 +212,53 @@ def _cross_entropy_backward(
     return backend.cross_entropy_backward(grad_loss, logits, target, weight, rows, options)
 
 
+def _cross_entropy_backward_vmap(
+    info: Any,
+    dims: tuple[int | None, ...],
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    rows: Tensor,
+    *options: Any,
+) -> tuple[Tensor, int]:
+    batch = info.batch_size
+    if dims[3] is not None:
+        arguments = grad_loss, logits, target, weight, rows, *options
+        calls = [cross_entropy_backward(*example) for example in _examples(batch, dims, *arguments)]
+        return torch.stack(calls), 0
+    grad = cross_entropy_backward(
+        _as_rows(grad_loss, batch, dims[0]),
+        _as_rows(logits, batch, dims[1]),
+        _as_rows(target, batch, dims[2]),
+        weight,
+        _as_rows(rows, batch, dims[4], rows_dim=1),
+        *options,
+    )
+    return grad.unflatten(0, (batch, -1)), 0
+
+
 cross_entropy_backward = _define(
     "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
     f"Tensor rows, {_LOSS_OPTIONS}) -> Tensor",
     _cross_entropy_backward,
     lambda grad_loss, logits, *_: logits.new_empty(logits.shape),
+    _cross_entropy_backward_vmap,
 )
 
 
 class _Once(torch.autograd.Function):
     """Passes a gradient on. Differentiating it raises, instead of treating it as a constant."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(grad: Tensor, *inputs: Tensor) -> Tensor:
         return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
@@ -206,22 +287,18 @@ def _only_loss_carries_gradient(ctx: Any, *others: Tensor) -> None:
 class CrossEntropy(torch.autograd.Function):
     """Row scores with a differentiable loss: (loss [R], rows [7, R], correct [R], count [R])."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        options = (ignore_index, label_smoothing, softcap)
-        loss, rows, correct, count = cross_entropy(logits, target, weight, *options)
+    def forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return cross_entropy(logits, *arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, target, weight, *ctx.options = inputs
+        _, rows, correct, count = output
         ctx.save_for_backward(logits, target, weight, rows)
-        ctx.options = options
         _only_loss_carries_gradient(ctx, rows, correct, count)
-        return loss, rows, correct, count
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -389,6 +466,8 @@ class MeanCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
+        if is_batched_gradient(grad_mean):  # several gradients, and only one is at hand
+            return MeanCrossEntropy._made_again(ctx, grad_mean), *(None,) * 7
         grad, ctx.grad = ctx.grad, None
         if grad is None:  # second pass through a retained graph; the first took the gradient
             grad = MeanCrossEntropy._made_again(ctx, grad_mean)
@@ -560,15 +639,20 @@ class SegmentSum(torch.autograd.Function):
     The sums [S] of ``loss`` [R] carry the gradient; the sums [V, S] of ``others`` [V, R] do not.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, others: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(offsets)
-        ctx.rows, ctx.dtype = loss.shape[0], loss.dtype
+    def forward(loss: Tensor, others: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         values = torch.cat([loss[None], others]).double()
         summed = torch.ops.emp_fast.segment_sum(values, offsets)
-        total, sums = summed[0].clone(), summed[1:]
-        _only_loss_carries_gradient(ctx, sums)
-        return total, sums
+        return summed[0].clone(), summed[1:]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        loss, _, offsets = inputs
+        ctx.save_for_backward(offsets)
+        ctx.rows, ctx.dtype = loss.shape[0], loss.dtype
+        _only_loss_carries_gradient(ctx, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -630,29 +714,31 @@ class LinearCrossEntropy(torch.autograd.Function):
     one more product.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,  # [R, E]
         classifier: Tensor,  # [C, E]
         bias: Tensor | None,  # [C]
         target: Tensor,
         weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        softcap: float,
-        chunk: int,
+        chunk: int,  # rows of a block
+        *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        options = (ignore_index, label_smoothing, softcap)
         parts = [
             cross_entropy(_logits(h, classifier, bias), t, weight, *options)
             for h, t in _blocks(chunk, hidden, target)
         ]
         loss, rows, correct, count = (_joined(part, -1) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, classifier, bias, target, weight, rows)
-        ctx.options, ctx.chunk = options, chunk
-        _only_loss_carries_gradient(ctx, rows, correct, count)
         return loss, rows, correct, count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, classifier, bias, target, weight, ctx.chunk, *ctx.options = inputs
+        _, rows, correct, count = output
+        ctx.save_for_backward(hidden, classifier, bias, target, weight, rows)
+        _only_loss_carries_gradient(ctx, rows, correct, count)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from emp_fast import functional, ops
+from emp_fast._torch_internals import innermost_transform
 from emp_fast._validation import (
     checked_device,
     checked_int,
@@ -126,6 +127,7 @@ class SampleState:
             # underflow.
             or logits.dtype == torch.float16
             or is_compiling()
+            or innermost_transform()
             or not ops.fuses_step(logits)
         ):
             return None

@@ -520,7 +520,7 @@ def test_forward_mode_is_refused_and_not_taken_for_a_constant(name: str, backend
         made: Tensor = TRACEABLE[name](x, *given[1:]).loss
         return made
 
-    with pytest.raises(RuntimeError, match="setup_context"):
+    with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(loss, given[:1], given[:1])
     with forward_ad.dual_level():
         with pytest.raises(NotImplementedError, match="jvp"):
