@@ -17,7 +17,6 @@ trained on, so a training step need not call anything here.
 from __future__ import annotations
 
 import hashlib
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from emp_fast import random
 from emp_fast._validation import checked_int, is_real
-from emp_fast._warnings import EmpFastWarning
 from emp_fast.distributed.ranks import world_size_of
 from emp_fast.policies import Balance, Policy
 from emp_fast.random import Stream
@@ -119,8 +117,10 @@ class Schedule:
     def prune_rate(self, epoch: int) -> float:
         """See `Pruner.prune_rate`."""
         _checked_count("epoch", epoch)
-        if self.is_full(epoch):
-            return 0.0
+        return 0.0 if self.is_full(epoch) else self._pruned_rate(epoch)
+
+    def _pruned_rate(self, epoch: int) -> float:
+        """The rate of an epoch that is not full."""
         rate = self.rate(epoch) if callable(self.rate) else self.rate
         if not is_real(rate) or not 0 <= rate < 1:
             where = f" from prune_rate({epoch})" if callable(self.rate) else ""
@@ -145,7 +145,7 @@ class Schedule:
 
     def _pruned_budget(self, epoch: int) -> int:
         n = self._num_samples
-        rate = self.prune_rate(epoch)
+        rate = self._pruned_rate(epoch)
         budget = round((1 - rate) * n)
         if budget < 1:
             raise ValueError(
@@ -162,6 +162,33 @@ class SavedProgress(NamedTuple):
     epoch: int
     position: int
     plan: Plan | None  # None if the epoch had not begun
+
+
+class _Iteration:
+    """One iteration of a sampler over the epoch in progress.
+
+    Args:
+        iterator: hands out the plan. While it is alive, the last batch may not have been trained on
+            yet.
+        announced: whether `Progress.set_epoch` announced the epoch.
+    """
+
+    def __init__(self, iterator: object, announced: bool) -> None:
+        self.iterator: weakref.ref[object] | None = weakref.ref(iterator)
+        self.announced = announced
+        self.begun_at = 0  # position in the plan
+        self.seen_before = 0  # samples seen by all ranks when the epoch's position was 0
+        self.end: int | None = None  # position after the last index, once that was handed out
+        self.over = False  # whether the loop over it is known to be over
+        self.completed = False  # and whether it got all that it ever will
+
+    def is_held(self) -> bool:
+        """Whether the loop over it still holds the iterator."""
+        return not self.over and self.iterator is not None and self.iterator() is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the iterator, which pickled and deep copies do not have."""
+        return {**vars(self), "iterator": None}
 
 
 class Progress:
@@ -205,15 +232,10 @@ class Progress:
         self.plan: Plan | None = None
         self._epoch = 0  # the epoch that began last, or that will begin first
         self._early: tuple[tuple[int, int], Plan] | None = None  # store revision, plan made from it
-        self._begun_at = 0  # position in the plan where the iteration in progress began
-        self._start = 0  # samples seen by all ranks when the epoch's position was 0
         self._requested: int | None = None  # epoch requested by set_epoch
-        self._announced = False  # whether set_epoch announced the epoch in progress
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
-        self._iterator: weakref.ref[object] | None = None  # the last one begun
-        self._exhausted = False  # whether the last index has been handed out
+        self._iteration: _Iteration | None = None  # the last one begun, since the run was resumed
         self._unused: Plan | None = None  # the previous plan, if none of it was trained on
-        self._told_unpruned = False  # whether `warn_if_unused` has warned
 
     # ---- where the run stands -------------------------------------------------------------------
 
@@ -221,6 +243,12 @@ class Progress:
     def epoch(self) -> int:
         """See `Pruner.epoch`."""
         return self._epoch if self._requested is None else self._requested
+
+    @property
+    def is_used(self) -> bool:
+        """Whether an epoch was begun, resumed, set or looked at."""
+        looked_at = self.plan is not None or self._early is not None
+        return looked_at or self._requested is not None or self._epoch > 0
 
     @property
     def selection(self) -> Selection:
@@ -231,9 +259,10 @@ class Progress:
         """How many samples of the epoch in progress all ranks together have trained on."""
         if self._resume_at is not None:
             return self._resume_at
-        if self.plan is None:
+        if self.plan is None or self._iteration is None:
             return 0
-        return min(self._samples_seen() - self._start, len(self.plan))
+        seen = self._samples_seen() - self._iteration.seen_before
+        return max(0, min(seen, len(self.plan)))  # a state loaded into the store may have seen less
 
     def coming(self) -> tuple[int, int]:
         """The epoch of the next iteration, and the position in its plan where it will start."""
@@ -260,25 +289,6 @@ class Progress:
             f"rule={self.store.rule!r}, policy={schedule.policy!r}, epoch={self.epoch}"
         )
 
-    def warn_if_unused(self) -> None:
-        """Warns once if a loader was made without the sampler and so trains on everything.
-
-        Call this where epochs begin and end, not in the step, because a step by itself may also be
-        used without a sampler. The warning names the line that called the caller.
-        """
-        if self.plan is not None or self._told_unpruned:
-            return
-        made_otherwise = self._epoch or self._requested is not None or self._early is not None
-        if made_otherwise or self.store.rows_seen <= 2 * self.store.num_samples:
-            return  # resumed, or `selection` was read and used directly; or scored in advance
-        self._told_unpruned = True
-        warnings.warn(
-            f"{self.store.rows_seen} rows of {self.store.num_samples} samples were scored and the "
-            "pruner has selected none of them: give the loader sampler=pruner.sampler",
-            EmpFastWarning,
-            stacklevel=3,
-        )
-
     # ---- moving on ------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
@@ -286,14 +296,14 @@ class Progress:
         epoch = _checked_count("epoch", epoch)
         has_begun = epoch == self._epoch and self._is_untouched()
         self._requested = None if has_begun else epoch
-        self._announced = self._announced or has_begun
+        if has_begun and self._iteration is not None:
+            self._iteration.announced = True
 
     def begin(self, iterator: object) -> tuple[Plan, int]:
         """Starts an iteration of a sampler over the `coming` epoch. Collective on several ranks.
 
         Args:
-            iterator: hands out the plan. While it is alive, the last batch may not have been
-                trained on yet.
+            iterator: the iterator that will hand out the plan.
 
         Returns:
             The plan of the epoch, and the position in it at which to start.
@@ -302,34 +312,44 @@ class Progress:
         if not self._goes_on(epoch):
             self._unused = None if self._trained() else self.plan
         self.plan = self.plan_of(epoch)
-        self._epoch, self._early, self._exhausted = epoch, None, False
-        self._announced = self._requested is not None
+        self._iteration = _Iteration(iterator, announced=self._requested is not None)
+        self._epoch, self._early = epoch, None
         self._requested = self._resume_at = None
         self.move_to(position)
-        self._iterator = weakref.ref(iterator)
         return self.plan, position
 
     def move_to(self, position: int) -> None:
         """Makes the iteration in progress begin at that position of its plan."""
-        self._begun_at = position
-        self._start = self._samples_seen() - position
+        if self._iteration is not None:
+            self._iteration.begun_at = position
+            self._iteration.seen_before = self._samples_seen() - position
 
-    def end_loop(self) -> None:
+    def end_loop(self, completed: bool = False) -> None:
         """Marks the loop over the epoch in progress as over, on all ranks.
 
         For trainers that keep the iterator alive or announce epochs themselves.
-        """
-        self._iterator, self._announced = None, False
 
-    def handed_out(self, plan: Plan) -> None:
+        Args:
+            completed: whether the loader had nothing more to give. What is left of the epoch was
+                then dropped by ``drop_last``.
+        """
+        if self._iteration is not None:
+            self._iteration.over, self._iteration.announced = True, False
+            self._iteration.completed = completed
+
+    def handed_out(self, plan: Plan, end: int) -> None:
         """Records that an iterator over that plan was exhausted; ignored for plans not in progress.
 
-        If the whole plan has been trained on, the request came from the loop itself, so it is over.
+        If everything that it handed out has been trained on, the request came from the loop itself,
+        so the loop is over.
+
+        Args:
+            plan: the iterator's plan.
+            end: the position after the last index that it handed out.
         """
-        if plan is self.plan:
-            self._exhausted = True
-            if self.position() >= len(plan):
-                self._iterator = None
+        if plan is self.plan and self._iteration is not None:
+            self._iteration.end = end
+            self._iteration.over = self.position() >= end
 
     def go_back(self, epoch: int) -> Plan | None:
         """Goes back to the previous epoch if nothing of it or of this one has been trained on.
@@ -345,7 +365,9 @@ class Progress:
         plan, self._unused = self._unused, None
         if plan is None or plan.epoch != epoch or self._trained():
             return None
-        self.plan, self._epoch, self._exhausted = plan, epoch, False
+        self.plan, self._epoch = plan, epoch
+        if self._iteration is not None:
+            self._iteration.end = None
         return plan
 
     def _coming_epoch(self) -> int:
@@ -364,11 +386,29 @@ class Progress:
         ``next(iter(loader))`` and loaders that make several iterators leave such an iteration,
         which does not count as an epoch.
         """
-        return self.plan is not None and not self._exhausted and not self._trained()
+        return self.plan is not None and not self._is_exhausted() and not self._trained()
 
     def _trained(self) -> bool:
         """Whether anything has been trained on since the iteration in progress began."""
-        return self.position() > self._begun_at
+        begun_at = 0 if self._iteration is None else self._iteration.begun_at
+        return self.position() > begun_at
+
+    def _is_exhausted(self) -> bool:
+        """Whether the last index of the iteration in progress has been handed out."""
+        return self._iteration is not None and self._iteration.end is not None
+
+    def _is_finished(self) -> bool:
+        """Whether nothing of the epoch in progress will be trained on any more.
+
+        A loader's ``drop_last`` is not known: the samples that it drops count as left, unless a
+        trainer says by `end_loop` that it has completed.
+        """
+        if self.plan is None:
+            return False
+        end, completed = None, False
+        if self._iteration is not None:
+            end, completed = self._iteration.end, self._iteration.completed
+        return completed or self.position() >= (len(self.plan) if end is None else end)
 
     def _lasts(self) -> bool:
         """Whether the loop over the epoch in progress is still running, as far as can be known.
@@ -382,14 +422,15 @@ class Progress:
         Sizing the next epoch can be collective, yet perhaps only one rank asks. If epochs are
         announced by `set_epoch`, the loop is then taken to run until the next announcement.
         """
-        if self.plan is None or self._requested is not None or self._resume_at is not None:
+        iteration = self._iteration
+        if self.plan is None or iteration is None or self._requested is not None:
             return False
-        if self._iterator is not None and self._iterator() is not None:
+        if iteration.is_held():
             return True
-        if not self._exhausted:
+        if not self._is_exhausted():
             return False  # abandoned
         collective = self._world_size() > 1 and not self.schedule.policy.takes_budget
-        if collective and self._announced:
+        if collective and iteration.announced:
             return True
         left = len(self.plan) - self.position()
         # Less than a batch is left if drop_last dropped it or if it has yet to be trained on. The
@@ -471,16 +512,20 @@ class Progress:
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the position in it, and its selection; after a finished epoch, the next one.
+        """The epoch, the position in it, and its selection: what a resumed run begins with.
 
-        The next epoch has not been selected, so its entries are position 0 and no selection.
+        After a finished epoch it is the next one, and after `set_epoch` the requested one. That has
+        not been selected, so its entries are position 0 and no selection.
         """
-        position, plan = self.position(), self.plan
-        finished = plan is not None and position == len(plan)
-        selection = None if plan is None or finished else plan.selection
+        epoch, position, plan = self._epoch, self.position(), self.plan
+        if self._requested not in (None, epoch):
+            epoch, position, plan = self._requested, 0, None
+        elif self._is_finished():
+            epoch, position, plan = epoch + 1, 0, None
+        selection = None if plan is None else plan.selection
         return {
-            "epoch": self._epoch + 1 if finished else self._epoch,
-            "position": 0 if finished else position,
+            "epoch": epoch,
+            "position": position,
             "indices": None if selection is None else selection.indices.cpu().clone(),
             "weights": None
             if selection is None or selection.weights is None
@@ -505,8 +550,7 @@ class Progress:
         """Makes the next iteration continue there. Restore the store's own state first."""
         self._epoch, self.plan = saved.epoch, saved.plan
         self._resume_at = None if saved.plan is None else saved.position
-        self._early, self._requested, self._exhausted = None, None, False
-        self._unused = None
+        self._early = self._requested = self._iteration = self._unused = None
 
     def _checked_selection(self, indices: Any, weights: Any, position: int) -> Selection | None:
         if indices is None:
@@ -524,10 +568,6 @@ class Progress:
         if weights is not None:
             require_form("state['weights']", weights, Form(torch.float32, tuple(indices.shape)))
         return Selection(indices, weights)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out the iterator in progress, which pickled and deep copies do not have."""
-        return {**vars(self), "_iterator": None}
 
 
 def _checked_count(name: str, value: int, least: int = 0) -> int:

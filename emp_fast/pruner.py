@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from emp_fast import functional
 from emp_fast._validation import checked_int, checked_integers
+from emp_fast._warnings import EmpFastWarning
 from emp_fast.epochs import Progress, SavedProgress, Schedule
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK, check_balance
@@ -108,6 +110,7 @@ class Pruner:
             process_group=process_group,
         )
         self.sampler = EpochSampler(self.progress)
+        self._told_unused = False
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -334,7 +337,7 @@ class Pruner:
             EmpFastWarning: once, if more than 2 N rows have been scored although the sampler was
                 never used. The loader was then made without it.
         """
-        self.progress.warn_if_unused()
+        self._warn_if_unused()
         store, plan = self.store, self.progress.plan
         visited = store.visits > 0
         scores = store.scores[visited & torch.isfinite(store.scores)]
@@ -402,7 +405,7 @@ class Pruner:
         Warns:
             EmpFastWarning: as `stats`.
         """
-        self.progress.warn_if_unused()
+        self._warn_if_unused()
         return {
             "format": _FORMAT,
             "seed": self.seed,
@@ -438,6 +441,23 @@ class Pruner:
             raise ValueError(f"state['store'] must be a mapping, got {store!r}")
         self.store.check_state_dict(store)
         return saved, store
+
+    def _warn_if_unused(self) -> None:
+        """Warns once if a loader was made without the sampler and so trains on everything.
+
+        Called where epochs begin and end, not in the step, because a step by itself may also be
+        used without a sampler. The warning names the line that called the caller.
+        """
+        store = self.store
+        if self._told_unused or self.progress.is_used or store.rows_seen <= 2 * store.num_samples:
+            return
+        self._told_unused = True
+        warnings.warn(
+            f"{store.rows_seen} rows of {store.num_samples} samples were scored and the pruner has "
+            "selected none of them: give the loader sampler=pruner.sampler",
+            EmpFastWarning,
+            stacklevel=3,
+        )
 
     def __repr__(self) -> str:
         return f"Pruner({self.progress.settings()})"

@@ -142,7 +142,7 @@ class EpochIterator(Iterator[int]):
             self._block = self._next_block()
             if not self._block:
                 if not self._over:
-                    self._progress.handed_out(self._plan)
+                    self._progress.handed_out(self._plan, min(self._end, len(self._plan)))
                 raise StopIteration
         self._yielded += 1
         return self._block[offset]

@@ -24,23 +24,24 @@ from emp_fast.integrations.accelerate import prepare_loader
 N = 22
 
 
-def make_loader(sampler):
+def make_loader(sampler, drop_last=False):
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(N, 4, generator=generator), torch.arange(N) % 3)
-    return DataLoader(with_indices(data), batch_size=4, sampler=sampler)
+    return DataLoader(with_indices(data), batch_size=4, sampler=sampler, drop_last=drop_last)
 
 
 class Run:
     """A training run that can stop after some steps, save, and go on in another object."""
 
-    def __init__(self, pruner, accelerator=None):
+    def __init__(self, pruner, accelerator=None, drop_last=False):
         torch.manual_seed(0)
         self.accelerator = accelerator or Accelerator(cpu=True)
         self.pruner = pruner
         self.model, self.optimizer = self.accelerator.prepare(
             net := nn.Linear(4, 3), torch.optim.SGD(net.parameters(), 0.1)
         )
-        self.loader = prepare_loader(self.accelerator, pruner, make_loader(pruner.sampler))
+        loader = make_loader(pruner.sampler, drop_last)
+        self.loader = prepare_loader(self.accelerator, pruner, loader)
         self.given = []
 
     def train(self, epochs, steps=None):
@@ -104,6 +105,19 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(saved_at, tmp_path):
     assert first.given + second.given == whole.given
     assert torch.equal(second.pruner.store.scores, whole.pruner.store.scores)
     assert torch.equal(second.model.weight, whole.model.weight)
+
+
+def test_what_drop_last_dropped_is_not_trained_on_by_a_resumed_run(tmp_path):
+    first = Run(Pruner(N, 0.5), drop_last=True)
+    first.train(epochs=1)
+    assert [len(batch) for batch in first.given] == [4, 4]
+    first.accelerator.save_state(str(tmp_path))
+    second = Run(Pruner(N, 0.5), drop_last=True)
+    second.accelerator.load_state(str(tmp_path))
+    assert second.pruner.epoch == 1
+    for run in (first, second):
+        run.train(epochs=2, steps=4)
+    assert second.given == first.given[2:]
 
 
 def test_setting_the_epoch_goes_to_the_pruner():

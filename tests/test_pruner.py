@@ -15,6 +15,7 @@ from emp_fast import Pruner, with_indices
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, EpsilonGreedy, Random, TopK, Window
 from emp_fast.rules import EMP, GraNd, Loss
+from emp_fast.samplers import EpochIterator
 
 N = 60
 
@@ -429,6 +430,40 @@ def test_a_loader_that_fetched_ahead_to_the_end_can_go_back(iterators):
         other.load_state_dict(position)  # trained on meanwhile: there is no way back
 
 
+def test_a_state_taken_after_set_epoch_begins_that_epoch():
+    """What a loader's drop_last left of the epoch before is not trained on then."""
+    pruner = Pruner(N, 0.5, rule=Loss())
+    loader = make_loader(pruner, drop_last=True)
+    run_epoch(pruner, loader)
+    assert 0 < pruner.progress.position() < len(pruner.selection.indices)
+    pruner.set_epoch(1)
+    saved = Pruner(N, 0.5, rule=Loss())
+    saved.load_state_dict(pruner.state_dict())
+    assert saved.epoch == 1
+    assert run_epoch(saved, make_loader(saved, drop_last=True), 1) == run_epoch(pruner, loader, 1)
+
+
+def test_what_a_distributed_sampler_drops_is_not_left_of_the_epoch():
+    pruner = Pruner(11, 0.0, rule=Loss())
+    shares = [EpochIterator(pruner.progress, rank, 2, drop_last=True) for rank in (0, 1)]
+    indices = torch.tensor([list(share) for share in shares]).flatten()
+    assert len(indices) == 10
+    pruner.update(indices, loss=loss_of(indices))
+    assert pruner.state_dict()["epoch"] == 1
+
+
+def test_a_store_loaded_in_mid_epoch_gives_a_state_that_loads():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    before = pruner.store.state_dict()
+    run_epoch(pruner, make_loader(pruner))
+    iterator = iter(pruner.sampler)
+    head = torch.tensor([next(iterator) for _ in range(10)])
+    pruner.update(head, loss=loss_of(head))
+    pruner.store.load_state_dict(before)
+    assert pruner.progress.position() == 0
+    Pruner(N, 0.5, rule=Loss()).load_state_dict(pruner.state_dict())
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -518,6 +553,12 @@ def test_samplers_say_what_they_are_of():
             r"at most epochs=3, got 2 \+ 2",
         ),
         (lambda: Pruner(N, full_epochs_first=-1), ValueError, "full_epochs_first.*got -1"),
+        (lambda: Pruner(N, 2.0, full_epochs_first=1), ValueError, r"prune_rate.*\[0, 1\), got 2.0"),
+        (
+            lambda: Pruner(N, 0.5, policy=Window(0.9, 1.0), full_epochs_first=1),
+            ValueError,
+            "Window",
+        ),
         (lambda: Pruner(N, epochs=1.5), TypeError, "epochs must be an int, got 1.5"),
         (lambda: Pruner(N, rule=EMP), TypeError, "rule must be an emp_fast.Rule"),
         (lambda: Pruner(N, policy="top"), TypeError, "policy must be.*got 'top'"),

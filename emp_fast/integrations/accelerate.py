@@ -93,16 +93,17 @@ class PrunedLoader:
         loader = self.loader
         if skipped:
             loader = self.accelerator.skip_first_batches(loader, skipped)
-        progress, plan = self.pruner.progress, None
+        progress, plan, completed = self.pruner.progress, None, False
         try:
             for batch in loader:
                 plan = progress.plan
                 yield batch
+            completed = True
         finally:
             # set_epoch above announced this epoch, not the next one. An iterator that was given up
             # may be closed when another epoch has begun.
             if plan is not None and plan is progress.plan:
-                progress.end_loop()
+                progress.end_loop(completed)
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
