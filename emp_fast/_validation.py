@@ -120,6 +120,14 @@ def checked_int(name: str, value: object) -> int:
     return int(value)
 
 
+def checked_epoch(epoch: object) -> int:
+    """The number of an epoch, which keys the random numbers."""
+    epoch = checked_int("epoch", epoch)
+    if not 0 <= epoch < 2**32:
+        raise ValueError(f"epoch must be an int in [0, 2**32), got {epoch!r}")
+    return epoch
+
+
 def checked_positive(name: str, value: float) -> float:
     """A positive finite number."""
     value = _checked_real(name, value)

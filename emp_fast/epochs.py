@@ -1,6 +1,6 @@
-"""The epochs of a training run: how many samples each uses, and where the run stands in them.
+"""The epochs of a training run: their samples in order, and where the run stands in them.
 
-A `Schedule` is fixed for the run. A `Progress` is always in one of these states:
+A `Progress` is always in one of these states:
 
     not begun    there is no plan yet; `begin` makes the first
     untouched    begun, but nothing of the epoch is trained on: `begin` continues it, so that
@@ -18,23 +18,24 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emp_fast import random
-from emp_fast._validation import checked_int, is_real
+from emp_fast._validation import checked_epoch
 from emp_fast.distributed.ranks import world_size_of
-from emp_fast.policies import Balance, Policy
+from emp_fast.policies import Balance
 from emp_fast.random import Stream
+from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels
 from emp_fast.snapshots import Form, checked_count, require_form
 from emp_fast.store import ScoreStore
 
-__all__ = ["Plan", "Progress", "SavedProgress", "Schedule"]
+__all__ = ["Plan", "Progress", "SavedProgress"]
 
 
 class Plan:
@@ -70,90 +71,6 @@ class Plan:
         if self.weights is not None and self.weights.device != device:
             self.weights = self.weights.to(device)
         return self.weights
-
-
-class Schedule:
-    """How many samples each epoch of a run uses. The arguments are those of `Pruner`.
-
-    Attributes:
-        rate: share of the samples left out, a number or a function of the epoch, as given.
-        policy: which samples an epoch uses, and whether there is a budget.
-        epochs: length of the run; None if unknown.
-
-    Raises:
-        ValueError: an argument is invalid, or the budget of a known epoch would be.
-        TypeError: an argument has the wrong type.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        prune_rate: float | Callable[[int], float],
-        policy: Policy,
-        *,
-        epochs: int | None,
-        full_epochs_first: int,
-        full_epochs_last: int,
-    ) -> None:
-        self.policy = policy
-        self.epochs = _checked_count("epochs", epochs, 1) if epochs is not None else None
-        self._num_samples = num_samples
-        self.rate = prune_rate
-        self._full_first = _checked_count("full_epochs_first", full_epochs_first)
-        self._full_last = _checked_count("full_epochs_last", full_epochs_last)
-        if self._full_last and self.epochs is None:
-            raise ValueError(f"full_epochs_last={full_epochs_last} needs epochs, got epochs=None")
-        if self.epochs is not None and self._full_first + self._full_last > self.epochs:
-            raise ValueError(
-                f"full_epochs_first + full_epochs_last must be at most epochs={epochs}, "
-                f"got {full_epochs_first} + {full_epochs_last}"
-            )
-        # Fail now, not in epoch 57.
-        for epoch in range(self.epochs or 1):
-            self.budget(epoch)
-        if not callable(prune_rate):
-            self._pruned_budget(0)
-
-    def prune_rate(self, epoch: int) -> float:
-        """See `Pruner.prune_rate`."""
-        _checked_count("epoch", epoch)
-        return 0.0 if self.is_full(epoch) else self._pruned_rate(epoch)
-
-    def _pruned_rate(self, epoch: int) -> float:
-        """The rate of an epoch that is not full."""
-        rate = self.rate(epoch) if callable(self.rate) else self.rate
-        if not is_real(rate) or not 0 <= rate < 1:
-            where = f" from prune_rate({epoch})" if callable(self.rate) else ""
-            hint = "" if is_real(rate) else ": a float, or a function of the epoch to a float"
-            raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}{hint}")
-        return float(rate)
-
-    def is_full(self, epoch: int) -> bool:
-        """Whether that epoch is one of the first or last ones that use every sample."""
-        last = self.epochs is not None and epoch >= self.epochs - self._full_last
-        return epoch < self._full_first or (last and self._full_last > 0)
-
-    def budget(self, epoch: int) -> int | None:
-        """How many samples that epoch uses; None if the policy decides.
-
-        Raises:
-            ValueError: as `prune_rate`, or the rate leaves no sample, or too many for the policy.
-        """
-        if self.is_full(epoch):
-            return self._num_samples
-        return self._pruned_budget(epoch) if self.policy.takes_budget else None
-
-    def _pruned_budget(self, epoch: int) -> int:
-        n = self._num_samples
-        rate = self._pruned_rate(epoch)
-        budget = round((1 - rate) * n)
-        if budget < 1:
-            raise ValueError(
-                f"prune_rate must leave at least one of {n} samples, got {rate!r} for epoch {epoch}"
-            )
-        if rate > 0:
-            self.policy.check_fraction(1 - rate)
-        return budget
 
 
 class SavedProgress(NamedTuple):
@@ -293,7 +210,7 @@ class Progress:
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
-        epoch = _checked_count("epoch", epoch)
+        epoch = checked_epoch(epoch)
         has_begun = epoch == self._epoch and self._is_untouched()
         self._requested = None if has_begun else epoch
         if has_begun and self._iteration is not None:
@@ -568,11 +485,3 @@ class Progress:
         if weights is not None:
             require_form("state['weights']", weights, Form(torch.float32, tuple(indices.shape)))
         return Selection(indices, weights)
-
-
-def _checked_count(name: str, value: int, least: int = 0) -> int:
-    value = checked_int(name, value)
-    if value < least:
-        bound = f"be at least {least}" if least else "not be negative"
-        raise ValueError(f"{name} must {bound}, got {value}")
-    return value

@@ -12,12 +12,13 @@ from torch import Tensor
 from emp_fast import functional
 from emp_fast._validation import checked_int, checked_integers
 from emp_fast._warnings import EmpFastWarning
-from emp_fast.epochs import Progress, SavedProgress, Schedule
+from emp_fast.epochs import Progress, SavedProgress
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK, check_balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
+from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
 from emp_fast.snapshots import require_entries, require_state
 from emp_fast.store import ScoreStore
@@ -64,7 +65,7 @@ class Pruner:
     Attributes:
         sampler: for the loader; every iteration over it is the next epoch.
         store: the `ScoreStore`, with scores, memory and visits of every sample.
-        schedule: how many samples each epoch uses, for trainers; see `emp_fast.epochs.Schedule`.
+        schedule: how many samples each epoch uses, for trainers; see `emp_fast.schedule.Schedule`.
         progress: where the run stands, for trainers; see `emp_fast.epochs.Progress`.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emp_fast._validation import checked_int, checked_integers
+from emp_fast._validation import checked_epoch, checked_int, checked_integers
 from emp_fast.policies import Balance, Policy, check_balance
 
 __all__ = ["check_chosen", "checked_labels", "checked_selection", "groups_of"]
@@ -24,10 +24,7 @@ def checked_selection(
         raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
     k = _checked_budget(num_samples, k, policy)
     check_balance(balance)
-    epoch = checked_int("epoch", epoch)
-    if not 0 <= epoch < 2**32:
-        raise ValueError(f"epoch must be an int in [0, 2**32), got {epoch!r}")
-    return k, epoch, checked_int("seed", seed)
+    return k, checked_epoch(epoch), checked_int("seed", seed)
 
 
 def _checked_budget(num_samples: int, k: int | None, policy: Policy) -> int | None:

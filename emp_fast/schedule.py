@@ -1,0 +1,102 @@
+"""How many samples each epoch of a run uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from emp_fast._validation import checked_epoch, checked_int, is_real
+from emp_fast.policies import Policy
+
+__all__ = ["Schedule"]
+
+
+class Schedule:
+    """How many samples each epoch of a run uses. The arguments are those of `Pruner`.
+
+    Attributes:
+        rate: share of the samples left out, a number or a function of the epoch, as given.
+        policy: which samples an epoch uses, and whether there is a budget.
+        epochs: length of the run; None if unknown.
+
+    Raises:
+        ValueError: an argument is invalid, or the budget of a known epoch would be.
+        TypeError: an argument has the wrong type.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        prune_rate: float | Callable[[int], float],
+        policy: Policy,
+        *,
+        epochs: int | None,
+        full_epochs_first: int,
+        full_epochs_last: int,
+    ) -> None:
+        self.policy = policy
+        self.epochs = _at_least("epochs", epochs, 1) if epochs is not None else None
+        self._num_samples = num_samples
+        self.rate = prune_rate
+        self._full_first = _at_least("full_epochs_first", full_epochs_first)
+        self._full_last = _at_least("full_epochs_last", full_epochs_last)
+        if self._full_last and self.epochs is None:
+            raise ValueError(f"full_epochs_last={full_epochs_last} needs epochs, got epochs=None")
+        if self.epochs is not None and self._full_first + self._full_last > self.epochs:
+            raise ValueError(
+                f"full_epochs_first + full_epochs_last must be at most epochs={epochs}, "
+                f"got {full_epochs_first} + {full_epochs_last}"
+            )
+        # Fail now, not in epoch 57.
+        for epoch in range(self.epochs or 1):
+            self.budget(epoch)
+        if not callable(prune_rate):
+            self._pruned_budget(0)
+
+    def prune_rate(self, epoch: int) -> float:
+        """See `Pruner.prune_rate`."""
+        epoch = checked_epoch(epoch)
+        return 0.0 if self.is_full(epoch) else self._pruned_rate(epoch)
+
+    def _pruned_rate(self, epoch: int) -> float:
+        """The rate of an epoch that is not full."""
+        rate = self.rate(epoch) if callable(self.rate) else self.rate
+        if not is_real(rate) or not 0 <= rate < 1:
+            where = f" from prune_rate({epoch})" if callable(self.rate) else ""
+            hint = "" if is_real(rate) else ": a float, or a function of the epoch to a float"
+            raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}{hint}")
+        return float(rate)
+
+    def is_full(self, epoch: int) -> bool:
+        """Whether that epoch is one of the first or last ones that use every sample."""
+        last = self.epochs is not None and epoch >= self.epochs - self._full_last
+        return epoch < self._full_first or (last and self._full_last > 0)
+
+    def budget(self, epoch: int) -> int | None:
+        """How many samples that epoch uses; None if the policy decides.
+
+        Raises:
+            ValueError: as `prune_rate`, or the rate leaves no sample, or too many for the policy.
+        """
+        if self.is_full(epoch):
+            return self._num_samples
+        return self._pruned_budget(epoch) if self.policy.takes_budget else None
+
+    def _pruned_budget(self, epoch: int) -> int:
+        n = self._num_samples
+        rate = self._pruned_rate(epoch)
+        budget = round((1 - rate) * n)
+        if budget < 1:
+            raise ValueError(
+                f"prune_rate must leave at least one of {n} samples, got {rate!r} for epoch {epoch}"
+            )
+        if rate > 0:
+            self.policy.check_fraction(1 - rate)
+        return budget
+
+
+def _at_least(name: str, value: int, least: int = 0) -> int:
+    value = checked_int(name, value)
+    if value < least:
+        bound = f"be at least {least}" if least else "not be negative"
+        raise ValueError(f"{name} must {bound}, got {value}")
+    return value
