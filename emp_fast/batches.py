@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,13 +81,19 @@ def score_by_logits(
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Moves every tensor in nested mappings and sequences to the device."""
+    """Moves every tensor in nested mappings and sequences to the device; keeps their types."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {name: moved(part, device) for name, part in value.items()}
+        parts = {name: moved(part, device) for name, part in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return parts
+        made = copy.copy(value)  # a BatchEncoding has more than its entries
+        made.update(parts)
+        return made
     if isinstance(value, (tuple, list)):
-        return [moved(part, device) for part in value]
+        items = [moved(part, device) for part in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 

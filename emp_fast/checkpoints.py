@@ -211,6 +211,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> list[Any]:
     """[kind, content]: JSON that keeps integer keys, tuples and the places of tensors."""
     if isinstance(value, Tensor):
+        name = f"{len(tensors)}{name}"  # keys such as "a/b", or 1 beside "1", make equal paths
         tensors[name] = value
         return ["tensor", name]
     if isinstance(value, Mapping):

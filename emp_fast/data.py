@@ -109,6 +109,11 @@ class _IndexedCollate:
         self.collate_fn = collate_fn
 
     def __call__(self, batch: list[tuple[Any, int]]) -> tuple[Any, Tensor]:
+        if batch and isinstance(batch[0], Mapping):
+            raise TypeError(
+                f"mapping samples carry their index as {SAMPLE_INDEX!r}, so their collate_fn needs "
+                "no collate_with_indices; it gets that key as one more"
+            )
         samples = [sample for sample, _ in batch]
         return self.collate_fn(samples), torch.tensor([index for _, index in batch])
 

@@ -480,8 +480,12 @@ class Progress:
         ascending = bool((indices[1:] > indices[:-1]).all())
         if not ascending or (indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < n):
             raise ValueError(f"state['indices'] must be ascending in [0, {n}), got {indices!r}")
+        if indices.numel() == 0:
+            raise ValueError("state['indices'] must hold at least one sample")
         if position > indices.numel():
             raise ValueError(f"state['position'] must be at most {indices.numel()}, got {position}")
         if weights is not None:
             require_form("state['weights']", weights, Form(torch.float32, tuple(indices.shape)))
+            if not bool(torch.isfinite(weights).all()):
+                raise ValueError(f"state['weights'] must be finite, got {weights!r}")
         return Selection(indices, weights)

@@ -7,7 +7,7 @@ line. A file is written completely or not at all.
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -143,22 +143,17 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
     """
     if path.exists() and not overwrite:
         raise FileProblem(f"{path} exists already; overwrite replaces it")
-    temporary: str | None = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # unlike tempfile's, with the usual permissions
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private
         os.replace(temporary, path)
     except OSError as error:
         raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> NDArray[Any]:

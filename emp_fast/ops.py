@@ -661,7 +661,10 @@ class SegmentSum(torch.autograd.Function):
         (offsets,) = ctx.saved_tensors
         row = torch.arange(ctx.rows, device=grad.device)
         owner = torch.searchsorted(offsets, row, right=True) - 1
-        return grad[owner.clamp(0, grad.shape[0] - 1)].to(ctx.dtype), None, None
+        # Rows before the first offset (owner -1) or after the last one were not summed: they get
+        # the zero at the end. On a GPU the host has not checked the offsets.
+        of_all = torch.cat([grad, grad.new_zeros(1)])
+        return of_all[owner].to(ctx.dtype), None, None
 
 
 # ---- selection ----------------------------------------------------------------------------------

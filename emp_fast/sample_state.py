@@ -17,7 +17,7 @@ from emp_fast._validation import (
     checked_integers,
     require_tensor,
 )
-from emp_fast.backends.base import SCORE_FIELDS, State
+from emp_fast.backends.base import MOST_VISITS, SCORE_FIELDS, State
 from emp_fast.backends.winners import Winners
 from emp_fast.functional import SampleStats
 from emp_fast.rules import Rule
@@ -164,12 +164,15 @@ class SampleState:
         stats = {name: value[rows] for name, value in read.items()}
         if "correct" in stats:
             stats["correct"] = stats["correct"].bool()
-        moved = self.rule.step(stats, dict(before))
+        # A rule may write to its rows in place, but refused rows are written back as they were.
+        given = before if chosen.applied is None else {k: v.clone() for k, v in before.items()}
+        moved = self.rule.step(stats, dict(given))
         self._check_moved(moved, before)
         chosen = self._without_nan(chosen, moved["score"])
         for name, values in moved.items():
             chosen.write(targets[name], values.to(targets[name].dtype), before[name])
-        chosen.write(self.state.visits, before["visits"] + 1, before["visits"])
+        visits = before["visits"].clamp_max(MOST_VISITS - 1) + 1
+        chosen.write(self.state.visits, visits, before["visits"])
 
     def _without_nan(self, chosen: Winners, score: Tensor) -> Winners:
         """Refuses and counts the rows whose score from the rule is NaN."""

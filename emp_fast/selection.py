@@ -172,6 +172,8 @@ def _checked_folder(path: Path, overwrite: bool) -> Path:
         raise FileProblem(f"{path} exists already; overwrite replaces it")
     if path.exists() and not path.is_dir():
         raise FileProblem(f"cannot write {path}: it is a file, and a data set is a folder")
+    if path.exists() and any(path.iterdir()) and not (path / "dataset_info.json").exists():
+        raise FileProblem(f"cannot replace {path}: it is a folder of other things than a data set")
     if not path.parent.is_dir():
         raise FileProblem(f"cannot write {path}: No such file or directory")
     return path

@@ -21,7 +21,7 @@ from emp_fast._warnings import EmpFastWarning
 from emp_fast.batches import moved, rebatched, score_by_logits
 from emp_fast.data import IndexedDataset
 from emp_fast.distributed.ranks import Ranks, rank_of
-from emp_fast.files import check_writable, write_columns
+from emp_fast.files import FileProblem, check_writable, write_columns
 from emp_fast.functional import SampleStats
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import single_visit_scores
@@ -240,7 +240,7 @@ class _Partial:
         try:
             yield
         except BaseException:
-            if self._own is not None:
+            if self._own is not None and self.tally.whole:
                 with suppress(Exception):  # the user must see the exception that ended the block
                     self.tally.save(self._own, self._facts)
             raise
@@ -340,9 +340,11 @@ def _device_of(model: Any) -> torch.device:
 
 
 def _partial_path(partial: str | os.PathLike[str] | None, output: Path | None) -> Path | None:
-    if partial is not None:
-        return Path(partial)
-    return None if output is None else output.with_name(f"{output.name}.partial")
+    if partial is None:
+        return None if output is None else output.with_name(f"{output.name}.partial")
+    if not Path(partial).parent.is_dir():
+        raise FileProblem(f"cannot write {partial}: No such file or directory")
+    return Path(partial)
 
 
 def _scoring(score_batch: ScoreBatch | None, shift_labels: bool, options: dict[str, Any]) -> str:

@@ -206,6 +206,7 @@ class ScoreStore:
         nonfinite, out_of_range = self._samples.state.counters.tolist()
         if out_of_range:
             self._samples.state.counters[1] = 0
+            self.replicas.forget_out_of_range()
             raise IndexError(
                 f"indices must lie in [0, {self.num_samples}): {out_of_range} rows of earlier "
                 "updates did not and were refused"

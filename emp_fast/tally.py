@@ -38,6 +38,8 @@ class Tally:
             "count": torch.zeros(num_samples, dtype=torch.int32, device=device),
             "visits": torch.zeros(num_samples, dtype=torch.int32, device=device),
         }
+        #: False after an interrupt within `add`, which leaves samples that were added in part.
+        self.whole = True
 
     def add(self, indices: Tensor, stats: SampleStats, passes_before: int) -> int:
         """Adds the samples of a batch that this pass has not seen yet; returns their number.
@@ -65,17 +67,24 @@ class Tally:
         # If a sample occurs twice, its last row counts, as in ScoreStore.update.
         samples, place = np.unique(indices.numpy()[fresh][::-1], return_index=True)
         rows = fresh[::-1][place]
-        self.done[samples] += 1
         tensors = self._tensors
         device = tensors["sums"].device
         at = torch.from_numpy(samples).to(device, non_blocking=True)
         row = torch.from_numpy(rows).to(device, non_blocking=True)
         columns = torch.stack([getattr(stats, name).float() for name in _SUMMED]).to(device)
-        tensors["sums"][:, at] += columns[:, row]
         count = stats.count.to(device)[row].to(torch.int32)
-        tensors["wrong"][at] += (~stats.correct.to(device)[row]).to(torch.int32)
-        tensors["count"][at] += count
-        tensors["visits"][at] += (count > 0).to(torch.int32)
+        wrong = (~stats.correct.to(device)[row]).to(torch.int32)
+        added = {
+            "sums": tensors["sums"][:, at] + columns[:, row],
+            "wrong": tensors["wrong"][at] + wrong,
+            "count": tensors["count"][at] + count,
+            "visits": tensors["visits"][at] + (count > 0).to(torch.int32),
+        }
+        self.whole = False
+        for name, values in added.items():
+            tensors[name][..., at] = values
+        self.done[samples] += 1
+        self.whole = True
         return len(samples)
 
     def means(self) -> SampleStats:

@@ -95,6 +95,13 @@ def test_views_aliases_and_scalars_survive(path):
     assert saved["empty"].shape == (0, 3)
 
 
+def test_tensors_under_keys_that_look_alike_stay_apart(path):
+    one, two, three, four = torch.arange(4)
+    given = {"a/b": one, "a": {"b": two}, 1: three, "1": four}
+    save_checkpoint(path, given=given)
+    assert equal(load_checkpoint(path)["given"], given)
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -145,7 +152,7 @@ def test_foreign_files_are_refused(path, tmp_path):
         ({"version": "one"}, {}),
         ({"structure": None}, {}),
         ({"structure": "[1"}, {}),
-        ({}, {"/rng": None}),
+        ({}, {"0/rng": None}),
     ],
     ids=["no version", "no number", "no structure", "no JSON", "no tensor"],
 )
@@ -159,7 +166,7 @@ def test_a_safetensors_file_that_lacks_something_is_refused(metadata, tensors, t
     path = tmp_path / "run.safetensors"
     save_checkpoint(path, step=1, rng=torch.arange(3))
     with library.safe_open(path, framework="pt") as file:
-        whole, arrays = file.metadata(), {"/rng": file.get_tensor("/rng")}
+        whole, arrays = file.metadata(), {"0/rng": file.get_tensor("0/rng")}
     save_file(arrays, path, whole)
     assert load_checkpoint(path)["step"] == 1
     save_file(changed(arrays, tensors), path, changed(whole, metadata))

@@ -452,8 +452,12 @@ def test_select_never_loses_a_file(file, scores):
     np.save(labels, np.zeros(N, dtype=np.int64))
     for read in (file, file.parent / ".." / file.parent.name / file.name, labels):
         options = ("--k", 3, "--overwrite", "--labels", labels)
-        assert "OUTPUT must be another file" in refused("select", file, read, *options)
+        assert "OUTPUT must be another than" in refused("select", file, read, *options)
     assert np.load(file).tolist() == scores.tolist()
+    folder = file.parent / "data"
+    folder.mkdir()
+    options = ("--k", 3, "--overwrite", "--dataset", folder)
+    assert "OUTPUT must be another than" in refused("select", file, folder, *options)
 
 
 def test_select_refuses_an_output_that_cannot_be_written(file):
@@ -472,10 +476,11 @@ def test_select_refuses_an_output_that_cannot_be_written(file):
 
 
 def test_select_refuses_an_output_of_a_folder_that_takes_no_files(file, monkeypatch):
-    def refuse(**_):
+    def refuse(self, mode):
+        assert mode == "xb"
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     output = file.parent / "kept.npy"
     assert f"cannot write {output}: Permission denied" in refused("select", file, output, "--k", 3)
     assert not output.exists()

@@ -88,6 +88,14 @@ def test_what_has_no_index_is_refused(dataset):
         with_indices(dataset)
 
 
+def test_mapping_samples_need_no_such_collate_function():
+    loader = DataLoader(
+        with_indices([{"x": 1}, {"x": 2}]), collate_fn=collate_with_indices(lambda batch: batch)
+    )
+    with pytest.raises(TypeError, match="carry their index as 'sample_index'"):
+        next(iter(loader))
+
+
 def test_a_collate_function_must_be_one():
     with pytest.raises(TypeError, match="collate_fn must be a function, got None"):
         collate_with_indices(None)

@@ -158,6 +158,23 @@ def merge_settles_samples_of_several_ranks(rank: int, size: int) -> None:
 
 
 @ranks_check
+def rows_out_of_range_are_reported_once(rank: int, size: int) -> None:
+    store = emp_fast.ScoreStore(N)
+    store._samples.state.counters[1] = 2 if rank == 0 else 0  # as a kernel on a GPU leaves it
+    store.merge()
+    for rows in (2 if size > 1 or rank == 0 else 0, 0, 3, 0):
+        if rows == 3:
+            store._samples.state.counters[1] += 3 if rank == 0 else 0
+            store.merge()
+        if rows:
+            with pytest.raises(IndexError, match=f"{rows} rows of earlier updates"):
+                store.select(1)
+        else:
+            store.merge()
+            store.select(1)
+
+
+@ranks_check
 def merge_adds_many_visits_exactly(rank: int, size: int) -> None:
     """More than a byte counts."""
     store = emp_fast.ScoreStore(20, rules.Loss())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -510,6 +511,17 @@ def test_tensors_without_values_have_shapes(name: str) -> None:
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
     traced = make_fx(lambda *x: TRACEABLE[name](*x).loss, tracing_mode="symbolic")(*given)
     torch.testing.assert_close(traced(*given), real.loss)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [2]])
+def test_rows_that_no_segment_holds_get_no_gradient(offsets: list[int]) -> None:
+    """On a GPU the offsets are not checked; the forward pass leaves such rows out."""
+    context = SimpleNamespace(saved_tensors=(torch.tensor(offsets),), rows=4, dtype=torch.float32)
+    grad, *_ = ops.SegmentSum.backward(context, torch.full((len(offsets) - 1,), 3.0), None)
+    summed = torch.zeros(4)
+    summed[offsets[0] : offsets[-1]] = 3.0
+    assert grad is not None
+    assert torch.equal(grad, summed)
 
 
 @pytest.mark.parametrize("name", TRACEABLE)

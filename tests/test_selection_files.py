@@ -154,6 +154,15 @@ def test_export_saves_to_disk_whole_or_not_at_all(tmp_path, hugging_face, plain,
         assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "whole"]
 
 
+def test_export_replaces_no_other_folder(tmp_path, hugging_face, plain):
+    (tmp_path / "kept.txt").write_text("precious")
+    with pytest.raises(FileProblem, match="a folder of other things than a data set"):
+        plain.export(hugging_face, tmp_path, overwrite=True)
+    assert (tmp_path / "kept.txt").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    plain.export(hugging_face, tmp_path / "empty", overwrite=True)
+
+
 def test_export_refuses_what_is_no_such_data_set(tmp_path, hugging_face, plain, monkeypatch):
     datasets = pytest.importorskip("datasets")
     with pytest.raises(TypeError, match=r"must be a datasets.Dataset, one split, got list"):

@@ -12,6 +12,7 @@ import textwrap
 from collections import UserDict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from typer.testing import CliRunner
 
 import emp_fast
 from emp_fast import EmpFastWarning, FileProblem, Pruner, SampleStats, ScoreStore, with_indices
+from emp_fast.batches import moved
 from emp_fast.cli import app
 from emp_fast.functional import cross_entropy
 from emp_fast.rules import AUM, EMP, RHO, GraNd, Loss
@@ -340,6 +342,11 @@ def test_samples_without_a_score_are_nan_and_told(tmp_path):
     assert stats.count.tolist() == [0 if i == 9 else 1 for i in range(N)]
 
 
+def test_a_partial_result_in_no_folder_is_refused_before_any_work(tmp_path):
+    with pytest.raises(FileProblem, match=r"cannot write .*nowhere/part: No such file"):
+        quiet(Counting(0), make_loader(), partial=tmp_path / "nowhere" / "part")
+
+
 def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path):
     def model(x):
         raise AssertionError("was called")
@@ -392,6 +399,67 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, fails_at):
     assert rest.calls == 2 * math.ceil(N / 8) - fails_at
     assert all(torch.equal(*pair) for pair in zip(whole, resumed, strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["scores.npy"]
+
+
+def test_an_error_while_a_batch_is_added_does_not_count_its_samples(tmp_path):
+    output = tmp_path / "scores.npy"
+
+    def spoiled(model, batch):
+        (x, y), indices = batch
+        stats = cross_entropy(model(x), y)
+        return indices, stats._replace(correct=None) if 16 in indices else stats
+
+    with pytest.raises(AttributeError):
+        quiet(make_model(), make_loader(), output=output, score_batch=spoiled)
+    partial = tmp_path / "scores.npy.partial"
+    assert torch.load(partial, weights_only=True)["done"].tolist() == 16 * [1] + (N - 16) * [0]
+
+
+def test_an_interrupt_while_a_batch_is_added_saves_nothing_of_it(tmp_path, monkeypatch):
+    output = tmp_path / "scores.npy"
+
+    class Stopping(torch.Tensor):
+        def __setitem__(self, at, values):
+            raise KeyboardInterrupt
+
+    def stopped(model, batch):
+        (x, y), indices = batch
+        if 16 in indices:
+            tally = tallies[0]
+            tally._tensors["count"] = tally._tensors["count"].as_subclass(Stopping)
+        return indices, cross_entropy(model(x), y)
+
+    tallies = []
+    init = Tally.__init__
+    monkeypatch.setattr(
+        Tally, "__init__", lambda self, *given: (init(self, *given), tallies.append(self))[0]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        quiet(make_model(), make_loader(), output=output, score_batch=stopped, save_every=0)
+    partial = torch.load(tmp_path / "scores.npy.partial", weights_only=True)
+    assert partial["done"].tolist() == 16 * [1] + (N - 16) * [0]
+    assert int(partial["tensors"]["visits"].sum()) == 16
+
+
+def test_batches_keep_their_types():
+    class Pair(NamedTuple):
+        x: torch.Tensor
+        y: torch.Tensor
+
+    class Encoded(UserDict):
+        """As transformers' BatchEncoding: a mapping with more than its entries."""
+
+        encodings = None
+
+    given = {"pair": Pair(torch.ones(2), torch.zeros(2)), "encoded": Encoded(x=torch.ones(1))}
+    given["encoded"].encodings = "kept"
+    got = moved(given, torch.device("meta"))
+    assert type(got["pair"]) is Pair
+    assert got["pair"].x.is_meta
+    assert type(got["encoded"]) is Encoded
+    assert got["encoded"].encodings == "kept"
+    assert got["encoded"]["x"].is_meta
+    assert not given["encoded"]["x"].is_meta
 
 
 def test_a_run_goes_on_with_another_batch_size_and_any_iterable(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import emp_fast
 from emp_fast import EmpFastWarning, ScoreStore
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, EpsilonGreedy, TopK
@@ -375,6 +376,31 @@ def test_rows_that_a_device_refused_as_out_of_range_raise_at_the_next_selection(
     with pytest.raises(IndexError, match=r"\[0, 3\): 2 rows of earlier updates"):
         store.select(1)
     assert len(store.select(1).indices) == 1
+
+
+@pytest.mark.parametrize("backend_name", ["reference", "cpu"])
+def test_a_rule_may_write_to_its_rows_in_place(backend_name):
+    class InPlace(Rule):
+        reads = ("loss",)
+
+        def step(self, stats, state):
+            state["memory"].add_(stats["loss"])
+            return {"score": 2 * state["memory"], "memory": state["memory"]}
+
+    with emp_fast.use_backend(backend_name):
+        store = ScoreStore(3, InPlace())
+        store.update(torch.tensor([0, 1]), {"loss": torch.tensor([1.0, math.nan])})
+        store.update(torch.tensor([0, 2, 0]), {"loss": torch.tensor([2.0, 5.0, 4.0])})
+    assert store.memory.tolist() == [5.0, 0.0, 5.0]
+    assert store.scores.tolist() == [10.0, math.inf, 10.0]
+    assert store.visits.tolist() == [2, 0, 1]
+
+
+def test_the_visits_of_a_rule_of_tensor_code_saturate():
+    store = ScoreStore(2, Forgetting())
+    store.visits[:] = torch.tensor([2**31 - 1, 3])
+    store.update(torch.arange(2), {"correct": torch.tensor([True, True])})
+    assert store.visits.tolist() == [2**31 - 1, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])

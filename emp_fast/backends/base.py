@@ -19,6 +19,8 @@ from emp_fast.backends.winners import Winners, winners
 
 #: The scores in `RowScores.rows`, in order; the values that the backward pass needs follow them.
 SCORE_FIELDS = ("entropy", "el2n", "margin", "confidence")
+#: The count of a sample's visits saturates here.
+MOST_VISITS = 2**31 - 1
 ROW_FIELDS = (*SCORE_FIELDS, "max", "inv_sum", "miss")
 
 

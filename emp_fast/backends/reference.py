@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emp_fast.backends.base import (
+    MOST_VISITS,
     Backend,
     LossOptions,
     Recurrence,
@@ -23,7 +24,6 @@ from emp_fast.backends.winners import winners
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
-_MOST_VISITS = 2**31 - 1  # the visit count saturates here
 
 
 class ReferenceBackend(Backend):
@@ -169,7 +169,7 @@ class ReferenceBackend(Backend):
         chosen = winners(indices, usable, count, state.scores.shape[0], state.counters)
         rows, at = chosen.rows, chosen.indices
         x, m, n = signal[rows], state.memory[at], state.visits[at]
-        visits = n.clamp_max(_MOST_VISITS - 1) + 1
+        visits = n.clamp_max(MOST_VISITS - 1) + 1
         first, decay = n == 0, recurrence.decay
         if recurrence.kind == "mean":
             memory = m + (x - m) / visits

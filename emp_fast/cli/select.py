@@ -128,9 +128,9 @@ def select(
         )
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"--seed must fit 64 bits, got {seed}")
-    for given in (scores, labels):
+    for given in (scores, labels, dataset):
         if given is not None and output.resolve() == given.resolve():
-            raise InputError(f"OUTPUT must be another file than {given}, which is read")
+            raise InputError(f"OUTPUT must be another than {given}, which is read")
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists already; --overwrite replaces it")
     if dataset is None:

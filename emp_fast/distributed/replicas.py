@@ -91,6 +91,10 @@ class Replicas:
                 stacklevel=4,
             )
 
+    def forget_out_of_range(self) -> None:
+        """Called when the rows out of range were reported and their count was set to 0."""
+        self._counters[1] = 0
+
     def _base_facts(self) -> dict[str, object]:
         """The state that the merge builds on, which must be known and equal on all ranks."""
         if self._unknown and self._rows.total == self.rows_seen:
