@@ -182,6 +182,20 @@ def test_compiles_whole(backend, device) -> None:
     )
 
 
+def test_vmap_of_grad(backend, device) -> None:
+    x = torch.randn(3, 33, 40, device=device)
+    target = torch.randint(0, 40, (3, 33), device=device)
+
+    def ours(x, target):
+        return cross_entropy(x, target).loss.sum()
+
+    def torchs(x, target):
+        return torch.nn.functional.cross_entropy(x, target, reduction="sum")
+
+    made, wanted = (torch.func.vmap(torch.func.grad(loss))(x, target) for loss in (ours, torchs))
+    torch.testing.assert_close(made, wanted)
+
+
 def test_ops_pass_opcheck(backend, device) -> None:
     logits, target, _ = batch((6, 10), device)
     ops = torch.ops.emp_fast
