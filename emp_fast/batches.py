@@ -135,7 +135,9 @@ def rebatched(
     ):
         return None
     size, samples = loader.batch_size, len(loader.dataset)
-    flags = torch.nn.functional.pad(wanted(torch.arange(samples)), (0, -samples % size))
+    flags = torch.nn.functional.pad(
+        wanted(torch.arange(samples, device="cpu")), (0, -samples % size)
+    )
     numbers = flags.view(-1, size).any(1).nonzero()[:, 0].tolist()
     share = numbers[rank::world_size]
     if len(share) * world_size < len(numbers):

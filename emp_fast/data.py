@@ -115,7 +115,8 @@ class _IndexedCollate:
                 "no collate_with_indices; it gets that key as one more"
             )
         samples = [sample for sample, _ in batch]
-        return self.collate_fn(samples), torch.tensor([index for _, index in batch])
+        indices = torch.tensor([index for _, index in batch], device="cpu")
+        return self.collate_fn(samples), indices
 
 
 def _indexed(sample: Any, index: int) -> Any:

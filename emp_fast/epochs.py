@@ -379,7 +379,7 @@ class Progress:
 
     def _select(self, epoch: int) -> Selection:
         if self.schedule.is_full(epoch):
-            return Selection(torch.arange(self.store.num_samples), None)
+            return Selection(torch.arange(self.store.num_samples, device="cpu"), None)
         return self.store.select(
             self.schedule.budget(epoch),
             self.schedule.policy,
@@ -457,7 +457,10 @@ class Progress:
         """
         epoch = checked_count("state['epoch']", state.get("epoch"))
         position = checked_count("state['position']", state.get("position"))
-        selection = self._checked_selection(state.get("indices"), state.get("weights"), position)
+        for name in ("indices", "weights"):
+            if name not in state:
+                raise ValueError(f"state[{name!r}] is missing")
+        selection = self._checked_selection(state["indices"], state["weights"], position)
         if selection is None:
             return SavedProgress(epoch, position, None)
         plan = Plan(epoch, selection, self.store.num_samples, self.seed)

@@ -224,8 +224,8 @@ def info_nce(
     """InfoNCE with in-batch negatives and its scores, without storing all [S, S] similarities.
 
     Row i's positive is key i (van den Oord et al., arXiv 1807.03748). With ``symmetric`` every
-    field is the mean over the two directions, query to key and key to query, as for a sample with
-    two positions.
+    float field is the mean over the two directions, query to key and key to query, and a sample is
+    correct if both are. ``count`` is 1.
 
     Args:
         query: embeddings; both are normalised to unit length here.
@@ -280,9 +280,8 @@ def info_nce(
                 name: (getattr(stats, name) + getattr(back, name)) / 2
                 for name in ("loss", "entropy", "el2n", "margin", "confidence")
             }
-            stats = SampleStats(
-                **halves, correct=stats.correct & back.correct, count=stats.count + back.count
-            )
+            correct = stats.correct & back.correct
+            stats = SampleStats(**halves, correct=correct, count=stats.count)
     if hidden is not None:
         features = hidden.detach()
         none = torch.zeros(samples, dtype=torch.int64, device=hidden.device)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from emp_fast import functional
 from emp_fast._validation import checked_int, checked_integers
 from emp_fast._warnings import EmpFastWarning
+from emp_fast.backends.base import check_index_range
 from emp_fast.epochs import Progress, SavedProgress
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Balance, Policy, TopK, check_balance
@@ -237,8 +239,8 @@ class Pruner:
 
         Raises:
             TypeError: the indices are not integers.
-            IndexError: on the CPU, an index is beyond N. On a GPU it gets an arbitrary weight, and
-                `update` refuses it.
+            IndexError: on the CPU, an index lies outside [0, N). On a GPU it gets an arbitrary
+                weight, and `update` refuses it.
         """
         indices = checked_integers("indices", indices)
         plan = self.progress.plan
@@ -248,6 +250,8 @@ class Pruner:
         at = indices.to(self.store.device, torch.int64, non_blocking=True)
         if at.device.type != "cpu":  # there, a bad index would make the device unusable
             at = at.clamp(0, self.store.num_samples - 1)
+        elif not is_compiling():
+            check_index_range(at, self.store.num_samples)
         return weights[at]
 
     def _weighs(self) -> bool:

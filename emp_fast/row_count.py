@@ -18,7 +18,7 @@ class RowCount:
     @torch.inference_mode(False)  # a tensor made in inference mode cannot be updated outside it
     def __init__(self) -> None:
         self._total = self._largest = 0
-        self._compiled = torch.zeros(2, dtype=torch.int64)
+        self._compiled = torch.zeros(2, dtype=torch.int64, device="cpu")
 
     def add(self, rows: int) -> None:
         """Counts an update with that many rows."""

@@ -155,8 +155,8 @@ class EpochIterator(Iterator[int]):
         order = self._plan.order
         if high <= len(order):
             return cast("list[int]", order[low : high : self._world_size].tolist())
-        positions = torch.arange(low, high, self._world_size) % len(order)  # the tail repeats
-        return cast("list[int]", order[positions].tolist())
+        positions = torch.arange(low, high, self._world_size, device="cpu")
+        return cast("list[int]", order[positions % len(order)].tolist())  # the tail repeats
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, the position in its global order, and the length of that order."""

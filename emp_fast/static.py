@@ -171,7 +171,7 @@ def _one_pass(
     def wanted(indices: Tensor) -> Tensor:
         return tally.done[indices] <= number
 
-    if not bool(wanted(torch.arange(len(tally.done))).any()):
+    if not bool(wanted(torch.arange(len(tally.done), device="cpu")).any()):
         return
     ours = rebatched(loader, wanted, ranks.rank, ranks.size, seed=number)
     batches = loader if ours is None else ours

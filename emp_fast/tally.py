@@ -31,7 +31,7 @@ class Tally:
 
     def __init__(self, num_samples: int, device: torch.device) -> None:
         #: Completed passes of each sample; on the host, so that reading it never waits.
-        self.done = torch.zeros(num_samples, dtype=torch.int32)
+        self.done = torch.zeros(num_samples, dtype=torch.int32, device="cpu")
         self._tensors = {
             "sums": torch.zeros(len(_SUMMED), num_samples, dtype=torch.float32, device=device),
             "wrong": torch.zeros(num_samples, dtype=torch.int32, device=device),

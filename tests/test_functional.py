@@ -226,6 +226,52 @@ def assert_margins_beyond_the_cap(classes: int) -> None:
         assert_stats(got, oracle(logits, target, softcap=cap)[0])
 
 
+@pytest.mark.parametrize("classes", [4, 300])
+def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
+    classes: int, backend: str
+) -> None:
+    logits = torch.linspace(-1, 1, classes)[None].clone()
+    logits[0, 1], target = -math.inf, torch.tensor([1])
+    plain = cross_entropy(logits, target)
+    assert plain.loss.tolist() == [math.inf]
+    weight = torch.ones(classes)
+    weight[1] = 0
+    options: list[tuple[dict[str, Any], float | None]] = [
+        ({"weight": weight}, 0.0),
+        ({"weight": weight, "label_smoothing": 1.0}, None),
+        ({"label_smoothing": 1.0}, math.inf),
+    ]
+    for chosen, loss in options:
+        leaf = logits.clone().requires_grad_()
+        stats = cross_entropy(leaf, target, **chosen)
+        wanted, wanted_grad = oracle(logits, target, **chosen)
+        assert_stats(stats, wanted)
+        assert loss is None or stats.loss.tolist() == [loss]
+        for field in FLOAT_FIELDS[1:]:
+            assert torch.equal(getattr(stats, field), getattr(plain, field)), field
+        (grad,) = torch.autograd.grad(stats.loss.sum(), leaf)
+        torch.testing.assert_close(grad.double(), torch.from_numpy(wanted_grad))
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_gradients_of_unlikely_targets_are_as_good_as_torchs(classes: int, backend: str) -> None:
+    """Most targets of random logits: d / D has two roundings near 1, and 1 - p_y has one."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        leaf = torch.randn(64, classes, generator=generator).requires_grad_()
+        target = torch.randint(0, classes, (64,), generator=generator)
+        wanted = torch.from_numpy(oracle(leaf.detach(), target)[1])
+        losses = (
+            cross_entropy(leaf, target).loss,
+            torch.nn.functional.cross_entropy(leaf, target, reduction="none"),
+        )
+        error, torchs = (
+            float((torch.autograd.grad(loss.sum(), leaf)[0].double() - wanted).abs().max())
+            for loss in losses
+        )
+        assert error <= 2 * torchs
+
+
 @pytest.mark.parametrize("classes", [1, 2, 10, 300, 5000])
 def test_the_margin_beyond_a_softcap_keeps_its_digits(classes: int, backend: str) -> None:
     assert_margins_beyond_the_cap(classes)

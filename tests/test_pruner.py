@@ -430,6 +430,23 @@ def test_a_loader_that_fetched_ahead_to_the_end_can_go_back(iterators):
         other.load_state_dict(position)  # trained on meanwhile: there is no way back
 
 
+def test_indices_of_weights_are_checked():
+    pruner = Pruner(N, rule=Loss(), policy=BelowMean(0.5))
+    for epoch in range(2):
+        run_epoch(pruner, make_loader(pruner), epoch)
+    for bad in (-1, N):
+        with pytest.raises(IndexError, match=rf"\[0, {N}\), got {bad}"):
+            pruner.weights(torch.tensor([0, bad]))
+
+
+@pytest.mark.parametrize("name", ["indices", "weights"])
+def test_a_state_that_lacks_an_entry_is_refused(name):
+    state = Pruner(N).state_dict()
+    del state[name]
+    with pytest.raises(ValueError, match=rf"state\['{name}'\] is missing"):
+        Pruner(N).load_state_dict(state)
+
+
 def test_a_state_taken_after_set_epoch_begins_that_epoch():
     """What a loader's drop_last left of the epoch before is not trained on then."""
     pruner = Pruner(N, 0.5, rule=Loss())

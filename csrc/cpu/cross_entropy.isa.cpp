@@ -379,7 +379,7 @@ int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t beg
     Floats loss = scores.nll;
     if (problem.weight) {
       for (int i = 0; i < kLanes; ++i) target.weight[i] = problem.weight[target.id[i]];
-      loss = loss * load(target.weight);
+      loss = weighted(load(target.weight), loss);
     }
     if (problem.label_smoothing > 0) {
       alignas(64) float rest[kLanes];
@@ -390,7 +390,8 @@ int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t beg
       const Floats uniform = uniform_loss(group.sums, logits.capped(raw_y), scores, group.spread,
                                           load(target.weight), load(rest));
       const float share = problem.label_smoothing / static_cast<float>(problem.classes);
-      loss = fused(broadcast(share), uniform, broadcast(1.0f - problem.label_smoothing) * loss);
+      const Floats sharp = weighted(broadcast(1.0f - problem.label_smoothing), loss);
+      loss = fused(broadcast(share), uniform, sharp);
     }
     write_scores(problem, out, first, count, target.valid, scores, loss);
   }

@@ -85,16 +85,19 @@ class ReferenceBackend(Backend):
             el2n = off.square().sum(1).sqrt()
         else:
             nll = log_total - t_y
-            loss = nll if weight is None else weight[y] * nll
-            if options.label_smoothing > 0:
+            loss = nll if weight is None else _masked_product(weight[y], nll)
+            smoothing = options.label_smoothing
+            if smoothing > 0:
                 every = torch.ones_like(x[:1]) if weight is None else weight[None]
                 uniform = -_masked_product(every, log_p).sum(1) / num_classes
-                loss = (1 - options.label_smoothing) * loss + options.label_smoothing * uniform
+                sharp = torch.zeros_like(loss) if smoothing == 1 else (1 - smoothing) * loss
+                loss = sharp + smoothing * uniform
             el2n = (miss * miss + q * inv_sum * inv_sum).sqrt()
 
-        rows = torch.stack(
-            [entropy.clamp_min(0), el2n, margin, e_y * inv_sum, largest, inv_sum, miss]
-        )
+        confidence = e_y * inv_sum
+        # For an unlikely target 1 - p_y has the smaller rounding error, for a likely one the miss.
+        miss = torch.where(confidence < 0.5, 1 - confidence, miss)
+        rows = torch.stack([entropy.clamp_min(0), el2n, margin, confidence, largest, inv_sum, miss])
         # A NaN in a row makes all its fields NaN. So does a class id out of range on a GPU.
         spoiled = bad | torch.isnan(loss) | torch.isnan(inv_sum)
         rows = torch.where(spoiled, torch.nan, rows)
@@ -298,7 +301,7 @@ def _smoothed(target: Tensor, options: LossOptions, weight: Tensor | None) -> Te
 
 
 def _masked_product(t: Tensor, log_p: Tensor) -> Tensor:
-    """``t * log_p``, but 0 for a class with t = 0, even at log_p = -inf."""
+    """``t * log_p``, but 0 for a class with t = 0, even at an infinite log_p."""
     return torch.where(t == 0, 0.0, t * log_p)
 
 

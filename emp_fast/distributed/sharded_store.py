@@ -73,8 +73,8 @@ class ShardedScoreStore:
         self,
         num_samples: int,
         rule: Rule = EMP(),
-        *,
         process_group: Any = None,
+        *,
         device: torch.device | str | None = None,
     ) -> None:
         num_samples = checked_store_arguments(num_samples, rule)

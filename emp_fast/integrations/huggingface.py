@@ -293,7 +293,7 @@ class _IndexedCollate:
                 indices.append(index)
             samples.append(sample)
         batch = self.collate(samples)
-        batch[SAMPLE_INDEX] = torch.tensor(indices)
+        batch[SAMPLE_INDEX] = torch.tensor(indices, device="cpu")
         offsets = _packed_offsets(batch, len(samples))
         if offsets is not None:
             batch[_OFFSETS] = offsets
