@@ -27,7 +27,7 @@ from torch import Tensor
 from emp_fast import random
 from emp_fast._validation import checked_epoch
 from emp_fast.distributed.ranks import world_size_of
-from emp_fast.policies import Balance
+from emp_fast.quotas import Balance
 from emp_fast.random import Stream
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection

@@ -14,7 +14,8 @@ from emp_fast._validation import checked_int, checked_integers
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.epochs import Progress, SavedProgress
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Balance, Policy, TopK, check_balance
+from emp_fast.policies import Policy, TopK
+from emp_fast.quotas import Balance, check_balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from emp_fast._warnings import EmpFastWarning
+from emp_fast.candidates import Candidates, groups_of
 from emp_fast.distributed.replicas import Replicas
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Balance, Candidates, Policy, TopK, choose
+from emp_fast.policies import Policy, TopK, choose
+from emp_fast.quotas import Balance
 from emp_fast.row_count import RowCount
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, StepOptions, checked_store_arguments
@@ -21,7 +23,6 @@ from emp_fast.selection_checks import (
     check_chosen,
     checked_labels,
     checked_selection,
-    groups_of,
 )
 from emp_fast.snapshots import (
     checked_count,

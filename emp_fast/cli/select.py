@@ -12,9 +12,11 @@ import typer
 from torch import Tensor
 
 from emp_fast import policies
+from emp_fast.candidates import Candidates
 from emp_fast.cli.console import InputError
 from emp_fast.files import check_writable, read_vector
-from emp_fast.policies import Balance, Candidates, Policy, choose
+from emp_fast.policies import Policy, choose
+from emp_fast.quotas import Balance
 from emp_fast.selection import WRITABLE, Selection, load_dataset
 
 __all__ = ["select"]

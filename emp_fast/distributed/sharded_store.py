@@ -18,7 +18,8 @@ from emp_fast.distributed.exchange import Layout, layout_of, pack_rows, row_byte
 from emp_fast.distributed.ranks import Ranks, rank_of, same_group, world_size_of
 from emp_fast.distributed.sharded_candidates import ShardedCandidates
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Balance, Policy, TopK, choose
+from emp_fast.policies import Policy, TopK, choose
+from emp_fast.quotas import Balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, checked_indices, checked_store_arguments
 from emp_fast.selection import Selection
