@@ -87,6 +87,10 @@ class Candidates:
         counts: list[int] = self._over_ranks(own, "sum").tolist()
         return counts
 
+    def total(self, own: int) -> int:
+        """The sum of all ranks' ``own`` numbers."""
+        return int(self._over_ranks(torch.tensor(own), "sum"))
+
     def bounds(self, mask: Tensor) -> tuple[float, float] | None:
         """The lowest and the highest score in ``mask``; None if it is empty."""
         scores = self.scores[mask]

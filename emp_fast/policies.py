@@ -23,6 +23,7 @@ from emp_fast._validation import is_plain_int, is_plain_real
 from emp_fast.candidates import Candidates
 from emp_fast.quotas import Balance, class_quotas, fair_shares
 from emp_fast.random import Stream
+from emp_fast.selection import Selection
 
 __all__ = [
     "BelowMean",
@@ -337,14 +338,15 @@ class Window(Policy):
         return [math.floor(low * n) for n in visited], [math.ceil(high * n) for n in visited]
 
 
-def choose(
-    policy: Policy, candidates: Candidates, k: int | None, balance: Balance
-) -> tuple[Tensor, Tensor | None]:
+def choose(policy: Policy, candidates: Candidates, k: int | None, balance: Balance) -> Selection:
     """Lets ``policy`` spend a budget of k samples; None leaves the number to the policy.
 
+    If the candidates are only the samples of one rank, so is the selection, and k is the number on
+    all ranks.
+
     Raises:
-        ValueError: the policy cannot choose that many, or its `Policy.choose` did not return a mask
-            and weights of the samples.
+        ValueError: the policy cannot choose that many; or its `Policy.choose` did not return a mask
+            and weights of the samples, or not k of them (None: not one).
     """
     quotas = None if k is None else policy.quotas(candidates, k, balance)
     chosen = policy.choose(candidates, quotas)
@@ -355,7 +357,12 @@ def choose(
     _require_vector(f"{where}[0], the mask,", mask, torch.bool, len(candidates))
     if weights is not None:
         _require_vector(f"{where}[1], the weights,", weights, torch.float32, len(candidates))
-    return mask, weights
+    selection = Selection.of(mask, weights)
+    number = candidates.total(len(selection.indices))
+    if number != k and (k is not None or number == 0):
+        wanted = "at least one sample" if k is None else f"{k} samples"
+        raise ValueError(f"policy must choose {wanted}, but {policy!r} chose {number}")
+    return selection
 
 
 def _require_vector(name: str, value: object, dtype: torch.dtype, length: int) -> None:

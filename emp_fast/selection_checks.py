@@ -1,4 +1,4 @@
-"""Checks of a selection that both stores share: its arguments, and the number of chosen samples."""
+"""Checks of the arguments of a selection, which both stores share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from emp_fast._validation import checked_epoch, checked_int, checked_integers
 from emp_fast.policies import Policy
 from emp_fast.quotas import Balance, check_balance
 
-__all__ = ["check_chosen", "checked_labels", "checked_selection"]
+__all__ = ["checked_labels", "checked_selection"]
 
 
 def checked_selection(
@@ -51,10 +51,3 @@ def checked_labels(labels: object, num_samples: int) -> Tensor:
     if labels.shape != (num_samples,):
         raise ValueError(f"labels must have shape [{num_samples}], got {tuple(labels.shape)}")
     return labels
-
-
-def check_chosen(policy: Policy, k: int | None, chosen: int) -> None:
-    """Raises ValueError unless a policy chose its whole budget, or any sample if it has none."""
-    if chosen != k and (k is not None or chosen == 0):
-        wanted = "at least one sample" if k is None else f"{k} samples"
-        raise ValueError(f"policy must choose {wanted}, but {policy!r} chose {chosen}")

@@ -19,11 +19,7 @@ from emp_fast.row_count import RowCount
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, StepOptions, checked_store_arguments
 from emp_fast.selection import Selection
-from emp_fast.selection_checks import (
-    check_chosen,
-    checked_labels,
-    checked_selection,
-)
+from emp_fast.selection_checks import checked_labels, checked_selection
 from emp_fast.snapshots import (
     checked_count,
     checked_tensors,
@@ -199,9 +195,7 @@ class ScoreStore:
         candidates = Candidates(
             self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
         )
-        selection = Selection.of(*choose(policy, candidates, k, balance))
-        check_chosen(policy, k, len(selection.indices))
-        return selection
+        return choose(policy, candidates, k, balance)
 
     def _report_refused(self) -> None:
         nonfinite, out_of_range = self._samples.state.counters.tolist()

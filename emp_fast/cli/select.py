@@ -153,7 +153,7 @@ def select(
         values, torch.ones_like(values, dtype=torch.bool), groups, num_groups, seed=seed
     )
     try:
-        kept = Selection.of(*choose(chosen, candidates, budget, cast(Balance, balance)))
+        kept = choose(chosen, candidates, budget, cast(Balance, balance))
     except ValueError as error:  # a window narrower than the budget
         raise InputError(str(error)) from error
     if dataset is None:

@@ -23,7 +23,7 @@ from emp_fast.quotas import Balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, checked_indices, checked_store_arguments
 from emp_fast.selection import Selection
-from emp_fast.selection_checks import check_chosen, checked_selection
+from emp_fast.selection_checks import checked_selection
 from emp_fast.snapshots import checked_count, checked_tensors, require_entries, store_facts
 
 __all__ = ["ShardedScoreStore"]
@@ -261,8 +261,7 @@ class ShardedScoreStore:
             epoch=epoch,
             start=self.owned_range.start,
         )
-        own = Selection.of(*choose(policy, candidates, k, balance))
-        check_chosen(policy, k, int(ranks.all_reduce(torch.tensor(len(own.indices)))))
+        own = choose(policy, candidates, k, balance)
         return own._replace(indices=own.indices + self.owned_range.start)
 
     def _own_labels(self, labels: Tensor) -> Tensor:
