@@ -227,7 +227,7 @@ class ScoreStore:
 
         For a rule without buffers, all ranks together pass at most R * N / 8 + 8 * (changed
         samples) bytes to the collectives, and one more byte per changed sample if any sample was
-        visited twice.
+        visited twice. A rank with fewer changes than another passes as many bytes as that one.
 
         Args:
             process_group: the ranks that train together; None is the default group.
