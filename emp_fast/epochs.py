@@ -32,7 +32,7 @@ from emp_fast.random import Stream
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels
-from emp_fast.snapshots import Form, checked_count, require_form
+from emp_fast.snapshot_checks import Form, checked_count, require_form
 from emp_fast.store import ScoreStore
 
 __all__ = ["Plan", "Progress", "SavedProgress"]

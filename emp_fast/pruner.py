@@ -21,7 +21,7 @@ from emp_fast.sample_state import by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
-from emp_fast.snapshots import require_entries, require_state
+from emp_fast.snapshot_checks import require_entries, require_state
 from emp_fast.store import ScoreStore
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, StepOptions, checked_store_arguments
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels, checked_selection
-from emp_fast.snapshots import (
+from emp_fast.snapshot_checks import (
     checked_count,
     checked_tensors,
     require_entries,

@@ -24,7 +24,7 @@ from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, checked_indices, checked_store_arguments
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_selection
-from emp_fast.snapshots import checked_count, checked_tensors, require_entries, store_facts
+from emp_fast.snapshot_checks import checked_count, checked_tensors, require_entries, store_facts
 
 __all__ = ["ShardedScoreStore"]
 
