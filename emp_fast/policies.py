@@ -21,6 +21,7 @@ from torch import Tensor
 
 from emp_fast._validation import is_plain_int, is_plain_real
 from emp_fast.candidates import Candidates
+from emp_fast.identity import Identified
 from emp_fast.quotas import Balance, class_quotas, fair_shares
 from emp_fast.random import Stream
 from emp_fast.selection import Selection
@@ -41,8 +42,17 @@ __all__ = [
 _MOST_BINS = 1 << 20  # of Stratified; more would take minutes and gigabytes
 
 
-class Policy(ABC):
-    """How the budget of an epoch is spent. Subclasses implement `choose`."""
+class Policy(Identified, ABC):
+    """How the budget of an epoch is spent. Subclasses implement `choose`.
+
+    Checkpoints and ranks tell policies apart by their repr alone. It must differ between policies
+    that choose differently, and be the same in every process. The inherited one names the class and
+    its attributes, with a digest in place of every tensor and array. Override it where the repr of
+    another attribute falls short, such as that of a function, which has its address::
+
+        def __repr__(self):
+            return f"Near({hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]})"
+    """
 
     #: Whether ``k`` may be None; the policy then fixes its own number.
     sizes_itself: ClassVar[bool] = False
@@ -76,11 +86,6 @@ class Policy(ABC):
 
     def check_fraction(self, fraction: float) -> None:
         """Raises ValueError if the policy can never keep ``fraction`` of the samples."""
-
-    def __repr__(self) -> str:
-        """Names the policy and its settings: checkpoints and ranks compare policies by it."""
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({settings})"
 
 
 @dataclass(frozen=True)
