@@ -27,12 +27,12 @@ from torch import Tensor
 from emp_fast import random
 from emp_fast._validation import checked_epoch
 from emp_fast.distributed.ranks import world_size_of
-from emp_fast.policies import Balance
+from emp_fast.quotas import Balance
 from emp_fast.random import Stream
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels
-from emp_fast.snapshots import Form, checked_count, require_form
+from emp_fast.snapshot_checks import Form, checked_count, require_form
 from emp_fast.store import ScoreStore
 
 __all__ = ["Plan", "Progress", "SavedProgress"]

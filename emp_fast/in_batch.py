@@ -8,7 +8,7 @@ from emp_fast import functional
 from emp_fast._validation import require_float
 from emp_fast.functional import SampleStats
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import single_visit_scores
+from emp_fast.single_visit import single_visit_scores
 
 __all__ = ["select_in_batch"]
 

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from emp_fast import functional, random
 from emp_fast._validation import is_plain_int, is_plain_real
+from emp_fast.candidates import Candidates
+from emp_fast.identity import Identified
+from emp_fast.quotas import Balance, class_quotas, fair_shares
 from emp_fast.random import Stream
+from emp_fast.selection import Selection
 
 __all__ = [
     "BelowMean",
@@ -38,195 +39,20 @@ __all__ = [
     "class_quotas",
 ]
 
-Balance = Literal["equal", "proportional"]
-_SIGNIFICAND = 24  # bits in the significand of a float32
 _MOST_BINS = 1 << 20  # of Stratified; more would take minutes and gigabytes
 
 
-class Candidates:
-    """The N samples that a policy chooses from, in G groups (classes), and tools to choose exactly.
+class Policy(Identified, ABC):
+    """How the budget of an epoch is spent. Subclasses implement `choose`.
 
-    The tensors may hold only the samples of one rank (`ShardedCandidates`). A policy must therefore
-    make every decision across samples through these methods, in the same order on every rank, and
-    never sum or rank the tensors itself. It then selects the same samples on any number of ranks.
+    Checkpoints and ranks tell policies apart by their repr alone. It must differ between policies
+    that choose differently, and be the same in every process. The inherited one names the class and
+    its attributes, with a digest in place of every tensor and array. Override it where the repr of
+    another attribute falls short, such as that of a function, which has its address::
 
-    Args:
-        scores: [N] float32. NaN, which results when finite stats overflow in a rule, ranks as -inf.
-        visited: [N] bool.
-        groups: [N] int64 in [0, num_groups), or None for one group.
-        num_groups: G.
-        seed: keys the random numbers together with ``epoch``.
-        epoch: number of the epoch.
-        start: index of the first of these samples.
+        def __repr__(self):
+            return f"Near({hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]})"
     """
-
-    def __init__(
-        self,
-        scores: Tensor,
-        visited: Tensor,
-        groups: Tensor | None = None,
-        num_groups: int = 1,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-    ) -> None:
-        has_nan = len(scores) > 0 and bool(torch.isnan(torch.aminmax(scores).min))
-        self.scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf) if has_nan else scores
-        self.visited = visited
-        self.groups = groups
-        self.num_groups = num_groups
-        self._seed = seed
-        self._epoch = epoch
-        self._start = start
-
-    def __len__(self) -> int:
-        return self.scores.shape[0]
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Number of samples in each group."""
-        return self.count(None)
-
-    @cached_property
-    def num_visited(self) -> list[int]:
-        """Number of visited samples in each group."""
-        return self.count(self.visited)
-
-    def count(
-        self, mask: Tensor | None, groups: Tensor | None = None, num_groups: int | None = None
-    ) -> list[int]:
-        """How many samples of each group are in ``mask`` (None: all samples).
-
-        Args:
-            mask: [N] bool.
-            groups: [N] int64, in place of the candidates' own.
-            num_groups: number of groups in ``groups``.
-        """
-        groups = self.groups if groups is None else groups
-        if groups is None:
-            own = torch.tensor([len(self)]) if mask is None else torch.count_nonzero(mask).view(1)
-        else:
-            members = groups if mask is None else groups[mask]
-            own = torch.bincount(members, minlength=num_groups or self.num_groups)
-        counts: list[int] = self._over_ranks(own, "sum").tolist()
-        return counts
-
-    def bounds(self, mask: Tensor) -> tuple[float, float] | None:
-        """The lowest and the highest score in ``mask``; None if it is empty."""
-        scores = self.scores[mask]
-        outside = scores.new_tensor([-torch.inf, -torch.inf])
-        own = torch.stack([-scores.min(), scores.max()]) if scores.numel() else outside
-        minus_low, high = self._over_ranks(own, "max").tolist()
-        return None if -minus_low > high else (-minus_low, high)
-
-    def lowest(self, mask: Tensor) -> Tensor:
-        """[N] float32: the lowest score in ``mask`` in each sample's group; +inf if none is."""
-        own = torch.full((self.num_groups,), -torch.inf, device=self.scores.device)
-        index = torch.zeros_like(mask, dtype=torch.int64) if self.groups is None else self.groups
-        own.scatter_reduce_(0, index[mask], -self.scores[mask], "amax")
-        return -self._over_ranks(own, "max")[index]
-
-    def sums(self, mask: Tensor) -> list[Fraction]:
-        """The exact sum of the scores in ``mask``, which must be finite, for each group.
-
-        The significands are summed as integers per exponent, so the result does not depend on the
-        order of summation, the device or the number of ranks.
-        """
-        scores = self.scores[mask]
-        significand, exponent = torch.frexp(scores)
-        exponent = exponent.long()
-        digits = (significand.double() * 2**_SIGNIFICAND).long()  # exact
-        outside = torch.full((2,), -(2**62), device=scores.device)
-        extremes = torch.stack([-exponent.min(), exponent.max()]) if scores.numel() else outside
-        minus_low, high = self._over_ranks(extremes, "max").tolist()
-        low, span = -minus_low, high + minus_low + 1
-        if span < 1:
-            return [Fraction(0)] * self.num_groups
-        bucket = exponent - low
-        if self.groups is not None:
-            bucket += self.groups[mask] * span
-        own = torch.zeros(self.num_groups * span, dtype=torch.int64, device=scores.device)
-        own.scatter_add_(0, bucket, digits)
-        rows = self._over_ranks(own, "sum").view(-1, span).tolist()
-        units = [Fraction(2) ** (low + e - _SIGNIFICAND) for e in range(span)]
-        return [
-            sum((part * unit for part, unit in zip(row, units, strict=True) if part), Fraction(0))
-            for row in rows
-        ]
-
-    def _over_ranks(self, own: Tensor, op: Literal["sum", "max"]) -> Tensor:
-        """The sum or maximum of all ranks' tensors. In this class one rank has all samples."""
-        return own
-
-    def random_keys(self, stream: Stream) -> Tensor:
-        """[N] float32 random keys, whose order is uniformly random."""
-        return random.random_keys(
-            len(self),
-            seed=self._seed,
-            epoch=self._epoch,
-            stream=stream,
-            start=self._start,
-            device=self.scores.device,
-        )
-
-    def gumbel(self) -> Tensor:
-        """[N] float32 standard Gumbel noise."""
-        return random.gumbel(
-            len(self),
-            seed=self._seed,
-            epoch=self._epoch,
-            stream=Stream.GUMBEL,
-            start=self._start,
-            device=self.scores.device,
-        )
-
-    def top(
-        self,
-        keys: Tensor,
-        eligible: Tensor | None,
-        quotas: list[int],
-        groups: Tensor | None = None,
-    ) -> Tensor:
-        """Mask [N] of the eligible samples with the ``quotas[g]`` highest keys of each group g.
-
-        Args:
-            keys: [N] float32, no NaN. Ties go to the lowest index.
-            eligible: [N] bool; None for all.
-            quotas: [G], each at most the number of eligible samples in its group.
-            groups: [N] int64, in place of the candidates' own.
-        """
-        mask = torch.zeros(len(self), dtype=torch.bool, device=self.scores.device)
-        k = sum(quotas)
-        if k == 0:
-            return mask
-        if eligible is self.visited and sum(self.num_visited) == len(self):
-            eligible = None  # all samples are visited, usually from the second epoch on
-        if eligible is not None:
-            # NaN ranks lowest, and no quota exceeds the number of eligible samples.
-            keys = keys.masked_fill(~eligible, torch.nan)
-        groups = self.groups if groups is None else groups
-        if groups is None:
-            chosen = functional.topk_indices(keys, k)
-        else:
-            chosen = functional.topk_indices(keys, k, groups=groups, group_k=quotas)
-        return mask.index_fill_(0, chosen, True)
-
-    def unvisited_first(self, quotas: list[int], rank: Callable[[list[int]], Tensor]) -> Tensor:
-        """Takes never-visited samples at random first, and lets ``rank`` select the rest."""
-        fresh = [
-            min(quota, size - visited)
-            for quota, size, visited in zip(quotas, self.sizes, self.num_visited, strict=True)
-        ]
-        rest = [quota - new for quota, new in zip(quotas, fresh, strict=True)]
-        mask = rank(rest)
-        if sum(fresh):
-            mask |= self.top(self.random_keys(Stream.UNVISITED), ~self.visited, fresh)
-        return mask
-
-
-class Policy(ABC):
-    """How the budget of an epoch is spent. Subclasses implement `choose`."""
 
     #: Whether ``k`` may be None; the policy then fixes its own number.
     sizes_itself: ClassVar[bool] = False
@@ -260,11 +86,6 @@ class Policy(ABC):
 
     def check_fraction(self, fraction: float) -> None:
         """Raises ValueError if the policy can never keep ``fraction`` of the samples."""
-
-    def __repr__(self) -> str:
-        """Names the policy and its settings: checkpoints and ranks compare policies by it."""
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({settings})"
 
 
 @dataclass(frozen=True)
@@ -522,14 +343,15 @@ class Window(Policy):
         return [math.floor(low * n) for n in visited], [math.ceil(high * n) for n in visited]
 
 
-def choose(
-    policy: Policy, candidates: Candidates, k: int | None, balance: Balance
-) -> tuple[Tensor, Tensor | None]:
+def choose(policy: Policy, candidates: Candidates, k: int | None, balance: Balance) -> Selection:
     """Lets ``policy`` spend a budget of k samples; None leaves the number to the policy.
 
+    If the candidates are only the samples of one rank, so is the selection, and k is the number on
+    all ranks.
+
     Raises:
-        ValueError: the policy cannot choose that many, or its `Policy.choose` did not return a mask
-            and weights of the samples.
+        ValueError: the policy cannot choose that many; or its `Policy.choose` did not return a mask
+            and weights of the samples, or not k of them (None: not one).
     """
     quotas = None if k is None else policy.quotas(candidates, k, balance)
     chosen = policy.choose(candidates, quotas)
@@ -540,7 +362,12 @@ def choose(
     _require_vector(f"{where}[0], the mask,", mask, torch.bool, len(candidates))
     if weights is not None:
         _require_vector(f"{where}[1], the weights,", weights, torch.float32, len(candidates))
-    return mask, weights
+    selection = Selection.of(mask, weights)
+    number = candidates.total(len(selection.indices))
+    if number != k and (k is not None or number == 0):
+        wanted = "at least one sample" if k is None else f"{k} samples"
+        raise ValueError(f"policy must choose {wanted}, but {policy!r} chose {number}")
+    return selection
 
 
 def _require_vector(name: str, value: object, dtype: torch.dtype, length: int) -> None:
@@ -550,47 +377,6 @@ def _require_vector(name: str, value: object, dtype: torch.dtype, length: int) -
         raise ValueError(
             f"{name} must be {dtype} of shape [{length}], got {value.dtype} {tuple(value.shape)}"
         )
-
-
-def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[int]:
-    """Divides a budget of k over classes of the given sizes; the quotas sum to exactly k.
-
-    Args:
-        sizes: number of samples in each class.
-        k: at most the sum of the sizes.
-        balance: "equal" gives every class the same quota, and what a small class cannot use goes to
-            the others; "proportional" keeps the same fraction of each (largest remainders).
-
-    Raises:
-        ValueError: k or the balance is invalid.
-    """
-    check_balance(balance)
-    if not 0 <= k <= sum(sizes):
-        raise ValueError(f"k must lie in [0, {sum(sizes)}], the samples of all classes, got {k}")
-    if balance == "equal":
-        return fair_shares(sizes, k)
-    total = max(sum(sizes), 1)
-    quotas = [k * size // total for size in sizes]
-    remainders = sorted(range(len(sizes)), key=lambda c: (-(k * sizes[c] % total), c))
-    for c in remainders[: k - sum(quotas)]:
-        quotas[c] += 1
-    return quotas
-
-
-def check_balance(balance: Balance) -> None:
-    """Raises ValueError unless ``balance`` is known."""
-    if balance not in get_args(Balance):
-        raise ValueError(f"balance must be 'equal' or 'proportional', got {balance!r}")
-
-
-def fair_shares(sizes: list[int], k: int) -> list[int]:
-    """Divides k as equally as ``sizes`` allow; the remainder goes to the largest."""
-    shares = [0] * len(sizes)
-    left = k
-    for position, c in enumerate(sorted(range(len(sizes)), key=lambda c: sizes[c])):
-        shares[c] = min(sizes[c], left // (len(sizes) - position))
-        left -= shares[c]
-    return shares
 
 
 def _means(candidates: Candidates) -> list[float]:

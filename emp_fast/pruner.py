@@ -16,13 +16,14 @@ from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends.base import check_index_range
 from emp_fast.epochs import Progress, SavedProgress
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Balance, Policy, TopK, check_balance
+from emp_fast.policies import Policy, TopK
+from emp_fast.quotas import Balance, check_balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
-from emp_fast.snapshots import require_entries, require_state
+from emp_fast.snapshot_checks import require_entries, require_state
 from emp_fast.store import ScoreStore
 
 if TYPE_CHECKING:

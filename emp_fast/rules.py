@@ -17,7 +17,6 @@ overrides `Rule.step` with tensor code. Subclass `Rule` to define a new one::
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from emp_fast._validation import is_plain_int, is_plain_real
 from emp_fast.backends.base import Recurrence
+from emp_fast.identity import Identified, digest
 
 __all__ = [
     "AUM",
@@ -50,8 +50,19 @@ __all__ = [
 _MEAN_SIGNS = {"loss": 1.0, "entropy": 1.0, "el2n": 1.0, "margin": -1.0, "confidence": -1.0}
 
 
-class Rule:
-    """How a visit changes a sample's state. Subclasses set ``reads`` and override one method."""
+class Rule(Identified):
+    """How a visit changes a sample's state. Subclasses set ``reads`` and override one method.
+
+    Checkpoints and ranks tell rules apart by their repr alone. It must differ between rules that
+    score differently, and be the same in every process. The inherited one names the class and its
+    attributes, with a digest in place of every tensor and array. Override it where the repr of
+    another attribute falls short: that of a module lacks its weights, that of a function has its
+    address::
+
+        def __repr__(self):
+            weights = parameters_to_vector(self.teacher.parameters()).detach().cpu().numpy()
+            return f"Surprise({hashlib.sha256(weights).hexdigest()[:16]})"
+    """
 
     #: Stats that the rule reads: names of SampleStats fields, or keyword arguments of ``update``.
     reads: ClassVar[tuple[str, ...]] = ("loss",)
@@ -87,11 +98,6 @@ class Rule:
             for you). A row whose score is NaN is refused.
         """
         raise NotImplementedError(f"{type(self).__name__} must override step() or recurrence()")
-
-    def __repr__(self) -> str:
-        """Names the rule and its settings: checkpoints and ranks compare rules by it."""
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({settings})"
 
 
 @dataclass(frozen=True)
@@ -358,8 +364,8 @@ class RHO(Rule):
         self.decay = decay
 
     def __repr__(self) -> str:
-        digest = hashlib.sha256(self.irreducible.numpy().tobytes()).hexdigest()[:16]
-        return f"RHO(irreducible=<{len(self.irreducible)} losses, {digest}>, decay={self.decay})"
+        losses = f"<{len(self.irreducible)} losses, {digest(self.irreducible)}>"
+        return f"RHO(irreducible={losses}, decay={self.decay})"
 
     def shard(self, start: int, stop: int, num_samples: int) -> RHO:
         self._check_length(num_samples)

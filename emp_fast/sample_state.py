@@ -21,7 +21,7 @@ from emp_fast.backends.base import MOST_VISITS, SCORE_FIELDS, State
 from emp_fast.backends.winners import Winners
 from emp_fast.functional import SampleStats
 from emp_fast.rules import Rule
-from emp_fast.snapshots import Form
+from emp_fast.snapshot_checks import Form
 
 __all__ = [
     "SampleState",
@@ -29,7 +29,6 @@ __all__ = [
     "by_name",
     "checked_indices",
     "checked_store_arguments",
-    "single_visit_scores",
 ]
 
 #: weight, ignore_index, label_smoothing and softcap, as in `functional.cross_entropy`.
@@ -384,21 +383,3 @@ def _checked_buffers(rule: Rule, num_samples: int, device: torch.device) -> dict
                 f"got shape {tuple(buffer.shape)}"
             )
     return buffers
-
-
-def single_visit_scores(rule: Rule, stats: SampleStats, **extra: Tensor) -> Tensor:
-    """[S] float32: the score of each of S samples after its first visit.
-
-    The score is NaN if a stat that the rule reads is not finite, or if the sample has no valid
-    position.
-
-    Raises:
-        ValueError: the rule reads a stat that is not given, or is for another number of samples.
-    """
-    num_samples = stats.loss.shape[0]
-    if num_samples == 0:
-        return stats.loss.detach().float()
-    num_samples = checked_store_arguments(num_samples, rule)
-    samples = SampleState(num_samples, rule, stats.loss.device)
-    samples.update(torch.arange(num_samples, device=samples.device), stats, extra)
-    return samples.state.scores.masked_fill(samples.state.visits == 0, torch.nan)

@@ -1,14 +1,14 @@
-"""Checks of a selection that both stores share: its arguments, and the number of chosen samples."""
+"""Checks of the arguments of a selection, which both stores share."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from emp_fast._validation import checked_epoch, checked_int, checked_integers
-from emp_fast.policies import Balance, Policy, check_balance
+from emp_fast.policies import Policy
+from emp_fast.quotas import Balance, check_balance
 
-__all__ = ["check_chosen", "checked_labels", "checked_selection", "groups_of"]
+__all__ = ["checked_labels", "checked_selection"]
 
 
 def checked_selection(
@@ -51,26 +51,3 @@ def checked_labels(labels: object, num_samples: int) -> Tensor:
     if labels.shape != (num_samples,):
         raise ValueError(f"labels must have shape [{num_samples}], got {tuple(labels.shape)}")
     return labels
-
-
-def groups_of(labels: Tensor) -> tuple[Tensor, int]:
-    """[N] int64 in [0, G), the rank of each label among the G distinct ones, and G.
-
-    ``torch.unique`` sorts the labels, but class ids are few and dense, so counting them is enough.
-    """
-    low, high = (int(bound) for bound in torch.aminmax(labels))
-    if high - low >= labels.shape[0]:
-        classes, groups = torch.unique(labels, return_inverse=True)
-        return groups, classes.shape[0]
-    places = labels.long() - low if low else labels.long()
-    present = torch.bincount(places, minlength=high - low + 1) > 0
-    ranks = present.cumsum(0)
-    num_groups = int(ranks[-1])
-    return places if num_groups == ranks.shape[0] else (ranks - 1)[places], num_groups
-
-
-def check_chosen(policy: Policy, k: int | None, chosen: int) -> None:
-    """Raises ValueError unless a policy chose its whole budget, or any sample if it has none."""
-    if chosen != k and (k is not None or chosen == 0):
-        wanted = "at least one sample" if k is None else f"{k} samples"
-        raise ValueError(f"policy must choose {wanted}, but {policy!r} chose {chosen}")

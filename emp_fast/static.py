@@ -24,7 +24,7 @@ from emp_fast.distributed.ranks import Ranks, rank_of
 from emp_fast.files import FileProblem, check_writable, write_columns
 from emp_fast.functional import SampleStats
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import single_visit_scores
+from emp_fast.single_visit import single_visit_scores
 from emp_fast.tally import Tally
 
 if TYPE_CHECKING:

@@ -10,20 +10,17 @@ import torch
 from torch import Tensor
 
 from emp_fast._warnings import EmpFastWarning
+from emp_fast.candidates import Candidates, groups_of
 from emp_fast.distributed.replicas import Replicas
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Balance, Candidates, Policy, TopK, choose
+from emp_fast.policies import Policy, TopK, choose
+from emp_fast.quotas import Balance
 from emp_fast.row_count import RowCount
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, StepOptions, checked_store_arguments
 from emp_fast.selection import Selection
-from emp_fast.selection_checks import (
-    check_chosen,
-    checked_labels,
-    checked_selection,
-    groups_of,
-)
-from emp_fast.snapshots import (
+from emp_fast.selection_checks import checked_labels, checked_selection
+from emp_fast.snapshot_checks import (
     checked_count,
     checked_tensors,
     require_entries,
@@ -198,9 +195,7 @@ class ScoreStore:
         candidates = Candidates(
             self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
         )
-        selection = Selection.of(*choose(policy, candidates, k, balance))
-        check_chosen(policy, k, len(selection.indices))
-        return selection
+        return choose(policy, candidates, k, balance)
 
     def _report_refused(self) -> None:
         nonfinite, out_of_range = self._samples.state.counters.tolist()
@@ -232,7 +227,7 @@ class ScoreStore:
 
         For a rule without buffers, all ranks together pass at most R * N / 8 + 8 * (changed
         samples) bytes to the collectives, and one more byte per changed sample if any sample was
-        visited twice.
+        visited twice. A rank with fewer changes than another passes as many bytes as that one.
 
         Args:
             process_group: the ranks that train together; None is the default group.

@@ -13,7 +13,7 @@ from torch import Tensor
 from emp_fast.distributed.ranks import Ranks
 from emp_fast.files import FileProblem, write_atomically
 from emp_fast.functional import SampleStats
-from emp_fast.snapshots import Form, require_form
+from emp_fast.snapshot_checks import Form, require_form
 
 __all__ = ["Tally"]
 

@@ -48,7 +48,7 @@ def test_imports_make_no_circle() -> None:
 
 
 #: What a store is made of, at the bottom.
-STATE = {"emp_fast.sample_state", "emp_fast.row_count", "emp_fast.snapshots"}
+STATE = {"emp_fast.sample_state", "emp_fast.row_count", "emp_fast.snapshot_checks"}
 NAMED_TUPLES = {"_asdict", "_fields", "_replace"}  # their public methods, for all the underscore
 
 

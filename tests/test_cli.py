@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import emp_fast
-from emp_fast import backends
+from emp_fast import Policy, backends
 from emp_fast.cli import app, bench, doctor
 from emp_fast.cli import demo as demo_command
 from emp_fast.files import write_atomically
@@ -308,6 +308,17 @@ def test_select_draws_reproducibly(file, policy, options):
         assert len(set(outputs[-1])) == 300
         assert outputs[-1] == sorted(outputs[-1])
     assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_select_checks_what_the_policy_chose(file, monkeypatch):
+    class All(Policy):
+        def choose(self, candidates, quotas):
+            return torch.ones(len(candidates), dtype=torch.bool), None
+
+    monkeypatch.setattr("emp_fast.policies.TopK", All)
+    message = refused("select", file, file.parent / "kept.npy", "--k", 300)
+    assert "must choose 300 samples, but All() chose 1009" in message
+    assert not (file.parent / "kept.npy").exists()
 
 
 @pytest.mark.filterwarnings("default::emp_fast.EmpFastWarning")

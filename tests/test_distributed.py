@@ -274,18 +274,23 @@ def merge_within_a_group_of_its_own(rank: int, size: int) -> None:
 
 @ranks_check
 def merge_costs_few_bytes_and_steps_cost_none(rank: int, size: int) -> None:
-    """At most 12 bytes a sample and epoch, over all ranks together, when every sample is new."""
+    """A bit of each sample from every rank, and 8 bytes of a changed one; 9 if any came twice."""
     n = 200_003
     store = emp_fast.ScoreStore(n)
-    with counted_bytes() as counts:
-        for batch in torch.arange(rank, n, size).split(20_000):
-            store.update(batch, stats_of(batch, 0))
-        assert counts == {"bytes": 0, "calls": 0}
-        store.merge()
-    total = torch.tensor(counts["bytes"])
-    dist.all_reduce(total)
-    assert int(total) <= 12 * n
-    assert (int(total) > 0) == (size > 1)
+    own = torch.arange(rank, n, size)
+    for repeats in (1, 2):
+        with counted_bytes() as counts:
+            for _ in range(repeats):
+                for batch in own.split(20_000):
+                    store.update(batch, stats_of(batch, 0))
+            assert counts == {"bytes": 0, "calls": 0}
+            store.merge()
+        total = torch.tensor(counts["bytes"])
+        dist.all_reduce(total)
+        rows = (7 + repeats) * n
+        assert int(total) <= size * n / 8 + rows + 200 * size
+        assert (int(total) >= rows) == (size > 1)
+    assert bool((store.visits == 3).all())
 
 
 @ranks_check

@@ -21,8 +21,8 @@ from emp_fast.policies import (
     TopK,
     Window,
     class_quotas,
-    fair_shares,
 )
+from emp_fast.quotas import fair_shares
 from emp_fast.rules import Loss
 
 BUDGETED = [TopK(), Random(), EpsilonGreedy(0.3), GumbelTopK(0.5), Stratified(7, 0.1), Window(0, 1)]

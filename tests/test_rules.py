@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emp_fast import Rule, ScoreStore, rules
+from emp_fast import Policy, Pruner, Rule, ScoreStore, rules
 from emp_fast.rules import (
     AUM,
     EL2N,
@@ -197,6 +200,82 @@ def test_every_rule_states_what_it_reads_and_survives_a_checkpoint(rule):
         stats = {name: torch.rand(1) for name in rule.reads if name != missing}
         with pytest.raises(ValueError, match=f"stats must have '{missing}'"):
             whole.update(torch.tensor([1]), stats)
+
+
+class Weighted(Rule):
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+
+
+@dataclass(frozen=True)
+class WeightedData(Rule):
+    weights: Any
+
+
+class WeightedPolicy(Policy):
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+
+    def choose(self, candidates: Any, quotas: Any) -> Any:
+        return candidates.top(self.weights, None, quotas), None
+
+
+@pytest.mark.parametrize("kind", [Weighted, WeightedData, WeightedPolicy])
+@pytest.mark.parametrize(
+    "holds",
+    [
+        lambda weights: weights,
+        lambda weights: weights.double().requires_grad_(),
+        lambda weights: weights.numpy(),
+        lambda weights: weights.view(torch.int32).numpy().astype(">i8"),
+        lambda weights: weights.view(40, 100).t(),
+        lambda weights: [weights[:100], {"rest": (weights[100:].numpy(), 7)}],
+    ],
+    ids=["tensor", "requires grad", "array", "big-endian", "transposed", "nested"],
+)
+def test_the_repr_tells_tensors_and_arrays_apart(kind: Any, holds: Callable[..., Any]) -> None:
+    """Where their own reprs do not: in the middle of a long one, and in the last bit."""
+    weights = torch.linspace(0, 1, 4000)
+    others = weights.clone()
+    others[2000] = others[2000].nextafter(torch.tensor(2.0))
+    assert repr(kind(holds(weights))) == repr(kind(holds(weights.clone())))
+    assert repr(kind(holds(weights))) != repr(kind(holds(others)))
+    assert len(repr(kind(holds(weights)))) < 150
+
+
+def test_the_repr_of_settings() -> None:
+    told = repr(Weighted([torch.ones(2, 3), {"a": (np.zeros(0),)}, "b", 0.5]))
+    assert re.fullmatch(
+        r"Weighted\(weights=\[<float32 \[2, 3\], [0-9a-f]{16}>, "
+        r"\{'a': \(<float64 \[0\], [0-9a-f]{16}>,\)\}, 'b', 0\.5\]\)",
+        told,
+    )
+    assert repr(Weighted(torch.tensor(0.5))).startswith("Weighted(weights=<float32 [], ")
+    assert repr(RHO(torch.arange(5) / 5)) == (
+        "RHO(irreducible=<5 losses, afb40e90ab96ace0>, decay=0.0)"
+    )
+
+
+def test_a_dataclass_keeps_a_repr_of_its_own() -> None:
+    class Short(Rule):
+        def __repr__(self) -> str:
+            return "short"
+
+    @dataclass
+    class Long(Short):
+        weights: int = 3
+
+    assert repr(Short()) == "short"
+    assert repr(Long()).endswith("Long(weights=3)")
+
+
+def test_a_checkpoint_of_a_rule_with_other_weights_is_refused() -> None:
+    one, other = (ScoreStore(3, Weighted(torch.arange(4000.0) == at)) for at in (2000, 2001))
+    with pytest.raises(ValueError, match=r"state\['rule'\] must be 'Weighted\(weights=<bool"):
+        other.load_state_dict(one.state_dict())
+    pruners = [Pruner(3, policy=WeightedPolicy(torch.arange(4000.0) == at)) for at in (5, 2000)]
+    with pytest.raises(ValueError, match=r"policy.*WeightedPolicy\(weights=<bool"):
+        pruners[1].load_state_dict(pruners[0].state_dict())
 
 
 def test_the_mean_margin_is_aum_and_other_names_are_refused():

@@ -20,6 +20,7 @@ from torch import Tensor
 import emp_fast
 from emp_fast import ScoreStore, ShardedScoreStore, rules
 from emp_fast.distributed import sharded_candidates, sharded_store
+from emp_fast.distributed.packing import layout_of, pack_rows, row_bytes, unpack_rows
 from emp_fast.functional import SampleStats
 from emp_fast.policies import (
     BelowMean,
@@ -298,6 +299,33 @@ def nothing_visited_and_everything_equal(rank: int, size: int, group: Any) -> No
 
 
 # ---- what is sent -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [0, 1, 5])
+def test_packed_rows_are_unpacked_bit_for_bit(samples: int) -> None:
+    generator = torch.Generator().manual_seed(samples)
+
+    def random_bits(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        size = dtype.itemsize * torch.Size(shape).numel()
+        bits = torch.randint(256, (samples * size,), dtype=torch.uint8, generator=generator)
+        return bits.view(dtype).view(samples, *shape)
+
+    tensors = {
+        "flag": random_bits(torch.uint8) > 127,
+        "byte": random_bits(torch.uint8),
+        "half": random_bits(torch.bfloat16, 3),
+        "none": torch.zeros(samples, 0),
+        "wide": random_bits(torch.float64, 2, 2).transpose(1, 2),
+        "index": torch.arange(samples),
+    }
+    packed, layout = pack_rows(tensors), layout_of(tensors)
+    assert packed.shape == (samples, row_bytes(layout)) == (samples, 1 + 1 + 6 + 0 + 32 + 8)
+    unpacked = unpack_rows(packed, layout)
+    assert list(unpacked) == list(tensors)
+    for name, tensor in tensors.items():
+        assert (unpacked[name].dtype, unpacked[name].shape) == (tensor.dtype, tensor.shape)
+        raw, wanted = (each.flatten().view(torch.uint8) for each in (unpacked[name], tensor))
+        assert torch.equal(raw, wanted)
 
 
 @group_check(4)

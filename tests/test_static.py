@@ -36,7 +36,7 @@ from emp_fast.batches import moved
 from emp_fast.cli import app
 from emp_fast.functional import cross_entropy
 from emp_fast.rules import AUM, EMP, RHO, GraNd, Loss
-from emp_fast.sample_state import single_visit_scores
+from emp_fast.single_visit import single_visit_scores
 from emp_fast.static import score_dataset
 from emp_fast.tally import Tally
 

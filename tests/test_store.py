@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import emp_fast
 from emp_fast import EmpFastWarning, ScoreStore
+from emp_fast.candidates import groups_of
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, EpsilonGreedy, TopK
 from emp_fast.rules import (
@@ -29,7 +30,6 @@ from emp_fast.rules import (
     Recurrence,
     Rule,
 )
-from emp_fast.selection_checks import groups_of
 
 
 def stats_of(samples: int, seed: int = 0, classes: int = 5):

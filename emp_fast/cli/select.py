@@ -12,9 +12,11 @@ import typer
 from torch import Tensor
 
 from emp_fast import policies
+from emp_fast.candidates import Candidates
 from emp_fast.cli.console import InputError
 from emp_fast.files import check_writable, read_vector
-from emp_fast.policies import Balance, Candidates, Policy, choose
+from emp_fast.policies import Policy, choose
+from emp_fast.quotas import Balance
 from emp_fast.selection import WRITABLE, Selection, load_dataset
 
 __all__ = ["select"]
@@ -151,7 +153,7 @@ def select(
         values, torch.ones_like(values, dtype=torch.bool), groups, num_groups, seed=seed
     )
     try:
-        kept = Selection.of(*choose(chosen, candidates, budget, cast(Balance, balance)))
+        kept = choose(chosen, candidates, budget, cast(Balance, balance))
     except ValueError as error:  # a window narrower than the budget
         raise InputError(str(error)) from error
     if dataset is None:

@@ -2,30 +2,23 @@
 
 A sample has changed if its visits have. Each rank sends a bitmap of its changed samples, and their
 rows. An epoch therefore costs N / 8 bytes per rank and, over all ranks together, the changed rows
-once: 8 bytes per sample for scores and memory. Samples are merged in blocks to bound the memory.
+once: 8 bytes per sample for scores and memory. Messages of the same length are gathered, so a rank
+with fewer changes sends as much as the one with the most. Samples are merged in blocks to bound the
+memory.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
 from emp_fast.distributed.ranks import Ranks
 
 __all__ = ["merge_rows"]
 
 _BLOCK = 1 << 20  # samples per collective
-_ALIGNMENT = 16  # bytes, of every field in a payload, because typed views must be aligned
-
-
-class _Field(NamedTuple):
-    """How one tensor's rows are laid out in a payload."""
-
-    dtype: torch.dtype
-    shape: torch.Size  # of one row
-    row_bytes: int
+_DELTA = " visits"  # since the last merge; no tensor has that name
 
 
 def merge_rows(
@@ -52,12 +45,6 @@ def merge_rows(
         header.append(int((delta > 0).sum()))
     gathered = ranks.all_gather(torch.tensor([most, *header]))
     delta_dtype = _delta_dtype(max(int(theirs[0]) for theirs in gathered))
-    fields = [
-        _Field(tensor.dtype, tensor.shape[1:], tensor[:1].numel() * tensor.element_size())
-        for tensor in tensors.values()
-    ]
-    if delta_dtype is not None:
-        fields.append(_Field(delta_dtype, torch.Size(), delta_dtype.itemsize))
     changed = repeated = 0
     for block, (low, high) in enumerate(blocks):
         counts = [int(theirs[1 + block]) for theirs in gathered]
@@ -65,7 +52,7 @@ def merge_rows(
             continue
         part = {name: tensor[low:high] for name, tensor in tensors.items()}
         here = _merge_block(
-            ranks, part, visits[low:high], merged_visits[low:high], fields, counts, delta_dtype
+            ranks, part, visits[low:high], merged_visits[low:high], counts, delta_dtype
         )
         changed, repeated = changed + here[0], repeated + here[1]
     return changed, repeated
@@ -76,18 +63,18 @@ def _merge_block(
     tensors: dict[str, Tensor],
     visits: Tensor,
     merged_visits: Tensor,
-    fields: list[_Field],
     counts: list[int],
     delta_dtype: torch.dtype | None,
 ) -> tuple[int, int]:
     n = visits.shape[0]
     delta = visits - merged_visits
-    changed = (delta > 0).nonzero()[:, 0]
-    values = [tensor[changed] for tensor in tensors.values()]
+    changed = delta > 0
+    at = changed.nonzero()[:, 0]
+    own = {name: tensor[at] for name, tensor in tensors.items()}
     if delta_dtype is not None:
-        values.append(delta[changed].to(delta_dtype))
-    length = _payload_bytes(n, fields, max(counts))
-    payloads = ranks.all_gather(_pack(delta > 0, values, length))
+        own[_DELTA] = delta[at].to(delta_dtype)
+    layout = layout_of(own)
+    payloads = ranks.all_gather(_payload(changed, pack_rows(own), max(counts)))
 
     most = torch.zeros_like(delta)
     total = torch.zeros_like(delta)
@@ -96,16 +83,16 @@ def _merge_block(
     for payload, count in zip(payloads, counts, strict=True):
         if count == 0:
             continue
-        at, theirs = _unpack(payload, n, fields, count)
-        times = torch.ones_like(at) if delta_dtype is None else theirs.pop()
+        at, theirs = _read_payload(payload, n, layout, count)
+        times = torch.ones_like(at) if delta_dtype is None else theirs[_DELTA]
         times = times.to(delta.dtype)
         repeated[at] |= total[at] > 0
         total[at] += times
         wins = times >= most[at]
         won = at[wins]
         most[won] = times[wins]
-        for tensor, rows in zip(tensors.values(), theirs, strict=True):
-            tensor[won] = rows[wins]
+        for name, tensor in tensors.items():
+            tensor[won] = theirs[name][wins]
     merged_visits += total
     visits.copy_(merged_visits)
     return int((total > 0).sum()), int(repeated.sum())
@@ -118,43 +105,24 @@ def _delta_dtype(most: int) -> torch.dtype | None:
     return torch.uint8 if most < 256 else torch.int32
 
 
-def _payload_bytes(n: int, fields: list[_Field], count: int) -> int:
-    return _aligned(-(-n // 8)) + sum(_aligned(field.row_bytes * count) for field in fields)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _pack(changed: Tensor, values: list[Tensor], length: int) -> Tensor:
-    """[length] uint8: the bitmap of the changed samples, then each field's rows."""
-    payload = torch.zeros(length, dtype=torch.uint8, device=changed.device)
+def _payload(changed: Tensor, rows: Tensor, most: int) -> Tensor:
+    """[B] uint8: the bitmap of the changed samples, then their packed rows, filled to ``most``."""
     bits = torch.nn.functional.pad(changed.to(torch.uint8), (0, -changed.shape[0] % 8))
     bitmap = (bits.view(-1, 8) << _shifts(changed.device)).sum(1, dtype=torch.uint8)
-    payload[: bitmap.shape[0]] = bitmap
-    start = _aligned(bitmap.shape[0])
-    for value in values:
-        raw = value.contiguous().view(-1).view(torch.uint8)
-        payload[start : start + raw.shape[0]] = raw
-        start += _aligned(raw.shape[0])
-    return payload
+    count, size = rows.shape
+    return torch.cat([bitmap, rows.view(-1), rows.new_zeros((most - count) * size)])
 
 
-def _unpack(
-    payload: Tensor, n: int, fields: list[_Field], count: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The changed samples (ascending) and, field by field, their rows."""
-    bitmap = payload[: -(-n // 8)]
+def _read_payload(
+    payload: Tensor, n: int, layout: Layout, count: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The changed samples, ascending, and their ``count`` rows by name."""
+    start = -(-n // 8)
+    bitmap, rest = payload[:start], payload[start:]
     bits = (bitmap[:, None] >> _shifts(payload.device)) & 1
     at = bits.view(-1)[:n].nonzero()[:, 0]
-    start = _aligned(bitmap.shape[0])
-    values = []
-    for field in fields:
-        size = field.row_bytes * count
-        rows = payload[start : start + size].view(field.dtype).view(count, *field.shape)
-        values.append(rows)
-        start += _aligned(size)
-    return at, values
+    size = row_bytes(layout)
+    return at, unpack_rows(rest[: count * size].view(count, size), layout)
 
 
 def _shifts(device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ if dist.is_available() and not dist.is_initialized():
     # Gloo's threads, and one that still frees a tensor as Python exits aborts the process.
     import torch.distributed.nn.functional
 
-__all__ = ["Ranks", "rank_of", "same_group", "world_size_of"]
+__all__ = ["BatchHeader", "Ranks", "rank_of", "same_group", "world_size_of"]
 
 _WORDS = 4  # int64 words of a SHA-256
 _SHARED_ERRORS = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
@@ -53,6 +53,13 @@ def same_group(one: Any, other: Any) -> bool:
     return (default if one is None else one) is (default if other is None else other)
 
 
+class BatchHeader(NamedTuple):
+    """What a rank tells the others of its batch before it sends the rows. Two int64."""
+
+    rows: int = 0
+    layout: int = 0  #: a hash of how its rows are laid out; ranks compare it
+
+
 class Ranks:
     """One process's view of the group during one collective operation.
 
@@ -67,7 +74,12 @@ class Ranks:
         facts: what all ranks must agree about, plain values by name.
         error: what keeps this rank from taking part. It is raised here and, as the same type with
             this rank's number, on all other ranks.
-        notes: two numbers that every rank receives; see ``notes``.
+        batch: what this rank tells of its batch, which may differ between ranks; None without one.
+
+    Attributes:
+        size: number of ranks.
+        rank: of this process.
+        batches: every rank's ``batch``. The record carries them, which saves a collective.
 
     Raises:
         ValueError: this process is not in the group, the operation or ``facts`` differ between
@@ -86,17 +98,17 @@ class Ranks:
         facts: Mapping[str, object],
         *,
         error: Exception | None = None,
-        notes: tuple[int, int] = (0, 0),
+        batch: BatchHeader | None = None,
     ) -> None:
         self.size = world_size_of(process_group)
         self.rank = rank_of(process_group)
-        #: Every rank's ``notes``.
-        self.notes = [notes]
+        batch = batch or BatchHeader()
+        self.batches = [batch]
         self._group = process_group
         self._operation = operation
         self._device = torch.device("cpu")
         if self.size > 1:
-            self._open(device, {"operation": operation, **facts}, error, notes)
+            self._open(device, {"operation": operation, **facts}, error, batch)
         elif error is not None:
             raise error
 
@@ -163,7 +175,7 @@ class Ranks:
         device: torch.device,
         facts: Mapping[str, object],
         error: Exception | None,
-        notes: tuple[int, int],
+        batch: BatchHeader,
     ) -> None:
         """Checks that all ranks agree, and finds a device from which all of them can send."""
         served = _device_types(self._group)
@@ -171,7 +183,7 @@ class Ranks:
         digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
         words = struct.unpack(f"<{_WORDS}q", digest)
         direct = device.type in served and device.type != neutral.type
-        record = torch.tensor([*words, direct, error is not None, *notes])
+        record = torch.tensor([*words, direct, error is not None, *batch])
         records = [other.tolist() for other in self.all_gather(record)]
         if any(other[_WORDS + 1] for other in records):
             self._fail(error)
@@ -179,7 +191,7 @@ class Ranks:
             self._disagree(facts)
         if all(other[_WORDS] for other in records):
             self._device = device
-        self.notes = [(other[-2], other[-1]) for other in records]
+        self.batches = [BatchHeader(*other[_WORDS + 2 :]) for other in records]
 
     def _fail(self, error: Exception | None) -> NoReturn:
         """Raises on all ranks because one cannot take part: its own error or the first rank's."""

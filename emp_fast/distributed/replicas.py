@@ -15,7 +15,7 @@ from emp_fast.distributed.merging import merge_rows
 from emp_fast.distributed.ranks import Ranks, rank_of, world_size_of
 from emp_fast.row_count import RowCount
 from emp_fast.sample_state import SampleState
-from emp_fast.snapshots import Form, is_of_form, store_facts
+from emp_fast.snapshot_checks import Form, is_of_form, store_facts
 
 __all__ = ["Replicas"]
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from emp_fast.backends.reference import order_keys
+from emp_fast.candidates import Candidates
 from emp_fast.distributed.ranks import Ranks
-from emp_fast.policies import Candidates
 
 __all__ = ["ShardedCandidates"]
 

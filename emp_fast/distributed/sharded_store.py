@@ -14,16 +14,17 @@ from torch import Tensor
 from emp_fast._validation import checked_integers
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends.base import check_index_range
-from emp_fast.distributed.exchange import Layout, layout_of, pack_rows, row_bytes, unpack_rows
-from emp_fast.distributed.ranks import Ranks, rank_of, same_group, world_size_of
+from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
+from emp_fast.distributed.ranks import BatchHeader, Ranks, rank_of, same_group, world_size_of
 from emp_fast.distributed.sharded_candidates import ShardedCandidates
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Balance, Policy, TopK, choose
+from emp_fast.policies import Policy, TopK, choose
+from emp_fast.quotas import Balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import SampleState, checked_indices, checked_store_arguments
 from emp_fast.selection import Selection
-from emp_fast.selection_checks import check_chosen, checked_selection
-from emp_fast.snapshots import checked_count, checked_tensors, require_entries, store_facts
+from emp_fast.selection_checks import checked_selection
+from emp_fast.snapshot_checks import checked_count, checked_tensors, require_entries, store_facts
 
 __all__ = ["ShardedScoreStore"]
 
@@ -158,7 +159,7 @@ class ShardedScoreStore:
             refused = error
         layout = outgoing.layout
         ranks = self._ranks(
-            "update", {}, error=refused, notes=(outgoing.given, _fingerprint(layout))
+            "update", {}, error=refused, batch=BatchHeader(outgoing.given, _fingerprint(layout))
         )
         layout = _common_layout(ranks, layout)
         if layout is not None:
@@ -168,7 +169,7 @@ class ShardedScoreStore:
                 packed = torch.empty(0, row_bytes(layout), dtype=torch.uint8, device=self.device)
             rows = unpack_rows(ranks.all_to_all(packed, outgoing.counts), layout)
             self._shard.update(rows.pop(_INDEX), rows, {})
-        self.rows_seen += sum(given for given, _ in ranks.notes)
+        self.rows_seen += sum(batch.rows for batch in ranks.batches)
 
     def _outgoing(
         self,
@@ -260,8 +261,7 @@ class ShardedScoreStore:
             epoch=epoch,
             start=self.owned_range.start,
         )
-        own = Selection.of(*choose(policy, candidates, k, balance))
-        check_chosen(policy, k, int(ranks.all_reduce(torch.tensor(len(own.indices)))))
+        own = choose(policy, candidates, k, balance)
         return own._replace(indices=own.indices + self.owned_range.start)
 
     def _own_labels(self, labels: Tensor) -> Tensor:
@@ -305,7 +305,7 @@ class ShardedScoreStore:
         method: str,
         facts: Mapping[str, object],
         error: Exception | None = None,
-        notes: tuple[int, int] = (0, 0),
+        batch: BatchHeader | None = None,
     ) -> Ranks:
         """Starts a collective operation on the ranks that the store was made for."""
         operation = f"ShardedScoreStore.{method}"
@@ -322,7 +322,7 @@ class ShardedScoreStore:
             operation,
             {**common, **facts},
             error=error,
-            notes=notes,
+            batch=batch,
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -444,9 +444,10 @@ def _common_layout(ranks: Ranks, own: Layout | None) -> Layout | None:
     Raises:
         ValueError: the layouts differ. Raised on all ranks.
     """
-    if not any(given for given, _ in ranks.notes):
+    batches = ranks.batches
+    if not any(batch.rows for batch in batches):
         return None
-    if all(given and note == ranks.notes[0][1] for given, note in ranks.notes):
+    if all(batch.rows and batch.layout == batches[0].layout for batch in batches):
         return own
     told: list[Layout | None] = ranks.gather_objects(own)
     known = [layout for layout in told if layout is not None]

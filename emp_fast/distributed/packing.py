@@ -1,4 +1,4 @@
-"""Packs rows of several tensors into one byte tensor, so that one all_to_all carries them."""
+"""Packs rows of several tensors into one byte tensor, so that one collective carries them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def unpack_rows(packed: Tensor, layout: Layout) -> dict[str, Tensor]:
     tensors, start = {}, 0
     for column in layout:
         raw = packed[:, start : start + column.bytes]
-        raw = raw.clone(memory_format=torch.contiguous_format)  # aligned, even if S is 1
+        raw = raw.clone(memory_format=torch.contiguous_format).view(-1)  # aligned, even if S is 1
         dtype: torch.dtype = getattr(torch, column.dtype)
         tensors[column.name] = raw.view(dtype).view(packed.shape[0], *column.shape)
         start += column.bytes

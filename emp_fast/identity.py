@@ -1,0 +1,68 @@
+"""How checkpoints and ranks tell rules and policies apart: by a repr of their settings."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Identified", "digest"]
+
+
+class Identified:
+    """A rule or policy, whose repr names its class and its settings.
+
+    The settings are the fields of a dataclass, and the attributes of any other class. In place of a
+    tensor or array stand its dtype, its shape and a digest of its values: its own repr rounds and
+    abridges them, and names the device.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__repr__ is Identified.__repr__:
+            # A dataclass makes its own __repr__ unless its class itself, not a base, has one.
+            cls.__repr__ = Identified.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """The class and its settings; the same in every process."""
+        if is_dataclass(self):
+            names = [field.name for field in fields(self) if field.repr]
+        else:
+            names = list(vars(self))
+        settings = ", ".join(f"{name}={_digested(getattr(self, name))!r}" for name in names)
+        return f"{type(self).__name__}({settings})"
+
+
+class _Digest(str):
+    """A str whose repr has no quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _digested(value: Any) -> Any:
+    """``value`` with digests in place of tensors and arrays, also of those in containers."""
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        dtype = str(value.dtype).removeprefix("torch.")
+        return _Digest(f"<{dtype} {list(value.shape)}, {digest(value)}>")
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return _Digest(f"<{value.dtype} {list(value.shape)}, {_hash(value.tobytes())}>")
+    if type(value) in (list, tuple):
+        return type(value)(_digested(item) for item in value)
+    if type(value) is dict:
+        return {key: _digested(item) for key, item in value.items()}
+    return value
+
+
+def digest(tensor: Tensor) -> str:
+    """A hash of a tensor's values, in hexadecimal."""
+    host = tensor.detach().cpu().contiguous().view(-1)
+    return _hash(host.view(torch.uint8).numpy().tobytes())
+
+
+def _hash(values: bytes) -> str:
+    return hashlib.sha256(values).hexdigest()[:16]
