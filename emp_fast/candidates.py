@@ -80,7 +80,8 @@ class Candidates:
         """
         groups = self.groups if groups is None else groups
         if groups is None:
-            own = torch.tensor([len(self)]) if mask is None else torch.count_nonzero(mask).view(1)
+            number = len(self) if mask is None else torch.count_nonzero(mask)
+            own = torch.as_tensor(number, device=self.scores.device).view(1)
         else:
             members = groups if mask is None else groups[mask]
             own = torch.bincount(members, minlength=num_groups or self.num_groups)
@@ -89,7 +90,7 @@ class Candidates:
 
     def total(self, own: int) -> int:
         """The sum of all ranks' ``own`` numbers."""
-        return int(self._over_ranks(torch.tensor(own), "sum"))
+        return int(self._over_ranks(torch.tensor(own, device="cpu"), "sum"))
 
     def bounds(self, mask: Tensor) -> tuple[float, float] | None:
         """The lowest and the highest score in ``mask``; None if it is empty."""

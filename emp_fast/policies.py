@@ -394,9 +394,9 @@ def _means(candidates: Candidates) -> list[float]:
 
 def _round_up(value: Fraction) -> float:
     """The smallest float32 that is not below ``value``."""
-    nearest = torch.tensor(float(value), dtype=torch.float32)
+    nearest = torch.tensor(float(value), dtype=torch.float32, device="cpu")
     if Fraction(nearest.item()) < value:
-        nearest = torch.nextafter(nearest, torch.tensor(torch.inf))
+        nearest = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
     return nearest.item()
 
 

@@ -430,6 +430,25 @@ def test_a_loader_that_fetched_ahead_to_the_end_can_go_back(iterators):
         other.load_state_dict(position)  # trained on meanwhile: there is no way back
 
 
+def test_the_default_device_is_not_used():
+    """A default of "cuda" would put what the host indexes with on the GPU."""
+
+    def run(pruner):
+        loader = make_loader(pruner)
+        return [run_epoch(pruner, loader, epoch) for epoch in range(3)]
+
+    wanted = run(Pruner(N, 0.5, rule=Loss(), policy=BelowMean(0.5), full_epochs_first=1))
+    with torch.device("meta"):
+        pruner = Pruner(N, 0.5, rule=Loss(), policy=BelowMean(0.5), full_epochs_first=1)
+    seen = []
+    for epoch in range(3):
+        with torch.device("meta"):
+            indices = list(pruner.sampler)
+        pruner.update(torch.tensor(indices), loss=loss_of(torch.tensor(indices), epoch))
+        seen.append(indices)
+    assert seen == wanted
+
+
 def test_indices_of_weights_are_checked():
     pruner = Pruner(N, rule=Loss(), policy=BelowMean(0.5))
     for epoch in range(2):

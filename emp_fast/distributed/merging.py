@@ -43,7 +43,7 @@ def merge_rows(
         delta = visits[low:high] - merged_visits[low:high]
         most = max(most, int(delta.max()))
         header.append(int((delta > 0).sum()))
-    gathered = ranks.all_gather(torch.tensor([most, *header]))
+    gathered = ranks.all_gather(torch.tensor([most, *header], device="cpu"))
     delta_dtype = _delta_dtype(max(int(theirs[0]) for theirs in gathered))
     changed = repeated = 0
     for block, (low, high) in enumerate(blocks):

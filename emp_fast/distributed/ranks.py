@@ -183,7 +183,7 @@ class Ranks:
         digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
         words = struct.unpack(f"<{_WORDS}q", digest)
         direct = device.type in served and device.type != neutral.type
-        record = torch.tensor([*words, direct, error is not None, *batch])
+        record = torch.tensor([*words, direct, error is not None, *batch], device="cpu")
         records = [other.tolist() for other in self.all_gather(record)]
         if any(other[_WORDS + 1] for other in records):
             self._fail(error)

@@ -69,18 +69,14 @@ class Replicas:
                 "and updated since, so what this rank alone knows cannot be told; initialise first"
             )
         visits, counters = samples.state.visits, samples.state.counters
-        own = torch.tensor(
-            [
-                self._rows.total - self.rows_seen,
-                *(now - then for now, then in zip(counters.tolist(), self._counters, strict=True)),
-            ]
-        )
+        refused = [now - then for now, then in zip(counters.tolist(), self._counters, strict=True)]
+        own = torch.tensor([self._rows.total - self.rows_seen, *refused], device="cpu")
         rows, *refused = ranks.all_reduce(own).tolist()
         self._visits = self._merged_visits()
         rest = {k: t for k, t in tensors.items() if k not in ("visits", "counters")}
         changed, repeated = merge_rows(ranks, rest, visits, self._visits)
         self._counters = [then + new for then, new in zip(self._counters, refused, strict=True)]
-        counters.copy_(torch.tensor(self._counters))
+        counters.copy_(torch.tensor(self._counters, device="cpu"))
         self.rows_seen += rows
         self._rows.total = self.rows_seen
         if repeated == changed > ranks.size:

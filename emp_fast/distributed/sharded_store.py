@@ -278,7 +278,7 @@ class ShardedScoreStore:
 
     def _report_refused(self, ranks: Ranks) -> None:
         refused = self._shard.num_nonfinite
-        new = int(ranks.all_reduce(torch.tensor(refused - self._warned)))
+        new = int(ranks.all_reduce(torch.tensor(refused - self._warned, device="cpu")))
         self._warned = refused
         if new:
             warnings.warn(
@@ -465,7 +465,7 @@ def _common_layout(ranks: Ranks, own: Layout | None) -> Layout | None:
 def _groups(ranks: Ranks, labels: Tensor) -> tuple[Tensor, int]:
     """The labels as [S] int64 in [0, G), numbered alike on all ranks, and G."""
     own = labels.unique()
-    sizes = [int(size) for size in ranks.all_gather(torch.tensor([own.shape[0]]))]
+    sizes = [int(size) for size in ranks.all_gather(torch.tensor([own.shape[0]], device="cpu"))]
     padded = own.new_zeros(max(sizes))
     padded[: own.shape[0]] = own
     told = ranks.all_gather(padded)
