@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import emp_fast
-from benchmarks import baselines
+from benchmarks import peers
 from benchmarks.harness import Bound, Contender, Unavailable
 from emp_fast.backends import backend_status, load, resolve
 from emp_fast.functional import SampleStats, cross_entropy, linear_cross_entropy, topk_indices
+from emp_fast.testing import baselines
 
 if TYPE_CHECKING:
     from emp_fast.backends.row_kernels import RowKernelsChoice
@@ -116,7 +117,7 @@ def _unavailable(reason: str) -> Callable[..., Any]:
 
 def forward(device: torch.device, *, compile: bool) -> list[Contender]:
     """Contenders that compute the loss and all scores of [S, C] logits."""
-    peers = [
+    others = [
         Contender("eager", baselines.five_scores, _five),
         Contender(
             "torch.compile", compiled(baselines.five_scores_to_compile, wanted=compile), _five
@@ -124,17 +125,17 @@ def forward(device: torch.device, *, compile: bool) -> list[Contender]:
         Contender("F.cross_entropy", _torch_loss, _loss, note=ONLY_LOSS),
     ]
     if device.type == "cuda":
-        peers += [
-            Contender("Liger", _on_a_copy(baselines.liger), _loss, note=ONLY_LOSS),
-            Contender("quack", baselines.quack, _loss, note=ONLY_LOSS),
+        others += [
+            Contender("Liger", _on_a_copy(peers.liger), _loss, note=ONLY_LOSS),
+            Contender("quack", peers.quack, _loss, note=ONLY_LOSS),
         ]
-    return [*ours(cross_entropy, _stats, device, every_row_kernel=True), *peers]
+    return [*ours(cross_entropy, _stats, device, every_row_kernel=True), *others]
 
 
 def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
     """The same with the gradient of the mean loss with respect to the logits."""
     compiled_scores = compiled(baselines.five_scores_to_compile, wanted=compile)
-    peers = [
+    others = [
         Contender("eager", _with_gradients(baselines.five_scores), _and_gradient(_five)),
         Contender("torch.compile", _with_gradients(compiled_scores), _and_gradient(_five)),
         Contender(
@@ -142,16 +143,14 @@ def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
         ),
     ]
     if device.type == "cuda":
-        peers += [
+        others += [
             Contender(
                 "Liger",
-                _on_a_copy(_with_gradients(baselines.liger)),
+                _on_a_copy(_with_gradients(peers.liger)),
                 _and_gradient(_loss),
                 note=ONLY_LOSS,
             ),
-            Contender(
-                "quack", _with_gradients(baselines.quack), _and_gradient(_loss), note=ONLY_LOSS
-            ),
+            Contender("quack", _with_gradients(peers.quack), _and_gradient(_loss), note=ONLY_LOSS),
         ]
     return [
         *ours(
@@ -161,7 +160,7 @@ def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
             OUR_GRADIENT,
             every_row_kernel=True,
         ),
-        *peers,
+        *others,
     ]
 
 
@@ -172,7 +171,7 @@ def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contend
         return lambda hidden, classifier, target: score(hidden @ classifier.T, target)
 
     scored = compiled(of_logits(baselines.five_scores_to_compile), wanted=compile)
-    peers = [
+    others = [
         Contender(
             "eager", _with_gradients(of_logits(baselines.five_scores)), _and_gradient(_five), bound
         ),
@@ -187,13 +186,13 @@ def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contend
     ]
     if device.type == "cuda":
         for name, peer in (
-            ("cut-cross-entropy", baselines.cut_cross_entropy),
-            ("Liger", baselines.liger_linear),
+            ("cut-cross-entropy", peers.cut_cross_entropy),
+            ("Liger", peers.liger_linear),
         ):
             call = _with_gradients(peer)
-            peers.append(Contender(name, call, _and_gradient(_loss), bound, note=ONLY_LOSS))
+            others.append(Contender(name, call, _and_gradient(_loss), bound, note=ONLY_LOSS))
     call = _with_gradients(linear_cross_entropy)
-    return [*ours(call, _and_gradient(_stats), device, bound), *peers]
+    return [*ours(call, _and_gradient(_stats), device, bound), *others]
 
 
 def _with_gradients(score: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,13 +226,13 @@ def selection(device: torch.device, values: Callable[[Tensor], Tensor]) -> list[
         return {"values": values(torch.as_tensor(indices))}
 
     unordered = "neither index order nor a rule for ties"
-    peers = [
+    others = [
         Contender("torch.topk", _topk, equal, EXACT, note=unordered),
         Contender("torch.sort", _sort, equal, EXACT, note="in the order of the scores"),
     ]
     if device.type == "cpu":
-        peers.append(Contender("np.argpartition", _argpartition, equal, EXACT, note=unordered))
-    return [*ours(topk_indices, exact, device, EXACT), *peers]
+        others.append(Contender("np.argpartition", _argpartition, equal, EXACT, note=unordered))
+    return [*ours(topk_indices, exact, device, EXACT), *others]
 
 
 def _topk(scores: Tensor, k: int) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import emp_fast
-from benchmarks import baselines, contenders, machine
+from benchmarks import contenders, machine
 from benchmarks.cases import checked_rows, expected_scores, logits_and_targets
 from benchmarks.conftest import Race
 from benchmarks.harness import Case, Contender, Inputs
 from emp_fast.rules import EMP
+from emp_fast.testing import baselines
 
 #: The number of training images in ImageNet-1k.
 _NUM_SAMPLES = 1_281_167

@@ -17,7 +17,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
 
-from benchmarks import baselines, committed, machine, report, sweep  # noqa: E402
+from benchmarks import committed, contenders, machine, report, sweep  # noqa: E402
 from benchmarks.accuracy import accuracy_block  # noqa: E402
 from benchmarks.floors import floor_bytes  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
@@ -37,6 +37,11 @@ from benchmarks.kernel_tables import Shown, kernel_report  # noqa: E402
 from benchmarks.markdown import markdown, readme_block  # noqa: E402
 from benchmarks.models import ResNet18  # noqa: E402
 from benchmarks.result import SUITES, BadResult, load  # noqa: E402
+from emp_fast import ScoreStore, use_backend  # noqa: E402
+from emp_fast.cli.bench import bench as bench_command  # noqa: E402
+from emp_fast.functional import cross_entropy  # noqa: E402
+from emp_fast.rules import EMP  # noqa: E402
+from emp_fast.testing import baselines  # noqa: E402
 
 
 def outputs(result: Tensor) -> dict[str, Tensor]:
@@ -245,29 +250,56 @@ def test_the_network_is_resnet_18() -> None:
 
 
 @pytest.mark.parametrize("peaked", [False, True])
-def test_the_eager_baselines_score_right(peaked: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_baselines_score_as_the_reference_does(peaked: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(9, 31, generator=generator).double()
+    logits = 3 * torch.randn(9, 31, generator=generator)
     target = torch.randint(31, (9,), generator=generator)
     if peaked:
-        logits.scatter_(1, target[:, None], 12.0)
-    p = logits.softmax(1)
-    p_y = p.gather(1, target[:, None])[:, 0]
-    one_hot = torch.nn.functional.one_hot(target, 31)
-    others = logits.masked_fill(one_hot.bool(), -torch.inf)
-    wanted = (
-        -p_y.log(),
-        -(p * p.log()).sum(1),
-        (p - one_hot).norm(dim=1),
-        logits.gather(1, target[:, None])[:, 0] - others.amax(1),
-        p_y,
-    )
+        logits.scatter_(1, target[:, None], 20.0)
+    logits = logits.to(dtype).requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    with use_backend("reference"):
+        wanted = cross_entropy(wide, target)
+    (wanted_grad,) = torch.autograd.grad(wanted.loss.sum(), wide)
     for five in (baselines.five_scores, baselines.five_scores_to_compile):
-        for got, want in zip(five(logits.float(), target), wanted, strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
-    loss, entropy = baselines.loss_and_entropy(logits.float(), target)
-    torch.testing.assert_close(loss.double(), wanted[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(entropy.double(), wanted[1], rtol=1e-4, atol=1e-5)
+        found = five(logits, target)
+        for name, got in zip(baselines.FIVE, found, strict=True):
+            want = getattr(wanted, name).detach().float()
+            torch.testing.assert_close(got.detach(), want, rtol=1e-4, atol=1e-5)
+        (grad,) = torch.autograd.grad(found[0].sum(), logits)
+        torch.testing.assert_close(
+            grad.float(), wanted_grad.to(dtype).float(), rtol=1e-2, atol=1e-5
+        )
+        assert not any(score.requires_grad for score in found[1:])
+    loss, entropy = baselines.loss_and_entropy(logits, target)
+    for got, want in ((loss, wanted.loss), (entropy, wanted.entropy)):
+        torch.testing.assert_close(got.detach(), want.detach().float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [EMP(), EMP(beta=0.5, decay=0.9)])
+def test_the_baseline_updates_as_a_store_does(rule: EMP) -> None:
+    generator = torch.Generator().manual_seed(0)
+    store = ScoreStore(20, rule)
+    scores, memory = torch.full((20,), torch.inf), torch.zeros(20)
+    visits = torch.zeros(20, dtype=torch.int32)
+    for _ in range(3):
+        at = torch.randperm(20, generator=generator)[:7]
+        loss, entropy = torch.rand(2, 7, generator=generator)
+        with use_backend("reference"):
+            store.update(at, {"loss": loss, "entropy": entropy})
+        baselines.update_emp(at, loss, entropy, scores, memory, visits, rule.beta, rule.decay)
+    torch.testing.assert_close(scores, store.scores)
+    torch.testing.assert_close(memory, store.memory)
+    assert torch.equal(visits, store.visits)
+
+
+def test_the_command_and_the_suites_have_one_baseline() -> None:
+    for compared in (contenders.forward(torch.device("cpu"), compile=False),):
+        calls = {contender.name: contender.call for contender in compared}
+        assert calls["eager"] is baselines.five_scores
+    command = sys.modules[bench_command.__module__]
+    assert command.five_scores is baselines.five_scores
 
 
 # ---- the report ----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from emp_fast.functional import cross_entropy, topk_indices
 from emp_fast.rules import EMP
 from emp_fast.store import ScoreStore
 from emp_fast.testing import ATOL, RTOL, benchmark_shapes, oracle
+from emp_fast.testing.baselines import five_scores, five_scores_to_compile, update_emp
 
 __all__ = ["bench"]
 
@@ -118,7 +119,7 @@ def _cases(
     device: torch.device,
     compiled: bool,
 ) -> Iterator[Case]:
-    compile_five: Callable[..., Any] = torch.compile(five_scores, dynamic=False)
+    compile_five: Callable[..., Any] = torch.compile(five_scores_to_compile, dynamic=False)
     for rows, classes in shapes:
         yield _forward(rows, classes, device, compile_five if compiled else None)
         yield _forward_backward(rows, classes, device)
@@ -126,19 +127,6 @@ def _cases(
         yield _update(samples, device)
     for size in sizes:
         yield _selection(size, device)
-
-
-def five_scores(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """Loss, entropy, EL2N, margin, confidence [S] in eager PyTorch, as a user would write them."""
-    log_p = torch_functional.log_softmax(logits.float(), 1)
-    p = log_p.exp()
-    at_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
-    loss = -log_p.gather(1, target[:, None])[:, 0]
-    entropy = -(p * log_p).sum(1)
-    el2n = (p - at_target.float()).norm(dim=1)
-    others = logits.masked_fill(at_target, -torch.inf).amax(1)
-    margin = logits.gather(1, target[:, None])[:, 0] - others
-    return loss, entropy, el2n, margin, (-loss).exp()
 
 
 def _inputs(rows: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -192,16 +180,17 @@ def _forward_backward(rows: int, classes: int, device: torch.device) -> Case:
 
 def _update(samples: int, device: torch.device) -> Case:
     generator = torch.Generator().manual_seed(0)
-    store = ScoreStore(_UPDATE_SAMPLES, EMP(), device=device)
+    rule = EMP()
+    store = ScoreStore(_UPDATE_SAMPLES, rule, device=device)
     indices = torch.randperm(_UPDATE_SAMPLES, generator=generator)[:samples].to(device)
     stats = cross_entropy(*_inputs(samples, 10, device))
     scores, memory = (torch.zeros(_UPDATE_SAMPLES, device=device) for _ in range(2))
     visits = torch.zeros(_UPDATE_SAMPLES, dtype=torch.int32, device=device)
 
     def plain() -> None:
-        memory[indices] = stats.entropy
-        scores[indices] = stats.loss + stats.entropy
-        visits[indices] += 1
+        update_emp(
+            indices, stats.loss, stats.entropy, scores, memory, visits, rule.beta, rule.decay
+        )
 
     store.update(indices, stats)
     plain()
