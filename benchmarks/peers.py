@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.harness import Unavailable
+from emp_fast.testing.contest import Unavailable
 
 
 def liger(logits: Tensor, target: Tensor) -> Tensor:

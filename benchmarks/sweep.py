@@ -32,13 +32,14 @@ from torch.nn import functional
 
 import emp_fast
 from benchmarks import contenders, machine
-from benchmarks.cases import scores as drawn_scores
 from benchmarks.floors import floor_bytes
-from benchmarks.harness import Clock, clock_of
 from emp_fast.backends import load
 from emp_fast.backends.base import LossOptions, Recurrence, State
+from emp_fast.cli.machine import copy_bandwidth
 from emp_fast.kernels import plan
 from emp_fast.rules import EMP
+from emp_fast.testing.benchmark_cases import drawn_scores
+from emp_fast.testing.contest import Clock, clock_of
 
 #: Most shapes have enough rows that a launch takes much longer than its start; a few have few rows.
 _SHAPES = (
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     part, parts = map(int, (given.warm or "0/1").split("/"))
     every = [v for v in variants(device) if any(fnmatch(v.name, p) for p in given.variants)]
     clock = None if given.warm else clock_of(device)
-    rate = machine.copy_bandwidth(device, 2**20 if given.warm else 2**30)["median"]
+    rate = copy_bandwidth(device, 2**20 if given.warm else 2**30)["median"]
     results: dict[str, dict[str, float]] = {}
     host: dict[str, float] = {}
     print(f"copy {rate / 1e9:.0f} GB/s", flush=True)

@@ -15,12 +15,22 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
 
 from benchmarks import committed, contenders, machine, report, sweep  # noqa: E402
 from benchmarks.accuracy import accuracy_block  # noqa: E402
 from benchmarks.floors import floor_bytes  # noqa: E402
-from benchmarks.harness import (  # noqa: E402
+from benchmarks.kernel_tables import Shown, kernel_report  # noqa: E402
+from benchmarks.markdown import markdown, readme_block  # noqa: E402
+from benchmarks.models import ResNet18  # noqa: E402
+from benchmarks.result import SUITES, BadResult, load  # noqa: E402
+from emp_fast import ScoreStore, use_backend  # noqa: E402
+from emp_fast.cli.bench import bench as bench_command  # noqa: E402
+from emp_fast.functional import cross_entropy  # noqa: E402
+from emp_fast.rules import EMP  # noqa: E402
+from emp_fast.testing import baselines  # noqa: E402
+from emp_fast.testing.contest import (  # noqa: E402
     MIN_ROUNDS,
     Bound,
     Case,
@@ -33,15 +43,6 @@ from benchmarks.harness import (  # noqa: E402
     percentiles,
     rotations,
 )
-from benchmarks.kernel_tables import Shown, kernel_report  # noqa: E402
-from benchmarks.markdown import markdown, readme_block  # noqa: E402
-from benchmarks.models import ResNet18  # noqa: E402
-from benchmarks.result import SUITES, BadResult, load  # noqa: E402
-from emp_fast import ScoreStore, use_backend  # noqa: E402
-from emp_fast.cli.bench import bench as bench_command  # noqa: E402
-from emp_fast.functional import cross_entropy  # noqa: E402
-from emp_fast.rules import EMP  # noqa: E402
-from emp_fast.testing import baselines  # noqa: E402
 
 
 def outputs(result: Tensor) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ def case(inputs: int = 3) -> Case:
     return Case("adding", "four numbers", made, expected=lambda pair: {"sum": pair[0] + pair[1]})
 
 
-# ---- the harness ---------------------------------------------------------------------------------
+# ---- the contest ---------------------------------------------------------------------------------
 
 
 def test_a_round_times_each_contender_once_in_changing_order() -> None:
@@ -187,9 +188,9 @@ def test_percentiles() -> None:
 
 
 def test_inputs_rotate_beyond_the_cache() -> None:
-    assert rotations(nbytes=10**6, cache_bytes=4 * 10**6) == 8
-    assert rotations(nbytes=10**9, cache_bytes=4 * 10**6) == 2
-    assert rotations(nbytes=1, cache_bytes=4 * 10**6) == 16
+    assert rotations(nbytes=10**6, cache=4 * 10**6) == 8
+    assert rotations(nbytes=10**9, cache=4 * 10**6) == 2
+    assert rotations(nbytes=1, cache=4 * 10**6) == 16
 
 
 def test_the_gpu_clock_times_kernels_alone_behind_a_flush() -> None:
@@ -233,7 +234,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux")
     mebibyte = 2**20
-    with machine.PeakMemory(torch.device("cpu")) as peak:
+    with machine.PeakMemory(CPU) as peak:
         held = torch.ones(64 * mebibyte // 4)
         del held
         kept = torch.ones(8 * mebibyte // 4)
@@ -294,12 +295,28 @@ def test_the_baseline_updates_as_a_store_does(rule: EMP) -> None:
     assert torch.equal(visits, store.visits)
 
 
-def test_the_command_and_the_suites_have_one_baseline() -> None:
-    for compared in (contenders.forward(torch.device("cpu"), compile=False),):
-        calls = {contender.name: contender.call for contender in compared}
-        assert calls["eager"] is baselines.five_scores
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_command_and_the_suites_have_one_baseline(
+    gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, seen = baselines.five_scores, []
+
+    def recorded(*arguments: Tensor) -> tuple[Tensor, ...]:
+        seen.append(arguments)
+        return right(*arguments)
+
+    monkeypatch.setattr(baselines, "five_scores", recorded)
     command = sys.modules[bench_command.__module__]
-    assert command.five_scores is baselines.five_scores
+    listed = {name: who for name, _, who in command._contests([(2, 3)], [], CPU, compiled=False)}
+    for compared in (
+        contenders.scoring(CPU, gradient=gradient, compile=False),
+        listed["scores + gradient 2 x 3" if gradient else "scores 2 x 3"],
+    ):
+        (eager,) = (one for one in compared if one.name == "eager")
+        arguments = (torch.randn(2, 3, requires_grad=True), torch.tensor([0, 2]))
+        eager.call(*arguments)
+        assert seen.pop() == arguments
+    assert not seen
 
 
 # ---- the report ----------------------------------------------------------------------------------
