@@ -22,7 +22,7 @@ from benchmarks import committed, contenders, machine, report, sweep  # noqa: E4
 from benchmarks.accuracy import accuracy_block  # noqa: E402
 from benchmarks.floors import floor_bytes  # noqa: E402
 from benchmarks.kernel_tables import Shown, kernel_report  # noqa: E402
-from benchmarks.markdown import markdown, readme_block  # noqa: E402
+from benchmarks.markdown import markdown, readme_block, rewrite  # noqa: E402
 from benchmarks.models import ResNet18  # noqa: E402
 from benchmarks.result import SUITES, BadResult, load  # noqa: E402
 from emp_fast import ScoreStore, use_backend  # noqa: E402
@@ -428,19 +428,20 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert "![Time relative to emp_fast](cpu.png)" in (tmp_path / "out" / "cpu.md").read_text()
 
 
-def test_the_readme_changes_between_its_markers_alone(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:cpu -->\nold 99x\n<!-- /bench:cpu -->\nafter\n")
-    arguments = [str(result_file(tmp_path)), "--readme", str(readme)]
-    assert report.main(arguments) == 0
-    once = readme.read_text()
+def test_a_page_changes_between_its_markers_alone(tmp_path: Path) -> None:
+    page = "before\n<!-- bench:cpu -->\nold 99x\n<!-- /bench:cpu -->\nafter\n"
+    block = readme_block(load([result_file(tmp_path)]), "cpu.md", "cpu.png")
+    once = rewrite(page, "bench:cpu", block)
     assert once.startswith("before\n<!-- bench:cpu -->\n")
     assert once.endswith("\n<!-- /bench:cpu -->\nafter\n")
     assert "old" not in once
     assert "| Loss and five scores, 2 cases | 4.00x (2.00x) |  |" in once
+    assert "](cpu.png)" in once
     assert "[cpu.md](cpu.md)" in once
-    assert report.main(arguments) == 0
-    assert readme.read_text() == once
+    assert rewrite(once, "bench:cpu", block) == once
+    for other in ("nothing", page + page, "<!-- /bench:cpu --> <!-- bench:cpu -->"):
+        with pytest.raises(BadResult, match="must hold <!-- bench:cpu -->"):
+            rewrite(other, "bench:cpu", block)
 
 
 @pytest.mark.parametrize(
@@ -470,16 +471,6 @@ def test_a_missing_result_is_one_clear_line(
     assert "cannot be read: No such file" in capsys.readouterr().err
 
 
-def test_a_readme_without_markers_is_refused_and_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing")
-    assert report.main([str(result_file(tmp_path)), "--readme", str(readme)]) == 2
-    assert "must hold <!-- bench:cpu -->" in capsys.readouterr().err
-    assert readme.read_text() == "nothing"
-
-
 def test_results_of_one_commit_join(tmp_path: Path) -> None:
     first = result_file(tmp_path)
     more = [record("forward", "c", "emp_fast cpu", 1e-3)]
@@ -492,18 +483,16 @@ def test_results_of_several_commits_join_suite_by_suite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = result_file(tmp_path)
-    (tmp_path / "README.md").write_text("<!-- bench:cpu --><!-- /bench:cpu -->")
     updates = [record("state update", "c", "emp_fast cpu", 1e-3)]
     later = {"commit_info": {"id": "fedcba9876543210"}, "refused": []}
     other = result_file(tmp_path, "other.json", benchmarks=updates, **later)
-    readme = ["--readme", str(tmp_path / "README.md")]
-    assert report.main([str(first), str(other), *readme]) == 0
+    assert report.main([str(first), str(other)]) == 0
     text = (tmp_path / "cpu.md").read_text()
     assert "| c | 1 ms" in text
     assert "| Date, fedcba987654 | 2026-11-24, commit fedcba987654 |" in text
     assert "| Measured, fedcba987654 | State update alone |" in text
     assert "| All numbers, fedcba987654 | `other.json` |" in text
-    told = (tmp_path / "README.md").read_text()
+    told = readme_block(load([first, other]), "cpu.md", None)
     assert "Row *State update alone*: measured 2026-11-24 at fedcba987654." in told
     rows = "Rows *Loss and five scores* and *Selection of the highest scores*"
     at = "measured 2026-11-24 at 0123456789ab with uncommitted changes."
@@ -524,7 +513,7 @@ def test_results_of_several_commits_join_suite_by_suite(
 
 def test_every_committed_page_is_what_its_generator_makes() -> None:
     """After a change of the generator or of the JSON: `make results`."""
-    for path, text in committed.pages().items():
+    for path, text in committed.pages(*committed.index_and_reports()).items():
         assert path.read_text() == text, f"{path.relative_to(ROOT)} is stale: make results"
 
 
@@ -549,7 +538,7 @@ def test_a_stale_page_is_named(
 ) -> None:
     assert committed.main(["--check"]) == 0
     path = committed.ROOT / "page.md"
-    monkeypatch.setattr(committed, "pages", lambda: {path: "new"})
+    monkeypatch.setattr(committed, "pages", lambda *_: {path: "new"})
     assert committed.main(["--check"]) == 1
     assert "page.md is not what `make results` makes" in capsys.readouterr().out
     assert not path.exists()
