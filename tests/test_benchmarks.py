@@ -20,8 +20,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are n
 
 from benchmarks import committed, contenders, machine, report, sweep  # noqa: E402
 from benchmarks.accuracy import accuracy_block  # noqa: E402
-from benchmarks.floors import floor_bytes  # noqa: E402
-from benchmarks.kernel_tables import Shown, kernel_report  # noqa: E402
+from benchmarks.kernel_tables import Shown, floor_bytes, kernel_report  # noqa: E402
 from benchmarks.markdown import markdown, readme_block, rewrite  # noqa: E402
 from benchmarks.models import ResNet18  # noqa: E402
 from benchmarks.result import SUITES, BadResult, load  # noqa: E402
@@ -653,7 +652,7 @@ def test_a_wrong_score_fails_the_run_and_leaves_no_speed(tmp_path: Path) -> None
 @pytest.fixture
 def small_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"_SHAPES": ((6, 10), (3, 70)), "_SELECTED": (1000,), "_UPDATED": (5,)}
-    for name, value in {**small, "_NUM_SAMPLES": 64, "_REPEATS": 2}.items():
+    for name, value in {**small, "_NUM_SAMPLES": 64, "_ROUNDS": 2}.items():
         monkeypatch.setattr(sweep, name, value)
 
 
@@ -686,13 +685,28 @@ def test_the_sweep_may_warm_up_a_share_of_some_cases(
     assert lines == [f"backward {shape}: " for shape in ("6 x 10 float32", "3 x 70 float32")]
 
 
+def test_a_variant_that_fails_is_named_and_the_others_are_timed(
+    small_sweep: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> contextlib.AbstractContextManager[None]:
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    entered = {"reference": contextlib.nullcontext, "reference, broken": broken}
+    monkeypatch.setattr(sweep.contenders, "backends", lambda *_, **__: (entered, {}))
+    assert sweep.main(["--device", "cpu", "--only", "scores 6 x 10 float32"]) == 0
+    _, problem, times = capsys.readouterr().out.splitlines()
+    assert problem == "scores 6 x 10 float32, reference, broken: RuntimeError: no such kernel"
+    assert times.startswith("scores 6 x 10 float32: reference ")
+    assert "broken" not in times
+
+
 def test_the_launch_arithmetic_that_a_sweep_varies_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("cuda", "triton", "triton, plain", "triton, stepped")
     entered = dict.fromkeys(names, contextlib.nullcontext)
     monkeypatch.setattr(sweep.contenders, "backends", lambda *_, **__: (entered, {}))
     every = sweep.variants(torch.device("cuda"))
     assert tuple(variant.name for variant in every[: len(names)]) == names
-    assert all(variant.backend == "triton" for variant in every[1:])
+    assert all(variant.name.startswith("triton") for variant in every[1:])
     for constant, within in (("rows_warps", "triton, stepped"), ("tile_threads", "triton, plain")):
         varied = [variant.name for variant in every if constant in variant.name]
         assert varied
