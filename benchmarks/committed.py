@@ -30,7 +30,7 @@ KERNELS = ROOT / "docs" / "kernels.md"
 VERIFIED = ROOT / "emp_fast" / "verified.json"
 
 
-def pages() -> dict[Path, str]:
+def pages(index: dict[str, Any], reports: dict[str, Result]) -> dict[Path, str]:
     """Every page with its text, as the committed JSON makes it.
 
     Raises:
@@ -38,29 +38,26 @@ def pages() -> dict[Path, str]:
     """
     made = {}
     readme = README.read_text()
-    for name, result in reports().items():
+    for name, result in reports.items():
         picture = f"{name}.png"
         made[RESULTS / f"{name}.md"] = markdown(result, picture)
         folder = RESULTS.relative_to(ROOT).as_posix()
         block = readme_block(result, f"{folder}/{name}.md", f"{folder}/{picture}")
         readme = rewrite(readme, f"bench:{result.machine['device']}", block)
-    demos = [RESULTS / one for one in _index()["demos"]]
+    demos = [RESULTS / one for one in index["demos"]]
     demo_picture = demos[0].with_suffix(".png").relative_to(ROOT).as_posix()
     made[README] = rewrite(readme, "demo", accuracy_block(demos, demo_picture))
-    for name, shown in _index()["kernels"].items():
+    for name, shown in index["kernels"].items():
         made[RESULTS / f"{name}.md"] = kernel_report(RESULTS, [Shown(**one) for one in shown])
     made[KERNELS] = rewrite(KERNELS.read_text(), "verified", verified_block(read_json(VERIFIED)))
     return made
 
 
-def reports() -> dict[str, Result]:
-    """The results against peers, by the names of their reports."""
-    files = _index()["reports"].items()
-    return {name: load([RESULTS / one for one in of]) for name, of in files}
-
-
-def _index() -> Any:
-    return read_json(RESULTS / "index.json")
+def index_and_reports() -> tuple[dict[str, Any], dict[str, Result]]:
+    """The index, and the results against peers by the names of their reports."""
+    index = read_json(RESULTS / "index.json")
+    files = index["reports"].items()
+    return index, {name: load([RESULTS / one for one in of]) for name, of in files}
 
 
 def verified_block(verified: dict[str, Any]) -> str:
@@ -87,13 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     given = parser.parse_args(arguments)
     try:
-        made = pages()
+        index, reports = index_and_reports()
+        made = pages(index, reports)
         if given.check:
             return _compare(made)
         for path, text in made.items():
             path.write_text(text)
             print(path.relative_to(ROOT))
-        for name, result in reports().items():
+        for name, result in reports.items():
             picture = RESULTS / f"{name}.png"
             plot(result, picture)
             print(picture.relative_to(ROOT))

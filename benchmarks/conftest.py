@@ -15,9 +15,18 @@ import torch
 from pytest_benchmark.stats import Stats
 
 from benchmarks import machine
-from benchmarks.harness import Case, Clock, Contender, Contest, Standing, clock_of, percentiles
 from benchmarks.models import WORKLOADS
+from emp_fast.cli.machine import copy_bandwidth, load
 from emp_fast.testing import benchmark_shapes
+from emp_fast.testing.contest import (
+    Case,
+    Clock,
+    Contender,
+    Contest,
+    Standing,
+    clock_of,
+    percentiles,
+)
 
 _COPY = pytest.StashKey[dict[str, float]]()
 _LOAD = pytest.StashKey["float | None"]()
@@ -91,8 +100,8 @@ def quick(request: pytest.FixtureRequest) -> bool:
 def copy_rate(request: pytest.FixtureRequest, device: torch.device, quick: bool) -> float:
     """Bytes per second of a large copy, measured before the first case."""
     nbytes = 2**22 if quick else 2**30 if device.type == "cuda" else 2**29
-    request.config.stash[_LOAD] = machine.load()
-    measured = machine.copy_bandwidth(device, nbytes)
+    request.config.stash[_LOAD] = load()
+    measured = copy_bandwidth(device, nbytes)
     request.config.stash[_COPY] = measured
     return measured["median"]
 

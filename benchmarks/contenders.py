@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import emp_fast
-from benchmarks import baselines
-from benchmarks.harness import Bound, Contender, Unavailable
+from benchmarks import peers
 from emp_fast.backends import backend_status, load, resolve
-from emp_fast.functional import SampleStats, cross_entropy, linear_cross_entropy, topk_indices
+from emp_fast.functional import cross_entropy, linear_cross_entropy, topk_indices
+from emp_fast.testing import baselines
+from emp_fast.testing.benchmark_cases import (
+    ONLY_LOSS,
+    compiled,
+    five,
+    only_loss,
+    our_scores,
+    our_selection,
+    our_stats,
+    score_peers,
+    selection_peers,
+    torch_loss,
+    with_gradients,
+)
+from emp_fast.testing.contest import Bound, Case, Contender, Unavailable
 
 if TYPE_CHECKING:
     from emp_fast.backends.row_kernels import RowKernelsChoice
-
-OURS = Bound(1e-5, 1e-6)
-#: For the gradient of a mean, which `outputs` rescales to a single sample.
-OUR_GRADIENT = Bound(1e-4, 2e-6)
-EXACT = Bound(0.0, 0.0)
-ONLY_LOSS = "computes the loss alone"
 
 
 def backends(
@@ -77,34 +85,22 @@ def _with_row_kernels(name: str, kernels: str) -> Callable[[], AbstractContextMa
 
 
 def ours(
-    call: Callable[..., Any],
-    outputs: Callable[[Any], Mapping[str, Tensor]],
-    device: torch.device,
-    bound: Bound = OURS,
-    *,
-    every_row_kernel: bool = False,
+    make: Callable[[], Contender], device: torch.device, *, every_row_kernel: bool = False
 ) -> list[Contender]:
-    """One contender per backend; those that cannot serve are marked as refused, with the reason."""
-    return ours_each(lambda: call, outputs, device, bound, every_row_kernel=every_row_kernel)
+    """What ``make`` returns, by each backend; one that cannot serve is refused, with the reason.
 
-
-def ours_each(
-    make: Callable[[], Callable[..., Any]],
-    outputs: Callable[[Any], Mapping[str, Tensor]],
-    device: torch.device,
-    bound: Bound = OURS,
-    *,
-    every_row_kernel: bool = False,
-) -> list[Contender]:
-    """The same, if every backend needs its own call for the state that it updates."""
+    ``make`` is called once for every backend, for the state that it may update.
+    """
     entered, refused = backends(device, every_row_kernel=every_row_kernel)
-    contenders = [
-        Contender(f"emp_fast {name}", make(), outputs, bound, context=context, ours=True)
+    serving = [
+        replace(make(), name=f"emp_fast {name}", context=context, ours=True)
         for name, context in entered.items()
     ]
-    for name, reason in refused.items():
-        contenders.append(Contender(f"emp_fast {name}", _unavailable(reason), outputs))
-    return contenders
+    absent = [
+        Contender(f"emp_fast {name}", _unavailable(reason), only_loss)
+        for name, reason in refused.items()
+    ]
+    return serving + absent
 
 
 def _unavailable(reason: str) -> Callable[..., Any]:
@@ -114,54 +110,20 @@ def _unavailable(reason: str) -> Callable[..., Any]:
     return call
 
 
-def forward(device: torch.device, *, compile: bool) -> list[Contender]:
-    """Contenders that compute the loss and all scores of [S, C] logits."""
-    peers = [
-        Contender("eager", baselines.five_scores, _five),
-        Contender(
-            "torch.compile", compiled(baselines.five_scores_to_compile, wanted=compile), _five
-        ),
-        Contender("F.cross_entropy", _torch_loss, _loss, note=ONLY_LOSS),
-    ]
+def scoring(device: torch.device, *, gradient: bool, compile: bool) -> list[Contender]:
+    """Contenders that compute loss and all scores of [S, C] logits, and the gradient if wanted."""
+    others: list[Contender] = []
     if device.type == "cuda":
-        peers += [
-            Contender("Liger", _on_a_copy(baselines.liger), _loss, note=ONLY_LOSS),
-            Contender("quack", baselines.quack, _loss, note=ONLY_LOSS),
+        others = [
+            Contender("Liger", peers.liger, only_loss, note=ONLY_LOSS),
+            Contender("quack", peers.quack, only_loss, note=ONLY_LOSS),
         ]
-    return [*ours(cross_entropy, _stats, device, every_row_kernel=True), *peers]
-
-
-def gradient(device: torch.device, *, compile: bool) -> list[Contender]:
-    """The same with the gradient of the mean loss with respect to the logits."""
-    compiled_scores = compiled(baselines.five_scores_to_compile, wanted=compile)
-    peers = [
-        Contender("eager", _with_gradients(baselines.five_scores), _and_gradient(_five)),
-        Contender("torch.compile", _with_gradients(compiled_scores), _and_gradient(_five)),
-        Contender(
-            "F.cross_entropy", _with_gradients(_torch_loss), _and_gradient(_loss), note=ONLY_LOSS
-        ),
-    ]
-    if device.type == "cuda":
-        peers += [
-            Contender(
-                "Liger",
-                _on_a_copy(_with_gradients(baselines.liger)),
-                _and_gradient(_loss),
-                note=ONLY_LOSS,
-            ),
-            Contender(
-                "quack", _with_gradients(baselines.quack), _and_gradient(_loss), note=ONLY_LOSS
-            ),
-        ]
+    if gradient:
+        others = [with_gradients(other) for other in others]
     return [
-        *ours(
-            _with_gradients(cross_entropy),
-            _and_gradient(_stats),
-            device,
-            OUR_GRADIENT,
-            every_row_kernel=True,
-        ),
-        *peers,
+        *ours(lambda: our_scores(cross_entropy, gradient=gradient), device, every_row_kernel=True),
+        *score_peers(gradient=gradient, compile=compile),
+        *(_on_a_copy(other) if other.name == "Liger" else other for other in others),
     ]
 
 
@@ -171,87 +133,25 @@ def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contend
     def of_logits(score: Callable[..., Any]) -> Callable[..., Any]:
         return lambda hidden, classifier, target: score(hidden @ classifier.T, target)
 
-    scored = compiled(of_logits(baselines.five_scores_to_compile), wanted=compile)
-    peers = [
-        Contender(
-            "eager", _with_gradients(of_logits(baselines.five_scores)), _and_gradient(_five), bound
-        ),
-        Contender("torch.compile", _with_gradients(scored), _and_gradient(_five), bound),
-        Contender(
-            "F.cross_entropy",
-            _with_gradients(of_logits(_torch_loss)),
-            _and_gradient(_loss),
-            bound,
-            note=ONLY_LOSS,
-        ),
-    ]
+    mine = with_gradients(Contender("emp_fast", linear_cross_entropy, our_stats, bound))
+    others = [Contender("eager", of_logits(baselines.five_scores), five, bound)]
+    if compile:
+        scored = compiled(of_logits(baselines.five_scores_to_compile))
+        others.append(Contender("torch.compile", scored, five, bound))
+    alone = {"F.cross_entropy": of_logits(torch_loss)}
     if device.type == "cuda":
-        for name, peer in (
-            ("cut-cross-entropy", baselines.cut_cross_entropy),
-            ("Liger", baselines.liger_linear),
-        ):
-            call = _with_gradients(peer)
-            peers.append(Contender(name, call, _and_gradient(_loss), bound, note=ONLY_LOSS))
-    call = _with_gradients(linear_cross_entropy)
-    return [*ours(call, _and_gradient(_stats), device, bound), *peers]
+        alone |= {"cut-cross-entropy": peers.cut_cross_entropy, "Liger": peers.liger_linear}
+    for name, peer in alone.items():
+        others.append(Contender(name, peer, only_loss, bound, note=ONLY_LOSS))
+    return [*ours(lambda: mine, device), *map(with_gradients, others)]
 
 
-def _with_gradients(score: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls ``score(*inputs, target)`` and computes the gradients of the mean loss for all inputs.
-
-    Returns the result and the first of these gradients.
-    """
-
-    def call(*arguments: Tensor) -> tuple[Any, Tensor]:
-        result = score(*arguments)
-        loss = result if isinstance(result, Tensor) else result[0]
-        return result, torch.autograd.grad(loss.mean(), arguments[:-1])[0]
-
-    return call
+def selection(device: torch.device, case: Case) -> list[Contender]:
+    """Contenders for the indices of the k highest of N scores."""
+    return [*ours(lambda: our_selection(topk_indices), device), *selection_peers(case)]
 
 
-def _and_gradient(
-    outputs: Callable[[Any], Mapping[str, Tensor]],
-) -> Callable[[Any], Mapping[str, Tensor]]:
-    """Outputs of `_with_gradients`; rescales the gradient of the mean to a single sample."""
-    return lambda pair: {**outputs(pair[0]), "gradient": pair[1] * pair[1].shape[0]}
-
-
-def selection(device: torch.device, values: Callable[[Tensor], Tensor]) -> list[Contender]:
-    """Indices of the k highest of N scores; ``values`` returns the chosen scores in order."""
-
-    def exact(indices: Tensor) -> Mapping[str, Tensor]:
-        return {"indices": indices}
-
-    def equal(indices: Any) -> Mapping[str, Tensor]:
-        return {"values": values(torch.as_tensor(indices))}
-
-    unordered = "neither index order nor a rule for ties"
-    peers = [
-        Contender("torch.topk", _topk, equal, EXACT, note=unordered),
-        Contender("torch.sort", _sort, equal, EXACT, note="in the order of the scores"),
-    ]
-    if device.type == "cpu":
-        peers.append(Contender("np.argpartition", _argpartition, equal, EXACT, note=unordered))
-    return [*ours(topk_indices, exact, device, EXACT), *peers]
-
-
-def _topk(scores: Tensor, k: int) -> Tensor:
-    return torch.topk(scores, k, sorted=False).indices
-
-
-def _sort(scores: Tensor, k: int) -> Tensor:
-    return torch.sort(scores, descending=True).indices[:k]
-
-
-def _argpartition(scores: Tensor, k: int) -> Any:
-    import numpy as np
-
-    n = scores.shape[0]
-    return np.argpartition(scores.numpy(), n - k)[n - k :]
-
-
-def _on_a_copy(call: Callable[..., Any]) -> Callable[..., Any]:
+def _on_a_copy(one: Contender) -> Contender:
     """Copies the logits for a peer that overwrites them by the gradient, to protect the others.
 
     The first call, which is checked, sees the logits; later calls see what the peer left there.
@@ -262,36 +162,6 @@ def _on_a_copy(call: Callable[..., Any]) -> Callable[..., Any]:
         if id(logits) not in copies:
             copy = logits.detach().clone()
             copies[id(logits)] = copy.requires_grad_(logits.requires_grad)
-        return call(copies[id(logits)], target)
+        return one.call(copies[id(logits)], target)
 
-    return of_copy
-
-
-def compiled(
-    function: Callable[..., Any], *, wanted: bool, reset: bool = True
-) -> Callable[..., Any]:
-    """``torch.compile`` in its default mode, specialised to the shapes of the case.
-
-    ``reset`` discards what earlier cases compiled, before dynamo reaches its recompilation limit.
-    """
-    if not wanted:
-        return _unavailable("not compiled in a quick run")
-    if reset:
-        torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
-
-
-def _torch_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return functional.cross_entropy(logits, target, reduction="none")
-
-
-def _stats(stats: SampleStats) -> Mapping[str, Tensor]:
-    return {name: getattr(stats, name) for name in baselines.FIVE}
-
-
-def _five(scores: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
-    return dict(zip(baselines.FIVE, scores, strict=True))
-
-
-def _loss(loss: Tensor) -> Mapping[str, Tensor]:
-    return {"loss": loss}
+    return replace(one, call=of_copy)

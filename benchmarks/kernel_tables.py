@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.floors import floor_bytes
 from benchmarks.markdown import table
 from benchmarks.result import BadResult, read_json
 
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+#: Bytes per row besides its logits, and how often the logits are read or written.
+_ROW_BYTES = {"scores": (28, 1), "step": (56, 2), "backward": (28, 2)}
+_UPDATE_BYTES = 36  # per row
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -68,6 +71,23 @@ def _report(files: dict[str, Any], shown: Sequence[Shown]) -> str:
             _run_table(run["seconds"], rate, one.decimal_below_us),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def floor_bytes(case: str) -> int:
+    """The least traffic of a case, by its name: inputs read once, outputs written once.
+
+    "scores 512 x 1000 bfloat16" (or "step", "backward"), "select 30% of 1e+06", "update 4096".
+    """
+    work, *rest = case.split()
+    if work == "select":
+        share, _, number = rest
+        n = int(float(number))
+        return 4 * n + 8 * int(int(share.removesuffix("%")) / 100 * n)
+    if work == "update":
+        return _UPDATE_BYTES * int(rest[0])
+    rows, _, classes, dtype = rest
+    beside, moves = _ROW_BYTES[work]
+    return int(rows) * (moves * int(classes) * _ITEM_BYTES[dtype] + beside)
 
 
 def _commit(found: str | None) -> str:

@@ -1,13 +1,11 @@
-"""The machine of a run: its description, and the copy bandwidth to which kernels are compared."""
+"""The machine of a run: its description, its commit, and the peak memory of a call."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
-import statistics
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -47,34 +45,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
-    """Bytes per second of ``tensor.copy_``: ``nbytes`` read and ``nbytes`` written."""
-    source = torch.ones(nbytes // 4, device=device)
-    target = torch.empty_like(source)
-    rates = []
-    for repeat in range(13):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            target.copy_(source)
-            end.record()
-            torch.cuda.synchronize()
-            seconds = begin.elapsed_time(end) * 1e-3
-        else:
-            start = time.perf_counter()
-            target.copy_(source)
-            seconds = time.perf_counter() - start
-        if repeat >= 2:  # the first copies fault in the pages
-            rates.append(2 * source.nbytes / seconds)
-    fifths = statistics.quantiles(rates, n=5, method="inclusive")
-    return {"median": statistics.median(rates), "p20": fifths[0], "p80": fifths[3]}
-
-
-def load() -> float | None:
-    """Processes that wanted a core in the last minute; above zero, others may disturb the run."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
 def commit() -> str | None:
     """The commit of the sources, with a plus if there are changes; None without history."""
     folder = Path(__file__).parent
@@ -87,16 +57,6 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache of ``device``."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    found = [path.read_text().strip() for path in sizes]
-    return max((int(size[:-1]) * units[size[-1]] for size in found if size), default=32 * 2**20)
 
 
 class PeakMemory:

@@ -1,6 +1,6 @@
-"""Turns the JSON of a benchmark run into a Markdown report, a plot and the README's table.
+"""Turns the JSON of a benchmark run into a Markdown report and a plot.
 
-python -m benchmarks.report RESULT.json [RESULT.json ...] [-o DIR] [--readme README.md]
+python -m benchmarks.report RESULT.json [RESULT.json ...] [-o DIR]
 
 Files of several runs of one machine join suite by suite. What is committed in benchmarks/results/
 is made from the JSON there by `make results` (benchmarks/committed.py).
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.markdown import markdown, readme_block, rewrite
+from benchmarks.markdown import markdown
 from benchmarks.plot import plot
 from benchmarks.result import STEP, BadResult, Result, load
 
@@ -25,7 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-o", "--output", type=Path, help="folder; default: beside the first result"
     )
-    parser.add_argument("--readme", type=Path, help="rewrite the table between this file's markers")
     given = parser.parse_args(arguments)
     first: Path = given.result[0]
     folder: Path = given.output or first.parent
@@ -36,13 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drawn = _drawn(result, picture)
         report.write_text(markdown(result, picture.name if drawn else None))
         print(report)
-        if given.readme is not None:
-            text = given.readme.read_text()
-            beside = given.readme.parent
-            image = _relative(picture, beside) if drawn else None
-            block = readme_block(result, _relative(report, beside), image)
-            given.readme.write_text(rewrite(text, f"bench:{result.machine['device']}", block))
-            print(given.readme)
     except (BadResult, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,13 +51,6 @@ def _drawn(result: Result, path: Path) -> bool:
         return False
     print(path)
     return True
-
-
-def _relative(path: Path, start: Path) -> str:
-    try:
-        return path.resolve().relative_to(start.resolve()).as_posix()
-    except ValueError:
-        return path.as_posix()
 
 
 if __name__ == "__main__":

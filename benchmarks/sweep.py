@@ -3,11 +3,12 @@
 python -m benchmarks.sweep [-o FILE.json] [--only WORD ...] [--variants PATTERN ...]
                            [--warm PART/PARTS] [--device cpu]
 
-Every number is the time of a call, on a GPU the median of its kernels behind a flushed cache, as a
-share of the measured copy bandwidth where the work has a floor in bytes. A variant is a backend
-with a choice of kernels or with other launch arithmetic (`emp_fast.kernels.plan`). `--warm`
-compiles a share of what the same command would launch, and times nothing: several such processes
-fill Triton's cache side by side. benchmarks/kernel_tables.py makes tables of what it writes.
+Every number is the median time of a call in interleaved rounds, on a GPU that of its kernels behind
+a flushed cache, and the work's floor in bytes as a share of the measured copy bandwidth. A variant
+is a backend with a choice of kernels or with other launch arithmetic (`emp_fast.kernels.plan`).
+Results are not compared: the tests do that. `--warm` compiles a share of what the same command
+would launch, and times nothing: several such processes fill Triton's cache side by side.
+benchmarks/kernel_tables.py makes tables of what it writes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fnmatch import fnmatch
@@ -28,17 +28,27 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 import emp_fast
 from benchmarks import contenders, machine
-from benchmarks.cases import scores as drawn_scores
-from benchmarks.floors import floor_bytes
-from benchmarks.harness import Clock, clock_of
+from benchmarks.kernel_tables import floor_bytes
 from emp_fast.backends import load
 from emp_fast.backends.base import LossOptions, Recurrence, State
+from emp_fast.cli.machine import copy_bandwidth
 from emp_fast.kernels import plan
 from emp_fast.rules import EMP
+from emp_fast.testing.benchmark_cases import drawn_scores
+from emp_fast.testing.contest import (
+    Case,
+    Clock,
+    Contender,
+    Contest,
+    Sample,
+    WallClock,
+    clock_of,
+)
 
 #: Most shapes have enough rows that a launch takes much longer than its start; a few have few rows.
 _SHAPES = (
@@ -61,7 +71,15 @@ _SHAPES = (
 _SELECTED = (10**6, 10**7, 10**8, 10**9)
 _UPDATED = (128, 4096, 16384, 2**20)
 _NUM_SAMPLES = 2**21
-_REPEATS = 12
+_ROUNDS = 10
+#: The backends' methods that do the work of a case.
+_METHODS = {
+    "scores": "scores",
+    "step": "mean_step",
+    "backward": "cross_entropy_backward",
+    "select": "topk_indices",
+    "update": "update_state",
+}
 _NO_OPTIONS = LossOptions(-100, 0.0, 0.0)
 _EMP = Recurrence("ema", "entropy", 0.9, "loss", 1.0, 0.5)
 _WHAT = (
@@ -73,18 +91,15 @@ _WHAT = (
 class Variant(NamedTuple):
     """A backend with certain kernels or launch constants."""
 
-    name: str
-    backend: str
+    name: str  # begins with that of the backend
     enter: Callable[[], AbstractContextManager[Any]]
-    serves: Callable[[int, int], bool] = lambda rows, classes: True
+    serves: Callable[[int], bool] = lambda classes: True
 
 
 def variants(device: torch.device) -> list[Variant]:
     """Every backend with every choice of kernels, and Triton with other launch constants."""
 
-    def planned(
-        serves: Callable[[int, int], bool], within: str = "triton", **constants: int
-    ) -> Variant:
+    def planned(serves: Callable[[int], bool], within: str = "triton", **constants: int) -> Variant:
         @contextmanager
         def enter() -> Iterator[None]:
             with ExitStack() as stack:
@@ -97,19 +112,19 @@ def variants(device: torch.device) -> list[Variant]:
                 yield
 
         name = ", ".join(f"{name.lower()} {value}" for name, value in constants.items())
-        return Variant(f"{within}, {name}", "triton", enter, serves)
+        return Variant(f"{within}, {name}", enter, serves)
 
-    def short(rows: int, classes: int) -> bool:
+    def short(classes: int) -> bool:
         return classes <= plan.TILE_CLASSES
 
-    def stepped(rows: int, classes: int) -> bool:
+    def stepped(classes: int) -> bool:
         return plan.KEPT_BLOCK // 2 < classes <= plan.TILE_CLASSES_GRAD
 
-    def long(rows: int, classes: int) -> bool:
+    def long(classes: int) -> bool:
         return classes > plan.TILE_CLASSES
 
     entered, _ = contenders.backends(device, every_row_kernel=True)
-    ours = [Variant(name, name.split(",")[0], enter) for name, enter in entered.items()]
+    ours = [Variant(name, enter) for name, enter in entered.items()]
     if "triton" not in entered:
         return ours
     return [
@@ -135,12 +150,14 @@ def _state(device: torch.device) -> State:
     return State(floats[0], floats[1], integers[0], floats[2], integers[1], counters)
 
 
-class Case(NamedTuple):
-    """Work that all variants do."""
+def _case(work: str, size: str, *arguments: Any, **facts: int) -> Case:
+    """A call of the backends' method for ``work``, with ``facts`` for `Variant.serves`."""
+    floor = floor_bytes(f"{work} {size}")
+    return Case(work, size, [arguments], _nothing, floor_bytes=floor, facts=facts)
 
-    name: str  # in the form that benchmarks/floors.py reads
-    shape: tuple[int, int]
-    call: Callable[[Any], Any]  # takes the backend
+
+def _nothing(_: Any) -> dict[str, Tensor]:
+    return {}
 
 
 def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bool) -> list[Case]:
@@ -157,53 +174,14 @@ def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bo
     grad_loss = torch.ones(held, device=device)
     fields = load("reference").cross_entropy(logits[:1], target[:1], None, _NO_OPTIONS).rows
     fields = fields.expand(-1, held).contiguous()
-    name = f"{rows} x {classes} {str(dtype).removeprefix('torch.')}"
+    size = f"{rows} x {classes} {str(dtype).removeprefix('torch.')}"
+    scored = (logits, target, None, _NO_OPTIONS)
+    backward = (grad_loss, logits, target, None, fields, _NO_OPTIONS)
     return [
-        Case(
-            f"scores {name}",
-            shape,
-            lambda b: b.scores(logits, target, None, _NO_OPTIONS),
-        ),
-        Case(
-            f"step {name}",
-            shape,
-            lambda b: b.mean_step(logits, target, None, _NO_OPTIONS, None, indices, state, _EMP),
-        ),
-        Case(
-            f"backward {name}",
-            shape,
-            lambda b: b.cross_entropy_backward(
-                grad_loss, logits, target, None, fields, _NO_OPTIONS
-            ),
-        ),
+        _case("scores", size, *scored, classes=classes),
+        _case("step", size, *scored, None, indices, state, _EMP, classes=classes),
+        _case("backward", size, *backward, classes=classes),
     ]
-
-
-def selection_cases(n: int, device: torch.device, warm: bool) -> list[Case]:
-    """Selections of several shares of ``n`` scores."""
-    scores = drawn_scores(10**6 if warm else n, "random", device)
-
-    def case(share: float) -> Case:
-        k = int(share * scores.shape[0])
-        return Case(
-            f"select {share:.0%} of {n:.0e}",
-            (n, 1),
-            lambda b: b.topk_indices(scores, k),
-        )
-
-    return [case(share) for share in (0.1, 0.3, 0.7)]
-
-
-def update_case(rows: int, state: State) -> Case:
-    """The update of the state by given values."""
-    device = state.scores.device
-    values = torch.rand(2, rows, device=device)
-    indices = torch.randperm(_NUM_SAMPLES, device=device)[:rows]
-    return Case(
-        f"update {rows}",
-        (rows, 1),
-        lambda b: b.update_state(indices, values[0], values[1], None, state, _EMP),
-    )
 
 
 def cases(device: torch.device, warm: bool) -> Iterator[Case]:
@@ -212,9 +190,13 @@ def cases(device: torch.device, warm: bool) -> Iterator[Case]:
     for shape, dtype in itertools.product(_SHAPES, (torch.bfloat16, torch.float32)):
         yield from row_cases(shape, dtype, state, warm)
     for n in _SELECTED:
-        yield from selection_cases(n, device, warm)
+        scores = drawn_scores(10**6 if warm else n, "random", device)
+        for share in (0.1, 0.3, 0.7):
+            yield _case("select", f"{share:.0%} of {n:.0e}", scores, int(share * len(scores)))
     for rows in _UPDATED:
-        yield update_case(rows, state)
+        values = torch.rand(2, rows, device=device)
+        indices = torch.randperm(_NUM_SAMPLES, device=device)[:rows]
+        yield _case("update", f"{rows}", indices, values[0], values[1], None, state, _EMP)
 
 
 def host_times(rows: int, classes: int) -> Iterator[tuple[str, float]]:
@@ -222,19 +204,11 @@ def host_times(rows: int, classes: int) -> Iterator[tuple[str, float]]:
     logits = torch.randn(rows, classes, device="cuda", requires_grad=True)
     target = torch.randint(classes, (rows,), device="cuda")
     indices = torch.arange(rows, device="cuda")
+    clock = WallClock(torch.cuda.synchronize)
 
-    def measure(call: Callable[[], Any], calls: int = 200) -> float:
-        for _ in range(20):
-            call()
-        torch.cuda.synchronize()
-        taken = []
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            torch.cuda.synchronize()
-            taken.append((time.perf_counter() - start) / calls)
-        return statistics.median(taken)
+    def measure(call: Callable[..., Any]) -> float:
+        clock.burst(call, [()] * 20)
+        return _median([clock.burst(call, [()] * 200) for _ in range(5)])
 
     def each(score: Callable[..., Any], loss: Callable[..., Any]) -> dict[str, float]:
         with torch.no_grad():
@@ -274,22 +248,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     part, parts = map(int, (given.warm or "0/1").split("/"))
     every = [v for v in variants(device) if any(fnmatch(v.name, p) for p in given.variants)]
     clock = None if given.warm else clock_of(device)
-    rate = machine.copy_bandwidth(device, 2**20 if given.warm else 2**30)["median"]
+    rate = copy_bandwidth(device, 2**20 if given.warm else 2**30)["median"]
     results: dict[str, dict[str, float]] = {}
     host: dict[str, float] = {}
     print(f"copy {rate / 1e9:.0f} GB/s", flush=True)
     for place, case in enumerate(cases(device, bool(given.warm))):
-        if case.name.startswith(tuple(given.only)) and place % parts == part:
+        name = f"{case.suite} {case.name}"
+        if name.startswith(tuple(given.only)) and place % parts == part:
             # A warm run has few rows, but must compile the kernels for many.
             fewest = 0 if given.warm else plan.KEPT_STEPS
             with mock.patch.object(plan, "KEPT_STEPS", fewest):
-                results[case.name] = _measured(case, every, clock)
-            floor = floor_bytes(case.name)
+                results[name] = _measured(case, every, clock)
+            floor = case.floor_bytes or 0
             shares = (
-                f"{name} {1e6 * seconds:.1f} us = {100 * floor / seconds / rate:.0f} %"
-                for name, seconds in results[case.name].items()
+                f"{by} {1e6 * seconds:.1f} us = {100 * floor / seconds / rate:.0f} %"
+                for by, seconds in results[name].items()
             )
-            print(f"{case.name}: " + " | ".join(shares), flush=True)
+            print(f"{name}: " + " | ".join(shares), flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if clock is not None and device.type == "cuda" and "host".startswith(tuple(given.only)):
@@ -316,20 +291,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measured(case: Case, every: Sequence[Variant], clock: Clock | None) -> dict[str, float]:
     """Seconds for each variant; without a clock each is only compiled."""
-    found = {}
-    tunable = case.name.split()[0] in ("scores", "step")
-    for variant in every:
-        if not variant.serves(*case.shape) or (not tunable and "," in variant.name):
-            continue
-        call = functools.partial(case.call, load(variant.backend))
-        try:
-            with variant.enter():
-                call()
-                if clock is not None:
-                    found[variant.name] = clock.burst(call, [()] * _REPEATS).seconds
-        except Exception as error:  # continue with the other variants
-            print(f"{case.name}, {variant.name}: {type(error).__name__}: {error}", flush=True)
-    return found
+    method, classes = _METHODS[case.suite], case.facts.get("classes", 0)
+    tuned = case.suite in ("scores", "step")
+    serving = [
+        Contender(name, getattr(load(name.split(",")[0]), method), _nothing, context=enter)
+        for name, enter, serves in every
+        if ("," not in name or tuned) and serves(classes)
+    ]
+    contest = Contest(case, serving, clock or WallClock(), burst_seconds=0.0)
+    contest.check()
+    for contender, _, refused in contest.standings:
+        if refused is not None:
+            print(f"{case.suite} {case.name}, {contender.name}: {refused}", flush=True)
+    if clock is None:
+        return {}
+    contest.calibrate()
+    for _ in range(_ROUNDS):
+        contest.round()
+    return {
+        standing.contender.name: _median(standing.samples)
+        for standing in contest.standings
+        if standing.samples
+    }
+
+
+def _median(samples: Sequence[Sample]) -> float:
+    return statistics.median(sample.seconds for sample in samples)
 
 
 if __name__ == "__main__":

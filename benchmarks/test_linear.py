@@ -10,7 +10,7 @@ from torch import Tensor
 import emp_fast
 from benchmarks import contenders
 from benchmarks.conftest import Race
-from benchmarks.harness import Bound, Case, Inputs
+from emp_fast.testing.contest import Bound, Case, Inputs
 
 #: For sums over thousands of products, in an order that differs from the reference's.
 _MATRIX_BOUND = Bound(1e-3, 1e-3)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import emp_fast
-from benchmarks import baselines
 from benchmarks.conftest import Race
-from benchmarks.contenders import EXACT
-from benchmarks.harness import Bound, Case, Contender, Contest, Inputs, WallClock, percentiles
 from benchmarks.models import Workload
+from emp_fast.testing import baselines
+from emp_fast.testing.benchmark_cases import EXACT
+from emp_fast.testing.contest import Bound, Case, Contender, Contest, Inputs, WallClock, percentiles
 
 _PRUNE_RATE = 0.7
 

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
 
-from benchmarks import baselines, committed, machine, report, sweep  # noqa: E402
+from benchmarks import committed, contenders, machine, report, sweep  # noqa: E402
 from benchmarks.accuracy import accuracy_block  # noqa: E402
-from benchmarks.floors import floor_bytes  # noqa: E402
-from benchmarks.harness import (  # noqa: E402
+from benchmarks.kernel_tables import Shown, floor_bytes, kernel_report  # noqa: E402
+from benchmarks.markdown import markdown, readme_block, rewrite  # noqa: E402
+from benchmarks.models import ResNet18  # noqa: E402
+from benchmarks.result import SUITES, BadResult, load  # noqa: E402
+from emp_fast import ScoreStore, use_backend  # noqa: E402
+from emp_fast.cli.bench import bench as bench_command  # noqa: E402
+from emp_fast.functional import cross_entropy  # noqa: E402
+from emp_fast.rules import EMP  # noqa: E402
+from emp_fast.testing import baselines  # noqa: E402
+from emp_fast.testing.contest import (  # noqa: E402
     MIN_ROUNDS,
     Bound,
     Case,
@@ -33,10 +42,6 @@ from benchmarks.harness import (  # noqa: E402
     percentiles,
     rotations,
 )
-from benchmarks.kernel_tables import Shown, kernel_report  # noqa: E402
-from benchmarks.markdown import markdown, readme_block  # noqa: E402
-from benchmarks.models import ResNet18  # noqa: E402
-from benchmarks.result import SUITES, BadResult, load  # noqa: E402
 
 
 def outputs(result: Tensor) -> dict[str, Tensor]:
@@ -52,7 +57,7 @@ def case(inputs: int = 3) -> Case:
     return Case("adding", "four numbers", made, expected=lambda pair: {"sum": pair[0] + pair[1]})
 
 
-# ---- the harness ---------------------------------------------------------------------------------
+# ---- the contest ---------------------------------------------------------------------------------
 
 
 def test_a_round_times_each_contender_once_in_changing_order() -> None:
@@ -182,9 +187,9 @@ def test_percentiles() -> None:
 
 
 def test_inputs_rotate_beyond_the_cache() -> None:
-    assert rotations(nbytes=10**6, cache_bytes=4 * 10**6) == 8
-    assert rotations(nbytes=10**9, cache_bytes=4 * 10**6) == 2
-    assert rotations(nbytes=1, cache_bytes=4 * 10**6) == 16
+    assert rotations(nbytes=10**6, cache=4 * 10**6) == 8
+    assert rotations(nbytes=10**9, cache=4 * 10**6) == 2
+    assert rotations(nbytes=1, cache=4 * 10**6) == 16
 
 
 def test_the_gpu_clock_times_kernels_alone_behind_a_flush() -> None:
@@ -228,7 +233,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux")
     mebibyte = 2**20
-    with machine.PeakMemory(torch.device("cpu")) as peak:
+    with machine.PeakMemory(CPU) as peak:
         held = torch.ones(64 * mebibyte // 4)
         del held
         kept = torch.ones(8 * mebibyte // 4)
@@ -245,29 +250,72 @@ def test_the_network_is_resnet_18() -> None:
 
 
 @pytest.mark.parametrize("peaked", [False, True])
-def test_the_eager_baselines_score_right(peaked: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_baselines_score_as_the_reference_does(peaked: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(9, 31, generator=generator).double()
+    logits = 3 * torch.randn(9, 31, generator=generator)
     target = torch.randint(31, (9,), generator=generator)
     if peaked:
-        logits.scatter_(1, target[:, None], 12.0)
-    p = logits.softmax(1)
-    p_y = p.gather(1, target[:, None])[:, 0]
-    one_hot = torch.nn.functional.one_hot(target, 31)
-    others = logits.masked_fill(one_hot.bool(), -torch.inf)
-    wanted = (
-        -p_y.log(),
-        -(p * p.log()).sum(1),
-        (p - one_hot).norm(dim=1),
-        logits.gather(1, target[:, None])[:, 0] - others.amax(1),
-        p_y,
-    )
+        logits.scatter_(1, target[:, None], 20.0)
+    logits = logits.to(dtype).requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    with use_backend("reference"):
+        wanted = cross_entropy(wide, target)
+    (wanted_grad,) = torch.autograd.grad(wanted.loss.sum(), wide)
     for five in (baselines.five_scores, baselines.five_scores_to_compile):
-        for got, want in zip(five(logits.float(), target), wanted, strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
-    loss, entropy = baselines.loss_and_entropy(logits.float(), target)
-    torch.testing.assert_close(loss.double(), wanted[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(entropy.double(), wanted[1], rtol=1e-4, atol=1e-5)
+        found = five(logits, target)
+        for name, got in zip(baselines.FIVE, found, strict=True):
+            want = getattr(wanted, name).detach().float()
+            torch.testing.assert_close(got.detach(), want, rtol=1e-4, atol=1e-5)
+        (grad,) = torch.autograd.grad(found[0].sum(), logits)
+        torch.testing.assert_close(
+            grad.float(), wanted_grad.to(dtype).float(), rtol=1e-2, atol=1e-5
+        )
+        assert not any(score.requires_grad for score in found[1:])
+    loss, entropy = baselines.loss_and_entropy(logits, target)
+    for got, want in ((loss, wanted.loss), (entropy, wanted.entropy)):
+        torch.testing.assert_close(got.detach(), want.detach().float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [EMP(), EMP(beta=0.5, decay=0.9)])
+def test_the_baseline_updates_as_a_store_does(rule: EMP) -> None:
+    generator = torch.Generator().manual_seed(0)
+    store = ScoreStore(20, rule)
+    scores, memory = torch.full((20,), torch.inf), torch.zeros(20)
+    visits = torch.zeros(20, dtype=torch.int32)
+    for _ in range(3):
+        at = torch.randperm(20, generator=generator)[:7]
+        loss, entropy = torch.rand(2, 7, generator=generator)
+        with use_backend("reference"):
+            store.update(at, {"loss": loss, "entropy": entropy})
+        baselines.update_emp(at, loss, entropy, scores, memory, visits, rule.beta, rule.decay)
+    torch.testing.assert_close(scores, store.scores)
+    torch.testing.assert_close(memory, store.memory)
+    assert torch.equal(visits, store.visits)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_command_and_the_suites_have_one_baseline(
+    gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, seen = baselines.five_scores, []
+
+    def recorded(*arguments: Tensor) -> tuple[Tensor, ...]:
+        seen.append(arguments)
+        return right(*arguments)
+
+    monkeypatch.setattr(baselines, "five_scores", recorded)
+    command = sys.modules[bench_command.__module__]
+    listed = {name: who for name, _, who in command._contests([(2, 3)], [], CPU, compiled=False)}
+    for compared in (
+        contenders.scoring(CPU, gradient=gradient, compile=False),
+        listed["scores + gradient 2 x 3" if gradient else "scores 2 x 3"],
+    ):
+        (eager,) = (one for one in compared if one.name == "eager")
+        arguments = (torch.randn(2, 3, requires_grad=True), torch.tensor([0, 2]))
+        eager.call(*arguments)
+        assert seen.pop() == arguments
+    assert not seen
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -379,19 +427,20 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert "![Time relative to emp_fast](cpu.png)" in (tmp_path / "out" / "cpu.md").read_text()
 
 
-def test_the_readme_changes_between_its_markers_alone(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:cpu -->\nold 99x\n<!-- /bench:cpu -->\nafter\n")
-    arguments = [str(result_file(tmp_path)), "--readme", str(readme)]
-    assert report.main(arguments) == 0
-    once = readme.read_text()
+def test_a_page_changes_between_its_markers_alone(tmp_path: Path) -> None:
+    page = "before\n<!-- bench:cpu -->\nold 99x\n<!-- /bench:cpu -->\nafter\n"
+    block = readme_block(load([result_file(tmp_path)]), "cpu.md", "cpu.png")
+    once = rewrite(page, "bench:cpu", block)
     assert once.startswith("before\n<!-- bench:cpu -->\n")
     assert once.endswith("\n<!-- /bench:cpu -->\nafter\n")
     assert "old" not in once
     assert "| Loss and five scores, 2 cases | 4.00x (2.00x) |  |" in once
+    assert "](cpu.png)" in once
     assert "[cpu.md](cpu.md)" in once
-    assert report.main(arguments) == 0
-    assert readme.read_text() == once
+    assert rewrite(once, "bench:cpu", block) == once
+    for other in ("nothing", page + page, "<!-- /bench:cpu --> <!-- bench:cpu -->"):
+        with pytest.raises(BadResult, match="must hold <!-- bench:cpu -->"):
+            rewrite(other, "bench:cpu", block)
 
 
 @pytest.mark.parametrize(
@@ -421,16 +470,6 @@ def test_a_missing_result_is_one_clear_line(
     assert "cannot be read: No such file" in capsys.readouterr().err
 
 
-def test_a_readme_without_markers_is_refused_and_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing")
-    assert report.main([str(result_file(tmp_path)), "--readme", str(readme)]) == 2
-    assert "must hold <!-- bench:cpu -->" in capsys.readouterr().err
-    assert readme.read_text() == "nothing"
-
-
 def test_results_of_one_commit_join(tmp_path: Path) -> None:
     first = result_file(tmp_path)
     more = [record("forward", "c", "emp_fast cpu", 1e-3)]
@@ -443,18 +482,16 @@ def test_results_of_several_commits_join_suite_by_suite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = result_file(tmp_path)
-    (tmp_path / "README.md").write_text("<!-- bench:cpu --><!-- /bench:cpu -->")
     updates = [record("state update", "c", "emp_fast cpu", 1e-3)]
     later = {"commit_info": {"id": "fedcba9876543210"}, "refused": []}
     other = result_file(tmp_path, "other.json", benchmarks=updates, **later)
-    readme = ["--readme", str(tmp_path / "README.md")]
-    assert report.main([str(first), str(other), *readme]) == 0
+    assert report.main([str(first), str(other)]) == 0
     text = (tmp_path / "cpu.md").read_text()
     assert "| c | 1 ms" in text
     assert "| Date, fedcba987654 | 2026-11-24, commit fedcba987654 |" in text
     assert "| Measured, fedcba987654 | State update alone |" in text
     assert "| All numbers, fedcba987654 | `other.json` |" in text
-    told = (tmp_path / "README.md").read_text()
+    told = readme_block(load([first, other]), "cpu.md", None)
     assert "Row *State update alone*: measured 2026-11-24 at fedcba987654." in told
     rows = "Rows *Loss and five scores* and *Selection of the highest scores*"
     at = "measured 2026-11-24 at 0123456789ab with uncommitted changes."
@@ -475,7 +512,7 @@ def test_results_of_several_commits_join_suite_by_suite(
 
 def test_every_committed_page_is_what_its_generator_makes() -> None:
     """After a change of the generator or of the JSON: `make results`."""
-    for path, text in committed.pages().items():
+    for path, text in committed.pages(*committed.index_and_reports()).items():
         assert path.read_text() == text, f"{path.relative_to(ROOT)} is stale: make results"
 
 
@@ -500,7 +537,7 @@ def test_a_stale_page_is_named(
 ) -> None:
     assert committed.main(["--check"]) == 0
     path = committed.ROOT / "page.md"
-    monkeypatch.setattr(committed, "pages", lambda: {path: "new"})
+    monkeypatch.setattr(committed, "pages", lambda *_: {path: "new"})
     assert committed.main(["--check"]) == 1
     assert "page.md is not what `make results` makes" in capsys.readouterr().out
     assert not path.exists()
@@ -615,7 +652,7 @@ def test_a_wrong_score_fails_the_run_and_leaves_no_speed(tmp_path: Path) -> None
 @pytest.fixture
 def small_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"_SHAPES": ((6, 10), (3, 70)), "_SELECTED": (1000,), "_UPDATED": (5,)}
-    for name, value in {**small, "_NUM_SAMPLES": 64, "_REPEATS": 2}.items():
+    for name, value in {**small, "_NUM_SAMPLES": 64, "_ROUNDS": 2}.items():
         monkeypatch.setattr(sweep, name, value)
 
 
@@ -648,13 +685,28 @@ def test_the_sweep_may_warm_up_a_share_of_some_cases(
     assert lines == [f"backward {shape}: " for shape in ("6 x 10 float32", "3 x 70 float32")]
 
 
+def test_a_variant_that_fails_is_named_and_the_others_are_timed(
+    small_sweep: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> contextlib.AbstractContextManager[None]:
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    entered = {"reference": contextlib.nullcontext, "reference, broken": broken}
+    monkeypatch.setattr(sweep.contenders, "backends", lambda *_, **__: (entered, {}))
+    assert sweep.main(["--device", "cpu", "--only", "scores 6 x 10 float32"]) == 0
+    _, problem, times = capsys.readouterr().out.splitlines()
+    assert problem == "scores 6 x 10 float32, reference, broken: RuntimeError: no such kernel"
+    assert times.startswith("scores 6 x 10 float32: reference ")
+    assert "broken" not in times
+
+
 def test_the_launch_arithmetic_that_a_sweep_varies_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("cuda", "triton", "triton, plain", "triton, stepped")
     entered = dict.fromkeys(names, contextlib.nullcontext)
     monkeypatch.setattr(sweep.contenders, "backends", lambda *_, **__: (entered, {}))
     every = sweep.variants(torch.device("cuda"))
     assert tuple(variant.name for variant in every[: len(names)]) == names
-    assert all(variant.backend == "triton" for variant in every[1:])
+    assert all(variant.name.startswith("triton") for variant in every[1:])
     for constant, within in (("rows_warps", "triton, stepped"), ("tile_threads", "triton, plain")):
         varied = [variant.name for variant in every if constant in variant.name]
         assert varied

@@ -1,12 +1,17 @@
-"""What a result states besides its numbers: the processor and the versions of packages."""
+"""What a result states besides its numbers: processor, load, copy bandwidth, versions."""
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["package_version", "processor_name"]
+import torch
+
+from emp_fast.testing.contest import clock_of, percentiles
+
+__all__ = ["copy_bandwidth", "load", "package_version", "processor_name"]
 
 
 def processor_name() -> str:
@@ -25,3 +30,24 @@ def package_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
+    """Bytes per second of ``tensor.copy_``: ``nbytes`` read and ``nbytes`` written.
+
+    The clock is the one that times kernels, because their traffic is compared with this.
+
+    Returns:
+        "median", "p20" and "p80", the percentiles.
+    """
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    clock = clock_of(device)
+    seconds = [clock.burst(target.copy_, [(source,)]).seconds for _ in range(13)]
+    del seconds[:2]  # the first copies fault in the pages
+    return percentiles([2 * source.nbytes / one for one in seconds])
+
+
+def load() -> float | None:
+    """Processes that wanted a core in the last minute; above zero, others may disturb the run."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

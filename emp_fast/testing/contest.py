@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from benchmarks import machine
 
 Inputs = tuple[Any, ...]
 
@@ -156,7 +155,7 @@ def clock_of(device: torch.device) -> Clock:
     """The clock for single calls on ``device``."""
     if device.type == "cpu":
         return WallClock()
-    return CudaClock(torch.ones(machine.cache_bytes(device), device=device))  # four times the cache
+    return CudaClock(torch.ones(cache_bytes(device), device=device))  # four times the cache
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -311,9 +310,19 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"p20": fifths[0], "median": statistics.median(values), "p80": fifths[3]}
 
 
-def rotations(nbytes: int, cache_bytes: int, limit: int = 16) -> int:
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache of ``device``."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    found = [path.read_text().strip() for path in sizes]
+    return max((int(size[:-1]) * units[size[-1]] for size in found if size), default=32 * 2**20)
+
+
+def rotations(nbytes: int, cache: int, limit: int = 16) -> int:
     """How many inputs of ``nbytes`` to rotate over, so that together they exceed the cache."""
-    return max(2, min(limit, math.ceil(2 * cache_bytes / max(nbytes, 1))))
+    return max(2, min(limit, math.ceil(2 * cache / max(nbytes, 1))))
 
 
 def _precision(dtype: torch.dtype) -> float:
