@@ -8,8 +8,15 @@
 #include "address.h"
 #include "core/order_key.h"
 #include "cuda/bindings.h"
-#include "cuda/kernels.h"
+#include "cuda/flat.h"
+#include "cuda/plan_backward.h"
+#include "cuda/plan_ring.h"
+#include "cuda/plan_rows.h"
+#include "cuda/plan_selection.h"
+#include "cuda/plan_step.h"
 #include "cuda/radix_select.h"
+#include "cuda/row_choice.h"
+#include "cuda/window.h"
 
 namespace emp_fast::cuda {
 namespace {
@@ -20,9 +27,9 @@ py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, 
                       bool soft, bool general, bool smoothed, bool grad, int multiprocessors,
                       int64_t shared, int max_cluster, int kernels) {
   const RowPlan p =
-      plan_rows(static_cast<RowKernels>(kernels),
-                {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
-                {multiprocessors, shared, max_cluster});
+      choose_rows(static_cast<RowKernels>(kernels),
+                  {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
+                  {multiprocessors, shared, max_cluster});
   constexpr const char* names[] = {"shared",  "registers", "looped", "split",
                                    "cluster", "ring",      "held"};
   py::dict d;

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "cuda/block_prefix.cuh"
-#include "cuda/launch.h"
+#include "cuda/plan_selection.h"
 #include "cuda/radix_select.h"
 #include "cuda/select_tile.cuh"
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "core/order_key.h"
-#include "cuda/launch.h"
+#include "cuda/plan_selection.h"
 #include "cuda/warp.cuh"
 
 namespace emp_fast::cuda {

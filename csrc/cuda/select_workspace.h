@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "cuda/launch.h"
+#include "cuda/plan_selection.h"
 #include "cuda/radix_select.h"
 
 namespace emp_fast::cuda {
