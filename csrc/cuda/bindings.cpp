@@ -317,7 +317,6 @@ void bind(py::module_& m) {
   cuda.attr("SAMPLED_FROM") = kSampledFrom;
   cuda.attr("SAMPLE_BITS") = kSampleBits;
   cuda.attr("SPLIT_BYTES") = kSplitBytes;
-  bind_plans(cuda);
 }
 
 }  // namespace emp_fast::cuda
