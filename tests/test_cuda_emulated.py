@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ import test_functional
 import test_fused_step
 import test_selection
 import torch
-from cuda_emulator import EmulatedBackend, build
+from cuda_emulator import EmulatedBackend, require
 from cuda_emulator.backend import no_gpu_asked
 from test_update_state import RECURRENCES, make_state
 from torch import Tensor
@@ -53,12 +52,7 @@ each_choice = pytest.mark.parametrize("kernels", ["plain", "shared"])
 @pytest.fixture(scope="session")
 def module() -> Any:
     """The kernels on the emulator; built when the first test asks."""
-    built = build()
-    if isinstance(built, str):
-        required = os.environ.get("EMP_FAST_REQUIRE_EMULATOR") == "1"
-        stop = pytest.fail if required else pytest.skip
-        stop(f"the CUDA emulator cannot be built: {built}")
-    return built
+    return require()
 
 
 @pytest.fixture
@@ -308,7 +302,7 @@ def test_every_kernel_scores_and_differentiates(
     logits, target, weight, options = shape.make()
     aligned = logits.data_ptr() % 16 == 0
     general = shape.softcap > 0 or (shape.smoothing > 0 and shape.weighted)
-    plan = module.cuda.plans.plan_rows(
+    plan = module.plans.choose_rows(
         *(shape.rows, shape.classes, logits.stride(0), logits.element_size(), aligned),
         *(shape.soft, general, shape.smoothing > 0, True, *device, 0, emulated._row_kernels),
     )
@@ -437,7 +431,7 @@ def test_the_gradient_of_one_array_is_that_of_its_rows_bit_for_bit(
     target[1] = classes  # no such class
     logits = apart.contiguous()
     plans = [
-        module.cuda.plans.plan_backward(
+        module.plans.plan_backward(
             *(rows, classes, x.stride(0), x.element_size(), x.data_ptr() % 16 == 0),
             *(False, False, option == "smoothed", 1),
         )
@@ -785,7 +779,7 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
     """From the scores that the kernel itself wrote, the state is the reference's, bit for bit."""
     emulated.row_kernels, rows, classes, softcap = case
     emulated.seed = seed
-    chosen = module.cuda.plans.plan_rows(
+    chosen = module.plans.choose_rows(
         *(rows, classes, classes, 4, True, False, softcap > 0, softcap > 0, True),
         *(4, 227 * 1024, 0, emulated._row_kernels),
     )

@@ -86,7 +86,7 @@ def use(backend: EmulatedBackend, module: Any, case: Streamed, seed: int) -> Non
     shape = case.rows
     logits = shape.make()[0]
     general = shape.softcap > 0 or (shape.smoothing > 0 and shape.weighted)
-    plan = module.cuda.plans.plan_rows(
+    plan = module.plans.choose_rows(
         *(shape.rows, shape.classes, logits.stride(0), logits.element_size()),
         *(logits.data_ptr() % 16 == 0, False, general, shape.smoothing > 0, True, *case.device),
         backend._row_kernels,

@@ -11,7 +11,7 @@
 #include "core/recurrence.h"
 #include "cuda/grid.cuh"
 #include "cuda/group.cuh"
-#include "cuda/launch.h"
+#include "cuda/plan_rows.h"
 #include "cuda/ptx.cuh"
 #include "cuda/row_args.h"
 

@@ -10,6 +10,8 @@
 
 #include "arguments.h"
 #include "cuda/kernels.h"
+#include "cuda/plan_step.h"
+#include "cuda/row_choice.h"
 
 namespace emp_fast::cuda {
 namespace {
@@ -128,7 +130,7 @@ int64_t score_workspace(int kernels, int device, int dtype, int64_t rows, int64_
   for (const bool aligned : {false, true}) {
     const RowShape shape{rows,  classes, stride, element_bytes(type), aligned, false,
                          false, false,   false};
-    most = std::max(most, plan_rows(chosen, shape, properties).workspace_bytes);
+    most = std::max(most, choose_rows(chosen, shape, properties).workspace_bytes);
   }
   return most;
 }
@@ -143,7 +145,7 @@ void score(const py::args& args) {
   const cudaStream_t stream = stream_of(in.next<Address>());
   in.done();
   if (a.rows == 0) return;
-  const RowPlan plan = plan_rows(kernels, shape_of(a, dtype, false), device_for(kernels, device));
+  const RowPlan plan = choose_rows(kernels, shape_of(a, dtype, false), device_for(kernels, device));
   run_scores(dtype, plan, a, workspace, stream);
 }
 
@@ -186,7 +188,7 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const Visit
   }
   const Device properties = device_for(kernels, device);
   const RowShape shape = shape_of(a, type, true);
-  const RowPlan plan = plan_rows(kernels, shape, properties);
+  const RowPlan plan = choose_rows(kernels, shape, properties);
   // The gradient of split rows comes from the backward pass, which reads these fields.
   if (plan.path == RowPath::kSplit) a.for_backward = true;
   const auto values = [&a](int which) {
@@ -315,7 +317,6 @@ void bind(py::module_& m) {
   cuda.attr("SAMPLED_FROM") = kSampledFrom;
   cuda.attr("SAMPLE_BITS") = kSampleBits;
   cuda.attr("SPLIT_BYTES") = kSplitBytes;
-  bind_plans(cuda);
 }
 
 }  // namespace emp_fast::cuda

@@ -7,6 +7,4 @@ namespace emp_fast::cuda {
 // Adds the submodule `cuda`. Makes no CUDA call, so the module loads on a machine without a driver.
 void bind(pybind11::module_& m);
 
-void bind_plans(pybind11::module_& cuda);  // adds its submodule `plans`
-
 }  // namespace emp_fast::cuda

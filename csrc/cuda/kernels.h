@@ -5,7 +5,10 @@
 
 #include <cstdint>
 
-#include "cuda/launch_ring.h"
+#include "cuda/device.h"
+#include "cuda/plan_backward.h"
+#include "cuda/plan_rows.h"
+#include "cuda/plan_selection.h"
 #include "cuda/row_args.h"
 
 namespace emp_fast::cuda {

@@ -2,7 +2,7 @@
 // shared memory so that the gradient finds the row on chip.
 //
 // Memory: logits read once and gradient written once, as long as the blocks that share a row can
-// hold it (launch_ring.h). What they cannot hold is read a second time, the latest part first,
+// hold it (plan_ring.h). What they cannot hold is read a second time, the latest part first,
 // because the L2 cache mostly still has that. Mapping: each block of a row owns a contiguous part
 // of the row's window and goes through it in rounds, with a chunk of kChunkVectors per warp. Each
 // warp has its own ring of slots, one chunk each, and is its own producer: when it has read a slot
@@ -11,7 +11,7 @@
 #pragma once
 #include "cuda/async_copy.cuh"
 #include "cuda/batch_step.cuh"
-#include "cuda/launch_ring.h"
+#include "cuda/plan_ring.h"
 #include "cuda/row_loop.cuh"
 
 namespace emp_fast::cuda {

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cuda/kernels.h"
+#include "cuda/plan_ring.h"
 
 namespace emp_fast::cuda {
 namespace {

@@ -7,6 +7,7 @@
 #include "core/philox.h"
 #include "cuda/batch_step.cuh"
 #include "cuda/launcher.cuh"
+#include "cuda/plan_step.h"
 #include "cuda/warp.cuh"
 
 namespace emp_fast::cuda {

@@ -56,7 +56,7 @@ class CudaBackend(RowKernelsChoice, Backend):
 
     name = "cuda"
     fuses_step = True
-    #: In the order of csrc/cuda/launch_ring.h.
+    #: In the order of csrc/cuda/row_choice.h.
     row_kernel_names = ("auto", "plain", "shared", "cluster", "ring", "held")
     row_kernels_environment = "EMP_FAST_CUDA_ROWS"
 

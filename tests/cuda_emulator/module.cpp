@@ -1,13 +1,16 @@
-// The CUDA submodule of the package's native module, on the emulator, and the emulator's controls.
+// The CUDA submodule of the package's native module, on the emulator, the emulator's controls, and
+// the launch arithmetic of the kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cuda/bindings.h"
 #include "emulator/emulator.h"
 #include "faults.h"
+#include "plans.h"
 
 PYBIND11_MODULE(emp_fast_emulated, m) {
   emp_fast::cuda::bind(m);
+  emp_fast::cuda::bind_plans(m);
   pybind11::module_ e = m.def_submodule("emulator");
   e.def("set_schedule", [](uint64_t seed, int blocks_in_flight, int preempt_one_in) {
     emulator::set_schedule({seed, blocks_in_flight, preempt_one_in});

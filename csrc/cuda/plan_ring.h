@@ -1,8 +1,14 @@
 // Launch arithmetic of the kernels that stream long rows through rings of shared memory
-// (row_ring.cuh), and the choice among all row kernels. Plain host code, tested exhaustively
-// through `_native.cuda.plans.plan_rows`.
+// (row_ring.cuh): rows_ring and rows_cluster.
 #pragma once
-#include "cuda/launch.h"
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "cuda/device.h"
+#include "cuda/plan_rows.h"
+#include "cuda/row_shape.h"
+#include "cuda/window.h"
 
 namespace emp_fast::cuda {
 
@@ -153,56 +159,6 @@ inline std::optional<RowPlan> plan_ring(const RowShape& s, const Device& device)
   if (s.rows < device.multiprocessors || s.rows > kMaxRingRows) return std::nullopt;
   if (block_ring_bytes(kRingWarps, kMinSlots) > device.shared_bytes) return std::nullopt;
   return plan_block_ring(s, device);
-}
-
-// ---- choice ----
-
-// Which kernels score rows. The plain kernels serve what a choice does not support.
-enum class RowKernels : int { kAuto, kPlain, kShared, kCluster, kRing, kHeld };
-
-// Takes what was the fastest on an H200, or within a few per cent of it (benchmarks/results/):
-// rows_held for very many short rows, rows_in_shared for other short rows, rows_ring or
-// rows_cluster for the gradient of long rows, and the plain kernels for everything else. Scores
-// alone gain less from shared memory: above half of kSharedRowBytes, a warp that reads its row from
-// global memory is faster.
-inline RowPlan plan_auto(const RowShape& s, const Device& device) {
-  const int64_t row_bytes = s.classes * s.element_bytes;
-  if (const auto plan = plan_held(s, device)) return *plan;
-  if (row_bytes <= kSharedRowBytes / 2) {
-    if (const auto plan = plan_shared(s, device)) return *plan;
-  }
-  if (s.grad && row_bytes > kSharedRowBytes / 2 && !s.general && !s.smoothed) {
-    const auto ring = plan_ring(s, device);
-    if (ring && ring->rounds <= ring->slots) return *ring;
-    // The row does not fit in one block's ring. rows_ring is still faster for a 16-bit row of which
-    // it reads at most a third again.
-    const auto cluster = plan_clusters(s, device);
-    if (ring && cluster && keeps_row(s, *cluster)) {
-      return s.element_bytes == 2 && keeps_row(s, *ring) ? *ring : *cluster;
-    }
-  }
-  if (s.grad) {
-    if (const auto plan = plan_shared(s, device)) return *plan;
-  } else if (row_bytes > kSharedRowBytes / 2) {
-    const RowPlan plan = plan_looped(s, device);
-    if (plan.lanes == 32) return plan;
-  }
-  return plan_plain(s, device);
-}
-
-// Whether a choice may plan clusters. Only then is the driver asked for the widest cluster.
-inline bool may_use_clusters(RowKernels kernels) {
-  return kernels == RowKernels::kCluster || kernels == RowKernels::kAuto;
-}
-
-inline RowPlan plan_rows(RowKernels kernels, const RowShape& s, const Device& device) {
-  std::optional<RowPlan> plan;
-  if (kernels == RowKernels::kAuto) plan = plan_auto(s, device);
-  if (kernels == RowKernels::kShared) plan = plan_shared(s, device);
-  if (kernels == RowKernels::kCluster) plan = plan_clusters(s, device);
-  if (kernels == RowKernels::kRing) plan = plan_ring(s, device);
-  if (kernels == RowKernels::kHeld) plan = plan_held(s, device);
-  return plan ? *plan : plan_plain(s, device);
 }
 
 }  // namespace emp_fast::cuda

@@ -1,5 +1,9 @@
-// The launch arithmetic as Python functions, for tests/test_cuda_launch.py, which checks it shape
-// by shape, and for benchmarks. Nothing here touches a device.
+// The launch arithmetic and the per-element logic of the kernels as Python functions, for tests
+// that check them shape by shape. Nothing here runs a kernel.
+#include "plans.h"
+
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -7,22 +11,28 @@
 
 #include "address.h"
 #include "core/order_key.h"
-#include "cuda/bindings.h"
-#include "cuda/kernels.h"
+#include "cuda/flat.h"
+#include "cuda/plan_backward.h"
+#include "cuda/plan_ring.h"
+#include "cuda/plan_rows.h"
+#include "cuda/plan_selection.h"
+#include "cuda/plan_step.h"
 #include "cuda/radix_select.h"
+#include "cuda/row_choice.h"
+#include "cuda/window.h"
 
 namespace emp_fast::cuda {
 namespace {
 
 namespace py = pybind11;
 
-py::dict plan_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, bool aligned,
-                      bool soft, bool general, bool smoothed, bool grad, int multiprocessors,
-                      int64_t shared, int max_cluster, int kernels) {
+py::dict choose_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes, bool aligned,
+                        bool soft, bool general, bool smoothed, bool grad, int multiprocessors,
+                        int64_t shared, int max_cluster, int kernels) {
   const RowPlan p =
-      plan_rows(static_cast<RowKernels>(kernels),
-                {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
-                {multiprocessors, shared, max_cluster});
+      choose_rows(static_cast<RowKernels>(kernels),
+                  {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
+                  {multiprocessors, shared, max_cluster});
   constexpr const char* names[] = {"shared",  "registers", "looped", "split",
                                    "cluster", "ring",      "held"};
   py::dict d;
@@ -159,9 +169,9 @@ py::list select_by_digits(const py::buffer& scores, int64_t k, int digit_bits) {
 
 }  // namespace
 
-void bind_plans(py::module_& cuda) {
-  py::module_ plans = cuda.def_submodule("plans", "What would be launched for a shape.");
-  plans.def("plan_rows", &plan_rows_of);
+void bind_plans(py::module_& m) {
+  py::module_ plans = m.def_submodule("plans", "What would be launched for a shape.");
+  plans.def("choose_rows", &choose_rows_of);
   plans.def("plan_backward", &plan_backward_of);
   plans.def("rows_of_elements", &rows_of_elements);
   plans.def("plan_selection", &plan_selection_of);

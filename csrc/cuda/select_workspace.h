@@ -1,0 +1,46 @@
+// Part of selection.cu: what a selection keeps in its workspace. plan_selection places it. Of all
+// this only the histograms and the control must be zero before the first kernel.
+#pragma once
+#include <cstdint>
+
+#include "cuda/plan_selection.h"
+#include "cuda/radix_select.h"
+
+namespace emp_fast::cuda {
+namespace {
+
+static_assert(sizeof(SelectState) == kStateBytes);
+
+struct Control {
+  unsigned long long candidates;  // found, which may exceed the capacity
+  unsigned long long sure;        // above the bracket
+  unsigned arrived;               // blocks of the running launch; see last_block
+  unsigned unused[3];
+};
+static_assert(sizeof(Control) == kControlBytes);
+
+struct Workspace {
+  unsigned long long* histograms;
+  Control* control;
+  SelectState* states;
+  unsigned long long* totals;
+  uint32_t* tile_counts;
+  uint32_t* bitmap;
+  uint32_t* candidate_keys;
+  int64_t* candidate_indices;
+
+  Workspace(const SelectionPlan& p, void* memory) {
+    char* base = static_cast<char*>(memory);
+    histograms = reinterpret_cast<unsigned long long*>(base + p.histograms);
+    control = reinterpret_cast<Control*>(base + p.control);
+    states = reinterpret_cast<SelectState*>(base + p.states);
+    totals = reinterpret_cast<unsigned long long*>(base + p.totals);
+    tile_counts = reinterpret_cast<uint32_t*>(base + p.tile_counts);
+    bitmap = reinterpret_cast<uint32_t*>(base + p.bitmap);
+    candidate_keys = reinterpret_cast<uint32_t*>(base + p.candidate_keys);
+    candidate_indices = reinterpret_cast<int64_t*>(base + p.candidate_indices);
+  }
+};
+
+}  // namespace
+}  // namespace emp_fast::cuda
