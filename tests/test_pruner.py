@@ -567,7 +567,11 @@ def test_samplers_say_what_they_are_of():
         (lambda: Pruner(N, seed=0.5), TypeError, "seed must be an int, got 0.5"),
         (lambda: Pruner(N, labels=torch.zeros(3).long()), ValueError, r"labels.*got \(3,\)"),
         (lambda: Pruner(N, 0.2, policy=Window(0.3, 0.6)), ValueError, "at least 0.7.*got 0.2"),
-        (lambda: Pruner(N).set_epoch(-1), ValueError, r"epoch must be an int in \[0, 2\*\*32\), got -1"),
+        (
+            lambda: Pruner(N).set_epoch(-1),
+            ValueError,
+            r"epoch must be an int in \[0, 2\*\*32\), got -1",
+        ),
         (lambda: Pruner(N).set_epoch("1"), TypeError, "epoch must be an int, got '1'"),
         (lambda: Pruner(N, None), ValueError, "got None: a float, or a function of the epoch"),
         (lambda: Pruner(N, epochs=0), ValueError, "epochs must be at least 1, got 0"),
