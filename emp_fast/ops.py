@@ -32,7 +32,6 @@ from emp_fast.backends.base import (
     LossOptions,
     MeanStep,
     Recurrence,
-    RecurrenceKind,
     State,
     check_index_range,
     check_offsets,
@@ -42,10 +41,13 @@ from emp_fast.backends.winners import Winners
 from emp_fast.backends.winners import winners as find_winners
 
 _library = torch.library.Library("emp_fast", "DEF")
-_RECURRENCES: tuple[RecurrenceKind, ...] = ("ema", "mean", "variance")
 _STATE = (
     "Tensor(a!) scores, Tensor(b!) memory, Tensor(c!) visits, Tensor(d!)? variance, "
     "Tensor(e!) claims, Tensor(f!) counters"
+)
+_RECURRENCE = (
+    "str kind, str signal, float decay, str? direct, float direct_scale, float memory_scale, "
+    "float variance_scale"
 )
 _LOSS_OPTIONS = "int ignore_index, float label_smoothing, float softcap"
 
@@ -106,6 +108,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "meta":  # torch.autocast does not support it
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def _state_and_recurrence(*arguments: Any) -> tuple[State, Recurrence]:
+    """The arguments of an op that _STATE and _RECURRENCE declare."""
+    fields = len(State._fields)
+    return State(*arguments[:fields]), Recurrence(*arguments[fields:])
 
 
 # ---- scoring ------------------------------------------------------------------------------------
@@ -358,24 +366,10 @@ def _mean_step(
     softcap: float,
     row_scale: Tensor | None,
     indices: Tensor,
-    scores: Tensor,
-    memory: Tensor,
-    visits: Tensor,
-    variance: Tensor | None,
-    claims: Tensor,
-    counters: Tensor,
-    kind: int,
-    signal: str,
-    direct: str | None,
-    decay: float,
-    direct_scale: float,
-    memory_scale: float,
-    variance_scale: float,
+    *state_and_recurrence: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = LossOptions(ignore_index, label_smoothing, softcap)
-    state = State(scores, memory, visits, variance, claims, counters)
-    scales = direct_scale, memory_scale, variance_scale
-    recurrence = Recurrence(_RECURRENCES[kind], signal, decay, direct, *scales)
+    state, recurrence = _state_and_recurrence(*state_and_recurrence)
     mean, grad, factor = resolve(logits.device, logits.dtype).mean_step(
         logits, target, weight, options, row_scale, indices, state, recurrence
     )
@@ -389,9 +383,7 @@ def _mean_step_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]
 
 _define(
     f"mean_step(Tensor logits, Tensor target, Tensor? weight, {_LOSS_OPTIONS}, "
-    f"Tensor? row_scale, Tensor indices, {_STATE}, int kind, str signal, str? direct, "
-    "float decay, float direct_scale, float memory_scale, float variance_scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"Tensor? row_scale, Tensor indices, {_STATE}, {_RECURRENCE}) -> (Tensor, Tensor, Tensor)",
     _mean_step,
     _mean_step_fake,
 )
@@ -415,20 +407,7 @@ def mean_step(
         )
     return MeanStep(
         *torch.ops.emp_fast.mean_step(
-            logits,
-            target,
-            weight,
-            *options,
-            row_scale,
-            indices,
-            *state,
-            _RECURRENCES.index(recurrence.kind),
-            recurrence.signal,
-            recurrence.direct,
-            recurrence.decay,
-            recurrence.direct_scale,
-            recurrence.memory_scale,
-            recurrence.variance_scale,
+            logits, target, weight, *options, row_scale, indices, *state, *recurrence
         )
     )
 
@@ -513,34 +492,16 @@ def _update_state(
     signal: Tensor,
     direct: Tensor | None,
     count: Tensor | None,
-    scores: Tensor,
-    memory: Tensor,
-    visits: Tensor,
-    variance: Tensor | None,
-    claims: Tensor,
-    counters: Tensor,
-    kind: int,
-    decay: float,
-    direct_scale: float,
-    memory_scale: float,
-    variance_scale: float,
+    *state_and_recurrence: Any,
 ) -> None:
-    recurrence = Recurrence(
-        _RECURRENCES[kind],
-        "",
-        decay,
-        None if direct is None else "",
-        direct_scale,
-        memory_scale,
-        variance_scale,
-    )
-    state = State(scores, memory, visits, variance, claims, counters)
-    resolve(scores.device).update_state(indices, signal, direct, count, state, recurrence)
+    state, recurrence = _state_and_recurrence(*state_and_recurrence)
+    backend = resolve(state.scores.device)
+    backend.update_state(indices, signal, direct, count, state, recurrence)
 
 
 _define(
-    f"update_state(Tensor indices, Tensor signal, Tensor? direct, Tensor? count, {_STATE}, "
-    "int kind, float decay, float direct_scale, float memory_scale, float variance_scale) -> ()",
+    "update_state(Tensor indices, Tensor signal_values, Tensor? direct_values, Tensor? count, "
+    f"{_STATE}, {_RECURRENCE}) -> ()",
     _update_state,
     lambda *_: None,
 )
@@ -559,18 +520,7 @@ def update_state(
         backend = resolve(state.scores.device)
         backend.update_state(indices, signal, direct, count, state, recurrence)
         return
-    torch.ops.emp_fast.update_state(
-        indices,
-        signal,
-        direct,
-        count,
-        *state,
-        _RECURRENCES.index(recurrence.kind),
-        recurrence.decay,
-        recurrence.direct_scale,
-        recurrence.memory_scale,
-        recurrence.variance_scale,
-    )
+    torch.ops.emp_fast.update_state(indices, signal, direct, count, *state, *recurrence)
 
 
 def _winners(
