@@ -286,6 +286,20 @@ def _once(grad: Tensor, *inputs: Tensor | None) -> Tensor:
     return grad
 
 
+def _applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, without torch's search for transforms if nothing observes the tensor.
+
+    The first argument is the tensor.
+    """
+    directly = apply_past_transforms(function)
+
+    def call(tensor: Tensor, *arguments: Any) -> Any:
+        apply: Callable[..., Any] = function.apply if _watched(tensor) else directly
+        return apply(tensor, *arguments)
+
+    return call
+
+
 def _only_loss_carries_gradient(ctx: Any, *others: Tensor) -> None:
     """Marks the other outputs, for which autograd would otherwise make gradients of zeros."""
     ctx.mark_non_differentiable(*others)
@@ -319,17 +333,9 @@ class CrossEntropy(torch.autograd.Function):
         return _once(grad, grad_loss, logits), None, None, None, None, None
 
 
-_apply_cross_entropy = apply_past_transforms(CrossEntropy)
-
-
-def cross_entropy_for_backward(
-    logits: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`CrossEntropy` of rows whose gradient is wanted."""
-    apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = (
-        CrossEntropy.apply if _watched(logits) else _apply_cross_entropy
-    )
-    return apply(logits, *arguments)
+#: `CrossEntropy` of rows whose gradient is wanted.
+cross_entropy_for_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+cross_entropy_for_backward = _applied(CrossEntropy)
 
 
 class WithGaps(torch.autograd.Function):
@@ -468,15 +474,8 @@ class MeanCrossEntropy(torch.autograd.Function):
         return grad
 
 
-_apply_mean_cross_entropy = apply_past_transforms(MeanCrossEntropy)
-
-
-def mean_step_for_backward(logits: Tensor, *arguments: Any) -> Tensor:
-    """`MeanCrossEntropy`, for backends where `fuses_step` says that it reads the logits once."""
-    apply: Callable[..., Tensor] = (
-        MeanCrossEntropy.apply if _watched(logits) else _apply_mean_cross_entropy
-    )
-    return apply(logits, *arguments)
+#: `MeanCrossEntropy`, for backends where `fuses_step` says that it reads the logits once.
+mean_step_for_backward: Callable[..., Tensor] = _applied(MeanCrossEntropy)
 
 
 def fuses_step(logits: Tensor) -> bool:
