@@ -28,7 +28,8 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
-from emp_fast.backends.base import SCORE_FIELDS, Recurrence, State, check_target_range
+from emp_fast.backends.base import SCORE_FIELDS, Recurrence, State
+from emp_fast.backends.checks import check_target_range
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 

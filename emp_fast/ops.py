@@ -33,10 +33,8 @@ from emp_fast.backends.base import (
     MeanStep,
     Recurrence,
     State,
-    check_index_range,
-    check_offsets,
-    check_quotas,
 )
+from emp_fast.backends.checks import check_offsets, check_quotas
 from emp_fast.backends.winners import Winners
 from emp_fast.backends.winners import winners as find_winners
 
@@ -522,14 +520,6 @@ def update_state(
     torch.ops.emp_fast.update_state(indices, signal, direct, count, *state, *recurrence)
 
 
-def _winners(
-    indices: Tensor, usable: Tensor, count: Tensor | None, num_samples: int, counters: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    if indices.device.type == "cpu":
-        check_index_range(indices, num_samples)
-    return find_winners(indices, usable, count, num_samples, counters)
-
-
 def _winners_fake(indices: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     made = indices.new_empty(indices.shape)
     return made, torch.empty_like(made), torch.empty_like(made, dtype=torch.bool)
@@ -538,7 +528,7 @@ def _winners_fake(indices: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 _define(
     "winners(Tensor indices, Tensor usable, Tensor? count, SymInt num_samples, "
     "Tensor(a!) counters) -> (Tensor, Tensor, Tensor)",
-    _winners,
+    find_winners,
     _winners_fake,
 )
 

@@ -20,9 +20,8 @@ from emp_fast.backends.base import (
     Recurrence,
     RowScores,
     State,
-    check_index_range,
-    check_target_range,
 )
+from emp_fast.backends.checks import check_index_range, check_target_range
 from emp_fast.backends.native import (
     FORMATS,
     MASK32,

@@ -16,9 +16,8 @@ from emp_fast.backends.base import (
     Recurrence,
     RowScores,
     State,
-    check_index_range,
-    check_target_range,
 )
+from emp_fast.backends.checks import check_target_range
 from emp_fast.backends.winners import winners
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -161,8 +160,6 @@ class ReferenceBackend(Backend):
         state: State,
         recurrence: Recurrence,
     ) -> None:
-        if indices.device.type == "cpu":
-            check_index_range(indices, state.scores.shape[0])
         usable = torch.isfinite(signal)
         if direct is not None:
             usable &= torch.isfinite(direct)

@@ -21,9 +21,8 @@ from emp_fast.backends.base import (
     Recurrence,
     RowScores,
     State,
-    check_index_range,
-    check_target_range,
 )
+from emp_fast.backends.checks import check_index_range, check_target_range
 from emp_fast.backends.row_kernels import RowKernelsChoice
 from emp_fast.kernels import mean_loss as mean_kernels
 from emp_fast.kernels import philox as philox_kernels
