@@ -1,6 +1,6 @@
-"""Errors that depend on the values in CPU tensors, worded the same for every backend.
+"""Checks of the values in tensors, so that every backend raises the same errors.
 
-A GPU backend does not wait for the device to look at values.
+All but `check_quotas` are for CPU tensors: scoring and updating on a GPU never wait for the device.
 """
 
 from __future__ import annotations
