@@ -57,8 +57,8 @@ def state() -> State:
 
 
 def scored(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    rows: Tensor = torch.ops.emp_fast.cross_entropy(logits, target, weight, *LOSS_OPTIONS)[1]
-    return rows
+    fields: Tensor = torch.ops.emp_fast.cross_entropy(logits, target, weight, *LOSS_OPTIONS)[1]
+    return fields
 
 
 def cross_entropy_arguments() -> list[tuple[Any, ...]]:

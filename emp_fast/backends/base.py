@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emp_fast.backends.winners import Winners, winners
 
-#: The scores in `RowScores.rows`, in order; the values that the backward pass needs follow them.
+#: The scores in `RowScores.fields`, in order; the values that the backward pass needs follow them.
 SCORE_FIELDS = ("entropy", "el2n", "margin", "confidence")
 #: The count of a sample's visits saturates here.
 MOST_VISITS = 2**31 - 1
@@ -36,12 +36,16 @@ class RowScores(NamedTuple):
     """All scores of R rows of logits. An ignored row is all zeros, is correct and has count 0."""
 
     loss: Tensor  # [R] float32
-    rows: Tensor  # [7, R] float32, in the order of ROW_FIELDS:
+    fields: Tensor  # [7, R] float32, in the order of ROW_FIELDS:
     #   max      the largest logit (after the softcap), M
     #   inv_sum  1 / sum_j exp(x_j - M)
     #   miss     1 - p_y to full precision: the sum of the probabilities of all other classes
     correct: Tensor  # [R] bool
     count: Tensor  # type: ignore[assignment]  # [R] int32, 1 or 0
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The loss and every field, [R] float32 each: what a `Recurrence` may read."""
+        return {"loss": self.loss, **dict(zip(ROW_FIELDS, self.fields, strict=True))}
 
 
 RecurrenceKind = Literal["ema", "mean", "variance"]
@@ -116,8 +120,8 @@ class Backend(ABC):
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> tuple[Tensor, ...]:
         """The fields of SampleStats for rows whose gradient is not wanted; see `cross_entropy`."""
-        loss, rows, correct, count = self.cross_entropy(logits, target, weight, options)
-        return (loss, *rows[: len(SCORE_FIELDS)].unbind(0), correct, count)
+        loss, fields, correct, count = self.cross_entropy(logits, target, weight, options)
+        return (loss, *fields[: len(SCORE_FIELDS)].unbind(0), correct, count)
 
     @abstractmethod
     def cross_entropy_backward(
@@ -126,7 +130,7 @@ class Backend(ABC):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        rows: Tensor,  # [7, R] from the forward pass
+        fields: Tensor,  # [7, R] from the forward pass
         options: LossOptions,
     ) -> Tensor:
         """The gradient with respect to the logits, [R, C] contiguous in their dtype."""
@@ -149,12 +153,14 @@ class Backend(ABC):
         """
         scores = self.cross_entropy(logits, target, weight, options)
         grad_loss = torch.full_like(scores.loss, scale) if row_scale is None else row_scale * scale
-        grad = self.cross_entropy_backward(grad_loss, logits, target, weight, scores.rows, options)
-        fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
+        grad = self.cross_entropy_backward(
+            grad_loss, logits, target, weight, scores.fields, options
+        )
+        values = scores.by_name()
         self.update_state(
             indices,
-            fields[recurrence.signal],
-            None if recurrence.direct is None else fields[recurrence.direct],
+            values[recurrence.signal],
+            None if recurrence.direct is None else values[recurrence.direct],
             scores.count,
             state,
             recurrence,

@@ -36,15 +36,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             cross_entropy(_logits(h, classifier, bias), t, weight, *options)
             for h, t in _blocks(chunk, hidden, target)
         ]
-        loss, rows, correct, count = (_joined(part, -1) for part in zip(*parts, strict=True))
-        return loss, rows, correct, count
+        loss, fields, correct, count = (_joined(part, -1) for part in zip(*parts, strict=True))
+        return loss, fields, correct, count
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, classifier, bias, target, weight, ctx.chunk, *ctx.options = inputs
-        _, rows, correct, count = output
-        ctx.save_for_backward(hidden, classifier, bias, target, weight, rows)
-        only_loss_carries_gradient(ctx, rows, correct, count)
+        _, fields, correct, count = output
+        ctx.save_for_backward(hidden, classifier, bias, target, weight, fields)
+        only_loss_carries_gradient(ctx, fields, correct, count)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -60,20 +60,20 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, classifier, bias, target, weight, rows = ctx.saved_tensors
+        hidden, classifier, bias, target, weight, fields = ctx.saved_tensors
         want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = []
         # Sums over many blocks are carried in at least float32, whatever the parameters' dtype.
         wide = torch.promote_types(classifier.dtype, torch.float32)
         grad_classifier: Tensor | None = None
         grad_bias: Tensor | None = None
-        for h, t, r, g in _blocks(ctx.chunk, hidden, target, rows.T, grad_loss):
+        for h, t, f, g in _blocks(ctx.chunk, hidden, target, fields.T, grad_loss):
             grad_logits = cross_entropy_backward(
                 g.contiguous(),
                 _logits(h, classifier, bias),
                 t,
                 weight,
-                r.T.contiguous(),
+                f.T.contiguous(),
                 *ctx.options,
             )
             if want_hidden:

@@ -51,10 +51,10 @@ def _cross_entropy_vmap(
             cross_entropy(*example) for example in _examples(batch, dims, logits, target, *others)
         ]
         return tuple(map(torch.stack, zip(*calls, strict=True))), (0, 0, 0, 0)
-    loss, rows, correct, count = cross_entropy(
+    loss, fields, correct, count = cross_entropy(
         _as_rows(logits, batch, dims[0]), _as_rows(target, batch, dims[1]), *others
     )
-    made = loss, rows, correct, count
+    made = loss, fields, correct, count
     return tuple(x.unflatten(-1, (batch, -1)) for x in made), (0, 1, 0, 0)
 
 
@@ -77,10 +77,10 @@ def scores(
 ) -> tuple[Tensor, ...]:
     """`Backend.scores`: the fields of SampleStats for rows whose gradient is not wanted."""
     if is_watched(logits):
-        loss, rows, correct, count = torch.ops.emp_fast.cross_entropy(
+        loss, fields, correct, count = torch.ops.emp_fast.cross_entropy(
             logits, target, weight, ignore_index, label_smoothing, softcap
         )
-        return (loss, *rows[: len(SCORE_FIELDS)].unbind(0), correct, count)
+        return (loss, *fields[: len(SCORE_FIELDS)].unbind(0), correct, count)
     options = loss_options(ignore_index, label_smoothing, softcap)
     return resolve(logits.device, logits.dtype).scores(logits, target, weight, options)
 
@@ -90,14 +90,14 @@ def _cross_entropy_backward(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    rows: Tensor,
+    fields: Tensor,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
 ) -> Tensor:
     options = loss_options(ignore_index, label_smoothing, softcap)
     backend = resolve(logits.device, logits.dtype)
-    return backend.cross_entropy_backward(grad_loss, logits, target, weight, rows, options)
+    return backend.cross_entropy_backward(grad_loss, logits, target, weight, fields, options)
 
 
 def _cross_entropy_backward_vmap(
@@ -107,12 +107,12 @@ def _cross_entropy_backward_vmap(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    rows: Tensor,
+    fields: Tensor,
     *options: Any,
 ) -> tuple[Tensor, int]:
     batch = info.batch_size
     if dims[3] is not None:
-        arguments = grad_loss, logits, target, weight, rows, *options
+        arguments = grad_loss, logits, target, weight, fields, *options
         calls = [cross_entropy_backward(*example) for example in _examples(batch, dims, *arguments)]
         return torch.stack(calls), 0
     grad = cross_entropy_backward(
@@ -120,7 +120,7 @@ def _cross_entropy_backward_vmap(
         _as_rows(logits, batch, dims[1]),
         _as_rows(target, batch, dims[2]),
         weight,
-        _as_rows(rows, batch, dims[4], rows_dim=1),
+        _as_rows(fields, batch, dims[4], rows_dim=1),
         *options,
     )
     return grad.unflatten(0, (batch, -1)), 0
@@ -128,7 +128,7 @@ def _cross_entropy_backward_vmap(
 
 cross_entropy_backward = define(
     "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
-    f"Tensor rows, {LOSS_OPTIONS}) -> Tensor",
+    f"Tensor fields, {LOSS_OPTIONS}) -> Tensor",
     _cross_entropy_backward,
     lambda grad_loss, logits, *_: logits.new_empty(logits.shape),
     _cross_entropy_backward_vmap,
@@ -136,7 +136,7 @@ cross_entropy_backward = define(
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Row scores with a differentiable loss: (loss [R], rows [7, R], correct [R], count [R])."""
+    """Row scores with a differentiable loss: (loss [R], fields [7, R], correct [R], count [R])."""
 
     generate_vmap_rule = True
 
@@ -147,17 +147,17 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, target, weight, *ctx.options = inputs
-        _, rows, correct, count = output
-        ctx.save_for_backward(logits, target, weight, rows)
-        only_loss_carries_gradient(ctx, rows, correct, count)
+        _, fields, correct, count = output
+        ctx.save_for_backward(logits, target, weight, fields)
+        only_loss_carries_gradient(ctx, fields, correct, count)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 6
-        logits, target, weight, rows = ctx.saved_tensors
+        logits, target, weight, fields = ctx.saved_tensors
         grad = cross_entropy_backward(
-            grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
+            grad_loss.contiguous(), logits, target, weight, fields, *ctx.options
         )
         return once(grad, grad_loss, logits), None, None, None, None, None
 

@@ -119,11 +119,11 @@ class MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def _made_again(ctx: Any, grad_mean: Tensor) -> Tensor:
         logits, target, weight, row_scale = ctx.saved_tensors
-        _, rows, _, count = cross_entropy(logits, target, weight, *ctx.options)
+        _, fields, _, count = cross_entropy(logits, target, weight, *ctx.options)
         grad_loss = (grad_mean / count.sum().clamp_min(1)).expand(logits.shape[0])
         grad_loss = grad_loss if row_scale is None else grad_loss * row_scale
         grad: Tensor = cross_entropy_backward(
-            grad_loss.contiguous(), logits, target, weight, rows, *ctx.options
+            grad_loss.contiguous(), logits, target, weight, fields, *ctx.options
         )
         return grad
 
