@@ -172,7 +172,7 @@ def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bo
     target = torch.randint(classes, (held,), generator=generator, device=device)
     indices = torch.randperm(_NUM_SAMPLES, generator=generator, device=device)[:held]
     grad_loss = torch.ones(held, device=device)
-    fields = load("reference").cross_entropy(logits[:1], target[:1], None, _NO_OPTIONS).rows
+    fields = load("reference").cross_entropy(logits[:1], target[:1], None, _NO_OPTIONS).fields
     fields = fields.expand(-1, held).contiguous()
     size = f"{rows} x {classes} {str(dtype).removeprefix('torch.')}"
     scored = (logits, target, None, _NO_OPTIONS)

@@ -28,7 +28,8 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
-from emp_fast.backends.base import SCORE_FIELDS, Recurrence, State, check_target_range
+from emp_fast.backends.base import SCORE_FIELDS, Recurrence, State
+from emp_fast.backends.checks import check_target_range
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
@@ -473,31 +474,31 @@ def _per_sample(scored: _RowScores, shape: Sequence[int], offsets: Tensor | None
     return _as_stats(*scored)
 
 
-def _as_stats(loss: Tensor, rows: Tensor, correct: Tensor, count: Tensor) -> SampleStats:
-    entropy, el2n, margin, confidence = rows.unbind(0)[: len(SCORE_FIELDS)]
+def _as_stats(loss: Tensor, fields: Tensor, correct: Tensor, count: Tensor) -> SampleStats:
+    entropy, el2n, margin, confidence = fields.unbind(0)[: len(SCORE_FIELDS)]
     return SampleStats(loss, entropy, el2n, margin, confidence, correct, count)
 
 
 def _means(
-    loss: Tensor, rows: Tensor, correct: Tensor, count: Tensor, samples: int, positions: int
+    loss: Tensor, fields: Tensor, correct: Tensor, count: Tensor, samples: int, positions: int
 ) -> SampleStats:
     shape = (samples, positions)
     counts = count.view(shape).sum(1, dtype=torch.int32)
     divisor = counts.clamp_min(1)
     mean = loss.view(shape).sum(1) / divisor
-    fields = rows[: len(SCORE_FIELDS)].view(len(SCORE_FIELDS), *shape).sum(2) / divisor
-    entropy, el2n, margin, confidence = fields.unbind(0)
+    means = fields[: len(SCORE_FIELDS)].view(len(SCORE_FIELDS), *shape).sum(2) / divisor
+    entropy, el2n, margin, confidence = means.unbind(0)
     return SampleStats(mean, entropy, el2n, margin, confidence, correct.view(shape).all(1), counts)
 
 
 def _packed_means(
-    loss: Tensor, rows: Tensor, correct: Tensor, count: Tensor, offsets: Tensor
+    loss: Tensor, fields: Tensor, correct: Tensor, count: Tensor, offsets: Tensor
 ) -> SampleStats:
-    others = torch.cat([rows[: len(SCORE_FIELDS)], (~correct)[None], count[None]])
+    others = torch.cat([fields[: len(SCORE_FIELDS)], (~correct)[None], count[None]])
     total, sums = ops.SegmentSum.apply(loss, others, offsets)  # type: ignore[no-untyped-call]
-    *fields, wrong, counted = sums.unbind(0)
+    *scores, wrong, counted = sums.unbind(0)
     divisor = counted.clamp_min(1)
     mean: Tensor = (total / divisor).to(loss.dtype)
-    entropy, el2n, margin, confidence = (sums[: len(fields)] / divisor).to(rows.dtype).unbind(0)
+    entropy, el2n, margin, confidence = (sums[: len(scores)] / divisor).to(fields.dtype).unbind(0)
     counts = counted.to(torch.int32)
     return SampleStats(mean, entropy, el2n, margin, confidence, wrong == 0, counts)

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from emp_fast import functional
 from emp_fast._validation import checked_int, checked_integers
 from emp_fast._warnings import EmpFastWarning
-from emp_fast.backends.base import check_index_range
+from emp_fast.backends.checks import check_index_range
 from emp_fast.epochs import Progress, SavedProgress
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK

@@ -11,7 +11,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from emp_fast import ops  # noqa: F401  (registers the ops)
+from emp_fast import ops
 
 #: Samples per step of the integer arithmetic, whose temporaries take 8 bytes per sample. A step
 #: takes 32 MiB on a GPU and 2 MiB on the CPU. There the allocator reuses blocks of that size;
@@ -73,7 +73,7 @@ def _bits(
     n: int, seed: int, epoch: int, stream: Stream, start: int, device: torch.device
 ) -> Tensor:
     """[n] int64 random numbers in [0, 2**32)."""
-    words: Tensor = torch.ops.emp_fast.philox(n, _signed(seed), epoch, int(stream), start, device)
+    words = ops.philox(n, _signed(seed), epoch, int(stream), start, device)
     return words.long() & 0xFFFFFFFF
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_compiling
 
+from emp_fast import ops
+
 __all__ = ["RowCount"]
 
 
@@ -23,7 +25,7 @@ class RowCount:
     def add(self, rows: int) -> None:
         """Counts an update with that many rows."""
         if is_compiling():
-            torch.ops.emp_fast.count_rows(self._compiled, rows)
+            ops.count_rows(self._compiled, rows)
         else:
             self._total += rows
             if rows > self._largest:

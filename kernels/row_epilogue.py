@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .update_state import Visits, apply_rows, claim_rows
 
-#: Values of direct_row and signal_row besides the rows of RowScores.rows.
+#: Values of direct_row and signal_row besides the rows of RowScores.fields.
 LOSS_ROW = tl.constexpr(-1)
 NO_ROW = tl.constexpr(-2)
 
@@ -22,7 +22,7 @@ class Outputs(NamedTuple):
     """Where the scores of R rows go: the pointers of `RowScores`, and R."""
 
     loss: tl.tensor  # [R] float32
-    rows: tl.tensor  # [7, R] float32
+    fields: tl.tensor  # [7, R] float32
     correct: tl.tensor  # [R] bool
     count: tl.tensor  # [R] int32
     num_rows: tl.tensor
@@ -43,17 +43,17 @@ def is_spoiled(bad, loss, folded):
 @triton.jit
 def store_scores(outputs, row, row_ok, valid, spoiled, loss, el2n, folded):
     """Writes every score of the rows; all but the loss and el2n are those of `fold_target`."""
-    rows_ptr, num_rows = outputs.rows, outputs.num_rows
+    fields_ptr, num_rows = outputs.fields, outputs.num_rows
     margin = settle(folded.margin, valid, spoiled)
     tl.store(outputs.loss + row, settle(loss, valid, spoiled), mask=row_ok)
-    tl.store(rows_ptr + row, settle(folded.entropy, valid, spoiled), mask=row_ok)
-    tl.store(rows_ptr + num_rows + row, settle(el2n, valid, spoiled), mask=row_ok)
-    tl.store(rows_ptr + 2 * num_rows + row, margin, mask=row_ok)
-    confidence = rows_ptr + 3 * num_rows + row
+    tl.store(fields_ptr + row, settle(folded.entropy, valid, spoiled), mask=row_ok)
+    tl.store(fields_ptr + num_rows + row, settle(el2n, valid, spoiled), mask=row_ok)
+    tl.store(fields_ptr + 2 * num_rows + row, margin, mask=row_ok)
+    confidence = fields_ptr + 3 * num_rows + row
     tl.store(confidence, settle(folded.confidence, valid, spoiled), mask=row_ok)
-    tl.store(rows_ptr + 4 * num_rows + row, settle(folded.largest, valid, spoiled), mask=row_ok)
-    tl.store(rows_ptr + 5 * num_rows + row, settle(folded.inv_sum, valid, spoiled), mask=row_ok)
-    tl.store(rows_ptr + 6 * num_rows + row, settle(folded.miss, valid, spoiled), mask=row_ok)
+    tl.store(fields_ptr + 4 * num_rows + row, settle(folded.largest, valid, spoiled), mask=row_ok)
+    tl.store(fields_ptr + 5 * num_rows + row, settle(folded.inv_sum, valid, spoiled), mask=row_ok)
+    tl.store(fields_ptr + 6 * num_rows + row, settle(folded.miss, valid, spoiled), mask=row_ok)
     tl.store(outputs.correct + row, margin >= 0, mask=row_ok)
     tl.store(outputs.count + row, valid.to(tl.int32), mask=row_ok)
 
@@ -61,9 +61,9 @@ def store_scores(outputs, row, row_ok, valid, spoiled, loss, el2n, folded):
 @triton.jit
 def load_kept(outputs, row, mask, other):
     """Returns largest, inv_sum and miss, which a forward pass wrote for the backward pass."""
-    largest = tl.load(outputs.rows + 4 * outputs.num_rows + row, mask=mask, other=other)
-    inv_sum = tl.load(outputs.rows + 5 * outputs.num_rows + row, mask=mask, other=other)
-    miss = tl.load(outputs.rows + 6 * outputs.num_rows + row, mask=mask, other=other)
+    largest = tl.load(outputs.fields + 4 * outputs.num_rows + row, mask=mask, other=other)
+    inv_sum = tl.load(outputs.fields + 5 * outputs.num_rows + row, mask=mask, other=other)
+    miss = tl.load(outputs.fields + 6 * outputs.num_rows + row, mask=mask, other=other)
     return largest, inv_sum, miss
 
 
@@ -72,9 +72,9 @@ def _row_values(outputs, which, row, row_ok):
     """Scores that another program may have written, loaded from L2 past L1."""
     is_loss = row_ok & (which == LOSS_ROW)
     from_loss = tl.load(outputs.loss + row, mask=is_loss, other=0.0, cache_modifier=".cg")
-    at = outputs.rows + tl.maximum(which, 0).to(tl.int64) * outputs.num_rows + row
-    from_rows = tl.load(at, mask=row_ok & (which >= 0), other=0.0, cache_modifier=".cg")
-    return from_loss + from_rows
+    at = outputs.fields + tl.maximum(which, 0).to(tl.int64) * outputs.num_rows + row
+    from_fields = tl.load(at, mask=row_ok & (which >= 0), other=0.0, cache_modifier=".cg")
+    return from_loss + from_fields
 
 
 @triton.jit

@@ -433,7 +433,7 @@ def score_loop(
     weight_ptr,
     weight_sum_ptr,
     loss_ptr,
-    rows_ptr,
+    fields_ptr,
     correct_ptr,
     count_ptr,
     grad_ptr,
@@ -482,7 +482,7 @@ def score_loop(
 
     SHIFTED_ALIKE: the rows of the gradient are off the 16-byte grid in the same way as the logits.
     """
-    outputs = Outputs(loss_ptr, rows_ptr, correct_ptr, count_ptr, num_rows)
+    outputs = Outputs(loss_ptr, fields_ptr, correct_ptr, count_ptr, num_rows)
     _score(
         Inputs(
             logits_ptr,
@@ -549,7 +549,7 @@ def merge_parts(
     target_ptr,  # [R] int64
     weight_ptr,
     loss_ptr,
-    rows_ptr,
+    fields_ptr,
     correct_ptr,
     count_ptr,
     parts_ptr,  # [parts, 6, R]
@@ -570,6 +570,6 @@ def merge_parts(
         join(_load_parts(parts_ptr, row, num_rows, parts, PARTS)),
         row,
         SplitRows(logits_ptr, row_stride, target_ptr, weight_ptr, num_classes),
-        Outputs(loss_ptr, rows_ptr, correct_ptr, count_ptr, num_rows),
+        Outputs(loss_ptr, fields_ptr, correct_ptr, count_ptr, num_rows),
         Options(ignore_index, smoothing, softcap, weight_ptr is not None, False, SMOOTH, SOFTCAP),
     )

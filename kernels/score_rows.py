@@ -82,7 +82,7 @@ def score_rows(
     logits_ptr,  # as score_tile
     target_ptr,
     loss_ptr,
-    rows_ptr,
+    fields_ptr,
     correct_ptr,
     count_ptr,
     grad_ptr,  # or None
@@ -176,6 +176,6 @@ def score_rows(
 
     x_y = tl.load(logits_ptr + row * row_stride + y, mask=valid, other=0.0).to(tl.float32)
     folded = fold_target(x_y, from_base2(peaks, ds, ss, qs, NARROW))
-    outputs = Outputs(loss_ptr, rows_ptr, correct_ptr, count_ptr, num_rows)
+    outputs = Outputs(loss_ptr, fields_ptr, correct_ptr, count_ptr, num_rows)
     spoiled = is_spoiled(bad, folded.nll, folded)
     store_scores(outputs, row, row_ok, valid, spoiled, folded.nll, folded.el2n, folded)

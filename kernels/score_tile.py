@@ -302,7 +302,7 @@ def score_tile(
     weight_ptr,  # [C] float32 or None
     weight_sum_ptr,  # [] float32: the sum of weight, for the gradient of smoothed class ids
     loss_ptr,  # [R] float32
-    rows_ptr,  # [7, R] float32: written with STATS, else read
+    fields_ptr,  # [7, R] float32: written with STATS, else read
     correct_ptr,  # [R] bool
     count_ptr,  # [R] int32
     grad_ptr,  # [R, C] contiguous
@@ -344,7 +344,7 @@ def score_tile(
     LANES: tl.constexpr,
 ):
     """Rows that fit a tile. Grid: ceil(R / ROWS)."""
-    outputs = Outputs(loss_ptr, rows_ptr, correct_ptr, count_ptr, num_rows)
+    outputs = Outputs(loss_ptr, fields_ptr, correct_ptr, count_ptr, num_rows)
     _score(
         Inputs(
             logits_ptr,

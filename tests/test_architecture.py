@@ -47,6 +47,34 @@ def test_imports_make_no_circle() -> None:
     TopologicalSorter(graph).prepare()  # a CycleError names the circle
 
 
+OPS = "emp_fast.ops"
+
+
+def test_nothing_but_the_ops_dispatches() -> None:
+    """One file registers, and only files of ops call by dispatch or define gradients."""
+    found: dict[str, set[str]] = {"torch.library": set(), "torch.ops": set(), "Function": set()}
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in found:
+                found[ast.unparse(node)].add(name)
+            elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+                assert not {"library", "ops"} & {alias.name for alias in node.names}, name
+            elif isinstance(node, ast.ClassDef):
+                bases = map(ast.unparse, node.bases)
+                found["Function"] |= {name for base in bases if base.endswith("Function")}
+    assert found["torch.library"] == {f"{OPS}.registry"}
+    rest = found["torch.ops"] | found["Function"]
+    assert f"{OPS}.step" in found["torch.ops"] & found["Function"]
+    assert not [name for name in rest if not name.startswith(f"{OPS}.")]
+
+
+def test_other_modules_import_the_ops_as_one() -> None:
+    known = modules()
+    for name in known:
+        if not name.startswith(OPS):
+            assert not [used for used in imported_by(name, known) if used.startswith(f"{OPS}.")]
+
+
 #: What a store is made of, at the bottom.
 STATE = {"emp_fast.sample_state", "emp_fast.row_count", "emp_fast.snapshot_checks"}
 NAMED_TUPLES = {"_asdict", "_fields", "_replace"}  # their public methods, for all the underscore

@@ -189,7 +189,7 @@ class WrongLoss(Fake):
 class WrongScores(Fake):
     def cross_entropy(self, *arguments: Any) -> RowScores:
         scores = super().cross_entropy(*arguments)
-        scores.rows[2, 1] += 0.1  # one margin of one row
+        scores.fields[2, 1] += 0.1  # one margin of one row
         return scores
 
 
@@ -268,7 +268,7 @@ class Crash(Fake):
 
 LIARS = {
     WrongLoss: "cross_entropy output loss differs",
-    WrongScores: "cross_entropy output rows differs",
+    WrongScores: "cross_entropy output fields differs",
     WrongCorrect: "cross_entropy output correct differs",
     WrongCount: "cross_entropy output count differs",
     WrongGradient: "cross_entropy output gradient differs",
@@ -373,12 +373,12 @@ def test_the_composed_step_is_the_three_in_a_row(backend: str) -> None:
     )
     wanted = runs.cross_entropy(logits, target, None, options)
     runs.update_state(
-        torch.tensor([2, 0, 1]), wanted.rows[0], wanted.loss, wanted.count, composed, recurrence
+        torch.tensor([2, 0, 1]), wanted.fields[0], wanted.loss, wanted.count, composed, recurrence
     )
     for a, b in zip((*scores, *stepped), (*wanted, *composed), strict=True):
         assert a is b is None or torch.equal(a, b)
     half = torch.full((3,), 0.5)
-    back = runs.cross_entropy_backward(half, logits, target, None, wanted.rows, options)
+    back = runs.cross_entropy_backward(half, logits, target, None, wanted.fields, options)
     assert torch.equal(grad, back)
 
 

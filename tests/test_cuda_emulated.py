@@ -177,7 +177,7 @@ def close(got: Tensor, wanted: Tensor, rtol: float = RTOL, atol: float = ATOL) -
 
 def assert_scores(got: RowScores, wanted: RowScores) -> None:
     close(got.loss, wanted.loss)
-    for name, row, wanted_row in zip(ROW_FIELDS, got.rows, wanted.rows, strict=True):
+    for name, row, wanted_row in zip(ROW_FIELDS, got.fields, wanted.fields, strict=True):
         torch.testing.assert_close(row, wanted_row, rtol=RTOL, atol=ATOL, equal_nan=True, msg=name)
     assert torch.equal(got.correct, wanted.correct)
     assert torch.equal(got.count, wanted.count)
@@ -319,17 +319,17 @@ def test_every_kernel_scores_and_differentiates(
     )
     wanted = REFERENCE.cross_entropy(logits.double(), *exact, options)
     wanted_grad = REFERENCE.cross_entropy_backward(
-        row_scale.double() * 0.5, logits.double(), *exact, wanted.rows.double(), options
+        row_scale.double() * 0.5, logits.double(), *exact, wanted.fields.double(), options
     )
     rtol, atol = GRAD_TOLERANCE[shape.dtype]
 
     scores = emulated.cross_entropy(logits, target, weight, options)
     assert_scores(scores, wanted)
     alone = emulated.scores(logits, target, weight, options)
-    for a, b in zip(alone, (scores.loss, *scores.rows[:4], *scores[2:]), strict=True):
+    for a, b in zip(alone, (scores.loss, *scores.fields[:4], *scores[2:]), strict=True):
         assert torch.equal(a, b)
     grad = emulated.cross_entropy_backward(
-        row_scale * 0.5, logits, target, weight, scores.rows, options
+        row_scale * 0.5, logits, target, weight, scores.fields, options
     )
     close(grad, wanted_grad, rtol, atol)
 
@@ -371,14 +371,14 @@ def assert_rows_of_every_kind(
     logits, target = strange_rows(rows, classes, dtype)
     wanted = REFERENCE.cross_entropy(logits.double(), target, None, LossOptions())
     alone = emulated.scores(logits, target, None, LossOptions())
-    for got, exact in zip(alone, (wanted.loss, *wanted.rows[:4], *wanted[2:]), strict=True):
+    for got, exact in zip(alone, (wanted.loss, *wanted.fields[:4], *wanted[2:]), strict=True):
         close(got, exact)
     state, indices = make_state(rows), torch.arange(rows)
     scores, grad = emulated.cross_entropy_step(
         *(logits, target, None, LossOptions(), None, 1.0, indices, state, RECURRENCES["ema"])
     )
     assert_scores(scores, wanted)
-    ones, kept = torch.ones(rows).double(), wanted.rows.double()
+    ones, kept = torch.ones(rows).double(), wanted.fields.double()
     wanted_grad = REFERENCE.cross_entropy_backward(
         ones, logits.double(), target, None, kept, LossOptions()
     )
@@ -438,7 +438,7 @@ def test_the_gradient_of_one_array_is_that_of_its_rows_bit_for_bit(
         for x in (logits, apart)
     ]
     assert [plan["flat_vectors"] for plan in plans] == [vectors, 0]
-    kept = emulated.cross_entropy(logits, target, weight, options).rows
+    kept = emulated.cross_entropy(logits, target, weight, options).fields
     grad_loss = torch.linspace(-1, 2, rows)
     flat, by_rows = (
         emulated.cross_entropy_backward(grad_loss, x, target, weight, kept, options)
@@ -465,7 +465,7 @@ def test_a_mean_step_needs_no_fields_of_the_backward_pass(
     exact_weight = weight if weight is None else weight.double()
     scores = REFERENCE.cross_entropy(*exact, exact_weight, options)
     wanted = REFERENCE.cross_entropy_backward(
-        row_scale.double() / shape.rows, *exact, exact_weight, scores.rows.double(), options
+        row_scale.double() / shape.rows, *exact, exact_weight, scores.fields.double(), options
     )
     close(made.grad, wanted, *GRAD_TOLERANCE[shape.dtype])
     mean, factor = REFERENCE.mean_loss(scores.loss.float(), scores.count, row_scale)
@@ -525,10 +525,10 @@ def test_a_class_that_does_not_exist_spoils_its_row_alone(
     got = emulated.cross_entropy(logits, target, weight, options)
     spoiled = target != safe
     assert got.loss[spoiled].isnan().all()
-    assert got.rows[:, spoiled].isnan().all()
+    assert got.fields[:, spoiled].isnan().all()
     assert (got.count[spoiled] == 1).all()
     assert torch.equal(got.loss[~spoiled], wanted.loss[~spoiled])
-    assert torch.equal(got.rows[:, ~spoiled], wanted.rows[:, ~spoiled])
+    assert torch.equal(got.fields[:, ~spoiled], wanted.fields[:, ~spoiled])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -563,7 +563,7 @@ def test_special_values_in_every_kernel(
     exact = (target.double() if soft else target, weight if weight is None else weight.double())
     wanted = REFERENCE.cross_entropy(logits.double(), *exact, options)
     wanted_grad = REFERENCE.cross_entropy_backward(
-        torch.ones(count).double(), logits.double(), *exact, wanted.rows.double(), options
+        torch.ones(count).double(), logits.double(), *exact, wanted.fields.double(), options
     )
     state = make_state(count)
     stepped, fused_grad = emulated.cross_entropy_step(
@@ -571,7 +571,7 @@ def test_special_values_in_every_kernel(
     )
     scores = emulated.cross_entropy(logits, target, weight, options)
     grad = emulated.cross_entropy_backward(
-        torch.ones(count), logits, target, weight, scores.rows, options
+        torch.ones(count), logits, target, weight, scores.fields, options
     )
     for got, got_grad in ((scores, grad), (stepped, fused_grad)):
         assert_scores(got, wanted)
@@ -590,11 +590,11 @@ def test_runs_repeat_bit_for_bit_under_every_schedule(emulated: EmulatedBackend)
             emulated.seed = seed
             scores = emulated.cross_entropy(logits, target, weight, options)
             grad = emulated.cross_entropy_backward(
-                scores.loss, logits, target, weight, scores.rows, options
+                scores.loss, logits, target, weight, scores.fields, options
             )
             state = make_state(shape.rows)
             made = emulated.mean_step(
-                *(logits, target, weight, options, scores.rows[0], torch.arange(shape.rows)),
+                *(logits, target, weight, options, scores.fields[0], torch.arange(shape.rows)),
                 *(state, RECURRENCES["ema"]),
             )
             outcomes.append((*scores, grad, *made, state.scores))
@@ -799,14 +799,14 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
             *(logits, target, None, LossOptions(softcap=softcap), None, 1 / rows),
             *(indices, got, recurrence),
         )
-        fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
+        values = scores.by_name()
         count = scores.count.clone()
         wanted.counters[1] += count[1]
         indices[1], count[1] = 0, 0
         REFERENCE.update_state(
             indices,
-            fields[recurrence.signal],
-            None if recurrence.direct is None else fields[recurrence.direct],
+            values[recurrence.signal],
+            None if recurrence.direct is None else values[recurrence.direct],
             count,
             wanted,
             recurrence,

@@ -25,7 +25,7 @@ from test_cuda_emulated import (  # noqa: F401  (emulated and module are fixture
 )
 from test_update_state import RECURRENCES, make_state
 
-from emp_fast.backends.base import ROW_FIELDS, LossOptions
+from emp_fast.backends.base import LossOptions
 
 LARGE, SMALL = 227 * 1024, 76 * 1024  # shared memory for six slots; for two
 f16, bf16 = torch.float16, torch.bfloat16
@@ -111,7 +111,7 @@ def test_streamed_rows_equal_the_reference(
     exact = (target, weight if weight is None else weight.double())
     wanted = REFERENCE.cross_entropy(logits.double(), *exact, options)
     wanted_grad = REFERENCE.cross_entropy_backward(
-        row_scale.double() * 0.5, logits.double(), *exact, wanted.rows.double(), options
+        row_scale.double() * 0.5, logits.double(), *exact, wanted.fields.double(), options
     )
     assert_scores(emulated.cross_entropy(logits, target, weight, options), wanted)
 
@@ -190,22 +190,22 @@ def test_streamed_rows_keep_what_spoils_them_to_themselves(
     fine = torch.tensor([True, True, True, True, True, False, True])
     wanted_loss = wanted.loss.clone()
     close(scores.loss[fine], wanted_loss[fine])
-    close(scores.rows[:, fine], wanted.rows[:, fine])
+    close(scores.fields[:, fine], wanted.fields[:, fine])
     assert scores.loss[5].isnan()
-    assert scores.rows[:, 5].isnan().all()
+    assert scores.fields[:, 5].isnan().all()
     assert scores.count.tolist() == [1, 1, 1, 1, 1, 1, 0]
     assert scores.loss[3] == 0
     assert scores.loss[4] == torch.inf
     assert grad[1].isnan().all()
     assert (grad[6] == 0).all()
     exact = REFERENCE.cross_entropy_backward(
-        torch.ones(7).double(), logits.double(), safe, None, wanted.rows.double(), LossOptions()
+        torch.ones(7).double(), logits.double(), safe, None, wanted.fields.double(), LossOptions()
     )
     close(grad[[0, 2, 3]], exact[[0, 2, 3]], 1e-5, 1e-6)
     # The state moves by the scores that the kernel itself wrote.
-    fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
+    values = scores.by_name()
     REFERENCE.update_state(
-        *(indices, fields["entropy"], fields["loss"], scores.count, wanted_state),
+        *(indices, values["entropy"], values["loss"], scores.count, wanted_state),
         RECURRENCES["ema"],
     )
     assert_same_state(got_state, wanted_state)

@@ -480,9 +480,9 @@ def test_rows_beyond_two_to_the_31_elements(backend: str) -> None:
     logits.copy_(values)
     target = torch.tensor([1, 5, 9])
     assert_stats(cross_entropy(logits, target), oracle(values, target)[0])
-    rows = torch.ops.emp_fast.cross_entropy(logits, target, None, -100, 0.0, 0.0)[1]
+    fields = torch.ops.emp_fast.cross_entropy(logits, target, None, -100, 0.0, 0.0)[1]
     grad = torch.ops.emp_fast.cross_entropy_backward(
-        torch.ones(3), logits, target, None, rows, -100, 0.0, 0.0
+        torch.ones(3), logits, target, None, fields, -100, 0.0, 0.0
     )
     np.testing.assert_allclose(grad.double().numpy(), oracle(values, target)[1], 2**-8, ATOL)
 

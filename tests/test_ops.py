@@ -24,7 +24,8 @@ from emp_fast.rules import EMP, UCB, Forgetting
 from emp_fast.testing import Case, make
 
 N, R, C = 9, 6, 10
-LOSS_OPTIONS = (-100, 0.1, 3.0)  # ignore_index, label_smoothing, softcap
+LOSS_OPTIONS = LossOptions(-100, 0.1, 3.0)
+RECURRENCE = Recurrence("variance", "entropy", 0.5, "loss", 1.0, 1.0, 0.5)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -41,9 +42,8 @@ def class_ids(rows: int = R, classes: int = C) -> Tensor:
     return ids
 
 
-def state() -> tuple[Tensor, ...]:
-    """The tensors of `State`, in its order."""
-    return (
+def state() -> State:
+    return State(
         torch.full((N,), torch.inf),
         torch.zeros(N),
         torch.zeros(N, dtype=torch.int32),
@@ -57,8 +57,8 @@ def state() -> tuple[Tensor, ...]:
 
 
 def scored(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    rows: Tensor = torch.ops.emp_fast.cross_entropy(logits, target, weight, *LOSS_OPTIONS)[1]
-    return rows
+    fields: Tensor = torch.ops.emp_fast.cross_entropy(logits, target, weight, *LOSS_OPTIONS)[1]
+    return fields
 
 
 def cross_entropy_arguments() -> list[tuple[Any, ...]]:
@@ -86,11 +86,11 @@ ARGUMENTS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "mean_step": lambda: [
         (
             *(normal(R, C), class_ids(), None, *LOSS_OPTIONS, normal(R).abs()),
-            *(torch.arange(R), *state(), 2, "entropy", "loss", 0.5, 1.0, 1.0, 0.5),
+            *(torch.arange(R), *state(), *RECURRENCE),
         ),
         (
             *(normal(R, C), class_ids(), normal(C).abs(), *LOSS_OPTIONS, None),
-            *(torch.arange(R), *state(), 0, "loss", None, 0.0, 0.0, 1.0, 0.0),
+            *(torch.arange(R), *state(), *Recurrence("ema", "loss")),
         ),
     ],
     "scale_": lambda: [
@@ -100,9 +100,10 @@ ARGUMENTS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "update_state": lambda: [
         (
             *(torch.arange(R), normal(R), normal(R), torch.ones(R, dtype=torch.int32)),
-            *(*state(), 2, 0.5, 1.0, 1.0, 0.5),
+            *state(),
+            *RECURRENCE,
         ),
-        (torch.tensor([3, 3, 0]), normal(3), None, None, *state(), 1, 0.0, 0.0, -1.0, 0.0),
+        (torch.tensor([3, 3, 0]), normal(3), None, None, *state(), *Recurrence("mean", "loss")),
     ],
     "winners": lambda: [
         (torch.tensor([3, 3, 0]), normal(3) > 0, None, N, torch.zeros(2, dtype=torch.int64)),
@@ -136,6 +137,15 @@ def test_opcheck(name: str, backend: str) -> None:
     op = getattr(torch.ops.emp_fast, name).default
     for arguments in ARGUMENTS[name]():
         torch.library.opcheck(op, arguments)
+
+
+def test_state_and_recurrence_are_arguments_in_the_order_of_their_fields() -> None:
+    """They are passed as ``*state, *recurrence``, and rebuilt from that."""
+    wanted = [*State._fields, *Recurrence._fields]
+    for name in ("mean_step", "update_state"):
+        schema = getattr(torch.ops.emp_fast, name).default._schema
+        names = [argument.name for argument in schema.arguments]
+        assert names[-len(wanted) :] == wanted
 
 
 def test_opcheck_of_logits_that_want_a_gradient(backend: str) -> None:
@@ -380,7 +390,7 @@ def test_sizes_that_vary_compile_twice(name: str) -> None:
 def test_a_fused_step_gives_its_gradient_twice(backend: str, watched: bool) -> None:
     """`MeanCrossEntropy` hands out its buffer in the first pass, the second computes another."""
     logits, target, scale = leaf(R, C), class_ids(), normal(R).abs()
-    arguments = (target, None, LossOptions(), scale, torch.arange(R), State(*state()))
+    arguments = (target, None, LossOptions(), scale, torch.arange(R), state())
     with Seen() if watched else nullcontext():
         mean = ops.mean_step_for_backward(logits, *arguments, Recurrence("ema", "loss"))
     first = torch.autograd.grad(3 * mean, logits, retain_graph=True)[0].clone()

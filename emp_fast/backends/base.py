@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emp_fast.backends.winners import Winners, winners
 
-#: The scores in `RowScores.rows`, in order; the values that the backward pass needs follow them.
+#: The scores in `RowScores.fields`, in order; the values that the backward pass needs follow them.
 SCORE_FIELDS = ("entropy", "el2n", "margin", "confidence")
 #: The count of a sample's visits saturates here.
 MOST_VISITS = 2**31 - 1
@@ -36,12 +36,16 @@ class RowScores(NamedTuple):
     """All scores of R rows of logits. An ignored row is all zeros, is correct and has count 0."""
 
     loss: Tensor  # [R] float32
-    rows: Tensor  # [7, R] float32, in the order of ROW_FIELDS:
+    fields: Tensor  # [7, R] float32, in the order of ROW_FIELDS:
     #   max      the largest logit (after the softcap), M
     #   inv_sum  1 / sum_j exp(x_j - M)
     #   miss     1 - p_y to full precision: the sum of the probabilities of all other classes
     correct: Tensor  # [R] bool
     count: Tensor  # type: ignore[assignment]  # [R] int32, 1 or 0
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The loss and every field, [R] float32 each: what a `Recurrence` may read."""
+        return {"loss": self.loss, **dict(zip(ROW_FIELDS, self.fields, strict=True))}
 
 
 RecurrenceKind = Literal["ema", "mean", "variance"]
@@ -116,8 +120,8 @@ class Backend(ABC):
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> tuple[Tensor, ...]:
         """The fields of SampleStats for rows whose gradient is not wanted; see `cross_entropy`."""
-        loss, rows, correct, count = self.cross_entropy(logits, target, weight, options)
-        return (loss, *rows[: len(SCORE_FIELDS)].unbind(0), correct, count)
+        loss, fields, correct, count = self.cross_entropy(logits, target, weight, options)
+        return (loss, *fields[: len(SCORE_FIELDS)].unbind(0), correct, count)
 
     @abstractmethod
     def cross_entropy_backward(
@@ -126,7 +130,7 @@ class Backend(ABC):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        rows: Tensor,  # [7, R] from the forward pass
+        fields: Tensor,  # [7, R] from the forward pass
         options: LossOptions,
     ) -> Tensor:
         """The gradient with respect to the logits, [R, C] contiguous in their dtype."""
@@ -149,12 +153,14 @@ class Backend(ABC):
         """
         scores = self.cross_entropy(logits, target, weight, options)
         grad_loss = torch.full_like(scores.loss, scale) if row_scale is None else row_scale * scale
-        grad = self.cross_entropy_backward(grad_loss, logits, target, weight, scores.rows, options)
-        fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
+        grad = self.cross_entropy_backward(
+            grad_loss, logits, target, weight, scores.fields, options
+        )
+        values = scores.by_name()
         self.update_state(
             indices,
-            fields[recurrence.signal],
-            None if recurrence.direct is None else fields[recurrence.direct],
+            values[recurrence.signal],
+            None if recurrence.direct is None else values[recurrence.direct],
             scores.count,
             state,
             recurrence,
@@ -244,10 +250,7 @@ class Backend(ABC):
         Refused rows are counted as there. ``usable`` says for each row whether all stats that the
         rule reads are finite.
         """
-        num_samples = state.scores.shape[0]
-        if indices.device.type == "cpu":
-            check_index_range(indices, num_samples)
-        return winners(indices, usable, count, num_samples, state.counters)
+        return winners(indices, usable, count, state.scores.shape[0], state.counters)
 
     @abstractmethod
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
@@ -278,72 +281,3 @@ class Backend(ABC):
         Word 0 of Philox4x32-10 with key (seed low, seed high) and counter (index low, index high,
         epoch, stream). J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
         """
-
-
-def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raises IndexError for the first class id of a CPU tensor that is out of range."""
-    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise IndexError(
-            f"target must lie in [0, {num_classes}) or equal ignore_index={ignore_index}, "
-            f"got {int(target[row])} at position {row}"
-        )
-
-
-def check_index_range(indices: Tensor, num_samples: int) -> None:
-    """Raises IndexError for the first sample index of a CPU tensor outside [0, num_samples)."""
-    bad = (indices < 0) | (indices >= num_samples)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise IndexError(
-            f"indices must lie in [0, {num_samples}), got {int(indices[row])} at position {row}; "
-            "nothing of this update was applied"
-        )
-
-
-def check_offsets(offsets: Tensor, total: int) -> None:
-    """Raises ValueError unless a CPU tensor's offsets never decrease and go from 0 to ``total``."""
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first != 0 or last != total:
-        raise ValueError(
-            f"offsets must start at 0 and end at {total}, the number of rows, "
-            f"got {first} and {last}"
-        )
-    falls = (offsets[1:] < offsets[:-1]).nonzero()
-    if falls.numel():
-        at = int(falls[0])
-        raise ValueError(
-            f"offsets must not fall, got {int(offsets[at])} then {int(offsets[at + 1])} "
-            f"at position {at + 1}"
-        )
-
-
-def check_quotas(groups: Tensor, group_k: Tensor, k: int) -> None:
-    """Raises ValueError unless ``group_k`` sums to ``k`` and no quota exceeds its group's size.
-
-    Args:
-        groups: [N] int64 on any device.
-        group_k: [G] int64 on the CPU.
-        k: total number of samples.
-    """
-    total, num_groups = int(group_k.sum()), group_k.shape[0]
-    if total != k:
-        raise ValueError(
-            f"group_k must sum to k={k}, got {group_k.tolist()}, which sums to {total}"
-        )
-    if groups.numel():
-        low, high = (int(bound) for bound in torch.aminmax(groups))
-        if low < 0 or high >= num_groups:
-            raise ValueError(
-                f"groups must lie in [0, {num_groups}), the length of group_k, "
-                f"got {low if low < 0 else high}"
-            )
-    sizes = torch.bincount(groups, minlength=num_groups).cpu()
-    wrong = ((group_k < 0) | (group_k > sizes)).nonzero()
-    if wrong.numel():
-        group = int(wrong[0])
-        raise ValueError(
-            f"group_k[{group}] must lie in [0, {int(sizes[group])}], the size of group {group}, "
-            f"got {int(group_k[group])}"
-        )

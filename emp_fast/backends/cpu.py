@@ -20,9 +20,8 @@ from emp_fast.backends.base import (
     Recurrence,
     RowScores,
     State,
-    check_index_range,
-    check_target_range,
 )
+from emp_fast.backends.checks import check_index_range, check_target_range
 from emp_fast.backends.native import (
     FORMATS,
     MASK32,
@@ -68,11 +67,11 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, ...]:
         """Omits the fields that a backward pass needs; see `Backend.scores`."""
         rows = logits.shape[0]
-        fields = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
-        loss = fields.data_ptr()
+        values = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
+        loss = values.data_ptr()
         pointers = loss, loss + 4 * rows
         flags = self._score(logits, target, weight, options, *pointers, for_backward=False)
-        return (*fields.unbind(), *flags)
+        return (*values.unbind(), *flags)
 
     def _score(
         self,
@@ -108,7 +107,7 @@ class CpuBackend(Backend):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        rows: Tensor,
+        fields: Tensor,
         options: LossOptions,
     ) -> Tensor:
         """The gradient with respect to the logits; see `Backend.cross_entropy_backward`."""
@@ -116,7 +115,7 @@ class CpuBackend(Backend):
         self._native.cross_entropy_backward(
             *_inputs(logits, target, weight, options),
             grad_loss.data_ptr(),
-            rows.data_ptr(),
+            fields.data_ptr(),
             grad.data_ptr(),
             torch.get_num_threads(),
         )

@@ -92,13 +92,13 @@ class CudaBackend(RowKernelsChoice, Backend):
     ) -> tuple[Tensor, ...]:
         """Omits the fields that a backward pass needs; see `Backend.scores`."""
         rows = logits.shape[0]
-        fields = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
+        values = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
         correct = logits.new_empty(rows, dtype=torch.bool)
         count = logits.new_empty(rows, dtype=torch.int32)
-        loss = fields.data_ptr()
+        loss = values.data_ptr()
         outputs = loss, loss + 4 * rows, correct.data_ptr(), count.data_ptr()
         self._score(logits, target, weight, options, outputs, for_backward=False)
-        return (*fields.unbind(), correct, count)
+        return (*values.unbind(), correct, count)
 
     def _score(
         self,
@@ -130,7 +130,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        rows: Tensor,
+        fields: Tensor,
         options: LossOptions,
     ) -> Tensor:
         """One launch."""
@@ -139,7 +139,7 @@ class CudaBackend(RowKernelsChoice, Backend):
             weight_sum = _weight_sum(weight, options)
             self._native.backward(
                 *_inputs(logits, target, weight, weight_sum, options),
-                rows.data_ptr(),
+                fields.data_ptr(),
                 grad_loss.data_ptr(),
                 grad.data_ptr(),
                 _stream(logits.device),

@@ -7,12 +7,12 @@ import json
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch  # before the native module, so that both share one OpenMP runtime
 from torch import Tensor
 
-from emp_fast.backends.base import ROW_FIELDS, Recurrence, State
+from emp_fast.backends.base import ROW_FIELDS, Recurrence, RecurrenceKind, State
 
 _BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 _ISA_ENVIRONMENT = "EMP_FAST_CPU_ISA"
@@ -21,7 +21,7 @@ _ISA_ENVIRONMENT = "EMP_FAST_CPU_ISA"
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: The values that a recurrence may read, in the order in which the fused steps number them.
 VALUES = ("loss", *ROW_FIELDS)
-_KINDS = ("ema", "mean", "variance")  # as csrc/core/recurrence.h
+_KINDS = get_args(RecurrenceKind)  # numbered in this order by csrc/core/recurrence.h
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 
 

@@ -16,9 +16,8 @@ from emp_fast.backends.base import (
     Recurrence,
     RowScores,
     State,
-    check_index_range,
-    check_target_range,
 )
+from emp_fast.backends.checks import check_target_range
 from emp_fast.backends.winners import winners
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -97,14 +96,16 @@ class ReferenceBackend(Backend):
         confidence = e_y * inv_sum
         # For an unlikely target 1 - p_y has the smaller rounding error, for a likely one the miss.
         miss = torch.where(confidence < 0.5, 1 - confidence, miss)
-        rows = torch.stack([entropy.clamp_min(0), el2n, margin, confidence, largest, inv_sum, miss])
+        fields = torch.stack(
+            [entropy.clamp_min(0), el2n, margin, confidence, largest, inv_sum, miss]
+        )
         # A NaN in a row makes all its fields NaN. So does a class id out of range on a GPU.
         spoiled = bad | torch.isnan(loss) | torch.isnan(inv_sum)
-        rows = torch.where(spoiled, torch.nan, rows)
+        fields = torch.where(spoiled, torch.nan, fields)
         loss = torch.where(spoiled, torch.nan, loss)
-        rows = torch.where(valid, rows, zero)
+        fields = torch.where(valid, fields, zero)
         loss = torch.where(valid, loss, zero)
-        return RowScores(loss.float(), rows.float(), (rows[2] >= 0), valid.to(torch.int32))
+        return RowScores(loss.float(), fields.float(), (fields[2] >= 0), valid.to(torch.int32))
 
     def cross_entropy_backward(
         self,
@@ -112,19 +113,19 @@ class ReferenceBackend(Backend):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        rows: Tensor,
+        fields: Tensor,
         options: LossOptions,
     ) -> Tensor:
         raw = _accumulation(logits)
         x = _capped(raw, options.softcap)
         num_classes = x.shape[1]
-        if x.dtype == torch.float64:  # rows are float32, which would lose float64's precision
+        if x.dtype == torch.float64:  # fields are float32, which would lose float64's precision
             largest = x.amax(1, keepdim=True)
             e = (x - largest).exp()
             inv_sum = 1 / e.sum(1, keepdim=True)
             p = e * inv_sum
         else:
-            p = (x - rows[4][:, None]).exp() * rows[5][:, None]
+            p = (x - fields[4][:, None]).exp() * fields[5][:, None]
         if target.is_floating_point():
             valid = None
             y = target.argmax(1, keepdim=True)
@@ -134,7 +135,7 @@ class ReferenceBackend(Backend):
             # `by_miss` is precise if the class has most of the target. Otherwise both of its terms
             # are near 1 and would cancel.
             t_y = t.gather(1, y)
-            by_miss = (total - t_y) - total * _miss(p, y, rows)
+            by_miss = (total - t_y) - total * _miss(p, y, fields)
             at_target = torch.where(2 * t_y > total, by_miss, grad.gather(1, y))
         else:
             valid, _, y_flat = _class_ids(target, num_classes, options.ignore_index)
@@ -146,7 +147,7 @@ class ReferenceBackend(Backend):
             total = spread.sum(1, keepdim=True)
             grad = (a + total) * p - spread
             at_target = (
-                total * p.gather(1, y) - spread.expand_as(p).gather(1, y) - a * _miss(p, y, rows)
+                total * p.gather(1, y) - spread.expand_as(p).gather(1, y) - a * _miss(p, y, fields)
             )
         grad = grad.scatter(1, y, at_target) * grad_loss[:, None]
         if options.softcap > 0:
@@ -164,8 +165,6 @@ class ReferenceBackend(Backend):
         state: State,
         recurrence: Recurrence,
     ) -> None:
-        if indices.device.type == "cpu":
-            check_index_range(indices, state.scores.shape[0])
         usable = torch.isfinite(signal)
         if direct is not None:
             usable &= torch.isfinite(direct)
@@ -305,7 +304,7 @@ def _masked_product(t: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(t == 0, 0.0, t * log_p)
 
 
-def _miss(p: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+def _miss(p: Tensor, y: Tensor, fields: Tensor) -> Tensor:
     if p.dtype == torch.float64:
         return p.scatter(1, y, 0).sum(1, keepdim=True)
-    return rows[6][:, None]
+    return fields[6][:, None]

@@ -58,8 +58,8 @@ def _cross_entropy(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     options = LossOptions(label_smoothing=0.1)
     scores = backend.cross_entropy(logits, target, None, options)
     grad_loss = torch.linspace(0.5, 1.5, 5, dtype=torch.float32, device=device)
-    grad = backend.cross_entropy_backward(grad_loss, logits, target, None, scores.rows, options)
-    return {**scores._asdict(), "rows": scores.rows[: len(SCORE_FIELDS)], "gradient": grad}
+    grad = backend.cross_entropy_backward(grad_loss, logits, target, None, scores.fields, options)
+    return {**scores._asdict(), "fields": scores.fields[: len(SCORE_FIELDS)], "gradient": grad}
 
 
 def _mean_step(backend: Backend, device: torch.device) -> dict[str, Tensor]:

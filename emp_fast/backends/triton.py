@@ -21,9 +21,8 @@ from emp_fast.backends.base import (
     Recurrence,
     RowScores,
     State,
-    check_index_range,
-    check_target_range,
 )
+from emp_fast.backends.checks import check_index_range, check_target_range
 from emp_fast.backends.row_kernels import RowKernelsChoice
 from emp_fast.kernels import mean_loss as mean_kernels
 from emp_fast.kernels import philox as philox_kernels
@@ -131,13 +130,13 @@ class TritonBackend(RowKernelsChoice, Backend):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        rows: Tensor,
+        fields: Tensor,
         options: LossOptions,
     ) -> Tensor:
         grad = empty_gradient(logits)
         if logits.shape[0] == 0:
             return grad
-        known = (None, rows, None, None)  # read, not written
+        known = (None, fields, None, None)  # read, not written
         given, wanted = _Rows(logits, target, weight, options), _Wanted(grad, grad_loss)
         with device_of(logits):
             if logits.shape[1] <= plan.TILE_CLASSES:
@@ -182,9 +181,9 @@ class TritonBackend(RowKernelsChoice, Backend):
             else:
                 _score_loop(loop, rows, scores, wanted)
         if not at_once:
-            fields = {"loss": scores.loss, **dict(zip(ROW_FIELDS, scores.rows, strict=True))}
-            direct = None if recurrence.direct is None else fields[recurrence.direct]
-            signal = fields[recurrence.signal]
+            values = scores.by_name()
+            direct = None if recurrence.direct is None else values[recurrence.direct]
+            signal = values[recurrence.signal]
             self.update_state(indices, signal, direct, scores.count, state, recurrence)
         return scores, grad
 

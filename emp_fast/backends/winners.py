@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emp_fast.backends.checks import check_index_range
+
 __all__ = ["Winners", "winners"]
 
 
@@ -39,12 +41,17 @@ def winners(
     depend on the data, and neither choosing nor writing waits for the device.
 
     Args:
-        indices: [S] int64, in range on the CPU.
+        indices: [S] int64.
         usable: [S] bool, whether everything that the rule reads is finite.
         count: [S] int32 or None; rows of count 0 are skipped.
         num_samples: N.
         counters: [2] int64, increased by the rows refused: not usable, out of range.
+
+    Raises:
+        IndexError: an index of a CPU tensor is out of range.
     """
+    if indices.device.type == "cpu":
+        check_index_range(indices, num_samples)
     in_range = (indices >= 0) & (indices < num_samples)
     counted = in_range if count is None else in_range & (count > 0)
     outside = ~in_range if count is None else ~in_range & (count > 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emp_fast._validation import checked_integers
 from emp_fast._warnings import EmpFastWarning
-from emp_fast.backends.base import check_index_range
+from emp_fast.backends.checks import check_index_range
 from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
 from emp_fast.distributed.ranks import BatchHeader, Ranks, rank_of, same_group, world_size_of
 from emp_fast.distributed.sharded_candidates import ShardedCandidates

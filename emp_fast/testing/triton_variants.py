@@ -233,14 +233,14 @@ def _scoring_calls() -> Iterator[_Call]:
         rows, classes = shape.rows, shape.classes
         logits = torch.empty((rows, classes + shape.padding), dtype=shape.dtype)[:, :classes]
         ids, grad_loss = torch.zeros(rows, dtype=torch.int64), torch.empty(rows)
-        kept = torch.empty((len(ROW_FIELDS), rows))
+        fields = torch.empty((len(ROW_FIELDS), rows))
         for target, weight, smoothing, softcap in itertools.product(
             (ids, torch.empty((rows, classes))), (None, torch.empty(classes)), (0.0, 0.1), (0.0, 5)
         ):
             options = LossOptions(label_smoothing=smoothing, softcap=softcap)
             inputs = (logits, target, weight)
             yield _Call(shape.multiprocessors, "cross_entropy", (*inputs, options))
-            backward = (grad_loss, *inputs, kept, options)
+            backward = (grad_loss, *inputs, fields, options)
             yield _Call(shape.multiprocessors, "cross_entropy_backward", backward)
             for row_scale, rule in itertools.product((None, grad_loss), _RULES):
                 step = (*inputs, options, row_scale, 1.0, ids, state, rule)

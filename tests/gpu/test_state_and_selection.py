@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import emp_fast
 from emp_fast import Pruner, ScoreStore, policies, rules
 from emp_fast.backends import load
-from emp_fast.backends.base import ROW_FIELDS, LossOptions, Recurrence, State
+from emp_fast.backends.base import LossOptions, Recurrence, State
 from emp_fast.functional import topk_indices
 
 RECURRENCES = {
@@ -84,8 +84,8 @@ def test_a_fused_step_moves_the_state_by_its_own_scores(
         arguments = (*batch, None, LossOptions(), None)
         where = indices.to(device)
         scored, _ = by.cross_entropy_step(*arguments, 1.0, where, here, recurrence)
-        fields = {"loss": scored.loss, **dict(zip(ROW_FIELDS, scored.rows, strict=True))}
-        signal, direct = (fields[name].cpu() for name in (recurrence.signal, recurrence.direct))
+        values = scored.by_name()
+        signal, direct = (values[name].cpu() for name in (recurrence.signal, recurrence.direct))
         load("reference").update_state(
             indices, signal, direct, scored.count.cpu(), there, recurrence
         )

@@ -1,0 +1,67 @@
+"""What the autograd functions of several ops share.
+
+These functions are outside the ops, so that ``torch.compile`` traces through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from emp_fast._torch_internals import apply_past_transforms
+from emp_fast.ops.registry import is_watched
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, without torch's search for transforms if nothing observes the tensor.
+
+    The first argument is the tensor.
+    """
+    directly = apply_past_transforms(function)
+
+    def call(tensor: Tensor, *arguments: Any) -> Any:
+        apply: Callable[..., Any] = function.apply if is_watched(tensor) else directly
+        return apply(tensor, *arguments)
+
+    return call
+
+
+def only_loss_carries_gradient(ctx: Any, *others: Tensor) -> None:
+    """Marks the other outputs, for which autograd would otherwise make gradients of zeros."""
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on. Differentiating it raises, instead of treating it as a constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "the gradient of an emp_fast loss cannot be differentiated again; "
+            "torch.nn.functional.cross_entropy can"
+        )
+
+
+def once(grad: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Guards ``grad``, computed from ``inputs``, if the caller asked for ``create_graph``."""
+    if torch.is_grad_enabled() and not is_compiling():
+        guarded: Tensor = _Once.apply(  # type: ignore[no-untyped-call]
+            grad.detach(), *(x for x in inputs if x is not None)
+        )
+        return guarded
+    return grad
