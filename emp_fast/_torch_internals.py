@@ -23,6 +23,7 @@ __all__ = [
     "is_batched_gradient",
     "is_profiled",
     "tracing_state",
+    "unwrap_if_dead",
 ]
 
 
@@ -54,6 +55,8 @@ count_dispatch_modes = _inner("_C._len_torch_dispatch_stack", _perhaps)
 innermost_transform = _inner("_C._functorch.peek_interpreter_stack", _perhaps)
 #: True of the gradients that autograd passes backwards under ``is_grads_batched``.
 is_batched_gradient = _inner("_C._functorch.is_legacy_batchedtensor", lambda _: True)
+#: The tensor inside one that a transform of torch.func has left behind, else the tensor itself.
+unwrap_if_dead = _inner("_C._functorch.unwrap_if_dead", lambda tensor: tensor)
 #: True while a profiler records.
 is_profiled = _inner("_C._autograd._profiler_enabled", _perhaps)
 

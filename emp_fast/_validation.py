@@ -213,8 +213,8 @@ def checked_options(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
     cap = 0.0 if softcap is None else checked_positive("softcap", softcap)
-    if cap and not 1e-30 <= cap <= 1e30:  # in float32 neither the cap nor x / cap may overflow
-        raise ValueError(f"softcap must lie in [1e-30, 1e30], got {cap!r}")
+    if cap and not 1e-20 <= cap <= 1e20:  # in float32 neither the cap nor x / cap may overflow
+        raise ValueError(f"softcap must lie in [1e-20, 1e20], got {cap!r}")
     return ignore_index, label_smoothing, cap
 
 

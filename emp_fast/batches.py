@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Sampler
 
 from emp_fast import functional
@@ -81,19 +82,27 @@ def score_by_logits(
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Moves every tensor in nested mappings and sequences to the device; keeps their types."""
+    """Moves every tensor in nested mappings and sequences to the device.
+
+    Named tuples and mutable mappings stay what they are; others become tuples, lists and dicts.
+    """
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
+    if isinstance(value, PackedSequence):
+        return value.to(device)  # type: ignore[arg-type]
     if isinstance(value, Mapping):
         parts = {name: moved(part, device) for name, part in value.items()}
         if type(value) is dict or not isinstance(value, MutableMapping):
             return parts
         made = copy.copy(value)  # a BatchEncoding has more than its entries
-        made.update(parts)
+        for name, part in parts.items():
+            made[name] = part
         return made
     if isinstance(value, (tuple, list)):
         items = [moved(part, device) for part in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return tuple(items) if isinstance(value, tuple) else items
     return value
 
 

@@ -431,12 +431,13 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the position in it, and its selection: what a resumed run begins with.
 
-        After a finished epoch it is the next one, and after `set_epoch` the requested one. That has
-        not been selected, so its entries are position 0 and no selection.
+        After a finished epoch it is the next one, and after `set_epoch` the requested one, from its
+        start. One that has not begun has no selection.
         """
         epoch, position, plan = self._epoch, self.position(), self.plan
-        if self._requested not in (None, epoch):
-            epoch, position, plan = self._requested, 0, None
+        if self._requested is not None and not self._goes_on(self._requested):
+            epoch, position = self._requested, 0
+            plan = plan if plan is not None and plan.epoch == epoch else None
         elif self._is_finished():
             epoch, position, plan = epoch + 1, 0, None
         selection = None if plan is None else plan.selection

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -143,7 +144,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
     """
     if path.exists() and not overwrite:
         raise FileProblem(f"{path} exists already; overwrite replaces it")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:  # unlike tempfile's, with the usual permissions
             write(file)
@@ -153,7 +154,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
     except OSError as error:
         raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a path that cannot be written, after the error above
+            temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> NDArray[Any]:

@@ -79,7 +79,8 @@ def cross_entropy(
         weight: class weights; the loss is w_y * nll, as in torch with ``reduction="none"``.
         ignore_index: the class id of positions that do not count.
         label_smoothing: in [0, 1], as in torch; it changes the loss and no other field.
-        softcap: c > 0 replaces the logits by c * tanh(logits / c) (Gemma 2, arXiv 2408.00118).
+        softcap: c replaces the logits by c * tanh(logits / c) (Gemma 2, arXiv 2408.00118); in
+            [1e-20, 1e20].
         offsets: int32 or int64 starts of packed samples, from 0 to total: sample s owns the rows
             offsets[s]:offsets[s + 1] of logits [total, C] and target [total].
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -48,19 +49,23 @@ def _digested(value: Any) -> Any:
     """``value`` with digests in place of tensors and arrays, also of those in containers."""
     if isinstance(value, Tensor) and value.layout is torch.strided:
         dtype = str(value.dtype).removeprefix("torch.")
-        return _Digest(f"<{dtype} {list(value.shape)}, {digest(value)}>")
+        values = "meta" if value.is_meta else digest(value)
+        return _Digest(f"<{dtype} {list(value.shape)}, {values}>")
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return _Digest(f"<{value.dtype} {list(value.shape)}, {_hash(value.tobytes())}>")
-    if type(value) in (list, tuple):
-        return type(value)(_digested(item) for item in value)
-    if type(value) is dict:
+    if isinstance(value, (list, tuple)):
+        items = [_digested(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, Mapping):
         return {key: _digested(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):  # whose own order may differ between processes
+        return _Digest(f"{{{', '.join(sorted(map(repr, value)))}}}")
     return value
 
 
 def digest(tensor: Tensor) -> str:
     """A hash of a tensor's values, in hexadecimal."""
-    host = tensor.detach().cpu().contiguous().view(-1)
+    host = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
     return _hash(host.view(torch.uint8).numpy().tobytes())
 
 

@@ -140,7 +140,7 @@ class Pruner:
             weight: class weights.
             ignore_index: class id of positions that do not count.
             label_smoothing: in [0, 1].
-            softcap: cap of the logits, > 0.
+            softcap: cap of the logits.
             offsets: starts of packed samples.
             **extra: further stats that the rule reads, such as ``hidden=`` for `GraNd`.
 

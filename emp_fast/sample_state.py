@@ -163,9 +163,8 @@ class SampleState:
         stats = {name: value[rows] for name, value in read.items()}
         if "correct" in stats:
             stats["correct"] = stats["correct"].bool()
-        # A rule may write to its rows in place, but refused rows are written back as they were.
-        given = before if chosen.applied is None else {k: v.clone() for k, v in before.items()}
-        moved = self.rule.step(stats, dict(given))
+        # Copies, because a rule may write to its rows in place, but refused rows stay as they were.
+        moved = self.rule.step(stats, {name: rows.clone() for name, rows in before.items()})
         self._check_moved(moved, before)
         chosen = self._without_nan(chosen, moved["score"])
         for name, values in moved.items():

@@ -208,6 +208,14 @@ def test_missing_parts_and_parts_without_a_state_are_named(path):
         load_checkpoint(path, step=3)
 
 
+@pytest.mark.parametrize("name", ["file/run.pt", "r" * 250 + ".pt"], ids=["no folder", "long"])
+def test_a_path_that_cannot_be_is_named(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileProblem, match="cannot write"):
+        save_checkpoint(tmp_path / name, step=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileProblem, match=r"cannot write .*missing/run.pt: No such file"):
         save_checkpoint(tmp_path / "missing" / "run.pt", step=1)

@@ -479,6 +479,21 @@ def test_a_state_taken_after_set_epoch_begins_that_epoch():
     assert run_epoch(saved, make_loader(saved, drop_last=True), 1) == run_epoch(pruner, loader, 1)
 
 
+@pytest.mark.parametrize("trained", [10, 30], ids=["under way", "finished"])
+def test_a_state_taken_after_set_epoch_of_the_same_epoch_begins_it_again(trained):
+    pruner = Pruner(N, 0.5, rule=Loss())
+    iterator = iter(pruner.sampler)
+    head = [next(iterator) for _ in range(trained)]
+    pruner.update(torch.tensor(head), loss=loss_of(torch.tensor(head)))
+    pruner.set_epoch(0)
+    saved = Pruner(N, 0.5, rule=Loss())
+    saved.load_state_dict(pruner.state_dict())
+    again = list(saved.sampler)
+    assert again == list(pruner.sampler)
+    assert len(again) == 30
+    assert again[:trained] == head
+
+
 def test_what_a_distributed_sampler_drops_is_not_left_of_the_epoch():
     pruner = Pruner(11, 0.0, rule=Loss())
     shares = [EpochIterator(pruner.progress, rank, 2, drop_last=True) for rank in (0, 1)]

@@ -9,9 +9,10 @@ import itertools
 import math
 import re
 import statistics
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -202,6 +203,11 @@ def test_every_rule_states_what_it_reads_and_survives_a_checkpoint(rule):
             whole.update(torch.tensor([1]), stats)
 
 
+class Pair(NamedTuple):
+    weights: Any
+    names: set[str]
+
+
 class Weighted(Rule):
     def __init__(self, weights: Any) -> None:
         self.weights = weights
@@ -230,8 +236,10 @@ class WeightedPolicy(Policy):
         lambda weights: weights.view(torch.int32).numpy().astype(">i8"),
         lambda weights: weights.view(40, 100).t(),
         lambda weights: [weights[:100], {"rest": (weights[100:].numpy(), 7)}],
+        lambda weights: OrderedDict(pair=Pair(weights, {"b", "a"})),
+        lambda weights: torch.complex(weights, -weights).conj(),
     ],
-    ids=["tensor", "requires grad", "array", "big-endian", "transposed", "nested"],
+    ids=["tensor", "requires grad", "array", "big-endian", "transposed", "nested", "named", "conj"],
 )
 def test_the_repr_tells_tensors_and_arrays_apart(kind: Any, holds: Callable[..., Any]) -> None:
     """Where their own reprs do not: in the middle of a long one, and in the last bit."""
@@ -244,6 +252,8 @@ def test_the_repr_tells_tensors_and_arrays_apart(kind: Any, holds: Callable[...,
 
 
 def test_the_repr_of_settings() -> None:
+    assert repr(Weighted(torch.empty(2, device="meta"))) == "Weighted(weights=<float32 [2], meta>)"
+    assert repr(Weighted({"b", "a", "c"})) == "Weighted(weights={'a', 'b', 'c'})"
     told = repr(Weighted([torch.ones(2, 3), {"a": (np.zeros(0),)}, "b", 0.5]))
     assert re.fullmatch(
         r"Weighted\(weights=\[<float32 \[2, 3\], [0-9a-f]{16}>, "

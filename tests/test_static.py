@@ -461,6 +461,24 @@ def test_batches_keep_their_types():
     assert got["encoded"]["x"].is_meta
     assert not given["encoded"]["x"].is_meta
 
+    class Output(UserDict):
+        """As transformers' ModelOutput, which refuses this."""
+
+        def update(self, *_, **__):
+            raise TypeError("no update")
+
+    class Listed(list):
+        def __init__(self, first, second):
+            super().__init__([first, second])
+
+    output = Output()
+    output["x"] = torch.ones(1)
+    assert moved(output, torch.device("meta"))["x"].is_meta
+    assert [x.is_meta for x in moved(Listed(torch.ones(1), torch.ones(1)), torch.device("meta"))]
+    assert type(moved((torch.ones(1),), torch.device("meta"))) is tuple
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
+    assert torch.equal(moved(packed, torch.device("cpu")).data, packed.data)
+
 
 def test_a_run_goes_on_with_another_batch_size_and_any_iterable(tmp_path):
     options = {"output": tmp_path / "scores.npy", "num_samples": N}

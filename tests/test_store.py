@@ -385,12 +385,15 @@ def test_a_rule_may_write_to_its_rows_in_place(backend_name):
 
         def step(self, stats, state):
             state["memory"].add_(stats["loss"])
-            return {"score": 2 * state["memory"], "memory": state["memory"]}
+            state["visits"].add_(1)
+            score = torch.where(stats["loss"] == 9, math.nan, 2 * state["memory"])
+            return {"score": score, "memory": state["memory"]}
 
     with emp_fast.use_backend(backend_name):
         store = ScoreStore(3, InPlace())
         store.update(torch.tensor([0, 1]), {"loss": torch.tensor([1.0, math.nan])})
         store.update(torch.tensor([0, 2, 0]), {"loss": torch.tensor([2.0, 5.0, 4.0])})
+        store.update(torch.tensor([1]), {"loss": torch.tensor([9.0])})
     assert store.memory.tolist() == [5.0, 0.0, 5.0]
     assert store.scores.tolist() == [10.0, math.inf, 10.0]
     assert store.visits.tolist() == [2, 0, 1]

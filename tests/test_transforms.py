@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacrev, vjp, vmap
 from torch.nn import functional as F
 
 import emp_fast
@@ -63,11 +63,22 @@ def torch_sequences(x: Tensor, target: Tensor) -> Tensor:
 
 
 def linear(hidden: Tensor, target: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden, CLASSIFIER, target, bias=BIAS).loss.sum()
+    options = {"bias": BIAS, "weight": torch.arange(1.0, C + 1)}
+    return linear_cross_entropy(hidden, CLASSIFIER, target, **options).loss.sum()
 
 
 def torch_linear(hidden: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, CLASSIFIER, BIAS), target, reduction="sum")
+    logits, weight = F.linear(hidden, CLASSIFIER, BIAS), torch.arange(1.0, C + 1)
+    return F.cross_entropy(logits, target, weight, reduction="sum")
+
+
+def packed(x: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(x, target, offsets=torch.tensor([0, 2, 2, S])).loss.sum()
+
+
+def torch_packed(x: Tensor, target: Tensor) -> Tensor:
+    each = F.cross_entropy(x, target, reduction="none")
+    return each[:2].mean() + each[2:].mean()
 
 
 def contrastive(query: Tensor, key: Tensor) -> Tensor:
@@ -87,6 +98,7 @@ LOSSES: dict[str, tuple[Loss, Loss, tuple[Tensor, Tensor]]] = {
     "soft": (rows, torch_rows, (normal(B, S, C), normal(B, S, C).softmax(-1))),
     "sequences": (sequences, torch_sequences, (normal(B, S, T, C), ids_with_gaps(B, S, T))),
     "linear": (linear, torch_linear, (normal(B, S, E), ids(B, S))),
+    "packed": (packed, torch_packed, (normal(B, S, C), ids(B, S))),
     "contrastive": (
         contrastive,
         torch_contrastive,
@@ -152,15 +164,15 @@ def test_every_field_under_vmap(backend: str) -> None:
             assert torch.equal(got[b], wanted)
 
 
-def test_packed_samples(backend: str) -> None:
-    x, target, offsets = normal(S, C), ids(S), torch.tensor([0, 2, 2, S])
-
-    def torchs(x: Tensor) -> Tensor:
-        each = F.cross_entropy(x, target, reduction="none")
-        return each[:2].mean() + each[2:].mean()
-
-    made = grad(lambda x: cross_entropy(x, target, offsets=offsets).loss.sum())(x)
-    torch.testing.assert_close(made, grad(torchs)(x))
+@each_loss
+def test_vjp(name: str, backend: str) -> None:
+    """Its gradient is made after the transform has ended."""
+    ours, torchs, (x, y) = LOSSES[name]
+    made, wanted = (vjp(lambda x, loss=loss: loss(x, y[0]), x[0]) for loss in (ours, torchs))
+    torch.testing.assert_close(made[0], wanted[0])
+    torch.testing.assert_close(made[1](torch.tensor(2.0)), wanted[1](torch.tensor(2.0)))
+    incoming = torch.tensor([1.0, -3.0])
+    torch.testing.assert_close(vmap(made[1])(incoming), vmap(wanted[1])(incoming))
 
 
 def test_jacobians(backend: str) -> None:
@@ -189,6 +201,8 @@ def test_a_pruners_loss_under_grad_updates_the_state_once(backend: str) -> None:
     leaf = x.clone().requires_grad_()
     pruners[1].loss(leaf, target, indices).backward()
     torch.testing.assert_close(made, leaf.grad)
+    _, pull = vjp(lambda x: emp_fast.Pruner(2 * S).loss(x, target, indices), x)
+    torch.testing.assert_close(pull(torch.tensor(1.0))[0], leaf.grad)
     assert torch.equal(pruners[0].store.visits, pruners[1].store.visits)
     torch.testing.assert_close(pruners[0].store.scores, pruners[1].store.scores)
 

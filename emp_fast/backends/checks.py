@@ -26,8 +26,7 @@ def check_index_range(indices: Tensor, num_samples: int) -> None:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise IndexError(
-            f"indices must lie in [0, {num_samples}), got {int(indices[row])} at position {row}; "
-            "nothing of this update was applied"
+            f"indices must lie in [0, {num_samples}), got {int(indices[row])} at position {row}"
         )
 
 

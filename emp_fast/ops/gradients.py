@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from emp_fast._torch_internals import apply_past_transforms
+from emp_fast._torch_internals import apply_past_transforms, unwrap_if_dead
 from emp_fast.ops.registry import is_watched
 
 
@@ -34,6 +34,17 @@ def only_loss_carries_gradient(ctx: Any, *others: Tensor) -> None:
     """Marks the other outputs, for which autograd would otherwise make gradients of zeros."""
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """``ctx.saved_tensors``, for a backward pass that may run after a transform has ended.
+
+    That of `torch.func.vjp` does. What was saved within the transform has no storage then.
+    """
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    if is_compiling():
+        return saved
+    return tuple(None if tensor is None else unwrap_if_dead(tensor) for tensor in saved)
 
 
 class _Once(torch.autograd.Function):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast.ops.gradients import once, only_loss_carries_gradient
+from emp_fast.ops.gradients import once, only_loss_carries_gradient, saved_tensors
 from emp_fast.ops.scoring import cross_entropy, cross_entropy_backward
 
 
@@ -50,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 9
-        hidden, classifier, bias = ctx.saved_tensors[:3]
+        hidden, classifier, bias = saved_tensors(ctx)[:3]
         # The forward pass has made all casts, but backward() may itself run under autocast.
         with torch.no_grad(), without_autocast(hidden.device):
             grads = LinearCrossEntropy._gradients(ctx, grad_loss.detach())
@@ -60,7 +60,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, classifier, bias, target, weight, fields = ctx.saved_tensors
+        hidden, classifier, bias, target, weight, fields = saved_tensors(ctx)
         want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = []
         # Sums over many blocks are carried in at least float32, whatever the parameters' dtype.

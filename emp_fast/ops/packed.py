@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from emp_fast.backends.checks import check_offsets
-from emp_fast.ops.gradients import only_loss_carries_gradient
-from emp_fast.ops.registry import define
+from emp_fast.ops.gradients import only_loss_carries_gradient, saved_tensors
+from emp_fast.ops.registry import define, examples
 
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -25,10 +25,23 @@ def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     return summed.T.to(values.dtype).clone(memory_format=torch.contiguous_format)
 
 
-define(
+def _segment_sum_vmap(
+    info: Any, dims: tuple[int | None, ...], values: Tensor, offsets: Tensor
+) -> tuple[Tensor, int]:
+    if dims[0] is None or dims[1] is not None:  # every example has its own offsets
+        calls = [
+            segment_sum(*example) for example in examples(info.batch_size, dims, values, offsets)
+        ]
+        return torch.stack(calls), 0
+    flat = values.movedim(dims[0], 0).flatten(0, 1)
+    return segment_sum(flat, offsets).unflatten(0, (info.batch_size, -1)), 0
+
+
+segment_sum = define(
     "segment_sum(Tensor values, Tensor offsets) -> Tensor",
     _segment_sum,
     lambda values, offsets: values.new_empty((values.shape[0], offsets.shape[0] - 1)),
+    _segment_sum_vmap,
 )
 
 
@@ -43,7 +56,7 @@ class SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(loss: Tensor, others: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         values = torch.cat([loss[None], others]).double()
-        summed = torch.ops.emp_fast.segment_sum(values, offsets)
+        summed = segment_sum(values, offsets)
         return summed[0].clone(), summed[1:]
 
     @staticmethod
@@ -57,7 +70,7 @@ class SegmentSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None
-        (offsets,) = ctx.saved_tensors
+        (offsets,) = saved_tensors(ctx)
         row = torch.arange(ctx.rows, device=grad.device)
         owner = torch.searchsorted(offsets, row, right=True) - 1
         # Rows before the first offset (owner -1) or after the last one were not summed: they get

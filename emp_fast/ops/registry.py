@@ -51,6 +51,14 @@ def define(
     return call
 
 
+def examples(batch: int, dims: tuple[int | None, ...], *arguments: Any) -> list[list[Any]]:
+    """The arguments of an op for each example of `torch.vmap`, for vmap rules."""
+    return [
+        [x if d is None else x.select(d, i) for x, d in zip(arguments, dims, strict=True)]
+        for i in range(batch)
+    ]
+
+
 def is_traced(tensor: Tensor) -> bool:
     """Whether ``tensor`` may stand for other tensors, so that no decision may depend on its values.
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from emp_fast.backends import resolve
 from emp_fast.backends.base import ROW_FIELDS, SCORE_FIELDS, LossOptions
-from emp_fast.ops.gradients import applied, once, only_loss_carries_gradient
-from emp_fast.ops.registry import define, is_watched
+from emp_fast.ops.gradients import applied, once, only_loss_carries_gradient, saved_tensors
+from emp_fast.ops.registry import define, examples, is_watched
 
 #: The fields of `LossOptions` in a schema.
 LOSS_OPTIONS = "int ignore_index, float label_smoothing, float softcap"
@@ -48,7 +48,7 @@ def _cross_entropy_vmap(
     batch = info.batch_size
     if dims[2] is not None:  # every example has its own class weights
         calls = [
-            cross_entropy(*example) for example in _examples(batch, dims, logits, target, *others)
+            cross_entropy(*example) for example in examples(batch, dims, logits, target, *others)
         ]
         return tuple(map(torch.stack, zip(*calls, strict=True))), (0, 0, 0, 0)
     loss, fields, correct, count = cross_entropy(
@@ -113,7 +113,7 @@ def _cross_entropy_backward_vmap(
     batch = info.batch_size
     if dims[3] is not None:
         arguments = grad_loss, logits, target, weight, fields, *options
-        calls = [cross_entropy_backward(*example) for example in _examples(batch, dims, *arguments)]
+        calls = [cross_entropy_backward(*example) for example in examples(batch, dims, *arguments)]
         return torch.stack(calls), 0
     grad = cross_entropy_backward(
         _as_rows(grad_loss, batch, dims[0]),
@@ -155,7 +155,7 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 6
-        logits, target, weight, fields = ctx.saved_tensors
+        logits, target, weight, fields = saved_tensors(ctx)
         grad = cross_entropy_backward(
             grad_loss.contiguous(), logits, target, weight, fields, *ctx.options
         )
@@ -200,11 +200,3 @@ def _as_rows(x: Tensor, batch: int, dim: int | None, rows_dim: int = 0) -> Tenso
     else:
         x = x.movedim(dim, rows_dim)
     return x.flatten(rows_dim, rows_dim + 1).contiguous()
-
-
-def _examples(batch: int, dims: tuple[int | None, ...], *arguments: Any) -> list[list[Any]]:
-    """The arguments of each example of `torch.vmap`."""
-    return [
-        [x if d is None else x.select(d, i) for x, d in zip(arguments, dims, strict=True)]
-        for i in range(batch)
-    ]
