@@ -576,7 +576,7 @@ def test_special_values_in_every_kernel(
     for got, got_grad in ((scores, grad), (stepped, fused_grad)):
         assert_scores(got, wanted)
         close(got_grad, wanted_grad, *GRAD_TOLERANCE[shape.dtype])
-    finite = stepped.loss.isfinite() & stepped.rows[0].isfinite() & (stepped.count > 0)
+    finite = stepped.loss.isfinite() & stepped.fields[0].isfinite() & (stepped.count > 0)
     assert torch.equal(state.visits.bool(), finite)
     assert state.counters.tolist() == [int((stepped.count > 0).sum() - finite.sum()), 0]
 
