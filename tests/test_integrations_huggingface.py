@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from emp_fast import Pruner
 from emp_fast.files import FileProblem
@@ -67,7 +67,11 @@ def trainer_of(task, folder, pruner, dataset=None, cls=PrunedTrainer, callbacks=
 
 
 def parameters(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return parameters_of(trainer.model)
+
+
+def parameters_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.fixture(autouse=True)
@@ -400,6 +404,78 @@ def test_losses_other_than_the_cross_entropy_are_refused(problem, tmp_path):
     model = lambda: tiny_models.classifier(problem_type=problem)  # noqa: E731
     with pytest.raises(ValueError, match=f"problem_type must be .*, got '{problem}'"):
         trainer_of((model, *CLASSES[1:]), tmp_path, Pruner(N, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "label", "message"),
+    [
+        (
+            3,
+            [1.0, 0.0, 1.0],
+            r"labels must be class ids, got .* \(4, 3\), .*multi-label",
+        ),
+        (1, 0.5, r"logits must have several classes, got \(4, 1\), a regression"),
+    ],
+    ids=["multi-label", "regression"],
+)
+def test_labels_of_another_problem_are_refused(num_labels, label, message, tmp_path):
+    """transformers settles the problem type by the labels, which the model does not get here."""
+    model = lambda: tiny_models.classifier(num_labels=num_labels)  # noqa: E731
+    rows = [{**row, "label": label} for row in tiny_models.labelled_set(N)]
+    task = model, tiny_models.labelled_set, tiny_models.pad
+    trainer = trainer_of(task, tmp_path, Pruner(N, rule=Loss()), dataset=rows)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_probabilities_of_one_label_train(tmp_path):
+    model = lambda: tiny_models.classifier(problem_type="single_label_classification")  # noqa: E731
+    classes = model().config.num_labels
+    share = [1 / classes] * classes
+    rows = [{**row, "label": share} for row in tiny_models.labelled_set(N)]
+    task = model, tiny_models.labelled_set, tiny_models.pad
+    trainer = trainer_of(task, tmp_path, Pruner(N), dataset=rows)
+    trainer.train()
+    assert trainer.pruner.store.rows_seen == N
+
+
+class MultiLabel(PrunedTrainer):
+    """As docs/trainers.md shows it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        indices, labels = inputs.pop("sample_index", None), inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = binary_cross_entropy_with_logits(outputs.logits, labels, reduction="none").mean(1)
+        if indices is not None:  # a training batch
+            self.pruner.update(indices, loss=loss)
+            loss = loss * self.pruner.weights(indices)
+        loss = loss.mean()
+        if num_items_in_batch is not None:  # then the Trainer leaves the scaling to the loss
+            loss = loss / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
+def test_a_loss_of_your_own(problem, tmp_path):
+    """Two accumulated batches of 2 make the step of one batch of 4, as in any Trainer."""
+    model = lambda: tiny_models.classifier(num_labels=3, problem_type=problem)  # noqa: E731
+    rows = [{**row, "label": [1.0, 0.0, 1.0]} for row in tiny_models.labelled_set(20)]
+    trained = []
+    for batch, accumulated in ((4, 1), (2, 2)):
+        pruner = Pruner(20, prune_rate=0, rule=Loss())
+        options = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulated,
+        }
+        task = model, tiny_models.labelled_set, tiny_models.pad
+        trainer = trainer_of(task, tmp_path, pruner, dataset=rows, cls=MultiLabel, **options)
+        trainer.train()
+        assert torch.isfinite(pruner.store.scores).all()
+        assert trainer.evaluate(rows)["eval_loss"] > 0
+        assert pruner.store.rows_seen == 40  # evaluation scores nothing
+        trained.append(parameters(trainer))
+    torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(trained[0], parameters_of(model()))
 
 
 def test_a_second_order_of_the_samples_is_refused(tmp_path):

@@ -49,6 +49,8 @@ __all__ = ["PrunedTrainer", "PrunerMixin"]
 _OFFSETS = "sample_offsets"
 _IGNORED = -100  # the label that the Trainer ignores
 _FILE = "pruner.pt"  # in a checkpoint's folder
+#: What to do about a loss that is not the cross-entropy of the logits and the labels.
+_OWN_LOSS = "override compute_loss, and score its losses with self.pruner.update"
 
 
 class _Batch(NamedTuple):
@@ -67,6 +69,9 @@ class PrunerMixin(_Base):
     packed into one row as by `DataCollatorWithFlattening`. On several processes, Accelerate gives
     each its share. Checkpoints include the pruner, and ``resume_from_checkpoint`` restores it.
 
+    For any other loss, override ``compute_loss`` and score the samples with ``self.pruner.update``:
+    ``inputs.pop("sample_index", None)`` are their indices, None in evaluation.
+
     Args:
         *args: positional arguments of the Trainer.
         pruner: a pruner of ``len(train_dataset)`` samples. All its epochs must have the same
@@ -75,7 +80,7 @@ class PrunerMixin(_Base):
 
     Raises:
         ValueError: the arguments, the model or the pruner do not fit together. Raised before the
-            first step.
+            first step, or in it if only the labels or the logits show it.
         TypeError: ``pruner`` is not a Pruner.
     """
 
@@ -104,16 +109,11 @@ class PrunerMixin(_Base):
                 "train_sampling_strategy must be 'random', the pruner orders the samples; "
                 f"got {strategy!r}"
             )
-        config = getattr(self.model, "config", None)
-        problem = getattr(config, "problem_type", None)
-        if problem in ("regression", "multi_label_classification"):
-            raise ValueError(
-                "model.config.problem_type must be 'single_label_classification' or None, "
-                f"got {problem!r}: score such a loss with Pruner.update in a compute_loss of yours"
-            )
         self.pruner = pruner
-        # The Trainer scales the result for gradient accumulation and for several devices.
-        self.compute_loss_func = self._pruned_loss
+        if type(self).compute_loss is PrunerMixin.compute_loss:  # else the loss is the subclass's
+            _require_cross_entropy(self.model)
+            # The Trainer scales the result for gradient accumulation and for several devices.
+            self.compute_loss_func = self._pruned_loss
         self._shifts_labels = _shifts_labels(self.model)
         self._batch = _Batch(None, None, None)
         self._epoch_logged = -1
@@ -199,11 +199,14 @@ class PrunerMixin(_Base):
     ) -> Tensor:
         """Sum over samples of (policy weight) * (loss of all its tokens), divided by the items."""
         indices, offsets, target = self._batch
+        if isinstance(outputs, Mapping) and "logits" not in outputs:
+            raise ValueError(f"the model must return 'logits', got {sorted(outputs)}")
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         if target is None:
             if labels is None:
                 raise ValueError("inputs must have 'labels', got none")
             target = _shift(labels) if self._shifts_labels else labels
+        self._require_classes(logits, target)
         if offsets is not None:
             logits, target = logits.flatten(0, 1), target.flatten()
         stats = functional.cross_entropy(
@@ -221,6 +224,25 @@ class PrunerMixin(_Base):
         if items is None:  # the Trainer could not count them, so each batch gets the same weight
             items = stats.count.sum() * getattr(self, "current_gradient_accumulation_steps", 1)
         return loss.sum() / torch.as_tensor(items, device=loss.device).clamp_min(1)
+
+    def _require_classes(self, logits: Tensor, target: Tensor) -> None:
+        """Raises for logits and labels that the model itself would take for another problem.
+
+        Only the model's own loss settles the problem type of a configuration that leaves it open.
+        """
+        if _problem_type(self.model) is not None:
+            return
+        if logits.shape[-1] == 1:
+            raise ValueError(
+                f"logits must have several classes, got {tuple(logits.shape)}, a regression: "
+                + _OWN_LOSS
+            )
+        if target.is_floating_point():
+            raise ValueError(
+                f"labels must be class ids, got {target.dtype} {tuple(target.shape)}, which means "
+                "multi-label classification unless model.config.problem_type is "
+                "'single_label_classification': " + _OWN_LOSS
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds `Pruner.stats` to the first training log of every epoch, for every logger."""
@@ -254,6 +276,21 @@ class PrunerMixin(_Base):
 
 class PrunedTrainer(PrunerMixin, Trainer):
     """`transformers.Trainer` with ``pruner=``; see `PrunerMixin`."""
+
+
+def _problem_type(model: Any) -> str | None:
+    problem: str | None = getattr(getattr(model, "config", None), "problem_type", None)
+    return problem
+
+
+def _require_cross_entropy(model: Any) -> None:
+    """Raises for a model whose configuration says that its loss is not a cross-entropy."""
+    problem = _problem_type(model)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            "model.config.problem_type must be 'single_label_classification' or None, "
+            f"got {problem!r}: " + _OWN_LOSS
+        )
 
 
 def _shifts_labels(model: Any) -> bool:
