@@ -14,9 +14,9 @@ from emp_fast import functional
 from emp_fast._validation import checked_int, checked_integers
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.backends.checks import check_index_range
-from emp_fast.epochs import Progress, SavedProgress
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK
+from emp_fast.progress import Progress, SavedProgress
 from emp_fast.quotas import Balance, check_balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import by_name
@@ -29,6 +29,7 @@ from emp_fast.store import ScoreStore
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Pruner"]
 
@@ -69,7 +70,7 @@ class Pruner:
         sampler: for the loader; every iteration over it is the next epoch.
         store: the `ScoreStore`, with scores, memory and visits of every sample.
         schedule: how many samples each epoch uses, for trainers; see `emp_fast.schedule.Schedule`.
-        progress: where the run stands, for trainers; see `emp_fast.epochs.Progress`.
+        progress: where the run stands, for trainers; see `emp_fast.progress.Progress`.
 
     Raises:
         ValueError: an argument is invalid.
@@ -89,7 +90,7 @@ class Pruner:
         full_epochs_last: int = 0,
         seed: int = 0,
         device: torch.device | str | None = None,
-        process_group: Any = None,
+        process_group: ProcessGroup | None = None,
         balance: Balance = "equal",
     ) -> None:
         self.store = ScoreStore(num_samples, rule, device=device)
@@ -168,14 +169,14 @@ class Pruner:
             offsets=offsets,
         )
         self.store.update(indices, stats, **extra)
-        return self.mean_loss(stats, indices)
+        return self.mean_loss(indices, stats)
 
-    def mean_loss(self, stats: SampleStats, indices: Tensor) -> Tensor:
+    def mean_loss(self, indices: Tensor, stats: SampleStats) -> Tensor:
         """The mean of (policy weight) * loss over the samples that count; scores nothing.
 
         Args:
-            stats: stats of S samples.
-            indices: [S] indices of these samples.
+            indices: [S] sample indices.
+            stats: stats of these samples.
 
         Raises:
             ValueError: the two differ in length.
@@ -273,7 +274,7 @@ class Pruner:
         return self.progress.seed
 
     @property
-    def process_group(self) -> Any:
+    def process_group(self) -> ProcessGroup | None:
         """The ranks that train together; None is the default group."""
         return self.progress.process_group
 

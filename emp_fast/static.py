@@ -20,7 +20,7 @@ from emp_fast._validation import checked_device, is_plain_int, is_real
 from emp_fast._warnings import EmpFastWarning
 from emp_fast.batches import moved, rebatched, score_by_logits
 from emp_fast.data import IndexedDataset
-from emp_fast.distributed.ranks import Ranks, rank_of
+from emp_fast.distributed.ranks import Ranks, rank_of, together
 from emp_fast.files import FileProblem, check_writable, write_columns
 from emp_fast.functional import SampleStats
 from emp_fast.rules import EMP, Rule
@@ -29,6 +29,7 @@ from emp_fast.tally import Tally
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from torch.distributed import ProcessGroup
 
 __all__ = ["score_dataset"]
 
@@ -55,7 +56,7 @@ def score_dataset(
     score_batch: ScoreBatch | None = None,
     shift_labels: bool | None = None,
     device: torch.device | str | None = None,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
     progress: bool = True,
     **options: Any,
 ) -> SampleStats:
@@ -110,7 +111,7 @@ def score_dataset(
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     scored_on = _device_of(bare) if device is None else checked_device(device)
     out = None if output is None else Path(output)
-    with _together(process_group, "the arguments"):
+    with together(process_group, "score_dataset, the arguments"):
         _check_callables(model, score_batch)
         n = _checked_num_samples(num_samples, loader)
         columns = _checked_columns(stats)
@@ -124,7 +125,7 @@ def score_dataset(
         "passes": passes,
         "scoring": _scoring(score_batch, shift, options),
     }
-    ranks = Ranks(process_group, scored_on, "score_dataset", {**facts, "rule": repr(rule)})
+    ranks = Ranks.open(process_group, scored_on, "score_dataset", {**facts, "rule": repr(rule)})
 
     def scored(batch: Any) -> tuple[Tensor, SampleStats]:
         if score_batch is not None:
@@ -132,7 +133,7 @@ def score_dataset(
         return score_by_logits(bare, batch, scored_on, shift, options)
 
     tally = Tally(n, scored_on)
-    with _together(process_group, "the partial result"):
+    with together(process_group, "score_dataset, the partial result"):
         where = _partial_path(partial, out)
         if where is not None:
             facts["model"] = _digest(bare)
@@ -141,7 +142,7 @@ def score_dataset(
     tally.merge(ranks)
     shown = progress and ranks.rank == 0
     with (
-        _together(process_group, "scoring"),
+        together(process_group, "score_dataset, scoring"),
         _bar(shown) as bar,
         _eval_mode(bare),
         kept.saved(),
@@ -151,7 +152,7 @@ def score_dataset(
     tally.merge(ranks)
     _check_complete(tally, passes)
     means = tally.means()
-    with _together(process_group, "the output"):
+    with together(process_group, "score_dataset, the output"):
         if out is not None and ranks.rank == 0:
             _write(out, means, rule, columns, overwrite)
     kept.remove()
@@ -373,17 +374,6 @@ def _digest(model: Any) -> str:
 
 
 # ---- around the passes --------------------------------------------------------------------------
-
-
-@contextmanager
-def _together(process_group: Any, what: str) -> Iterator[None]:
-    """Raises an error of one rank in the block on all ranks, so that none waits for it."""
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        problem = error
-    Ranks(process_group, torch.device("cpu"), f"score_dataset, {what}", {}, error=problem)
 
 
 @contextmanager

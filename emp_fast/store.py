@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from emp_fast.snapshot_checks import (
     require_state,
     store_facts,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["ScoreStore"]
 
@@ -217,7 +220,7 @@ class ScoreStore:
 
     # ---- distributed ----------------------------------------------------------------------------
 
-    def merge(self, process_group: Any = None) -> None:
+    def merge(self, process_group: ProcessGroup | None = None) -> None:
         """Exchanges the updates of all ranks, after which all hold the same state bit for bit.
 
         Collective. Between merges the ranks should train on disjoint samples. A sample that several

@@ -480,7 +480,7 @@ def test_data_travels_from_a_device_that_serves_every_rank(
     monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(collectives.Ranks, "all_gather", gather)
-    ranks = collectives.Ranks(None, torch.device(data), "test", {})
+    ranks = collectives.Ranks.open(None, torch.device(data), "test", {})
     assert met_on == [neutral]
     assert str(ranks._device) == chosen
 

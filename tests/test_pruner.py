@@ -642,13 +642,13 @@ def test_samplers_say_what_they_are_of():
             "stats must be SampleStats or a mapping",
         ),
         (
-            lambda: Pruner(N).mean_loss(torch.ones(2), torch.arange(2)),
+            lambda: Pruner(N).mean_loss(torch.arange(2), torch.ones(2)),
             TypeError,
             "stats must be SampleStats",
         ),
         (
             lambda: Pruner(N).mean_loss(
-                cross_entropy(torch.zeros(2, 3), torch.arange(2)), torch.arange(1)
+                torch.arange(1), cross_entropy(torch.zeros(2, 3), torch.arange(2))
             ),
             ValueError,
             r"indices must have shape \(2,\) to go with stats, got \(1,\)",
@@ -676,7 +676,7 @@ def test_compiles_as_one_graph_around_the_model():
     x, target, indices = torch.randn(8, 4), torch.arange(8) % 3, torch.arange(8)
     stats = loss_of_batch(x, target)
     pruner.update(indices, stats)
-    pruner.mean_loss(stats, indices).backward()
+    pruner.mean_loss(indices, stats).backward()
     assert model.weight.grad is not None
 
 

@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from emp_fast.sample_state import SampleState, checked_indices, checked_store_ar
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_selection
 from emp_fast.snapshot_checks import checked_count, checked_tensors, require_entries, store_facts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["ShardedScoreStore"]
 
@@ -74,7 +77,7 @@ class ShardedScoreStore:
         self,
         num_samples: int,
         rule: Rule = EMP(),
-        process_group: Any = None,
+        process_group: ProcessGroup | None = None,
         *,
         device: torch.device | str | None = None,
     ) -> None:
@@ -288,7 +291,7 @@ class ShardedScoreStore:
                 stacklevel=3,
             )
 
-    def merge(self, process_group: Any = None) -> None:
+    def merge(self, process_group: ProcessGroup | None = None) -> None:
         """Does nothing: each sample's state lives on one rank, and `update` sends its rows there.
 
         Raises:
@@ -316,7 +319,7 @@ class ShardedScoreStore:
                 f"{size}; make it after torch.distributed is initialised"
             )
         common = {**self._facts(), "rows_seen": self.rows_seen}
-        return Ranks(
+        return Ranks.open(
             self._process_group,
             self.device,
             operation,

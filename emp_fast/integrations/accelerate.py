@@ -84,7 +84,7 @@ class PrunedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, position = self.pruner.progress.coming()
+        epoch, position = self.pruner.progress.next_start()
         # Accelerate counts the loader's own iterations, starting from 0 even in a resumed run.
         self.loader.set_epoch(epoch)
         # Only whole batches are skipped, so that the batches and the repeated tail are the same as
