@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch.compiler import is_compiling
 
 from emp_fast import functional
 from emp_fast._validation import checked_int, checked_integers
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.backends.checks import check_index_range
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK
@@ -453,17 +452,15 @@ class Pruner:
         """Warns once if a loader was made without the sampler and so trains on everything.
 
         Called where epochs begin and end, not in the step, because a step by itself may also be
-        used without a sampler. The warning names the line that called the caller.
+        used without a sampler.
         """
         store = self.store
         if self._told_unused or self.progress.is_used or store.rows_seen <= 2 * store.num_samples:
             return
         self._told_unused = True
-        warnings.warn(
+        warn(
             f"{store.rows_seen} rows of {store.num_samples} samples were scored and the pruner has "
-            "selected none of them: give the loader sampler=pruner.sampler",
-            EmpFastWarning,
-            stacklevel=3,
+            "selected none of them: give the loader sampler=pruner.sampler"
         )
 
     def __repr__(self) -> str:

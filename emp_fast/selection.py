@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.files import (
     FileProblem,
     check_writable,
@@ -64,10 +63,8 @@ class Selection(NamedTuple):
         if self.weights is not None:
             columns["weight"] = self.weights.cpu().numpy()
             if path.suffix != ".parquet":
-                warnings.warn(
-                    f"the kept samples have weights, which {path.suffix} cannot hold; .parquet can",
-                    EmpFastWarning,
-                    stacklevel=2,
+                warn(
+                    f"the kept samples have weights, which {path.suffix} cannot hold; .parquet can"
                 )
         write_columns(path, columns, overwrite=overwrite)
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from emp_fast._validation import checked_device, is_plain_int, is_real
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.batches import moved, rebatched, score_by_logits
 from emp_fast.data import IndexedDataset
 from emp_fast.distributed.ranks import Ranks, rank_of, together
@@ -433,12 +432,9 @@ def _write(
     scores = single_visit_scores(rule, stats)
     none = torch.isnan(scores).nonzero()[:, 0]
     if len(none):
-        warnings.warn(
+        warn(
             f"{len(none)} of {len(scores)} samples have no score, the first of them {int(none[0])}:"
-            " a stat is not finite, or no position is valid; they are NaN in "
-            f"{path}",
-            EmpFastWarning,
-            stacklevel=3,
+            f" a stat is not finite, or no position is valid; they are NaN in {path}"
         )
     fields = {name: getattr(stats, name).cpu().numpy() for name in columns}
     write_columns(path, {"score": scores.cpu().numpy(), **fields}, overwrite=overwrite)

@@ -211,8 +211,9 @@ def merge_says_when_every_rank_trains_on_everything(rank: int, size: int) -> Non
     if size == 1:
         store.merge()
         return
-    with pytest.warns(emp_fast.EmpFastWarning, match="sampler sharded"):
+    with pytest.warns(emp_fast.EmpFastWarning, match="sampler sharded") as caught:
         store.merge()
+    assert caught[0].filename == __file__
 
 
 @ranks_check

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emp_fast._validation import is_plain_int
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.distributed.merging import merge_rows
 from emp_fast.distributed.ranks import Ranks, rank_of, world_size_of
 from emp_fast.row_count import RowCount
@@ -45,7 +44,7 @@ class Replicas:
         self._unknown = False  # loaded before the group existed; nobody knows which visits are ours
 
     def merge(self, facts: Mapping[str, object]) -> None:
-        """See `ScoreStore.merge`. A warning names the line that called the caller's caller.
+        """See `ScoreStore.merge`.
 
         Args:
             facts: what else all ranks must agree about, plain values by name.
@@ -83,11 +82,9 @@ class Replicas:
         self.merged_rows += rows
         self._rows.total = self.merged_rows
         if repeated == changed > ranks.size:
-            warnings.warn(
+            warn(
                 f"all {changed} samples since the last merge were trained on by several ranks: is "
-                "the sampler sharded? Plain DDP needs pruner.distributed_sampler()",
-                EmpFastWarning,
-                stacklevel=4,
+                "the sampler sharded? Plain DDP needs pruner.distributed_sampler()"
             )
 
     def forget_out_of_range(self) -> None:

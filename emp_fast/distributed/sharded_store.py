@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emp_fast._validation import checked_integers
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.backends.checks import check_index_range
 from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
 from emp_fast.distributed.ranks import BatchHeader, Ranks, rank_of, same_group, world_size_of
@@ -284,11 +283,9 @@ class ShardedScoreStore:
         new = int(ranks.all_reduce(torch.tensor(refused - self._warned, device="cpu")))
         self._warned = refused
         if new:
-            warnings.warn(
+            warn(
                 f"{new} non-finite stats were refused on all ranks since the last selection; their "
-                "samples keep their last score",
-                EmpFastWarning,
-                stacklevel=3,
+                "samples keep their last score"
             )
 
     def merge(self, process_group: ProcessGroup | None = None) -> None:
