@@ -365,7 +365,7 @@ class Progress:
             return True
         if self._state is not _State.EXHAUSTED:
             return False  # abandoned
-        sizing_is_collective = self._world_size() > 1 and not self.schedule.policy.takes_budget
+        sizing_is_collective = self._world_size() > 1 and self.schedule.policy.budget == "none"
         if sizing_is_collective and iteration.announced:
             return True
         left = len(self.plan) - self.position()

@@ -14,9 +14,9 @@ from emp_fast._validation import checked_int, checked_integers
 from emp_fast._warnings import warn
 from emp_fast.backends.checks import check_index_range
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Policy, TopK
+from emp_fast.policies import Policy, TopK, require_policy
 from emp_fast.progress import Progress, SavedProgress
-from emp_fast.quotas import Balance, check_balance
+from emp_fast.quotas import Balance, require_balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
@@ -93,9 +93,8 @@ class Pruner:
         balance: Balance = "equal",
     ) -> None:
         self.store = ScoreStore(num_samples, rule, device=device)
-        if not isinstance(policy, Policy):
-            raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
-        check_balance(balance)
+        require_policy(policy)
+        require_balance(balance)
         seed = checked_int("seed", seed)
         self.schedule = Schedule(
             self.store.num_samples,

@@ -264,6 +264,16 @@ def test_numbers_may_be_numpys():
     plain.load_state_dict(torch.load(state, weights_only=True))
 
 
+def test_a_prune_rate_of_numpy_is_a_python_number():
+    for rate in (np.float32(0.75), np.float64(0.75)):
+        pruner = Pruner(N, rate)
+        assert repr(pruner) == repr(Pruner(N, 0.75))
+        assert type(pruner.schedule.rate) is float
+    assert type(Pruner(N, np.int64(0)).schedule.rate) is int
+    with pytest.raises(ValueError, match=r"prune_rate must lie in \[0, 1\), got 1\.0"):
+        Pruner(N, np.float32(1))
+
+
 def test_epochs_differ_in_order_and_runs_do_not():
     runs = []
     for seed in (0, 0, 1):

@@ -363,7 +363,7 @@ class ShardedScoreStore:
             (self._checked_piece(position, piece) for position, piece in enumerate(states)),
             key=lambda piece: (piece.start, piece.stop),
         )
-        self._check_coverage(pieces)
+        self._require_coverage(pieces)
         low, high = self.owned_range.start, self.owned_range.stop
         for name, tensor in self._shard.tensors().items():
             if name == "counters":  # go to the owner of a piece's first sample, so they count once
@@ -398,7 +398,7 @@ class ShardedScoreStore:
         saved = checked_tensors(f"{where}['tensors']", state.get("tensors"), forms)
         return _Piece(start, stop, rows_seen, saved)
 
-    def _check_coverage(self, pieces: list[_Piece]) -> None:
+    def _require_coverage(self, pieces: list[_Piece]) -> None:
         moments = sorted({piece.rows_seen for piece in pieces})
         if len(moments) > 1:
             raise ValueError(f"state must be of one moment, got rows_seen {moments}")
