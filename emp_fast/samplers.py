@@ -178,7 +178,7 @@ class EpochIterator(Iterator[int]):
             ValueError: the state is of another epoch, or beyond its end.
         """
         epoch, position, length = (state.get(name) for name in ("epoch", "position", "length"))
-        if epoch == self._plan.epoch - 1 and position == length is not None:
+        if epoch == self._plan.epoch - 1 and length is not None and position == length:
             self._seek(len(self._plan))
             self._over = True
             return
