@@ -1,16 +1,17 @@
-"""Where a training run stands: its epochs, their samples in order, and what is trained on already.
+"""Where a training run stands: its epochs, their samples in order, and what has been trained on.
 
-A `Progress` is always in one state of `_State`, which decides where `Progress.begin` starts:
+A `Progress` is always in one `_State`. It decides where the next iteration of a sampler starts,
+unless `Progress.set_epoch` names another epoch:
 
-    not begun     at the first epoch
-    resumed       at the saved position of the saved epoch
-    untouched     where the iteration in progress began, so that ``next(iter(loader))`` and loaders
-                  that make several iterators cost no epoch
-    under way     at the next epoch
-    exhausted     at the next epoch
+    not begun    at the first epoch, or at the one with which a saved run is to begin
+    resumed      at the saved position of an epoch that was saved when it was under way
+    untouched    where the iteration in progress began, so that ``next(iter(loader))`` and loaders
+                 that make several iterators cost no epoch
+    under way    at the next epoch
+    exhausted    at the next epoch
 
-From any state it starts at the epoch that `Progress.set_epoch` named, if any. The rows that the
-store has counted tell what has been trained on, so a training step need not call anything here.
+The rows that the store has counted tell what has been trained on, so a training step need not call
+anything here.
 """
 
 from __future__ import annotations
@@ -86,9 +87,9 @@ class SavedProgress(NamedTuple):
 
 class _State(Enum):
     NOT_BEGUN = auto()  # there is no plan yet
-    RESUMED = auto()  # restored from a snapshot; the saved epoch goes on with the next iteration
+    RESUMED = auto()  # there is the plan of a snapshot, but no iteration yet
     UNTOUCHED = auto()  # nothing has been trained on since the iteration in progress began
-    UNDER_WAY = auto()  # something has been trained on since, and there are indices left to yield
+    UNDER_WAY = auto()  # something has been trained on since, and indices are left to yield
     EXHAUSTED = auto()  # the epoch's last index has been yielded, whether trained on or not
 
 
@@ -164,7 +165,8 @@ class Progress:
         self._iteration: _Iteration | None = None  # the last one begun, since the run was resumed
         #: A plan made before its epoch began, and the store's revision that it was made from.
         self._cached_plan: tuple[tuple[int, int], Plan] | None = None
-        self._previous_untouched_plan: Plan | None = None  # None too if it was trained on
+        #: The plan of the previous epoch, if nothing of that was trained on.
+        self._previous_untouched_plan: Plan | None = None
 
     # ---- where the run stands -------------------------------------------------------------------
 
@@ -223,13 +225,11 @@ class Progress:
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
-        epoch = checked_epoch(epoch)
-        if epoch != self._epoch or self._state is not _State.UNTOUCHED:
+        epoch, iteration = checked_epoch(epoch), self._iteration
+        if iteration is not None and epoch == self._epoch and self._state is _State.UNTOUCHED:
+            self._requested, iteration.announced = None, True  # it has begun already
+        else:
             self._requested = epoch
-            return
-        self._requested = None  # it has begun already
-        if self._iteration is not None:
-            self._iteration.announced = True
 
     def begin(self, iterator: object) -> tuple[Plan, int]:
         """Starts an iteration of a sampler at `next_start`. Collective on several ranks.

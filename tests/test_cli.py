@@ -315,7 +315,8 @@ def test_select_checks_what_the_policy_chose(file, monkeypatch):
         def choose(self, candidates, quotas):
             return torch.ones(len(candidates), dtype=torch.bool), None
 
-    monkeypatch.setattr("emp_fast.policies.TopK", All)
+    table = sys.modules["emp_fast.cli.select"]._POLICIES
+    monkeypatch.setitem(table, "topk", (All, ()))
     message = refused("select", file, file.parent / "kept.npy", "--k", 300)
     assert "must choose 300 samples, but All() chose 1009" in message
     assert not (file.parent / "kept.npy").exists()
