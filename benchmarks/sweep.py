@@ -81,7 +81,7 @@ _METHODS = {
     "update": "update_state",
 }
 _NO_OPTIONS = LossOptions(-100, 0.0, 0.0)
-_EMP = Recurrence("ema", "entropy", 0.9, "loss", 1.0, 0.5)
+_EMP = Recurrence("ema", "entropy", decay=0.9, direct="loss", direct_scale=1.0, memory_scale=0.5)
 _WHAT = (
     "Medians of the kernel time of a call, in seconds, by case and variant; "
     "python -m benchmarks.sweep."

@@ -18,16 +18,20 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def is_plain_int(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is a Python int and not a bool.
+def plain_number(value: object) -> object:
+    """A Python number in place of one of NumPy's, whose repr is another; all else as it is."""
+    if isinstance(value, np.integer):
+        return int(value)
+    return float(value) if isinstance(value, np.floating) else value
 
-    Settings that are compared by their repr must be, which excludes NumPy's ints.
-    """
+
+def is_plain_int(value: object) -> TypeGuard[int]:
+    """Whether ``value`` is a Python int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_plain_real(value: object) -> bool:
-    """Whether ``value`` is a Python int or float and not a bool; see `is_plain_int`."""
+def is_plain_real(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a Python int or float and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -118,6 +122,15 @@ def checked_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return int(value)
+
+
+def checked_at_least(name: str, value: object, least: int) -> int:
+    """A Python int that is not below ``least``."""
+    value = checked_int(name, value)
+    if value < least:
+        bound = f"be at least {least}" if least else "not be negative"
+        raise ValueError(f"{name} must {bound}, got {value}")
+    return value
 
 
 def checked_epoch(epoch: object) -> int:

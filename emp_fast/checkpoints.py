@@ -22,6 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from emp_fast._optional import needs
 from emp_fast.files import FileProblem, write_atomically
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -65,6 +66,7 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
         TypeError: a part holds something else, which could not be loaded safely; the error names
             it.
         FileProblem: the file cannot be written.
+        ModuleNotFoundError: it is a .safetensors file, and safetensors is not installed.
     """
     path = Path(path)
     saved = {
@@ -72,7 +74,7 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
         for name, part in parts.items()
     }
     for name, part in saved.items():
-        _check(name, part)
+        _require_plain(name, part)
     if path.suffix == ".safetensors":
         _write_safetensors(path, saved)
     else:
@@ -98,6 +100,7 @@ def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
         FileProblem: the file cannot be read, is truncated, damaged or foreign, lacks a part, or a
             part refuses its state. Nothing is changed then.
         TypeError: a part has no ``state_dict`` or no ``load_state_dict``.
+        ModuleNotFoundError: as `save_checkpoint`.
     """
     path = Path(path)
     for name, part in parts.items():
@@ -128,7 +131,7 @@ def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
     return saved
 
 
-def _check(where: str, value: Any) -> None:
+def _require_plain(where: str, value: Any) -> None:
     """Raises TypeError for a value that could not be loaded again without running code."""
     if isinstance(value, (Tensor, *_PLAIN)):
         return
@@ -136,15 +139,15 @@ def _check(where: str, value: Any) -> None:
         for key, item in value.items():
             if not isinstance(key, (str, int)):
                 raise TypeError(f"{where} must have str or int keys, got {key!r}")
-            _check(f"{where}[{key!r}]", item)
+            _require_plain(f"{where}[{key!r}]", item)
     elif isinstance(value, (list, tuple)):
         for position, item in enumerate(value):
-            _check(f"{where}[{position}]", item)
+            _require_plain(f"{where}[{position}]", item)
     else:
         raise TypeError(f"{where} must be a tensor or a plain value, got {value!r}")
 
 
-def _readable(path: Path) -> None:
+def _require_readable(path: Path) -> None:
     """Raises for a file that cannot be opened, as opposed to one whose contents are wrong."""
     try:
         path.open("rb").close()
@@ -153,7 +156,7 @@ def _readable(path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    _readable(path)
+    _require_readable(path)
     try:
         whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
@@ -192,7 +195,7 @@ def _write_safetensors(path: Path, saved: dict[str, Any]) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     library = _safetensors()
-    _readable(path)
+    _require_readable(path)
     try:
         with library.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -238,10 +241,6 @@ def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _safetensors(module: str = "") -> ModuleType:
-    try:
-        return import_module(f"safetensors.{module}" if module else "safetensors")
-    except ModuleNotFoundError as error:
-        raise FileProblem(
-            ".safetensors files need safetensors, which is not installed: "
-            "pip install 'emp_fast[safetensors]'"
-        ) from error
+    with needs("a .safetensors file", "safetensors", extra="safetensors"):
+        library = import_module(f"safetensors.{module}" if module else "safetensors")
+    return library

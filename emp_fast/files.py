@@ -1,7 +1,8 @@
 """Files with one value per sample: reads scores and labels, writes scores and kept indices.
 
 ``.npy`` holds one vector, ``.parquet`` columns of one length, ``.txt`` (write only) one number per
-line. A file is written completely or not at all.
+line. A file is written completely or not at all. Without pyarrow, .parquet files raise
+ModuleNotFoundError.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from emp_fast._optional import needs
+
 __all__ = [
     "FileProblem",
-    "check_writable",
     "column_names",
     "read_columns",
     "read_vector",
+    "require_writable",
     "write_atomically",
     "write_columns",
 ]
@@ -75,7 +78,8 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
         if column not in names:
             told = ", ".join(map(repr, names)) or "no columns"
             raise FileProblem(f"{path} has no column {column!r}; it has {told}")
-    table = _reading(path, lambda: _parquet().read_table(path, columns=list(columns)))
+    parquet = _parquet()
+    table = _reading(path, lambda: parquet.read_table(path, columns=list(columns)))
     read: dict[str, NDArray[Any]] = {}
     for column in columns:
         chunks = table.column(column)
@@ -91,16 +95,18 @@ def column_names(path: Path) -> list[str]:
     Raises:
         FileProblem: the file cannot be read, or is damaged.
     """
-    names: list[str] = _reading(path, lambda: _parquet().read_schema(path).names)
+    parquet = _parquet()
+    names: list[str] = _reading(path, lambda: parquet.read_schema(path).names)
     return names
 
 
-def check_writable(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> None:
+def require_writable(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> None:
     """Checks before the work starts whether its results can be written.
 
     Raises:
-        FileProblem: the suffix is not in ``suffixes``, its library is not installed, the folder
-            does not exist, or the file already exists.
+        FileProblem: the suffix is not in ``suffixes``, the folder does not exist, or the file
+            already exists.
+        ModuleNotFoundError: the library for the suffix is not installed.
     """
     if path.suffix not in suffixes:
         raise FileProblem(f"the output must end in {', '.join(suffixes)}, got {path}")
@@ -177,9 +183,6 @@ def _reading(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def _parquet() -> ModuleType:
-    try:
-        return import_module("pyarrow.parquet")
-    except ModuleNotFoundError as error:
-        raise FileProblem(
-            ".parquet files need pyarrow, which is not installed: pip install 'emp_fast[parquet]'"
-        ) from error
+    with needs("a .parquet file", "pyarrow", extra="parquet"):
+        parquet = import_module("pyarrow.parquet")
+    return parquet

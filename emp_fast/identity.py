@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Identified", "digest"]
+from emp_fast._validation import is_plain_int, is_plain_real, plain_number
+
+__all__ = ["Identified"]
 
 
 class Identified:
@@ -37,8 +39,29 @@ class Identified:
         settings = ", ".join(f"{name}={_digested(getattr(self, name))!r}" for name in names)
         return f"{type(self).__name__}({settings})"
 
+    def _require_number(
+        self, name: str, fits: Callable[[Any], bool], wanted: str, *, whole: bool = False
+    ) -> None:
+        """Requires a number that fits; NumPy's become Python numbers, so that the repr is the same.
 
-class _Digest(str):
+        Args:
+            name: of the setting.
+            fits: whether a number is valid.
+            wanted: the condition in words, which follow "must" in the message.
+            whole: whether it must be an int.
+
+        Raises:
+            ValueError: the setting is not a number, or does not fit.
+        """
+        value = getattr(self, name)
+        number = plain_number(value)
+        is_number = is_plain_int(number) if whole else is_plain_real(number)
+        if not (is_number and fits(number)):
+            raise ValueError(f"{name} must {wanted}, got {value!r}")
+        object.__setattr__(self, name, number)  # also of a frozen dataclass
+
+
+class _Unquoted(str):
     """A str whose repr has no quotes."""
 
     def __repr__(self) -> str:
@@ -49,21 +72,21 @@ def _digested(value: Any) -> Any:
     """``value`` with digests in place of tensors and arrays, also of those in containers."""
     if isinstance(value, Tensor) and value.layout is torch.strided:
         dtype = str(value.dtype).removeprefix("torch.")
-        values = "meta" if value.is_meta else digest(value)
-        return _Digest(f"<{dtype} {list(value.shape)}, {values}>")
+        values = "meta" if value.is_meta else _digest(value)
+        return _Unquoted(f"<{dtype} {list(value.shape)}, {values}>")
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return _Digest(f"<{value.dtype} {list(value.shape)}, {_hash(value.tobytes())}>")
+        return _Unquoted(f"<{value.dtype} {list(value.shape)}, {_hash(value.tobytes())}>")
     if isinstance(value, (list, tuple)):
         items = [_digested(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):
         return {key: _digested(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):  # whose own order may differ between processes
-        return _Digest(f"{{{', '.join(sorted(map(repr, value)))}}}")
+        return _Unquoted(f"{{{', '.join(sorted(map(repr, value)))}}}")
     return value
 
 
-def digest(tensor: Tensor) -> str:
+def _digest(tensor: Tensor) -> str:
     """A hash of a tensor's values, in hexadecimal."""
     host = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
     return _hash(host.view(torch.uint8).numpy().tobytes())

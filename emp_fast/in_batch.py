@@ -7,7 +7,7 @@ from torch import Tensor
 from emp_fast import functional
 from emp_fast._validation import require_float
 from emp_fast.functional import SampleStats
-from emp_fast.rules import EMP, Rule
+from emp_fast.rules import EMP, Rule, require_rule
 from emp_fast.single_visit import single_visit_scores
 
 __all__ = ["select_in_batch"]
@@ -48,8 +48,7 @@ def select_in_batch(
         ValueError: k is invalid, or the rule reads stats that are not given.
         TypeError: an argument has the wrong type or dtype.
     """
-    if not isinstance(rule, Rule):
-        raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+    require_rule(rule)
     if isinstance(stats, SampleStats):
         scores = single_visit_scores(rule, stats, **extra)
     else:

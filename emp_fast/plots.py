@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from emp_fast._optional import needs
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -292,12 +294,8 @@ def _ranked_visits_panel(axis: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _figure(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
-    try:
+    with needs("a plot", "matplotlib", extra="plot"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots need matplotlib, which is not installed: pip install 'emp_fast[plot]'"
-        ) from error
     rows = 2 if panels == 4 else 1
     columns = panels // rows
     with _style():

@@ -14,12 +14,11 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from emp_fast._validation import is_plain_int, is_plain_real
 from emp_fast.candidates import Candidates
 from emp_fast.identity import Identified
 from emp_fast.quotas import Balance, class_quotas, fair_shares
@@ -39,6 +38,8 @@ __all__ = [
     "class_quotas",
 ]
 
+Budget = Literal["required", "optional", "none"]
+
 _MOST_BINS = 1 << 20  # of Stratified; more would take minutes and gigabytes
 
 
@@ -54,10 +55,9 @@ class Policy(Identified, ABC):
             return f"Near({hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]})"
     """
 
-    #: Whether ``k`` may be None; the policy then fixes its own number.
-    sizes_itself: ClassVar[bool] = False
-    #: Whether the policy takes a budget at all.
-    takes_budget: ClassVar[bool] = True
+    #: Whether the number of samples to choose (``k``, or by a prune rate) is required, is optional,
+    #: or is none that can be given. Where it is not given, the policy fixes its own number.
+    budget: ClassVar[Budget] = "required"
 
     @abstractmethod
     def choose(
@@ -84,8 +84,13 @@ class Policy(Identified, ABC):
         """
         return class_quotas(candidates.sizes, k, balance)
 
-    def check_fraction(self, fraction: float) -> None:
-        """Raises ValueError if the policy can never keep ``fraction`` of the samples."""
+    @property
+    def largest_fraction(self) -> float:
+        """The largest share of the samples that the policy can choose."""
+        return 1.0
+
+    def _require_share(self, name: str) -> None:
+        self._require_number(name, lambda share: 0 <= share <= 1, "lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class EpsilonGreedy(Policy):
     eps: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_share("eps", self.eps)
+        self._require_share("eps")
 
     def choose(
         self, candidates: Candidates, quotas: list[int] | None
@@ -153,10 +158,9 @@ class GumbelTopK(Policy):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (is_plain_real(self.temperature) and 0 < self.temperature < math.inf):
-            raise ValueError(
-                f"temperature must be a positive finite number, got {self.temperature!r}"
-            )
+        self._require_number(
+            "temperature", lambda value: 0 < value < math.inf, "be a positive finite number"
+        )
 
     def choose(
         self, candidates: Candidates, quotas: list[int] | None
@@ -188,12 +192,10 @@ class BelowMean(Policy):
     """
 
     keep: float = 0.5
-    sizes_itself: ClassVar[bool] = True
-    takes_budget: ClassVar[bool] = False
+    budget: ClassVar[Budget] = "none"
 
     def __post_init__(self) -> None:
-        if not (is_plain_real(self.keep) and 0 < self.keep <= 1):
-            raise ValueError(f"keep must lie in (0, 1], got {self.keep!r}")
+        self._require_number("keep", lambda keep: 0 < keep <= 1, "lie in (0, 1]")
 
     def choose(
         self, candidates: Candidates, quotas: list[int] | None
@@ -231,10 +233,13 @@ class Stratified(Policy):
     cutoff: float = 0.0
 
     def __post_init__(self) -> None:
-        if not is_plain_int(self.bins) or not 1 <= self.bins <= _MOST_BINS:
-            raise ValueError(f"bins must be an int in [1, {_MOST_BINS}], got {self.bins!r}")
-        if not (is_plain_real(self.cutoff) and 0 <= self.cutoff < 1):
-            raise ValueError(f"cutoff must lie in [0, 1), got {self.cutoff!r}")
+        self._require_number(
+            "bins",
+            lambda bins: 1 <= bins <= _MOST_BINS,
+            f"be an int in [1, {_MOST_BINS}]",
+            whole=True,
+        )
+        self._require_number("cutoff", lambda cutoff: 0 <= cutoff < 1, "lie in [0, 1)")
 
     def choose(
         self, candidates: Candidates, quotas: list[int] | None
@@ -289,20 +294,17 @@ class Window(Policy):
 
     low: float = 0.0
     high: float = 1.0
-    sizes_itself: ClassVar[bool] = True
+    budget: ClassVar[Budget] = "optional"
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):
-            _require_share(name, getattr(self, name))
+            self._require_share(name)
         if not self.low < self.high:
             raise ValueError(f"low must be below high, got low={self.low} and high={self.high}")
 
-    def check_fraction(self, fraction: float) -> None:
-        if fraction > self.high - self.low + 1e-12:
-            raise ValueError(
-                f"prune_rate must be at least {1 - (self.high - self.low):g} for {self!r}, "
-                f"which holds {self.high - self.low:g} of the samples; got {1 - fraction:g}"
-            )
+    @property
+    def largest_fraction(self) -> float:
+        return self.high - self.low
 
     def choose(
         self, candidates: Candidates, quotas: list[int] | None
@@ -341,6 +343,20 @@ class Window(Policy):
         low, high = (Fraction(str(float(share))) for share in (self.low, self.high))
         visited = candidates.num_visited
         return [math.floor(low * n) for n in visited], [math.ceil(high * n) for n in visited]
+
+
+def require_policy(policy: object) -> None:
+    """Raises unless ``policy`` is a `Policy`.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it says nothing known of its budget.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
+    if policy.budget not in get_args(Budget):
+        known = ", ".join(map(repr, get_args(Budget)))
+        raise ValueError(f"policy.budget must be one of {known}, got {policy.budget!r}")
 
 
 def choose(policy: Policy, candidates: Candidates, k: int | None, balance: Balance) -> Selection:
@@ -404,8 +420,3 @@ def _required(quotas: list[int] | None) -> list[int]:
     if quotas is None:
         raise ValueError("k must be an int for this policy, got None")
     return quotas
-
-
-def _require_share(name: str, value: float) -> None:
-    if not (is_plain_real(value) and 0 <= value <= 1):
-        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,12 @@ from torch.compiler import is_compiling
 
 from emp_fast import functional
 from emp_fast._validation import checked_int, checked_integers
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.backends.checks import check_index_range
-from emp_fast.epochs import Progress, SavedProgress
 from emp_fast.functional import SampleStats
-from emp_fast.policies import Policy, TopK
-from emp_fast.quotas import Balance, check_balance
+from emp_fast.policies import Policy, TopK, require_policy
+from emp_fast.progress import Progress, SavedProgress
+from emp_fast.quotas import Balance, require_balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
@@ -29,6 +28,7 @@ from emp_fast.store import ScoreStore
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Pruner"]
 
@@ -69,7 +69,7 @@ class Pruner:
         sampler: for the loader; every iteration over it is the next epoch.
         store: the `ScoreStore`, with scores, memory and visits of every sample.
         schedule: how many samples each epoch uses, for trainers; see `emp_fast.schedule.Schedule`.
-        progress: where the run stands, for trainers; see `emp_fast.epochs.Progress`.
+        progress: where the run stands, for trainers; see `emp_fast.progress.Progress`.
 
     Raises:
         ValueError: an argument is invalid.
@@ -89,13 +89,12 @@ class Pruner:
         full_epochs_last: int = 0,
         seed: int = 0,
         device: torch.device | str | None = None,
-        process_group: Any = None,
+        process_group: ProcessGroup | None = None,
         balance: Balance = "equal",
     ) -> None:
         self.store = ScoreStore(num_samples, rule, device=device)
-        if not isinstance(policy, Policy):
-            raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
-        check_balance(balance)
+        require_policy(policy)
+        require_balance(balance)
         seed = checked_int("seed", seed)
         self.schedule = Schedule(
             self.store.num_samples,
@@ -168,14 +167,14 @@ class Pruner:
             offsets=offsets,
         )
         self.store.update(indices, stats, **extra)
-        return self.mean_loss(stats, indices)
+        return self.mean_loss(indices, stats)
 
-    def mean_loss(self, stats: SampleStats, indices: Tensor) -> Tensor:
+    def mean_loss(self, indices: Tensor, stats: SampleStats) -> Tensor:
         """The mean of (policy weight) * loss over the samples that count; scores nothing.
 
         Args:
-            stats: stats of S samples.
-            indices: [S] indices of these samples.
+            indices: [S] sample indices.
+            stats: stats of these samples.
 
         Raises:
             ValueError: the two differ in length.
@@ -273,7 +272,7 @@ class Pruner:
         return self.progress.seed
 
     @property
-    def process_group(self) -> Any:
+    def process_group(self) -> ProcessGroup | None:
         """The ranks that train together; None is the default group."""
         return self.progress.process_group
 
@@ -452,17 +451,15 @@ class Pruner:
         """Warns once if a loader was made without the sampler and so trains on everything.
 
         Called where epochs begin and end, not in the step, because a step by itself may also be
-        used without a sampler. The warning names the line that called the caller.
+        used without a sampler.
         """
         store = self.store
         if self._told_unused or self.progress.is_used or store.rows_seen <= 2 * store.num_samples:
             return
         self._told_unused = True
-        warnings.warn(
+        warn(
             f"{store.rows_seen} rows of {store.num_samples} samples were scored and the pruner has "
-            "selected none of them: give the loader sampler=pruner.sampler",
-            EmpFastWarning,
-            stacklevel=3,
+            "selected none of them: give the loader sampler=pruner.sampler"
         )
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-__all__ = ["Balance", "check_balance", "class_quotas", "fair_shares"]
+__all__ = ["Balance", "class_quotas", "fair_shares", "require_balance"]
 
 Balance = Literal["equal", "proportional"]
 
@@ -21,7 +21,7 @@ def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[i
     Raises:
         ValueError: k or the balance is invalid.
     """
-    check_balance(balance)
+    require_balance(balance)
     if not 0 <= k <= sum(sizes):
         raise ValueError(f"k must lie in [0, {sum(sizes)}], the samples of all classes, got {k}")
     if balance == "equal":
@@ -34,7 +34,7 @@ def class_quotas(sizes: list[int], k: int, balance: Balance = "equal") -> list[i
     return quotas
 
 
-def check_balance(balance: Balance) -> None:
+def require_balance(balance: Balance) -> None:
     """Raises ValueError unless ``balance`` is known."""
     if balance not in get_args(Balance):
         raise ValueError(f"balance must be 'equal' or 'proportional', got {balance!r}")

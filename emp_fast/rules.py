@@ -25,9 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from emp_fast._validation import is_plain_int, is_plain_real
 from emp_fast.backends.base import Recurrence
-from emp_fast.identity import Identified, digest
+from emp_fast.identity import Identified
 
 __all__ = [
     "AUM",
@@ -99,6 +98,12 @@ class Rule(Identified):
         """
         raise NotImplementedError(f"{type(self).__name__} must override step() or recurrence()")
 
+    def _require_decay(self) -> None:
+        self._require_number("decay", lambda decay: 0 <= decay < 1, "lie in [0, 1)")
+
+    def _require_finite(self, name: str) -> None:
+        self._require_number(name, math.isfinite, "be a finite number")
+
 
 @dataclass(frozen=True)
 class EMP(Rule):
@@ -119,11 +124,18 @@ class EMP(Rule):
     reads: ClassVar[tuple[str, ...]] = ("loss", "entropy")
 
     def __post_init__(self) -> None:
-        _require_finite("beta", self.beta)
-        _require_decay(self.decay)
+        self._require_finite("beta")
+        self._require_decay()
 
     def recurrence(self) -> Recurrence:
-        return Recurrence("ema", "entropy", self.decay, "loss", 1.0, self.beta)
+        return Recurrence(
+            "ema",
+            "entropy",
+            decay=self.decay,
+            direct="loss",
+            direct_scale=1.0,
+            memory_scale=self.beta,
+        )
 
 
 @dataclass(frozen=True)
@@ -134,10 +146,10 @@ class Loss(Rule):
     reads: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __post_init__(self) -> None:
-        _require_decay(self.decay)
+        self._require_decay()
 
     def recurrence(self) -> Recurrence:
-        return Recurrence("ema", "loss", self.decay)
+        return Recurrence("ema", "loss", decay=self.decay)
 
 
 @dataclass(frozen=True)
@@ -151,10 +163,10 @@ class Entropy(Rule):
     reads: ClassVar[tuple[str, ...]] = ("entropy",)
 
     def __post_init__(self) -> None:
-        _require_decay(self.decay)
+        self._require_decay()
 
     def recurrence(self) -> Recurrence:
-        return Recurrence("ema", "entropy", self.decay)
+        return Recurrence("ema", "entropy", decay=self.decay)
 
 
 @dataclass(frozen=True)
@@ -165,10 +177,10 @@ class EL2N(Rule):
     reads: ClassVar[tuple[str, ...]] = ("el2n",)
 
     def __post_init__(self) -> None:
-        _require_decay(self.decay)
+        self._require_decay()
 
     def recurrence(self) -> Recurrence:
-        return Recurrence("ema", "el2n", self.decay)
+        return Recurrence("ema", "el2n", decay=self.decay)
 
 
 @dataclass(frozen=True)
@@ -182,10 +194,10 @@ class Margin(Rule):
     reads: ClassVar[tuple[str, ...]] = ("margin",)
 
     def __post_init__(self) -> None:
-        _require_decay(self.decay)
+        self._require_decay()
 
     def recurrence(self) -> Recurrence:
-        return Recurrence("ema", "margin", self.decay, memory_scale=-1.0)
+        return Recurrence("ema", "margin", decay=self.decay, memory_scale=-1.0)
 
 
 @dataclass(frozen=True)
@@ -239,11 +251,11 @@ class UCB(Rule):
     reads: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __post_init__(self) -> None:
-        _require_finite("c", self.c)
-        _require_decay(self.decay)
+        self._require_finite("c")
+        self._require_decay()
 
     def recurrence(self) -> Recurrence:
-        return Recurrence("variance", "loss", self.decay, variance_scale=self.c)
+        return Recurrence("variance", "loss", decay=self.decay, variance_scale=self.c)
 
 
 @dataclass(frozen=True)
@@ -282,13 +294,12 @@ class GraNd(Rule):
     reads: ClassVar[tuple[str, ...]] = ("el2n", "hidden")
 
     def __post_init__(self) -> None:
-        _require_decay(self.decay)
+        self._require_decay()
 
     def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         norm = stats["hidden"].float().flatten(1).square().sum(1)
         grand = stats["el2n"] * (1 + norm).sqrt()
-        average = self.decay * state["memory"] + (1 - self.decay) * grand
-        memory = torch.where(state["visits"] == 0, grand, average)
+        memory = _moving_average(grand, self.decay, state)
         return {"score": memory, "memory": memory}
 
 
@@ -308,8 +319,9 @@ class DynUnc(Rule):
     reads: ClassVar[tuple[str, ...]] = ("confidence",)
 
     def __post_init__(self) -> None:
-        if not is_plain_int(self.window) or self.window < 2:
-            raise ValueError(f"window must be an int of at least 2, got {self.window!r}")
+        self._require_number(
+            "window", lambda window: window >= 2, "be an int of at least 2", whole=True
+        )
 
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
         history = torch.zeros(num_samples, self.window, dtype=torch.float32, device=device)
@@ -359,29 +371,24 @@ class RHO(Rule):
             raise ValueError(
                 f"irreducible must be finite, got {float(irreducible[index])} for sample {index}"
             )
-        _require_decay(decay)
         self.irreducible = irreducible.detach().to("cpu", torch.float32).clone()
         self.decay = decay
-
-    def __repr__(self) -> str:
-        losses = f"<{len(self.irreducible)} losses, {digest(self.irreducible)}>"
-        return f"RHO(irreducible={losses}, decay={self.decay})"
+        self._require_decay()
 
     def shard(self, start: int, stop: int, num_samples: int) -> RHO:
-        self._check_length(num_samples)
+        self._require_length(num_samples)
         return RHO(self.irreducible[start:stop], self.decay)
 
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
-        self._check_length(num_samples)
+        self._require_length(num_samples)
         return {"irreducible": self.irreducible.to(device, copy=True)}
 
     def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         reducible = stats["loss"] - state["irreducible"]
-        average = self.decay * state["memory"] + (1 - self.decay) * reducible
-        memory = torch.where(state["visits"] == 0, reducible, average)
+        memory = _moving_average(reducible, self.decay, state)
         return {"score": memory, "memory": memory}
 
-    def _check_length(self, num_samples: int) -> None:
+    def _require_length(self, num_samples: int) -> None:
         if len(self.irreducible) != num_samples:
             raise ValueError(
                 f"irreducible must have one loss for each of {num_samples} samples, "
@@ -389,11 +396,13 @@ class RHO(Rule):
             )
 
 
-def _require_decay(decay: float) -> None:
-    if not (is_plain_real(decay) and 0 <= decay < 1):
-        raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
+def require_rule(rule: object) -> None:
+    """Raises TypeError unless ``rule`` is a `Rule`."""
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
 
 
-def _require_finite(name: str, value: float) -> None:
-    if not (is_plain_real(value) and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+def _moving_average(value: Tensor, decay: float, state: Mapping[str, Tensor]) -> Tensor:
+    """[S] the new memory of rules that average ``value``: on the first visit, ``value`` itself."""
+    average = decay * state["memory"] + (1 - decay) * value
+    return torch.where(state["visits"] == 0, value, average)

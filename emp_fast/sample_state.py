@@ -12,15 +12,15 @@ from torch.compiler import is_compiling
 from emp_fast import functional, ops
 from emp_fast._torch_internals import innermost_transform
 from emp_fast._validation import (
+    checked_at_least,
     checked_device,
-    checked_int,
     checked_integers,
     require_tensor,
 )
 from emp_fast.backends.base import MOST_VISITS, SCORE_FIELDS, State
 from emp_fast.backends.winners import Winners
 from emp_fast.functional import SampleStats
-from emp_fast.rules import Rule
+from emp_fast.rules import Rule, require_rule
 from emp_fast.snapshot_checks import Form
 
 __all__ = [
@@ -349,11 +349,8 @@ def checked_store_arguments(num_samples: int, rule: Rule) -> int:
         ValueError: num_samples is below 1, or the rule does not read what its recurrence reads.
         TypeError: an argument or ``rule.reads`` has the wrong type.
     """
-    num_samples = checked_int("num_samples", num_samples)
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if not isinstance(rule, Rule):
-        raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+    num_samples = checked_at_least("num_samples", num_samples, 1)
+    require_rule(rule)
     if isinstance(rule.reads, str):
         raise TypeError(f"rule.reads must be a tuple of names, got {rule.reads!r}")
     recurrence = rule.recurrence()

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from emp_fast._validation import is_plain_int
 from emp_fast.distributed.ranks import rank_of, world_size_of
-from emp_fast.epochs import Progress
+from emp_fast.progress import Progress
 
 __all__ = ["DistributedEpochSampler", "EpochIterator", "EpochSampler"]
 
@@ -142,7 +142,7 @@ class EpochIterator(Iterator[int]):
             self._block = self._next_block()
             if not self._block:
                 if not self._over:
-                    self._progress.handed_out(self._plan, min(self._end, len(self._plan)))
+                    self._progress.mark_exhausted(self._plan, min(self._end, len(self._plan)))
                 raise StopIteration
         self._yielded += 1
         return self._block[offset]
@@ -178,7 +178,7 @@ class EpochIterator(Iterator[int]):
             ValueError: the state is of another epoch, or beyond its end.
         """
         epoch, position, length = (state.get(name) for name in ("epoch", "position", "length"))
-        if epoch == self._plan.epoch - 1 and position == length is not None:
+        if epoch == self._plan.epoch - 1 and length is not None and position == length:
             self._seek(len(self._plan))
             self._over = True
             return

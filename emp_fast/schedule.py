@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from emp_fast._validation import checked_epoch, checked_int, is_real
+from emp_fast._validation import checked_at_least, checked_epoch, is_real, plain_number
 from emp_fast.policies import Policy
 
 __all__ = ["Schedule"]
+
+_ROUNDING = 1e-12  # of shares, which are differences of floats
 
 
 class Schedule:
@@ -34,11 +36,11 @@ class Schedule:
         full_epochs_last: int,
     ) -> None:
         self.policy = policy
-        self.epochs = _at_least("epochs", epochs, 1) if epochs is not None else None
+        self.epochs = checked_at_least("epochs", epochs, 1) if epochs is not None else None
         self._num_samples = num_samples
-        self.rate = prune_rate
-        self._full_first = _at_least("full_epochs_first", full_epochs_first)
-        self._full_last = _at_least("full_epochs_last", full_epochs_last)
+        self.rate = prune_rate if callable(prune_rate) else plain_number(prune_rate)
+        self._full_first = checked_at_least("full_epochs_first", full_epochs_first, 0)
+        self._full_last = checked_at_least("full_epochs_last", full_epochs_last, 0)
         if self._full_last and self.epochs is None:
             raise ValueError(f"full_epochs_last={full_epochs_last} needs epochs, got epochs=None")
         if self.epochs is not None and self._full_first + self._full_last > self.epochs:
@@ -79,7 +81,7 @@ class Schedule:
         """
         if self.is_full(epoch):
             return self._num_samples
-        return self._pruned_budget(epoch) if self.policy.takes_budget else None
+        return None if self.policy.budget == "none" else self._pruned_budget(epoch)
 
     def _pruned_budget(self, epoch: int) -> int:
         n = self._num_samples
@@ -89,14 +91,10 @@ class Schedule:
             raise ValueError(
                 f"prune_rate must leave at least one of {n} samples, got {rate!r} for epoch {epoch}"
             )
-        if rate > 0:
-            self.policy.check_fraction(1 - rate)
+        most = self.policy.largest_fraction
+        if rate > 0 and 1 - rate > most + _ROUNDING:
+            raise ValueError(
+                f"prune_rate must be at least {1 - most:g} for {self.policy!r}, "
+                f"which chooses at most {most:g} of the samples; got {rate:g}"
+            )
         return budget
-
-
-def _at_least(name: str, value: int, least: int = 0) -> int:
-    value = checked_int(name, value)
-    if value < least:
-        bound = f"be at least {least}" if least else "not be negative"
-        raise ValueError(f"{name} must {bound}, got {value}")
-    return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._optional import needs
+from emp_fast._warnings import warn
 from emp_fast.files import (
     FileProblem,
-    check_writable,
     column_names,
     read_columns,
     read_vector,
+    require_writable,
     write_columns,
 )
 
@@ -54,20 +54,19 @@ class Selection(NamedTuple):
 
         Raises:
             emp_fast.FileProblem: the file exists already, or cannot be written.
+            ModuleNotFoundError: it is a .parquet file, and pyarrow is not installed.
 
         Warns:
             EmpFastWarning: there are weights and the format cannot hold them.
         """
         path = Path(path)
-        check_writable(path, WRITABLE, overwrite=overwrite)
+        require_writable(path, WRITABLE, overwrite=overwrite)
         columns = {"index": self.indices.cpu().numpy()}
         if self.weights is not None:
             columns["weight"] = self.weights.cpu().numpy()
             if path.suffix != ".parquet":
-                warnings.warn(
-                    f"the kept samples have weights, which {path.suffix} cannot hold; .parquet can",
-                    EmpFastWarning,
-                    stacklevel=2,
+                warn(
+                    f"the kept samples have weights, which {path.suffix} cannot hold; .parquet can"
                 )
         write_columns(path, columns, overwrite=overwrite)
 
@@ -77,6 +76,7 @@ class Selection(NamedTuple):
 
         Raises:
             emp_fast.FileProblem: the file cannot be read, or holds anything but ascending indices.
+            ModuleNotFoundError: as `save`.
         """
         path = Path(path)
         indices, weights = read_vector(path, None, "index"), None
@@ -112,7 +112,7 @@ class Selection(NamedTuple):
             The `datasets.Dataset` of K samples.
 
         Raises:
-            ImportError: the library datasets is not installed.
+            ModuleNotFoundError: the library datasets is not installed.
             TypeError: ``dataset`` is something else.
             ValueError: the data set has fewer samples than were selected from, or already has a
                 column "weight".
@@ -142,17 +142,12 @@ def load_dataset(dataset: Any) -> Any:
     """A `datasets.Dataset`, read from disk if a folder is given.
 
     Raises:
-        ImportError: the library datasets is not installed.
+        ModuleNotFoundError: the library datasets is not installed.
         TypeError: ``dataset`` is something else.
         FileProblem: the folder cannot be read.
     """
-    try:
+    with needs("a Hugging Face data set", "datasets", extra="datasets"):
         library = import_module("datasets")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "Hugging Face data sets need the library datasets, which is not installed: "
-            "pip install 'emp_fast[datasets]'"
-        ) from error
     if isinstance(dataset, (str, os.PathLike)):
         try:
             dataset = library.load_from_disk(os.fspath(dataset))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from emp_fast._validation import checked_epoch, checked_int, checked_integers
-from emp_fast.policies import Policy
-from emp_fast.quotas import Balance, check_balance
+from emp_fast.policies import Policy, require_policy
+from emp_fast.quotas import Balance, require_balance
 
 __all__ = ["checked_labels", "checked_selection"]
 
@@ -20,20 +20,19 @@ def checked_selection(
         ValueError: an argument is invalid.
         TypeError: an argument has the wrong type.
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy must be an emp_fast.Policy, got {policy!r}")
+    require_policy(policy)
     k = _checked_budget(num_samples, k, policy)
-    check_balance(balance)
+    require_balance(balance)
     return k, checked_epoch(epoch), checked_int("seed", seed)
 
 
 def _checked_budget(num_samples: int, k: int | None, policy: Policy) -> int | None:
     if k is None:
-        if not policy.sizes_itself:
+        if policy.budget == "required":
             raise ValueError(f"k must be an int for {policy!r}, got None")
         return None
     k = checked_int("k", k)
-    if not policy.takes_budget:
+    if policy.budget == "none":
         raise ValueError(f"k must be None for {policy!r}, which fixes its own number; got {k}")
     if not 1 <= k <= num_samples:
         raise ValueError(f"k must lie in [1, {num_samples}], got {k}")

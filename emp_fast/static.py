@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from emp_fast._validation import checked_device, is_plain_int, is_real
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._validation import checked_at_least, checked_device
+from emp_fast._warnings import warn
 from emp_fast.batches import moved, rebatched, score_by_logits
 from emp_fast.data import IndexedDataset
-from emp_fast.distributed.ranks import Ranks, rank_of
-from emp_fast.files import FileProblem, check_writable, write_columns
+from emp_fast.distributed.ranks import Ranks, rank_of, together
+from emp_fast.files import FileProblem, require_writable, write_columns
 from emp_fast.functional import SampleStats
-from emp_fast.rules import EMP, Rule
+from emp_fast.rules import EMP, Rule, require_rule
 from emp_fast.single_visit import single_visit_scores
-from emp_fast.tally import Tally
+from emp_fast.tally import PartialResults, Tally
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from torch.distributed import ProcessGroup
 
 __all__ = ["score_dataset"]
 
 _WRITABLE = (".npy", ".parquet")
 _CAUSAL = ("ForCausalLM", "LMHeadModel")  # suffixes of causal models in transformers and peft
 _OPTIONS = ("weight", "ignore_index", "label_smoothing", "softcap")  # of the cross-entropy
-_SAVING_SHARE = 0.05  # largest share of the time that goes into saving partial results
 
 ScoreBatch = Callable[[Any, Any], tuple[Tensor, SampleStats]]
 
@@ -55,7 +52,7 @@ def score_dataset(
     score_batch: ScoreBatch | None = None,
     shift_labels: bool | None = None,
     device: torch.device | str | None = None,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
     progress: bool = True,
     **options: Any,
 ) -> SampleStats:
@@ -101,8 +98,11 @@ def score_dataset(
 
     Raises:
         ValueError: an argument is invalid, or the loader did not deliver every sample.
-        emp_fast.FileProblem: a file cannot be read or written.
         TypeError: an argument has the wrong type, or the form of batches or logits is unknown.
+        IndexError: the loader or ``score_batch`` gave an index outside [0, N).
+        emp_fast.FileProblem: a file cannot be read or written.
+        ModuleNotFoundError: ``output`` is a .parquet file, and pyarrow is not installed.
+        RuntimeError: a rank died or did not take part within the group's time-out.
 
     Warns:
         EmpFastWarning: some samples have no finite score; they are NaN in the output.
@@ -110,21 +110,21 @@ def score_dataset(
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     scored_on = _device_of(bare) if device is None else checked_device(device)
     out = None if output is None else Path(output)
-    with _together(process_group, "the arguments"):
-        _check_callables(model, score_batch)
+    with together(process_group, "score_dataset, the arguments"):
+        _require_callables(model, score_batch)
         n = _checked_num_samples(num_samples, loader)
         columns = _checked_columns(stats)
-        _check_passes(passes)
-        _check_rule(rule, n)
+        passes = checked_at_least("passes", passes, 1)
+        _require_usable(rule, n)
         shift = _checked_shift(shift_labels, score_batch, options, bare)
         if out is not None and rank_of(process_group) == 0:
-            check_writable(out, _WRITABLE, overwrite=overwrite)
+            require_writable(out, _WRITABLE, overwrite=overwrite)
     facts = {
         "num_samples": n,
         "passes": passes,
         "scoring": _scoring(score_batch, shift, options),
     }
-    ranks = Ranks(process_group, scored_on, "score_dataset", {**facts, "rule": repr(rule)})
+    ranks = Ranks.open(process_group, scored_on, "score_dataset", {**facts, "rule": repr(rule)})
 
     def scored(batch: Any) -> tuple[Tensor, SampleStats]:
         if score_batch is not None:
@@ -132,26 +132,26 @@ def score_dataset(
         return score_by_logits(bare, batch, scored_on, shift, options)
 
     tally = Tally(n, scored_on)
-    with _together(process_group, "the partial result"):
+    with together(process_group, "score_dataset, the partial result"):
         where = _partial_path(partial, out)
         if where is not None:
             facts["model"] = _digest(bare)
-        kept = _Partial(where, tally, facts, ranks, save_every)
+        kept = PartialResults(where, tally, facts, ranks, save_every)
         kept.load()
     tally.merge(ranks)
     shown = progress and ranks.rank == 0
     with (
-        _together(process_group, "scoring"),
+        together(process_group, "score_dataset, scoring"),
         _bar(shown) as bar,
         _eval_mode(bare),
-        kept.saved(),
+        kept.saved_at_the_end(),
     ):
         for number in range(passes):
             _one_pass(loader, scored, number, ranks, kept, bar)
     tally.merge(ranks)
-    _check_complete(tally, passes)
+    _require_complete(tally, passes)
     means = tally.means()
-    with _together(process_group, "the output"):
+    with together(process_group, "score_dataset, the output"):
         if out is not None and ranks.rank == 0:
             _write(out, means, rule, columns, overwrite)
     kept.remove()
@@ -163,7 +163,7 @@ def _one_pass(
     scored: Callable[[Any], tuple[Tensor, SampleStats]],
     number: int,
     ranks: Ranks,
-    kept: _Partial,
+    kept: PartialResults,
     bar: Progress | None,
 ) -> None:
     tally = kept.tally
@@ -182,74 +182,9 @@ def _one_pass(
     for batch in batches:
         indices, stats = scored(batch)
         tally.add(indices, stats, number)
-        kept.now_and_then()
+        kept.save_if_due()
         if bar is not None and task is not None:
             bar.advance(task)
-
-
-class _Partial:
-    """The partial results: each rank writes one file, and reads those of all ranks.
-
-    Args:
-        path: the file name without the rank; None keeps no partial results.
-        tally: the stats to save.
-        facts: what a run must have in common with the saved one to continue from it.
-        ranks: the ranks that score together.
-        every: seconds between two partial results.
-    """
-
-    def __init__(
-        self, path: Path | None, tally: Tally, facts: dict[str, Any], ranks: Ranks, every: float
-    ) -> None:
-        if not is_real(every) or not every >= 0:
-            raise ValueError(f"save_every must be a number of seconds, got {every!r}")
-        self.tally = tally
-        self._path = self._own = path
-        self._facts = facts
-        self._every = every
-        self._due = time.monotonic() + every
-        self._read: list[Path] = []
-        if path is not None and ranks.size > 1:
-            self._own = path.with_name(f"{path.name}.{ranks.rank}-of-{ranks.size}")
-
-    def load(self) -> None:
-        if self._path is None:
-            return
-        name = self._path.name
-        self._read = sorted(
-            path
-            for path in self._path.parent.iterdir()
-            if path.name == name or re.fullmatch(rf"{re.escape(name)}\.\d+-of-\d+", path.name)
-        )
-        for path in self._read:
-            self.tally.load(path, self._facts)
-
-    def now_and_then(self) -> None:
-        if self._own is None or time.monotonic() < self._due:
-            return
-        began = time.monotonic()
-        self.tally.save(self._own, self._facts)
-        took = time.monotonic() - began
-        self._due = time.monotonic() + (
-            max(self._every, took / _SAVING_SHARE) if self._every else 0
-        )
-
-    @contextmanager
-    def saved(self) -> Iterator[None]:
-        """Saves once more when the block ends, even by an exception."""
-        try:
-            yield
-        except BaseException:
-            if self._own is not None and self.tally.whole:
-                with suppress(Exception):  # the user must see the exception that ended the block
-                    self.tally.save(self._own, self._facts)
-            raise
-        if self._own is not None:
-            self.tally.save(self._own, self._facts)
-
-    def remove(self) -> None:
-        for path in {*self._read, *([] if self._own is None else [self._own])}:
-            path.unlink(missing_ok=True)  # another rank may have removed it already
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -266,23 +201,17 @@ def _checked_num_samples(num_samples: int | None, loader: Iterable[Any]) -> int:
                 f"{type(dataset).__name__}"
             )
         num_samples = known
-    if not is_plain_int(num_samples) or num_samples < 1:
-        raise ValueError(f"num_samples must be an int of at least 1, got {num_samples!r}")
+    num_samples = checked_at_least("num_samples", num_samples, 1)
     if known is not None and num_samples != known:
         raise ValueError(f"num_samples must be {known}, the loader's, got {num_samples}")
     return num_samples
 
 
-def _check_callables(model: Any, score_batch: Any) -> None:
+def _require_callables(model: Any, score_batch: Any) -> None:
     if not callable(model):
         raise TypeError(f"model must be callable, got {model!r}")
     if score_batch is not None and not callable(score_batch):
         raise TypeError(f"score_batch must be a function or None, got {score_batch!r}")
-
-
-def _check_passes(passes: int) -> None:
-    if not is_plain_int(passes) or passes < 1:
-        raise ValueError(f"passes must be an int of at least 1, got {passes!r}")
 
 
 def _checked_shift(
@@ -320,9 +249,8 @@ def _checked_columns(stats: Sequence[str]) -> list[str]:
     return names
 
 
-def _check_rule(rule: Rule, num_samples: int) -> None:
-    if not isinstance(rule, Rule):
-        raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+def _require_usable(rule: Rule, num_samples: int) -> None:
+    require_rule(rule)
     missing = [name for name in rule.reads if name not in SampleStats._fields]
     if missing:
         raise ValueError(
@@ -376,17 +304,6 @@ def _digest(model: Any) -> str:
 
 
 @contextmanager
-def _together(process_group: Any, what: str) -> Iterator[None]:
-    """Raises an error of one rank in the block on all ranks, so that none waits for it."""
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        problem = error
-    Ranks(process_group, torch.device("cpu"), f"score_dataset, {what}", {}, error=problem)
-
-
-@contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
     """Eval mode without gradients; afterwards restores the mode of each module."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
@@ -428,7 +345,7 @@ def _bar(shown: bool) -> Iterator[Progress | None]:
         yield bar
 
 
-def _check_complete(tally: Tally, passes: int) -> None:
+def _require_complete(tally: Tally, passes: int) -> None:
     missing = (tally.done < passes).nonzero()[:, 0]
     if len(missing):
         raise ValueError(
@@ -443,12 +360,9 @@ def _write(
     scores = single_visit_scores(rule, stats)
     none = torch.isnan(scores).nonzero()[:, 0]
     if len(none):
-        warnings.warn(
+        warn(
             f"{len(none)} of {len(scores)} samples have no score, the first of them {int(none[0])}:"
-            " a stat is not finite, or no position is valid; they are NaN in "
-            f"{path}",
-            EmpFastWarning,
-            stacklevel=3,
+            f" a stat is not finite, or no position is valid; they are NaN in {path}"
         )
     fields = {name: getattr(stats, name).cpu().numpy() for name in columns}
     write_columns(path, {"score": scores.cpu().numpy(), **fields}, overwrite=overwrite)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.candidates import Candidates, groups_of
 from emp_fast.distributed.replicas import Replicas
 from emp_fast.functional import SampleStats
@@ -27,6 +26,9 @@ from emp_fast.snapshot_checks import (
     require_state,
     store_facts,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["ScoreStore"]
 
@@ -207,17 +209,15 @@ class ScoreStore:
                 "updates did not and were refused"
             )
         if nonfinite > self._warned:
-            warnings.warn(
+            warn(
                 f"{nonfinite - self._warned} non-finite stats were refused since the last "
-                "selection; their samples keep their last score",
-                EmpFastWarning,
-                stacklevel=3,
+                "selection; their samples keep their last score"
             )
             self._warned = nonfinite
 
     # ---- distributed ----------------------------------------------------------------------------
 
-    def merge(self, process_group: Any = None) -> None:
+    def merge(self, process_group: ProcessGroup | None = None) -> None:
         """Exchanges the updates of all ranks, after which all hold the same state bit for bit.
 
         Collective. Between merges the ranks should train on disjoint samples. A sample that several

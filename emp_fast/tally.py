@@ -1,8 +1,11 @@
-"""The stats of a data set while it is being scored: sums over passes, and the progress."""
+"""The stats of a data set while it is being scored: sums over passes, and their partial results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emp_fast._validation import is_real
 from emp_fast.distributed.ranks import Ranks
 from emp_fast.files import FileProblem, write_atomically
 from emp_fast.functional import SampleStats
 from emp_fast.snapshot_checks import Form, require_form
 
-__all__ = ["Tally"]
+__all__ = ["PartialResults", "Tally"]
 
 _FORMAT = 1
+_SAVING_SHARE = 0.05  # largest share of the time that goes into saving partial results
 _SUMMED = ("loss", "entropy", "el2n", "margin", "confidence")
 
 
@@ -144,7 +149,7 @@ class Tally:
                 name for name in facts if not sound or theirs.get(name) != facts[name]
             )
             if not differing:  # otherwise the tensors may have another size
-                self._check_fits(done, tensors)
+                self._require_fits(done, tensors)
         except Exception as error:  # a damaged file can raise nearly anything
             raise FileProblem(
                 f"{path} is not a sound partial result; delete it to start anew: {error}"
@@ -160,8 +165,83 @@ class Tally:
             theirs_here = tensors[name].to(tensor.device)
             tensor.copy_(torch.where(ahead.to(tensor.device), theirs_here, tensor))
 
-    def _check_fits(self, done: object, tensors: Mapping[str, object]) -> None:
+    def _require_fits(self, done: object, tensors: Mapping[str, object]) -> None:
         """Raises ValueError or KeyError unless these can replace the tensors of this tally."""
         require_form("done", done, Form.of(self.done))
         for name, tensor in self._tensors.items():
             require_form(name, tensors[name], Form.of(tensor))
+
+
+class PartialResults:
+    """Files of a tally that is not complete: each rank writes one, and reads those of all ranks.
+
+    Args:
+        path: the file name without the rank; None keeps no partial results.
+        tally: the stats to save.
+        facts: what a run must have in common with the saved one to continue from it.
+        ranks: the ranks that score together.
+        every: seconds between two partial results.
+
+    Raises:
+        ValueError: ``every`` is not a number of seconds.
+    """
+
+    def __init__(
+        self, path: Path | None, tally: Tally, facts: Mapping[str, Any], ranks: Ranks, every: float
+    ) -> None:
+        if not is_real(every) or not every >= 0:
+            raise ValueError(f"save_every must be a number of seconds, got {every!r}")
+        self.tally = tally
+        self._path = self._own = path
+        self._facts = facts
+        self._every = every
+        self._due = time.monotonic() + every
+        self._read: list[Path] = []
+        if path is not None and ranks.size > 1:
+            self._own = path.with_name(f"{path.name}.{ranks.rank}-of-{ranks.size}")
+
+    def load(self) -> None:
+        """Takes over the files of an earlier run, of any number of ranks.
+
+        Raises:
+            FileProblem: as `Tally.load`.
+        """
+        if self._path is None:
+            return
+        name = self._path.name
+        self._read = sorted(
+            path
+            for path in self._path.parent.iterdir()
+            if path.name == name or re.fullmatch(rf"{re.escape(name)}\.\d+-of-\d+", path.name)
+        )
+        for path in self._read:
+            self.tally.load(path, self._facts)
+
+    def save_if_due(self) -> None:
+        """Saves if the last time is long enough ago, also compared with the time that it took."""
+        if self._own is None or time.monotonic() < self._due:
+            return
+        began = time.monotonic()
+        self.tally.save(self._own, self._facts)
+        took = time.monotonic() - began
+        self._due = time.monotonic() + (
+            max(self._every, took / _SAVING_SHARE) if self._every else 0
+        )
+
+    @contextmanager
+    def saved_at_the_end(self) -> Iterator[None]:
+        """Saves once more when the block ends, even by an exception."""
+        try:
+            yield
+        except BaseException:
+            if self._own is not None and self.tally.whole:
+                with suppress(Exception):  # the user must see the exception that ended the block
+                    self.tally.save(self._own, self._facts)
+            raise
+        if self._own is not None:
+            self.tally.save(self._own, self._facts)
+
+    def remove(self) -> None:
+        """Removes the files that were read or written; the results are complete."""
+        for path in {*self._read, *([] if self._own is None else [self._own])}:
+            path.unlink(missing_ok=True)  # another rank may have removed it already

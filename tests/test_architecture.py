@@ -42,7 +42,7 @@ def imported_by(name: str, known: dict[str, Path]) -> set[str]:
 def test_imports_make_no_circle() -> None:
     known = modules()
     graph = {name: imported_by(name, known) for name in known}
-    assert graph["emp_fast.samplers"] >= {"emp_fast.epochs", "emp_fast.distributed.ranks"}
+    assert graph["emp_fast.samplers"] >= {"emp_fast.progress", "emp_fast.distributed.ranks"}
     assert any(graph[name] for name in graph if name.startswith("emp_fast.kernels."))
     TopologicalSorter(graph).prepare()  # a CycleError names the circle
 
@@ -108,7 +108,7 @@ def test_what_stands_on_the_state_uses_no_private_name_of_another(name: str) -> 
 
 def test_the_parts_of_a_run_stand_on_the_state() -> None:
     found = stands_on_the_state()
-    parts = ("distributed.sharded_store", "store", "epochs", "samplers", "pruner", "static")
+    parts = ("distributed.sharded_store", "store", "progress", "samplers", "pruner", "static")
     assert {f"emp_fast.{part}" for part in parts} <= {*found}
     assert "emp_fast.functional" not in found
 

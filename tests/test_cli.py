@@ -315,7 +315,8 @@ def test_select_checks_what_the_policy_chose(file, monkeypatch):
         def choose(self, candidates, quotas):
             return torch.ones(len(candidates), dtype=torch.bool), None
 
-    monkeypatch.setattr("emp_fast.policies.TopK", All)
+    table = sys.modules["emp_fast.cli.select"]._POLICIES
+    monkeypatch.setitem(table, "topk", (All, ()))
     message = refused("select", file, file.parent / "kept.npy", "--k", 300)
     assert "must choose 300 samples, but All() chose 1009" in message
     assert not (file.parent / "kept.npy").exists()
@@ -529,7 +530,9 @@ def test_select_refuses_a_folder_of_parquet_files_and_one_without_columns(tmp_pa
 
 def test_select_without_pyarrow_says_what_to_install(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    wanted = "need pyarrow, which is not installed: pip install 'emp_fast[parquet]'"
+    wanted = (
+        "a .parquet file needs pyarrow, which is not installed: pip install 'emp_fast[parquet]'"
+    )
     assert wanted in refused("select", file, file.parent / "kept.parquet", "--k", 3)
     assert wanted in refused("select", file.with_suffix(".parquet"), file, "--k", 3, "--overwrite")
 
@@ -635,7 +638,7 @@ def test_demo_without_matplotlib_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     options = ("--quick", "--epochs", 1, "--seeds", 1, "--methods", "full")
     result = run("demo", *options, "--output", tmp_path)
-    assert "No plot: plots need matplotlib" in result.stderr
+    assert "No plot: a plot needs matplotlib" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["digits.json"]
 
 

@@ -211,8 +211,9 @@ def merge_says_when_every_rank_trains_on_everything(rank: int, size: int) -> Non
     if size == 1:
         store.merge()
         return
-    with pytest.warns(emp_fast.EmpFastWarning, match="sampler sharded"):
+    with pytest.warns(emp_fast.EmpFastWarning, match="sampler sharded") as caught:
         store.merge()
+    assert caught[0].filename == __file__
 
 
 @ranks_check
@@ -372,7 +373,7 @@ def any_number_of_ranks_selects_the_same(rank: int, size: int) -> None:
     policies = emp_fast.policies
     for policy in (policies.TopK(), policies.EpsilonGreedy(0.2), policies.BelowMean(0.5)):
         pruner, alone = emp_fast.Pruner(N, 0.4, policy=policy, seed=3), emp_fast.ScoreStore(N)
-        k = 602 if policy.takes_budget else None
+        k = 602 if policy.budget != "none" else None
         for epoch in range(3):
             mine = torch.tensor(list(pruner.distributed_sampler()))
             selected = alone.select(k, policy, epoch=epoch, seed=3)
@@ -480,7 +481,7 @@ def test_data_travels_from_a_device_that_serves_every_rank(
     monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(collectives.Ranks, "all_gather", gather)
-    ranks = collectives.Ranks(None, torch.device(data), "test", {})
+    ranks = collectives.Ranks.open(None, torch.device(data), "test", {})
     assert met_on == [neutral]
     assert str(ranks._device) == chosen
 

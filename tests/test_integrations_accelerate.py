@@ -107,6 +107,19 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(saved_at, tmp_path):
     assert torch.equal(second.model.weight, whole.model.weight)
 
 
+def test_a_plain_loader_beside_the_prepared_one_resumes_by_itself(tmp_path):
+    first = Run(Pruner(N, 0.5))
+    first.train(epochs=1, steps=2)
+    pruner = Pruner(N, 0.5)
+    loader = make_loader(pruner.sampler)
+    prepare_loader(Accelerator(cpu=True), pruner, loader)
+    assert not pruner.sampler.whole
+    assert loader.sampler is loader.batch_sampler.sampler is pruner.sampler
+    pruner.load_state_dict(first.pruner.state_dict())
+    left = pruner.selection.indices.numel() - 8
+    assert [len(indices) for _, indices in loader] == [left]
+
+
 def test_what_drop_last_dropped_is_not_trained_on_by_a_resumed_run(tmp_path):
     first = Run(Pruner(N, 0.5), drop_last=True)
     first.train(epochs=1)

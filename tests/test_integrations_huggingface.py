@@ -386,7 +386,7 @@ def test_the_checkpoint_loads_weights_only_and_a_damaged_one_changes_nothing(tmp
 
 
 def test_the_lengths_must_agree(tmp_path):
-    with pytest.raises(ValueError, match="must have the 21 samples of the pruner, got 22 samples"):
+    with pytest.raises(ValueError, match="must have the 21 samples of the pruner, got 22"):
         trainer_of(CLASSES, tmp_path, Pruner(N - 1, 0.5)).train()
 
 

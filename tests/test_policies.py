@@ -109,7 +109,7 @@ def test_every_backend_selects_the_same(policy, labelled):
     scores = torch.randn(5000, generator=generator).round(decimals=2)  # with many ties
     visited = torch.rand(5000, generator=generator) < 0.9
     labels = torch.randint(6, (5000,), generator=generator) if labelled else None
-    k = 1700 if policy.takes_budget else None
+    k = 1700 if policy.budget != "none" else None
     selections = []
     for backend in ("reference", "cpu"):
         with emp_fast.use_backend(backend):
@@ -132,7 +132,7 @@ def test_every_thread_count_selects_the_same(policy):
     before, selections = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        k = 50_000 if policy.takes_budget else None
+        k = 50_000 if policy.budget != "none" else None
         selections.append(store.select(k, policy, labels=labels, epoch=2, seed=9))
     torch.set_num_threads(before)
     for selection in selections[1:]:
@@ -447,13 +447,38 @@ def test_what_a_users_own_policy_chose_is_checked(chosen, message):
 
 def test_a_users_own_policy_that_fixes_its_number_must_choose_something():
     class Nothing(Policy):
-        sizes_itself = True
+        budget = "none"
 
         def choose(self, candidates, quotas):
             return torch.zeros(len(candidates), dtype=torch.bool), None
 
     with pytest.raises(ValueError, match=r"must choose at least one sample, but .* chose 0"):
         ScoreStore(4).select(None, Nothing())
+
+
+def test_a_users_own_policy_says_whether_it_takes_a_budget():
+    class Half(Policy):
+        budget = "optional"
+
+        def choose(self, candidates, quotas):
+            quotas = [size // 2 for size in candidates.sizes] if quotas is None else quotas
+            return candidates.top(candidates.scores, None, quotas), None
+
+    class Odd(Half):
+        budget = "half"
+
+    store = ScoreStore(4)
+    assert len(store.select(None, Half()).indices) == 2
+    assert len(store.select(3, Half()).indices) == 3
+    with pytest.raises(ValueError, match=r"policy\.budget must be one of 'req.*, got 'half'"):
+        store.select(3, Odd())
+
+
+def test_a_prune_rate_fits_the_largest_fraction_of_the_policy():
+    message = r"prune_rate must be at least 0\.6 for Window.*at most 0\.4 .*; got 0\.5"
+    with pytest.raises(ValueError, match=message):
+        emp_fast.Pruner(10, 0.5, policy=Window(0.3, 0.7))
+    assert emp_fast.Pruner(10, 0.6, policy=Window(0.3, 0.7)).schedule.budget(0) == 4
 
 
 @pytest.mark.parametrize(("score", "temperature"), [(torch.inf, 1.0), (1e7, 1.0), (2.0, 1e-7)])

@@ -264,6 +264,16 @@ def test_numbers_may_be_numpys():
     plain.load_state_dict(torch.load(state, weights_only=True))
 
 
+def test_a_prune_rate_of_numpy_is_a_python_number():
+    for rate in (np.float32(0.75), np.float64(0.75)):
+        pruner = Pruner(N, rate)
+        assert repr(pruner) == repr(Pruner(N, 0.75))
+        assert type(pruner.schedule.rate) is float
+    assert type(Pruner(N, np.int64(0)).schedule.rate) is int
+    with pytest.raises(ValueError, match=r"prune_rate must lie in \[0, 1\), got 1\.0"):
+        Pruner(N, np.float32(1))
+
+
 def test_epochs_differ_in_order_and_runs_do_not():
     runs = []
     for seed in (0, 0, 1):
@@ -642,13 +652,13 @@ def test_samplers_say_what_they_are_of():
             "stats must be SampleStats or a mapping",
         ),
         (
-            lambda: Pruner(N).mean_loss(torch.ones(2), torch.arange(2)),
+            lambda: Pruner(N).mean_loss(torch.arange(2), torch.ones(2)),
             TypeError,
             "stats must be SampleStats",
         ),
         (
             lambda: Pruner(N).mean_loss(
-                cross_entropy(torch.zeros(2, 3), torch.arange(2)), torch.arange(1)
+                torch.arange(1), cross_entropy(torch.zeros(2, 3), torch.arange(2))
             ),
             ValueError,
             r"indices must have shape \(2,\) to go with stats, got \(1,\)",
@@ -676,7 +686,7 @@ def test_compiles_as_one_graph_around_the_model():
     x, target, indices = torch.randn(8, 4), torch.arange(8) % 3, torch.arange(8)
     stats = loss_of_batch(x, target)
     pruner.update(indices, stats)
-    pruner.mean_loss(stats, indices).backward()
+    pruner.mean_loss(indices, stats).backward()
     assert model.weight.grad is not None
 
 

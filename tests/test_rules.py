@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emp_fast import Policy, Pruner, Rule, ScoreStore, rules
+from emp_fast.policies import BelowMean, EpsilonGreedy, GumbelTopK, Stratified, Window
 from emp_fast.rules import (
     AUM,
     EL2N,
@@ -262,8 +263,47 @@ def test_the_repr_of_settings() -> None:
     )
     assert repr(Weighted(torch.tensor(0.5))).startswith("Weighted(weights=<float32 [], ")
     assert repr(RHO(torch.arange(5) / 5)) == (
-        "RHO(irreducible=<5 losses, afb40e90ab96ace0>, decay=0.0)"
+        "RHO(irreducible=<float32 [5], afb40e90ab96ace0>, decay=0.0)"
     )
+
+
+@pytest.mark.parametrize(
+    ("numpys", "plain"),
+    [
+        (EMP(np.float32(0.5), decay=np.float64(0.25)), EMP(0.5, 0.25)),
+        (EMP(np.int64(2)), EMP(2)),
+        (Loss(np.float16(0.5)), Loss(0.5)),
+        (UCB(c=np.float32(2), decay=np.float32(0.5)), UCB(2.0, 0.5)),
+        (DynUnc(np.uint8(3)), DynUnc(3)),
+        (RHO(torch.zeros(4), np.float32(0.5)), RHO(torch.zeros(4), 0.5)),
+        (Window(np.float32(0.25), high=np.float64(0.75)), Window(0.25, 0.75)),
+        (Stratified(np.int32(7), np.float32(0.5)), Stratified(7, 0.5)),
+        (GumbelTopK(np.float64(2)), GumbelTopK(2.0)),
+        (EpsilonGreedy(np.float32(0.5)), EpsilonGreedy(0.5)),
+        (BelowMean(np.float32(0.5)), BelowMean(0.5)),
+    ],
+    ids=repr,
+)
+def test_numpys_numbers_become_pythons(numpys: Rule | Policy, plain: Rule | Policy) -> None:
+    """The repr, by which checkpoints and ranks tell them apart, has no trace of NumPy."""
+    assert repr(numpys) == repr(plain)
+    settings = [value for value in vars(numpys).values() if not isinstance(value, torch.Tensor)]
+    assert {type(value) for value in settings} <= {int, float}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EMP(np.float32("nan")), r"beta must be a finite number, got .*nan"),
+        (lambda: Loss(np.bool_(False)), r"decay must lie in \[0, 1\), got .*False"),
+        (lambda: Loss(np.zeros(1)), r"decay must lie in \[0, 1\), got array"),
+        (lambda: DynUnc(np.float64(3)), r"window must be an int of at least 2, got .*3\.0"),
+        (lambda: DynUnc(np.int64(1)), r"window must be an int of at least 2, got .*1"),
+    ],
+)
+def test_other_values_of_numpy_are_refused(make: Callable[[], Rule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_a_dataclass_keeps_a_repr_of_its_own() -> None:

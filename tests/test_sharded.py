@@ -263,7 +263,7 @@ def every_policy_selects_what_one_store_selects(rank: int, size: int, group: Any
         assert_own_rows_equal(store, alone)
         own_labels = labels[store.owned_range.start : store.owned_range.stop]
         for number, policy in enumerate(POLICIES):
-            k = (377 - 40 * number) if policy.takes_budget else None
+            k = (377 - 40 * number) if policy.budget != "none" else None
             how: dict[str, Any] = {"epoch": number, "seed": -3}
             if labelled:
                 how["balance"] = "equal" if number % 2 else "proportional"
@@ -285,7 +285,7 @@ def every_policy_selects_what_one_store_selects(rank: int, size: int, group: Any
 def nothing_visited_and_everything_equal(rank: int, size: int, group: Any) -> None:
     store, alone = ShardedScoreStore(N, process_group=group), ScoreStore(N)
     for policy in POLICIES:
-        if policy.takes_budget:
+        if policy.budget != "none":
             continue
         assert_own_part_equal(store, store.select(None, policy), alone.select(None, policy))
     assert_own_part_equal(store, store.select(30), alone.select(30))
@@ -294,7 +294,7 @@ def nothing_visited_and_everything_equal(rank: int, size: int, group: Any) -> No
     store.update(batch, {"loss": equal, "entropy": equal})
     alone.update(batch, {"loss": equal, "entropy": equal})
     for policy in POLICIES:
-        k = 100 if policy.takes_budget else None
+        k = 100 if policy.budget != "none" else None
         assert_own_part_equal(store, store.select(k, policy), alone.select(k, policy))
 
 
@@ -342,7 +342,7 @@ def selection_sends_at_most_3_mb_a_rank_whatever_n_is(rank: int, size: int, grou
             for policy in POLICIES:
                 if classes > 1 and not isinstance(policy, (TopK, Window)):
                     continue  # those two search least and most often
-                k = n // 4 if policy.takes_budget else None
+                k = n // 4 if policy.budget != "none" else None
                 with counted_bytes() as counts:
                     store.select(k, policy, labels=labels)
                 sent[n, classes, repr(policy)] = counts["bytes"]

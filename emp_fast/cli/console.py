@@ -113,7 +113,7 @@ def _end(error: Exception) -> NoReturn:
         sys.exit(_INTERRUPTED)
     if isinstance(error, _UsageProblem):
         message = error.format_message()
-    elif isinstance(error, (InputError, FileProblem, BackendError)):
+    elif isinstance(error, (InputError, FileProblem, BackendError, ModuleNotFoundError)):
         message = str(error)
     else:
         raise error

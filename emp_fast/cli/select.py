@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, cast, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from emp_fast import policies
 from emp_fast.candidates import Candidates
 from emp_fast.cli.console import InputError
-from emp_fast.files import check_writable, read_vector
+from emp_fast.files import read_vector, require_writable
 from emp_fast.policies import Policy, choose
 from emp_fast.quotas import Balance
 from emp_fast.selection import WRITABLE, Selection, load_dataset
@@ -24,17 +24,15 @@ __all__ = ["select"]
 _FLOAT64_POLICIES = ("topk", "random", "epsilon-greedy")  # the others work in float32
 _EXACT_INTEGERS = 2**53
 
-_Number = float | int | None
-
-#: The choices of --policy, and the options from which they take their numbers.
-_POLICIES: dict[str, Callable[[dict[str, _Number]], Policy]] = {
-    "topk": lambda given: policies.TopK(),
-    "random": lambda given: policies.Random(),
-    "epsilon-greedy": lambda given: policies.EpsilonGreedy(**_named(given, "eps")),
-    "gumbel": lambda given: policies.GumbelTopK(**_named(given, "temperature")),
-    "below-mean": lambda given: policies.BelowMean(**_named(given, "keep")),
-    "stratified": lambda given: policies.Stratified(**_named(given, "bins", "cutoff")),
-    "window": lambda given: policies.Window(**_named(given, "low", "high")),
+#: The choices of --policy: what makes the policy, and the options from which it takes its numbers.
+_POLICIES: dict[str, tuple[Callable[..., Policy], tuple[str, ...]]] = {
+    "topk": (policies.TopK, ()),
+    "random": (policies.Random, ()),
+    "epsilon-greedy": (policies.EpsilonGreedy, ("eps",)),
+    "gumbel": (policies.GumbelTopK, ("temperature",)),
+    "below-mean": (policies.BelowMean, ("keep",)),
+    "stratified": (policies.Stratified, ("bins", "cutoff")),
+    "window": (policies.Window, ("low", "high")),
 }
 
 
@@ -136,7 +134,7 @@ def select(
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists already; --overwrite replaces it")
     if dataset is None:
-        check_writable(output, WRITABLE, overwrite=True)
+        require_writable(output, WRITABLE, overwrite=True)
     numbers = {
         "eps": eps,
         "temperature": temperature,
@@ -147,7 +145,7 @@ def select(
     }
     chosen = _policy(policy, numbers, keep, k)
     values, rounded = _scores(scores, column, policy, allow_nan)
-    budget = _budget(len(values), keep, k, chosen) if chosen.takes_budget else None
+    budget = _budget(len(values), keep, k, chosen) if chosen.budget != "none" else None
     groups, num_groups = (None, 1) if labels is None else _labels(labels, label_column, len(values))
     candidates = Candidates(
         values, torch.ones_like(values, dtype=torch.bool), groups, num_groups, seed=seed
@@ -176,35 +174,34 @@ def _export(
                 f"got {len(whole):,}"
             )
         kept.export(whole, output, overwrite=overwrite)
-    except (ImportError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
 
 
 # ---- arguments ----------------------------------------------------------------------------------
 
 
-def _policy(name: str, numbers: dict[str, _Number], keep: float | None, k: int | None) -> Policy:
+def _policy(
+    name: str, numbers: dict[str, float | int | None], keep: float | None, k: int | None
+) -> Policy:
     if name not in _POLICIES:
         raise InputError(f"--policy must be one of {', '.join(_POLICIES)}, got {name!r}")
-    given = {**numbers, "keep": keep if name == "below-mean" else None}
-    taken: dict[str, _Number] = dict(given)
+    make, options = _POLICIES[name]
+    if "keep" in options:  # for the other policies it is the budget
+        numbers = {**numbers, "keep": keep}
+    given = {option: value for option, value in numbers.items() if value is not None}
+    for option in given:
+        if option not in options:
+            raise InputError(f"--{option} means nothing to --policy {name}, got {given[option]}")
     try:
-        policy = _POLICIES[name](taken)
+        policy = make(**given)  # the policies have defaults for the rest
     except ValueError as error:
         raise InputError(f"--policy {name}: {error}") from error
-    for option, value in taken.items():
-        if value is not None:
-            raise InputError(f"--{option} means nothing to --policy {name}, got {value}")
-    if not policy.takes_budget and k is not None:
+    if policy.budget == "none" and k is not None:
         raise InputError(
             f"--k means nothing to --policy {name}, which fixes its own number, got {k}"
         )
     return policy
-
-
-def _named(given: dict[str, _Number], *names: str) -> dict[str, Any]:
-    """Removes the options with these names from ``given``; policies have defaults for the rest."""
-    return {name: value for name in names if (value := given.pop(name)) is not None}
 
 
 def _budget(num_samples: int, keep: float | None, k: int | None, policy: Policy) -> int | None:
@@ -212,7 +209,7 @@ def _budget(num_samples: int, keep: float | None, k: int | None, policy: Policy)
         raise InputError(f"give --keep or --k, not both; got --keep {keep} and --k {k}")
     if k is None:
         if keep is None:
-            if policy.sizes_itself:
+            if policy.budget == "optional":
                 return None
             raise InputError("either --keep or --k must say how many samples to keep")
         if not 0 < keep <= 1:

@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from emp_fast._optional import needs
+
 __all__ = ["DATASETS", "ImageData", "load"]
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
@@ -61,13 +63,8 @@ def load(name: str, root: Path | None = None) -> ImageData:
 def _digits(root: Path | None) -> ImageData:
     if root is not None:
         raise ValueError(f"digits come with scikit-learn and take no root, got {str(root)!r}")
-    try:
+    with needs("the data set digits", "scikit-learn", extra="demo", module="sklearn"):
         from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the digits come with scikit-learn, which is not installed: "
-            "pip install 'emp_fast[demo]'"
-        ) from error
     bunch = load_digits()
     images = np.asarray(bunch.images, dtype=np.float32)[:, None]
     labels = np.asarray(bunch.target, dtype=np.int64)

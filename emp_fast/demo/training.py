@@ -169,7 +169,11 @@ def train(
     scores = kept = None
     if pruner is not None:
         scores = pruner.store.scores.cpu()
-        k = round((1 - settings.prune_rate) * num_samples) if pruner.policy.takes_budget else None
+        k = (
+            round((1 - settings.prune_rate) * num_samples)
+            if pruner.policy.budget != "none"
+            else None
+        )
         kept = pruner.store.select(
             k, pruner.policy, epoch=pruner.epoch + 1, seed=seed
         ).indices.cpu()

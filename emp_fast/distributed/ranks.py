@@ -9,11 +9,14 @@ import hashlib
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 if dist.is_available() and not dist.is_initialized():
     # The functions of this module take the default group at import time as a default argument.
@@ -21,13 +24,13 @@ if dist.is_available() and not dist.is_initialized():
     # Gloo's threads, and one that still frees a tensor as Python exits aborts the process.
     import torch.distributed.nn.functional
 
-__all__ = ["BatchHeader", "Ranks", "rank_of", "same_group", "world_size_of"]
+__all__ = ["BatchHeader", "Ranks", "rank_of", "same_group", "together", "world_size_of"]
 
 _WORDS = 4  # int64 words of a SHA-256
 _SHARED_ERRORS = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
 
 
-def world_size_of(process_group: Any = None) -> int:
+def world_size_of(process_group: ProcessGroup | None = None) -> int:
     """Size of the group (None: the default one); 1 while torch.distributed is not initialised."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
@@ -40,12 +43,12 @@ def world_size_of(process_group: Any = None) -> int:
     return size
 
 
-def rank_of(process_group: Any = None) -> int:
+def rank_of(process_group: ProcessGroup | None = None) -> int:
     """This process's rank in the group; 0 while torch.distributed is not initialised."""
     return dist.get_rank(process_group) if world_size_of(process_group) > 1 else 0
 
 
-def same_group(one: Any, other: Any) -> bool:
+def same_group(one: ProcessGroup | None, other: ProcessGroup | None) -> bool:
     """Whether two process groups are the same; None is the default group."""
     if not (dist.is_available() and dist.is_initialized()):
         return one is other
@@ -61,56 +64,70 @@ class BatchHeader(NamedTuple):
 
 
 class Ranks:
-    """One process's view of the group during one collective operation.
-
-    Every operation starts by exchanging the same small record. It shows whether ranks are in
-    different operations, or were given different arguments.
+    """One process's view of the group during one collective operation, begun by `Ranks.open`.
 
     Args:
         process_group: of torch.distributed; None is the default group.
-        device: where the data lives. It is sent from there if all ranks can do so, otherwise from
-            the host or from the current GPU, whichever the group serves.
         operation: name of the operation, for error messages.
-        facts: what all ranks must agree about, plain values by name.
-        error: what keeps this rank from taking part. It is raised here and, as the same type with
-            this rank's number, on all other ranks.
-        batch: what this rank tells of its batch, which may differ between ranks; None without one.
 
     Attributes:
         size: number of ranks.
         rank: of this process.
-        batches: every rank's ``batch``. The record carries them, which saves a collective.
-
-    Raises:
-        ValueError: this process is not in the group, the operation or ``facts`` differ between
-            ranks (raised on all of them, with the difference), or a rank had such an ``error``.
-        TypeError: a rank had such an ``error``.
-        IndexError: a rank had such an ``error``.
-        RuntimeError: a rank died or did not take part within the group's time-out, or had an
-            ``error`` of any other type.
+        batches: every rank's ``batch``.
     """
 
-    def __init__(
-        self,
-        process_group: Any,
+    def __init__(self, process_group: ProcessGroup | None, operation: str) -> None:
+        self.size = world_size_of(process_group)
+        self.rank = rank_of(process_group)
+        self.batches = [BatchHeader()]
+        self._group = process_group
+        self._operation = operation
+        self._device = torch.device("cpu")  # from which data is sent
+
+    @classmethod
+    def open(
+        cls,
+        process_group: ProcessGroup | None,
         device: torch.device,
         operation: str,
         facts: Mapping[str, object],
         *,
         error: Exception | None = None,
         batch: BatchHeader | None = None,
-    ) -> None:
-        self.size = world_size_of(process_group)
-        self.rank = rank_of(process_group)
+    ) -> Ranks:
+        """Begins an operation: all ranks exchange the same small record. Collective.
+
+        The record shows whether ranks are in different operations, or were given different
+        arguments.
+
+        Args:
+            process_group: of torch.distributed; None is the default group.
+            device: where the data lives. It is sent from there if all ranks can do so, otherwise
+                from the host or from the current GPU, whichever the group serves.
+            operation: name of the operation, for error messages.
+            facts: what all ranks must agree about, plain values by name.
+            error: what keeps this rank from taking part. It is raised here and, as the same type
+                with this rank's number, on all other ranks.
+            batch: what this rank tells of its batch, which may differ between ranks; None without
+                one. The record carries it, which saves a collective.
+
+        Raises:
+            ValueError: this process is not in the group, the operation or ``facts`` differ between
+                ranks (raised on all of them, with the difference), or a rank had such an ``error``.
+            TypeError: a rank had such an ``error``.
+            IndexError: a rank had such an ``error``.
+            RuntimeError: a rank died or did not take part within the group's time-out, or had an
+                ``error`` of any other type.
+        """
+        ranks = cls(process_group, operation)
         batch = batch or BatchHeader()
-        self.batches = [batch]
-        self._group = process_group
-        self._operation = operation
-        self._device = torch.device("cpu")
-        if self.size > 1:
-            self._open(device, {"operation": operation, **facts}, error, batch)
+        if ranks.size > 1:
+            ranks._exchange(device, {"operation": operation, **facts}, error, batch)
         elif error is not None:
             raise error
+        else:
+            ranks.batches = [batch]
+        return ranks
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's ``tensor``, on this rank's device; all must have one shape and dtype."""
@@ -170,7 +187,7 @@ class Ranks:
             dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
-    def _open(
+    def _exchange(
         self,
         device: torch.device,
         facts: Mapping[str, object],
@@ -231,7 +248,25 @@ class Ranks:
             ) from error
 
 
-def _device_types(process_group: Any) -> list[str]:
+@contextmanager
+def together(process_group: ProcessGroup | None, operation: str) -> Iterator[None]:
+    """Raises an error of one rank in the block on all ranks. The end of the block is collective.
+
+    Without this, the other ranks would wait for the failed one in their next operation.
+
+    Args:
+        process_group: of torch.distributed; None is the default group.
+        operation: names the block in error messages.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    Ranks.open(process_group, torch.device("cpu"), operation, {}, error=problem)
+
+
+def _device_types(process_group: ProcessGroup | None) -> list[str]:
     """Device types that the group's backends serve, such as "cpu" and "cuda"."""
     config = dist.get_backend_config(process_group)  # "cpu:gloo,cuda:nccl"
     return [part.split(":")[0] for part in config.split(",")]

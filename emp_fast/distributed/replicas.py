@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from emp_fast._validation import is_plain_int
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.distributed.merging import merge_rows
 from emp_fast.distributed.ranks import Ranks, rank_of, world_size_of
 from emp_fast.row_count import RowCount
 from emp_fast.sample_state import SampleState
 from emp_fast.snapshot_checks import Form, is_of_form, store_facts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Replicas"]
 
@@ -29,20 +31,20 @@ class Replicas:
 
     Attributes:
         process_group: the ranks that train together; None is the default group.
-        rows_seen: rows that all ranks together were given, as of the last merge.
+        merged_rows: rows that all ranks together were given, as of the last merge.
     """
 
     def __init__(self, samples: SampleState, rows: RowCount) -> None:
         self._samples = samples
         self._rows = rows
-        self.process_group: Any = None
-        self.rows_seen = 0
+        self.process_group: ProcessGroup | None = None
+        self.merged_rows = 0
         self._visits: Tensor | None = None  # [N] int32; None: all 0, or `_unknown`
         self._counters = [0, 0]
         self._unknown = False  # loaded before the group existed; nobody knows which visits are ours
 
     def merge(self, facts: Mapping[str, object]) -> None:
-        """See `ScoreStore.merge`. A warning names the line that called the caller's caller.
+        """See `ScoreStore.merge`.
 
         Args:
             facts: what else all ranks must agree about, plain values by name.
@@ -52,7 +54,7 @@ class Replicas:
         samples = self._samples
         tensors = samples.tensors()
         layout = [(name, str(t.dtype), tuple(t.shape[1:])) for name, t in sorted(tensors.items())]
-        ranks = Ranks(
+        ranks = Ranks.open(
             self.process_group,
             samples.device,
             "ScoreStore.merge",
@@ -70,21 +72,19 @@ class Replicas:
             )
         visits, counters = samples.state.visits, samples.state.counters
         refused = [now - then for now, then in zip(counters.tolist(), self._counters, strict=True)]
-        own = torch.tensor([self._rows.total - self.rows_seen, *refused], device="cpu")
+        own = torch.tensor([self._rows.total - self.merged_rows, *refused], device="cpu")
         rows, *refused = ranks.all_reduce(own).tolist()
         self._visits = self._merged_visits()
         rest = {k: t for k, t in tensors.items() if k not in ("visits", "counters")}
         changed, repeated = merge_rows(ranks, rest, visits, self._visits)
         self._counters = [then + new for then, new in zip(self._counters, refused, strict=True)]
         counters.copy_(torch.tensor(self._counters, device="cpu"))
-        self.rows_seen += rows
-        self._rows.total = self.rows_seen
+        self.merged_rows += rows
+        self._rows.total = self.merged_rows
         if repeated == changed > ranks.size:
-            warnings.warn(
+            warn(
                 f"all {changed} samples since the last merge were trained on by several ranks: is "
-                "the sampler sharded? Plain DDP needs pruner.distributed_sampler()",
-                EmpFastWarning,
-                stacklevel=4,
+                "the sampler sharded? Plain DDP needs pruner.distributed_sampler()"
             )
 
     def forget_out_of_range(self) -> None:
@@ -93,10 +93,10 @@ class Replicas:
 
     def _base_facts(self) -> dict[str, object]:
         """The state that the merge builds on, which must be known and equal on all ranks."""
-        if self._unknown and self._rows.total == self.rows_seen:
+        if self._unknown and self._rows.total == self.merged_rows:
             self._visits, self._unknown = self._samples.state.visits.clone(), False
-        base = "unknown" if self._unknown else self.rows_seen
-        return {"samples_seen_at_last_merge": base}
+        base = "unknown" if self._unknown else self.merged_rows
+        return {"rows merged so far": base}
 
     @torch.inference_mode(False)  # as for all state
     def _merged_visits(self) -> Tensor:
@@ -112,12 +112,12 @@ class Replicas:
         None if this rank has no updates of its own.
         """
         size = world_size_of(self.process_group)
-        if size == 1 or self._rows.total == self.rows_seen:
+        if size == 1 or self._rows.total == self.merged_rows:
             return None
         return {
             "rank": rank_of(self.process_group),
             "world_size": size,
-            "rows_seen_merged": self.rows_seen,
+            "merged_rows": self.merged_rows,
             "visits": self._merged_visits().clone(),
             "counters": list(self._counters),
         }
@@ -146,7 +146,7 @@ class Replicas:
             and isinstance(counters, (list, tuple))
             and len(counters) == 2
             and all(is_plain_int(count) for count in counters)
-            and is_plain_int(unmerged.get("rows_seen_merged"))
+            and is_plain_int(unmerged.get("merged_rows"))
         )
         if not fits:
             raise ValueError(f"state['unmerged'] is damaged: {unmerged!r}")
@@ -160,11 +160,11 @@ class Replicas:
         state = self._samples.state
         self._visits, self._unknown = None, False
         if unmerged is not None:
-            self.rows_seen = unmerged["rows_seen_merged"]
+            self.merged_rows = unmerged["merged_rows"]
             self._visits = unmerged["visits"].to(state.visits.device, copy=True)
             self._counters = list(unmerged["counters"])
             return
-        self.rows_seen = self._rows.total
+        self.merged_rows = self._rows.total
         self._counters = state.counters.tolist()
         if world_size_of(self.process_group) > 1:
             self._visits = state.visits.clone()

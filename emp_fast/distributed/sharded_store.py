@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emp_fast._validation import checked_integers
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.backends.checks import check_index_range
 from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
 from emp_fast.distributed.ranks import BatchHeader, Ranks, rank_of, same_group, world_size_of
@@ -25,6 +24,9 @@ from emp_fast.sample_state import SampleState, checked_indices, checked_store_ar
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_selection
 from emp_fast.snapshot_checks import checked_count, checked_tensors, require_entries, store_facts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["ShardedScoreStore"]
 
@@ -74,7 +76,7 @@ class ShardedScoreStore:
         self,
         num_samples: int,
         rule: Rule = EMP(),
-        process_group: Any = None,
+        process_group: ProcessGroup | None = None,
         *,
         device: torch.device | str | None = None,
     ) -> None:
@@ -281,14 +283,12 @@ class ShardedScoreStore:
         new = int(ranks.all_reduce(torch.tensor(refused - self._warned, device="cpu")))
         self._warned = refused
         if new:
-            warnings.warn(
+            warn(
                 f"{new} non-finite stats were refused on all ranks since the last selection; their "
-                "samples keep their last score",
-                EmpFastWarning,
-                stacklevel=3,
+                "samples keep their last score"
             )
 
-    def merge(self, process_group: Any = None) -> None:
+    def merge(self, process_group: ProcessGroup | None = None) -> None:
         """Does nothing: each sample's state lives on one rank, and `update` sends its rows there.
 
         Raises:
@@ -316,7 +316,7 @@ class ShardedScoreStore:
                 f"{size}; make it after torch.distributed is initialised"
             )
         common = {**self._facts(), "rows_seen": self.rows_seen}
-        return Ranks(
+        return Ranks.open(
             self._process_group,
             self.device,
             operation,
@@ -363,7 +363,7 @@ class ShardedScoreStore:
             (self._checked_piece(position, piece) for position, piece in enumerate(states)),
             key=lambda piece: (piece.start, piece.stop),
         )
-        self._check_coverage(pieces)
+        self._require_coverage(pieces)
         low, high = self.owned_range.start, self.owned_range.stop
         for name, tensor in self._shard.tensors().items():
             if name == "counters":  # go to the owner of a piece's first sample, so they count once
@@ -398,7 +398,7 @@ class ShardedScoreStore:
         saved = checked_tensors(f"{where}['tensors']", state.get("tensors"), forms)
         return _Piece(start, stop, rows_seen, saved)
 
-    def _check_coverage(self, pieces: list[_Piece]) -> None:
+    def _require_coverage(self, pieces: list[_Piece]) -> None:
         moments = sorted({piece.rows_seen for piece in pieces})
         if len(moments) > 1:
             raise ValueError(f"state must be of one moment, got rows_seen {moments}")

@@ -6,15 +6,7 @@ from collections.abc import Sized
 
 from emp_fast.pruner import Pruner
 
-__all__ = ["missing", "require_data_of", "require_one_length", "require_pruner"]
-
-
-def missing(module: str, library: str, extra: str) -> str:
-    """Message of an ImportError that says what to install."""
-    return (
-        f"emp_fast.integrations.{module} needs {library}, which is not installed: "
-        f"pip install 'emp_fast[{extra}]'"
-    )
+__all__ = ["require_data_of", "require_one_length", "require_pruner"]
 
 
 def require_pruner(pruner: object) -> None:

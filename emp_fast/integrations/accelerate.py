@@ -15,17 +15,17 @@ continues within its epoch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
-from emp_fast.integrations._common import missing, require_data_of, require_pruner
+from emp_fast._optional import needs
+from emp_fast.integrations._common import require_data_of, require_pruner
 from emp_fast.pruner import Pruner
 from emp_fast.samplers import EpochSampler
 
-try:
+with needs(__name__, "accelerate", extra="accelerate"):
     from accelerate import Accelerator
-except ImportError as error:
-    raise ImportError(missing("accelerate", "accelerate", "accelerate")) from error
 
 __all__ = ["PrunedLoader", "prepare_loader"]
 
@@ -63,10 +63,25 @@ def prepare_loader(accelerator: Accelerator, pruner: Pruner, loader: Any) -> Pru
             f"itself; got {sampler!r}"
         )
     require_data_of(pruner, getattr(loader, "dataset", None), "the data set of loader")
-    sampler.whole = True  # Accelerate itself skips the trained part of a resumed epoch
-    prepared = PrunedLoader(accelerator, pruner, accelerator.prepare(loader))
+    prepared = PrunedLoader(accelerator, pruner, accelerator.prepare(_of_whole_epochs(loader)))
     accelerator.register_for_checkpointing(prepared)
     return prepared
+
+
+def _of_whole_epochs(loader: Any) -> Any:
+    """A copy of the loader that gives a resumed epoch from its start.
+
+    Accelerate itself skips the part that is trained on. The loader and its sampler may also be used
+    without it, so they stay as they are.
+    """
+    sampler = copy.copy(loader.sampler)
+    sampler.whole = True
+    batches = copy.copy(loader.batch_sampler)
+    if batches is not None:
+        batches.sampler = sampler
+    copied = copy.copy(loader)
+    vars(copied).update(sampler=sampler, batch_sampler=batches)  # a DataLoader refuses setattr
+    return copied
 
 
 class PrunedLoader:
@@ -84,7 +99,7 @@ class PrunedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, position = self.pruner.progress.coming()
+        epoch, position = self.pruner.progress.next_start()
         # Accelerate counts the loader's own iterations, starting from 0 even in a resumed run.
         self.loader.set_epoch(epoch)
         # Only whole batches are skipped, so that the batches and the repeated tail are the same as

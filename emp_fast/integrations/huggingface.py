@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,18 +25,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from emp_fast import functional
+from emp_fast._optional import needs
 from emp_fast.checkpoints import load_checkpoint, save_checkpoint
 from emp_fast.data import SAMPLE_INDEX, IndexedDataset, with_indices
-from emp_fast.integrations._common import missing, require_one_length, require_pruner
+from emp_fast.integrations._common import require_data_of, require_one_length, require_pruner
 from emp_fast.pruner import Pruner
 from emp_fast.samplers import EpochSampler
 
-try:
+with needs(__name__, "transformers", extra="huggingface"):
     from transformers import Trainer
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-except ImportError as error:
-    raise ImportError(missing("huggingface", "transformers", "huggingface")) from error
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -127,13 +126,12 @@ class PrunerMixin(_Base):
             return super().get_train_dataloader()
 
     def _check_train_set(self) -> None:
-        known = self.pruner.store.num_samples
-        train_set = self.train_dataset
-        length = f"{len(train_set)} samples" if hasattr(train_set, "__len__") else "no length"
-        if length != f"{known} samples":
+        if not isinstance(self.train_dataset, Sized):
             raise ValueError(
-                f"train_dataset must have the {known} samples of the pruner, got {length}"
+                f"train_dataset must have the {self.pruner.store.num_samples} samples of the "
+                "pruner, got no length"
             )
+        require_data_of(self.pruner, self.train_dataset, "train_dataset")
         epochs = math.ceil(self.args.num_train_epochs) if self.args.max_steps < 0 else 1
         require_one_length(
             self.pruner,
@@ -166,7 +164,7 @@ class PrunerMixin(_Base):
     def num_examples(self, dataloader: Any) -> int:
         """Samples of one epoch."""
         if isinstance(dataloader.dataset, IndexedDataset):
-            return self.pruner.sampler.__len__()
+            return len(self.pruner.sampler)
         return super().num_examples(dataloader)  # type: ignore[no-any-return]
 
     # ---- loss -----------------------------------------------------------------------------------

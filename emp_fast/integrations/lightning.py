@@ -15,8 +15,8 @@ from typing import Any
 
 from torch.utils._pytree import tree_leaves
 
+from emp_fast._optional import needs
 from emp_fast.integrations._common import (
-    missing,
     require_data_of,
     require_one_length,
     require_pruner,
@@ -24,13 +24,11 @@ from emp_fast.integrations._common import (
 from emp_fast.pruner import Pruner
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
 
-try:
-    from lightning.pytorch import Callback
-except ImportError:
+with needs(__name__, "lightning", extra="lightning", module="pytorch_lightning"):
     try:
+        from lightning.pytorch import Callback
+    except ModuleNotFoundError:
         from pytorch_lightning import Callback
-    except ImportError as error:
-        raise ImportError(missing("lightning", "lightning", "lightning")) from error
 
 __all__ = ["PrunerCallback"]
 

@@ -222,7 +222,7 @@ def test_every_policy_selects_what_it_does_on_the_cpu(policy, balanced, backend,
                 visited,
                 {"loss": values[0, ::2].to(at), "entropy": values[1, ::2].to(at)},
             )
-            k = 3001 if policy.takes_budget else None
+            k = 3001 if policy.budget != "none" else None
             chosen.append(store.select(k, policy, labels=labels, epoch=2, seed=5))
     assert torch.equal(chosen[0].indices.cpu(), chosen[1].indices)
     assert (chosen[0].weights is None) == (chosen[1].weights is None)

@@ -1,17 +1,17 @@
-"""The epochs of a training run: their samples in order, and where the run stands in them.
+"""Where a training run stands: its epochs, their samples in order, and what has been trained on.
 
-A `Progress` is always in one of these states:
+A `Progress` is always in one `_State`. It decides where the next iteration of a sampler starts,
+unless `Progress.set_epoch` names another epoch:
 
-    not begun    there is no plan yet; `begin` makes the first
-    untouched    begun, but nothing of the epoch is trained on: `begin` continues it, so that
-                 ``next(iter(loader))`` and loaders that make several iterators cost no epoch
-    under way    some of the epoch's samples have been trained on
-    handed out   the epoch's last index has been yielded, whether trained on or not
-    resumed      by `Progress.restore`: `begin` continues at the saved position
+    not begun    at the first epoch, or at the one with which a saved run is to begin
+    resumed      at the saved position of an epoch that was saved when it was under way
+    untouched    where the iteration in progress began, so that ``next(iter(loader))`` and loaders
+                 that make several iterators cost no epoch
+    under way    at the next epoch
+    exhausted    at the next epoch
 
-From "under way" and "handed out", `begin` moves to the next epoch; from any state it moves to the
-epoch that `Progress.set_epoch` named. The rows that the store has counted tell what has been
-trained on, so a training step need not call anything here.
+The rows that the store has counted tell what has been trained on, so a training step need not call
+anything here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels
 from emp_fast.snapshot_checks import Form, checked_count, require_form
 from emp_fast.store import ScoreStore
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Plan", "Progress", "SavedProgress"]
 
@@ -81,11 +85,19 @@ class SavedProgress(NamedTuple):
     plan: Plan | None  # None if the epoch had not begun
 
 
+class _State(Enum):
+    NOT_BEGUN = auto()  # there is no plan yet
+    RESUMED = auto()  # there is the plan of a snapshot, but no iteration yet
+    UNTOUCHED = auto()  # nothing has been trained on since the iteration in progress began
+    UNDER_WAY = auto()  # something has been trained on since, and indices are left to yield
+    EXHAUSTED = auto()  # the epoch's last index has been yielded, whether trained on or not
+
+
 class _Iteration:
     """One iteration of a sampler over the epoch in progress.
 
     Args:
-        iterator: hands out the plan. While it is alive, the last batch may not have been trained on
+        iterator: yields the plan. While it is alive, the last batch may not have been trained on
             yet.
         announced: whether `Progress.set_epoch` announced the epoch.
     """
@@ -94,14 +106,14 @@ class _Iteration:
         self.iterator: weakref.ref[object] | None = weakref.ref(iterator)
         self.announced = announced
         self.begun_at = 0  # position in the plan
-        self.seen_before = 0  # samples seen by all ranks when the epoch's position was 0
-        self.end: int | None = None  # position after the last index, once that was handed out
-        self.over = False  # whether the loop over it is known to be over
-        self.completed = False  # and whether it got all that it ever will
+        self.rows_before = 0  # estimated rows of all ranks when the epoch's position was 0
+        self.exhausted_at: int | None = None  # position after the last index, once that was yielded
+        self.loop_is_over = False  # as far as is known
+        self.is_complete = False  # whether the loop is known to have got all that it ever will
 
     def is_held(self) -> bool:
         """Whether the loop over it still holds the iterator."""
-        return not self.over and self.iterator is not None and self.iterator() is not None
+        return not self.loop_is_over and self.iterator is not None and self.iterator() is not None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the iterator, which pickled and deep copies do not have."""
@@ -136,7 +148,7 @@ class Progress:
         seed: int,
         labels: Tensor | None,
         balance: Balance,
-        process_group: Any,
+        process_group: ProcessGroup | None,
     ) -> None:
         self.store = store
         self.schedule = schedule
@@ -148,11 +160,13 @@ class Progress:
         self._digest: str | None = None  # of the labels
         self.plan: Plan | None = None
         self._epoch = 0  # the epoch that began last, or that will begin first
-        self._early: tuple[tuple[int, int], Plan] | None = None  # store revision, plan made from it
-        self._requested: int | None = None  # epoch requested by set_epoch
+        self._requested: int | None = None  # the epoch that set_epoch named
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
         self._iteration: _Iteration | None = None  # the last one begun, since the run was resumed
-        self._unused: Plan | None = None  # the previous plan, if none of it was trained on
+        #: A plan made before its epoch began, and the store's revision that it was made from.
+        self._cached_plan: tuple[tuple[int, int], Plan] | None = None
+        #: The plan of the previous epoch, if nothing of that was trained on.
+        self._previous_untouched_plan: Plan | None = None
 
     # ---- where the run stands -------------------------------------------------------------------
 
@@ -164,7 +178,7 @@ class Progress:
     @property
     def is_used(self) -> bool:
         """Whether an epoch was begun, resumed, set or looked at."""
-        looked_at = self.plan is not None or self._early is not None
+        looked_at = self.plan is not None or self._cached_plan is not None
         return looked_at or self._requested is not None or self._epoch > 0
 
     @property
@@ -178,19 +192,20 @@ class Progress:
             return self._resume_at
         if self.plan is None or self._iteration is None:
             return 0
-        seen = self._samples_seen() - self._iteration.seen_before
-        return max(0, min(seen, len(self.plan)))  # a state loaded into the store may have seen less
+        trained = self._estimated_rows() - self._iteration.rows_before
+        # A state loaded into the store may have fewer rows.
+        return max(0, min(trained, len(self.plan)))
 
-    def coming(self) -> tuple[int, int]:
+    def next_start(self) -> tuple[int, int]:
         """The epoch of the next iteration, and the position in its plan where it will start."""
-        epoch = self._coming_epoch()
-        return epoch, self.position() if self._goes_on(epoch) else 0
+        epoch = self._next_epoch()
+        return epoch, self.position() if self._continues(epoch) else 0
 
     def length(self) -> int:
         """Samples of the epoch in progress, or of the next epoch once this one is over."""
-        if self.plan is not None and self._lasts():
+        if self.plan is not None and self._loop_is_running():
             return len(self.plan)
-        epoch = self._coming_epoch()
+        epoch = self._next_epoch()
         if self.schedule.epochs is not None:  # loaders ask even after the last epoch
             epoch = min(epoch, self.schedule.epochs - 1)
         budget = self.schedule.budget(epoch)
@@ -210,27 +225,27 @@ class Progress:
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
-        epoch = checked_epoch(epoch)
-        has_begun = epoch == self._epoch and self._is_untouched()
-        self._requested = None if has_begun else epoch
-        if has_begun and self._iteration is not None:
-            self._iteration.announced = True
+        epoch, iteration = checked_epoch(epoch), self._iteration
+        if iteration is not None and epoch == self._epoch and self._state is _State.UNTOUCHED:
+            self._requested, iteration.announced = None, True  # it has begun already
+        else:
+            self._requested = epoch
 
     def begin(self, iterator: object) -> tuple[Plan, int]:
-        """Starts an iteration of a sampler over the `coming` epoch. Collective on several ranks.
+        """Starts an iteration of a sampler at `next_start`. Collective on several ranks.
 
         Args:
-            iterator: the iterator that will hand out the plan.
+            iterator: the iterator that will yield the plan.
 
         Returns:
             The plan of the epoch, and the position in it at which to start.
         """
-        epoch, position = self.coming()
-        if not self._goes_on(epoch):
-            self._unused = None if self._trained() else self.plan
+        epoch, position = self.next_start()
+        if not self._continues(epoch):
+            self._previous_untouched_plan = None if self._has_trained() else self.plan
         self.plan = self.plan_of(epoch)
         self._iteration = _Iteration(iterator, announced=self._requested is not None)
-        self._epoch, self._early = epoch, None
+        self._epoch, self._cached_plan = epoch, None
         self._requested = self._resume_at = None
         self.move_to(position)
         return self.plan, position
@@ -239,7 +254,21 @@ class Progress:
         """Makes the iteration in progress begin at that position of its plan."""
         if self._iteration is not None:
             self._iteration.begun_at = position
-            self._iteration.seen_before = self._samples_seen() - position
+            self._iteration.rows_before = self._estimated_rows() - position
+
+    def mark_exhausted(self, plan: Plan, end: int) -> None:
+        """Records that an iterator has nothing more to yield; ignored for plans not in progress.
+
+        If everything that it yielded has been trained on, the request came from the loop itself, so
+        the loop is over.
+
+        Args:
+            plan: the iterator's plan.
+            end: the position after the last index that it yielded.
+        """
+        if plan is self.plan and self._iteration is not None:
+            self._iteration.exhausted_at = end
+            self._iteration.loop_is_over = self.position() >= end
 
     def end_loop(self, completed: bool = False) -> None:
         """Marks the loop over the epoch in progress as over, on all ranks.
@@ -251,22 +280,8 @@ class Progress:
                 then dropped by ``drop_last``.
         """
         if self._iteration is not None:
-            self._iteration.over, self._iteration.announced = True, False
-            self._iteration.completed = completed
-
-    def handed_out(self, plan: Plan, end: int) -> None:
-        """Records that an iterator over that plan was exhausted; ignored for plans not in progress.
-
-        If everything that it handed out has been trained on, the request came from the loop itself,
-        so the loop is over.
-
-        Args:
-            plan: the iterator's plan.
-            end: the position after the last index that it handed out.
-        """
-        if plan is self.plan and self._iteration is not None:
-            self._iteration.end = end
-            self._iteration.over = self.position() >= end
+            self._iteration.loop_is_over, self._iteration.announced = True, False
+            self._iteration.is_complete = completed
 
     def go_back(self, epoch: int) -> Plan | None:
         """Goes back to the previous epoch if nothing of it or of this one has been trained on.
@@ -279,40 +294,41 @@ class Progress:
         Returns:
             Its plan, which is in progress again; None if there is no way back.
         """
-        plan, self._unused = self._unused, None
-        if plan is None or plan.epoch != epoch or self._trained():
+        plan, self._previous_untouched_plan = self._previous_untouched_plan, None
+        if plan is None or plan.epoch != epoch or self._has_trained():
             return None
         self.plan, self._epoch = plan, epoch
         if self._iteration is not None:
-            self._iteration.end = None
+            self._iteration.exhausted_at = None
         return plan
 
-    def _coming_epoch(self) -> int:
+    # ---- the state ------------------------------------------------------------------------------
+
+    @property
+    def _state(self) -> _State:
+        if self._resume_at is not None:
+            return _State.RESUMED
+        if self.plan is None or self._iteration is None:
+            return _State.NOT_BEGUN
+        if self._iteration.exhausted_at is not None:
+            return _State.EXHAUSTED
+        return _State.UNDER_WAY if self._has_trained() else _State.UNTOUCHED
+
+    def _next_epoch(self) -> int:
+        """The epoch of the next iteration."""
         if self._requested is not None:
             return self._requested
-        goes_on = self.plan is None or self._goes_on(self._epoch)
-        return self._epoch if goes_on else self._epoch + 1
+        stays = self._state is _State.NOT_BEGUN or self._continues(self._epoch)
+        return self._epoch if stays else self._epoch + 1
 
-    def _goes_on(self, epoch: int) -> bool:
-        """Whether an iteration of that epoch continues the one in progress."""
-        return epoch == self._epoch and (self._resume_at is not None or self._is_untouched())
+    def _continues(self, epoch: int) -> bool:
+        """Whether an iteration of that epoch continues the epoch in progress."""
+        return epoch == self._epoch and self._state in (_State.RESUMED, _State.UNTOUCHED)
 
-    def _is_untouched(self) -> bool:
-        """Whether the iteration in progress has neither been trained on nor reached its end.
-
-        ``next(iter(loader))`` and loaders that make several iterators leave such an iteration,
-        which does not count as an epoch.
-        """
-        return self.plan is not None and not self._is_exhausted() and not self._trained()
-
-    def _trained(self) -> bool:
+    def _has_trained(self) -> bool:
         """Whether anything has been trained on since the iteration in progress began."""
         begun_at = 0 if self._iteration is None else self._iteration.begun_at
         return self.position() > begun_at
-
-    def _is_exhausted(self) -> bool:
-        """Whether the last index of the iteration in progress has been handed out."""
-        return self._iteration is not None and self._iteration.end is not None
 
     def _is_finished(self) -> bool:
         """Whether nothing of the epoch in progress will be trained on any more.
@@ -322,12 +338,15 @@ class Progress:
         """
         if self.plan is None:
             return False
-        end, completed = None, False
+        end = len(self.plan)
         if self._iteration is not None:
-            end, completed = self._iteration.end, self._iteration.completed
-        return completed or self.position() >= (len(self.plan) if end is None else end)
+            if self._iteration.is_complete:
+                return True
+            if self._iteration.exhausted_at is not None:
+                end = self._iteration.exhausted_at
+        return self.position() >= end
 
-    def _lasts(self) -> bool:
+    def _loop_is_running(self) -> bool:
         """Whether the loop over the epoch in progress is still running, as far as can be known.
 
         Without worker processes, the loader holds the iterator until the loop ends or breaks.
@@ -344,21 +363,21 @@ class Progress:
             return False
         if iteration.is_held():
             return True
-        if not self._is_exhausted():
+        if self._state is not _State.EXHAUSTED:
             return False  # abandoned
-        collective = self._world_size() > 1 and not self.schedule.policy.takes_budget
-        if collective and iteration.announced:
+        sizing_is_collective = self._world_size() > 1 and self.schedule.policy.budget == "none"
+        if sizing_is_collective and iteration.announced:
             return True
         left = len(self.plan) - self.position()
         # Less than a batch is left if drop_last dropped it or if it has yet to be trained on. The
         # whole plan is left after an epoch that scored nothing.
         batch = self.store.largest_update * self._world_size()
-        skipped = not collective and not self._trained()
-        return left >= max(batch, 1) and not skipped
+        scored_nothing = not sizing_is_collective and not self._has_trained()
+        return left >= max(batch, 1) and not scored_nothing
 
-    def _samples_seen(self) -> int:
-        """Samples seen by all ranks, assuming that each saw as many as this one since the merge."""
-        merged = self.store.replicas.rows_seen if self._world_size() > 1 else 0
+    def _estimated_rows(self) -> int:
+        """Rows given to all ranks, assuming that each got as many as this one since the merge."""
+        merged = self.store.replicas.merged_rows if self._world_size() > 1 else 0
         return merged + (self.store.rows_seen - merged) * self._world_size()
 
     # ---- plans ----------------------------------------------------------------------------------
@@ -370,12 +389,14 @@ class Progress:
         """
         if self.plan is not None and self.plan.epoch == epoch:
             return self.plan
-        known = self._early
-        if known is None or known[0] != self.store.revision or known[1].epoch != epoch:
-            self.merge(epoch)
-            plan = Plan(epoch, self._select(epoch), self.store.num_samples, self.seed)
-            self._early = known = self.store.revision, plan
-        return known[1]
+        if self._cached_plan is not None:
+            revision, plan = self._cached_plan
+            if revision == self.store.revision and plan.epoch == epoch:
+                return plan
+        self.merge(epoch)
+        plan = Plan(epoch, self._select(epoch), self.store.num_samples, self.seed)
+        self._cached_plan = self.store.revision, plan
+        return plan
 
     def _select(self, epoch: int) -> Selection:
         if self.schedule.is_full(epoch):
@@ -435,7 +456,7 @@ class Progress:
         start. One that has not begun has no selection.
         """
         epoch, position, plan = self._epoch, self.position(), self.plan
-        if self._requested is not None and not self._goes_on(self._requested):
+        if self._requested is not None and not self._continues(self._requested):
             epoch, position = self._requested, 0
             plan = plan if plan is not None and plan.epoch == epoch else None
         elif self._is_finished():
@@ -471,7 +492,8 @@ class Progress:
         """Makes the next iteration continue there. Restore the store's own state first."""
         self._epoch, self.plan = saved.epoch, saved.plan
         self._resume_at = None if saved.plan is None else saved.position
-        self._early = self._requested = self._iteration = self._unused = None
+        self._requested = self._iteration = None
+        self._cached_plan = self._previous_untouched_plan = None
 
     def _checked_selection(self, indices: Any, weights: Any, position: int) -> Selection | None:
         if indices is None:
