@@ -228,8 +228,8 @@ class WrongFactor(Fake):
 class OneFactor(Fake):
     fuses_step = True
 
-    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
-        super().scale_(grad, factor, None)
+    def scale_(self, grad: Tensor, grad_mean: Tensor, factor: Tensor | None) -> None:
+        super().scale_(grad, grad_mean, None)
 
 
 class FirstWins(Fake):

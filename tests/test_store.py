@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import emp_fast
 from emp_fast import EmpFastWarning, ScoreStore
+from emp_fast.backends.base import OUT_OF_RANGE
 from emp_fast.candidates import groups_of
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, EpsilonGreedy, TopK
@@ -372,7 +373,7 @@ def test_non_finite_values_warn_once_at_the_next_selection():
 
 def test_rows_that_a_device_refused_as_out_of_range_raise_at_the_next_selection():
     store = ScoreStore(3, Loss())
-    store._samples.state.counters[1] = 2  # as a kernel on a GPU leaves it
+    store._samples.state.counters[OUT_OF_RANGE] = 2  # as a kernel on a GPU leaves it
     with pytest.raises(IndexError, match=r"\[0, 3\): 2 rows of earlier updates"):
         store.select(1)
     assert len(store.select(1).indices) == 1

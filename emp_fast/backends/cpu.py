@@ -154,9 +154,9 @@ class CpuBackend(Backend):
             check_index_range(indices, state.scores.shape[0])
         return MeanStep(mean, grad, None)
 
-    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
+    def scale_(self, grad: Tensor, grad_mean: Tensor, factor: Tensor | None) -> None:
         """Does not touch ``grad`` if the product of the factors is 1."""
-        value = factor.item() if also is None else factor.item() * also.item()
+        value = grad_mean.item() if factor is None else grad_mean.item() * factor.item()
         if value != 1:
             grad.mul_(value)
 
@@ -182,7 +182,7 @@ class CpuBackend(Backend):
         if not applied:
             check_index_range(indices, state.scores.shape[0])
 
-    def winners(
+    def find_winners(
         self, indices: Tensor, usable: Tensor, count: Tensor | None, state: State
     ) -> Winners:
         """Returns only the rows to apply, with no sample twice."""

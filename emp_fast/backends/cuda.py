@@ -215,18 +215,18 @@ class CudaBackend(RowKernelsChoice, Backend):
             )
         return MeanStep(mean, grad, factor)
 
-    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
+    def scale_(self, grad: Tensor, grad_mean: Tensor, factor: Tensor | None) -> None:
         """One launch, which does not touch ``grad`` if the product of the factors is 1."""
         if not grad.is_contiguous() or grad.data_ptr() % 16:
-            super().scale_(grad, factor, also)
+            super().scale_(grad, grad_mean, factor)
             return
         with _on(grad.device):
             self._native.scale(
                 FORMATS[grad.dtype],
                 grad.data_ptr(),
                 grad.numel(),
-                factor.data_ptr(),
-                pointer(also),
+                grad_mean.data_ptr(),
+                pointer(factor),
                 _stream(grad.device),
             )
 

@@ -18,7 +18,7 @@ from emp_fast.backends.base import (
     State,
 )
 from emp_fast.backends.checks import check_target_range
-from emp_fast.backends.winners import winners
+from emp_fast.backends.winners import find_winners
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -168,7 +168,7 @@ class ReferenceBackend(Backend):
         usable = torch.isfinite(signal)
         if direct is not None:
             usable &= torch.isfinite(direct)
-        chosen = winners(indices, usable, count, state.scores.shape[0], state.counters)
+        chosen = find_winners(indices, usable, count, state.scores.shape[0], state.counters)
         rows, at = chosen.rows, chosen.indices
         x, m, n = signal[rows], state.memory[at], state.visits[at]
         visits = n.clamp_max(MOST_VISITS - 1) + 1
