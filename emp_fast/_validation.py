@@ -199,7 +199,7 @@ def checked_weight(weight: Tensor | None, num_classes: int, like: Tensor) -> Ten
 def checked_options(
     ignore_index: int, label_smoothing: float, softcap: float | None
 ) -> LossOptions:
-    """The options as the ops take them."""
+    """The options as the ops take them: the softcap is 0 for none."""
     if (
         softcap is None
         and type(ignore_index) is int

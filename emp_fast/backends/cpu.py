@@ -6,8 +6,6 @@ The kernels are compiled for several instruction sets; the best that the process
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -41,9 +39,7 @@ class CpuBackend(Backend):
     fuses_step = True
 
     def __init__(self) -> None:
-        loaded = load_native()
-        self._reason = loaded if isinstance(loaded, str) else None
-        self._native: Any = loaded
+        self._native, self._reason = load_native()
 
     def why_not(self, device: torch.device) -> str | None:
         """Why there is no native code for ``device``; None if there is."""

@@ -62,16 +62,11 @@ class CudaBackend(RowKernelsChoice, Backend):
 
     def __init__(self, row_kernels: str | None = None) -> None:
         self._choose_row_kernels(row_kernels)
-        native = load_native()
-        self._native: Any = None
-        self._reason: str | None = None
-        if isinstance(native, str):
-            self._reason = native
-        elif not hasattr(native, "cuda"):
+        native, self._reason = load_native()
+        self._native: Any = getattr(native, "cuda", None)
+        if native is not None and self._native is None:
             why = build_failure("cuda_reason") or "no nvcc was found, or EMP_FAST_CUDA=0"
             self._reason = f"emp_fast._native was built without CUDA: {why}"
-        else:
-            self._native = native.cuda
 
     def why_not(self, device: torch.device) -> str | None:
         """Why this build has no code for ``device``; None if it has."""
