@@ -177,6 +177,24 @@ def rows_out_of_range_are_reported_once(rank: int, size: int) -> None:
 
 
 @ranks_check
+def merge_after_a_load_in_inference_mode(rank: int, size: int) -> None:
+    """A snapshot of a merge, and one between merges, which has a rank's own updates."""
+    own = torch.arange(rank, N, size)
+    for merged in (True, False):
+        first = emp_fast.ScoreStore(N)
+        first.update(own, stats_of(own, 0))
+        if merged:
+            first.merge()
+        with torch.inference_mode():
+            second = emp_fast.ScoreStore(N)
+            second.load_state_dict(first.state_dict())
+        for store in (first, second):
+            store.update(own, stats_of(own, 1))
+            store.merge()
+        assert_same_state(first, second)
+
+
+@ranks_check
 def merge_adds_many_visits_exactly(rank: int, size: int) -> None:
     """More than a byte counts."""
     store = emp_fast.ScoreStore(20, rules.Loss())

@@ -619,6 +619,25 @@ def test_a_store_that_began_in_inference_mode_goes_on_outside(backend, rule):
     assert not moved.scores.is_inference()
 
 
+@pytest.mark.parametrize("rule", [EMP(), UCB(), DynUnc()], ids=repr)
+@pytest.mark.parametrize(("saved", "loaded"), [(False, True), (True, False), (True, True)])
+def test_a_state_loaded_in_inference_mode_or_from_it_is_updated_outside(
+    backend, rule, saved, loaded
+):
+    with torch.inference_mode(saved):
+        source = ScoreStore(4, rule)
+        source.update(torch.arange(4), stats_of(4))
+        state = source.state_dict()
+    with torch.inference_mode(loaded):
+        store = ScoreStore(4, rule)
+        store.load_state_dict(state)
+    assert not any(tensor.is_inference() for tensor in store._samples.tensors().values())
+    for each in (store, source):
+        each.update(torch.arange(4), stats_of(4))
+    assert store.visits.tolist() == [2, 2, 2, 2]
+    assert torch.equal(store.scores, source.scores)
+
+
 def test_selections_default_to_the_highest_scores():
     store = ScoreStore(4, Loss())
     store.update(torch.arange(4), {"loss": torch.tensor([3.0, 1.0, 4.0, 2.0])})

@@ -92,6 +92,7 @@ class Replicas:
         """Called when the rows out of range were reported and their count was set to 0."""
         self._counters[OUT_OF_RANGE] = 0
 
+    @torch.inference_mode(False)  # as for all state
     def _base_facts(self) -> dict[str, object]:
         """The state that the merge builds on, which must be known and equal on all ranks."""
         if self._unknown and self._rows.total == self.rows_seen:
@@ -153,6 +154,7 @@ class Replicas:
             raise ValueError(f"state['unmerged'] is damaged: {unmerged!r}")
         return unmerged
 
+    @torch.inference_mode(False)  # as for all state
     def restore(self, unmerged: Mapping[str, Any] | None) -> None:
         """Restores the state of the last merge from the result of `checked_unmerged`.
 
