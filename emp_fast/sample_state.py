@@ -58,20 +58,20 @@ class SampleState:
         self.num_samples = num_samples
         self.rule = rule
         self._follows = device is None
-        at = checked_device(device)
+        state_device = checked_device(device)
         self.recurrence = rule.recurrence()
         spreads = self.recurrence is not None and self.recurrence.kind == "variance"
         self._fusible = self.recurrence is not None and set(rule.reads) <= _FUSED_STATS
-        float32: dict[str, Any] = {"dtype": torch.float32, "device": at}
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": state_device}
         self.state = State(
             scores=torch.full((num_samples,), torch.inf, **float32),
             memory=torch.zeros(num_samples, **float32),
-            visits=torch.zeros(num_samples, dtype=torch.int32, device=at),
+            visits=torch.zeros(num_samples, dtype=torch.int32, device=state_device),
             variance=torch.zeros(num_samples, **float32) if spreads else None,
-            claims=torch.zeros(num_samples, dtype=torch.int32, device=at),
-            counters=torch.zeros(2, dtype=torch.int64, device=at),
+            claims=torch.zeros(num_samples, dtype=torch.int32, device=state_device),
+            counters=torch.zeros(2, dtype=torch.int64, device=state_device),
         )
-        self.buffers = _checked_buffers(rule, num_samples, at)
+        self.buffers = _checked_buffers(rule, num_samples, state_device)
 
     @property
     def device(self) -> torch.device:
@@ -154,19 +154,19 @@ class SampleState:
     def _step(self, indices: Tensor, read: dict[str, Tensor], count: Tensor | None) -> None:
         """Updates the state by a rule that is tensor code."""
         chosen = ops.find_winners(indices, _all_finite(indices, read), count, self.state)
-        rows, at = chosen.rows, chosen.indices
+        rows, samples = chosen.rows, chosen.indices
         if chosen.applied is None and rows.shape[0] == 0:
             return  # a rule that reduces over its rows could not
         targets = {"score": self.state.scores, "memory": self.state.memory, **self.buffers}
         before = {
-            name: target.index_select(0, at)
+            name: target.index_select(0, samples)
             for name, target in {**targets, "visits": self.state.visits}.items()
         }
         stats = {name: value[rows] for name, value in read.items()}
         if "correct" in stats:
             stats["correct"] = stats["correct"].bool()
         # Copies, because a rule may write to its rows in place, but refused rows stay as they were.
-        moved = self.rule.step(stats, {name: rows.clone() for name, rows in before.items()})
+        moved = self.rule.step(stats, {name: held.clone() for name, held in before.items()})
         self._check_moved(moved, before)
         chosen = self._without_nan(chosen, moved["score"])
         for name, values in moved.items():
@@ -182,9 +182,9 @@ class SampleState:
                 return chosen
             self.state.counters[NONFINITE] += nan.sum()
             return chosen._replace(applied=~nan)
-        at = chosen.indices
+        samples = chosen.indices
         once = torch.ones_like(nan)  # repeated rows of a sample all stand for its last row
-        once[1:] = at[1:] != at[:-1]
+        once[1:] = samples[1:] != samples[:-1]
         self.state.counters[NONFINITE] += (chosen.applied & nan & once).sum()
         return chosen._replace(applied=chosen.applied & ~nan)
 

@@ -103,8 +103,8 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
     numbers = (samples, 0, 0, 0, 0, 0)
     constants = (plan.PHILOX_BLOCK,)
     launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
-    at = torch.arange(samples, device=scores.device) * stratum + bits.long().remainder(stratum)
-    keys = order_keys(scores[at]).long()
+    starts = torch.arange(samples, device=scores.device) * stratum
+    keys = order_keys(scores[starts + bits.long().remainder(stratum)]).long()
     keys -= ((keys < 0) & (keys > -(2**31))).long()  # in kernels, keys of negative scores differ
     keys = keys.sort(descending=True).values + 2**31
     ends = keys[[max(upper, 0), min(lower, samples - 1)]].tolist()

@@ -184,7 +184,7 @@ class CpuBackend(Backend):
         """Returns only the rows to apply, with no sample twice."""
         rows = indices.new_empty(indices.shape[0])
         samples = torch.empty_like(rows)
-        found = self._native.winners(
+        number = self._native.winners(
             indices.data_ptr(),
             usable.data_ptr(),
             pointer(count),
@@ -195,16 +195,15 @@ class CpuBackend(Backend):
             rows.data_ptr(),
             samples.data_ptr(),
         )
-        if found < 0:
+        if number < 0:
             check_index_range(indices, state.scores.shape[0])
-        return Winners(rows[:found], samples[:found], None)
+        return Winners(rows[:number], samples[:number], None)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
         """One read of the scores; the workspace takes 1.3 bytes per score."""
-        native, n = self._native, scores.shape[0]
-        at = scores.device
-        selected = torch.empty(k, dtype=torch.int64, device=at)
-        workspace = torch.empty(native.topk_workspace(n), dtype=torch.uint8, device=at)
+        native, n, device = self._native, scores.shape[0], scores.device
+        selected = torch.empty(k, dtype=torch.int64, device=device)
+        workspace = torch.empty(native.topk_workspace(n), dtype=torch.uint8, device=device)
         native.topk(
             scores.data_ptr(),
             n,
@@ -218,11 +217,10 @@ class CpuBackend(Backend):
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
         """Five or six reads of the groups; workspace of 1.4 bytes per score, 20+ per group."""
         native, n, num_groups = self._native, scores.shape[0], group_k.shape[0]
-        threads = torch.get_num_threads()
-        at = scores.device
-        selected = torch.empty(int(group_k.sum()), dtype=torch.int64, device=at)
+        threads, device = torch.get_num_threads(), scores.device
+        selected = torch.empty(int(group_k.sum()), dtype=torch.int64, device=device)
         size = native.grouped_topk_workspace(n, num_groups, threads)
-        workspace = torch.empty(size, dtype=torch.uint8, device=at)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
         native.grouped_topk(
             scores.data_ptr(),
             groups.data_ptr(),

@@ -148,8 +148,8 @@ class ReferenceBackend(Backend):
         if direct is not None:
             usable &= torch.isfinite(direct)
         chosen = find_winners(indices, usable, count, state.scores.shape[0], state.counters)
-        rows, at = chosen.rows, chosen.indices
-        x, m, n = signal[rows], state.memory[at], state.visits[at]
+        rows, samples = chosen.rows, chosen.indices
+        x, m, n = signal[rows], state.memory[samples], state.visits[samples]
         visits = n.clamp_max(MOST_VISITS - 1) + 1
         first, decay = n == 0, recurrence.decay
         if recurrence.kind == "mean":
@@ -163,13 +163,13 @@ class ReferenceBackend(Backend):
         if recurrence.kind == "variance":
             if state.variance is None:
                 raise ValueError("state.variance must be a tensor for the variance recurrence")
-            v = state.variance[at]
+            v = state.variance[samples]
             variance = decay * v + (1 - decay) * (x - m).square()
             variance = torch.where(first, 0.0, variance)
             score = score + recurrence.variance_scale * variance
             chosen.write(state.variance, variance, v)
         chosen.write(state.memory, memory, m)
-        chosen.write(state.scores, score, state.scores[at])
+        chosen.write(state.scores, score, state.scores[samples])
         chosen.write(state.visits, visits, n)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:

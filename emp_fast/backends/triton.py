@@ -237,9 +237,9 @@ class TritonBackend(RowKernelsChoice, Backend):
             return
         pointers = (indices, signal, direct, count, *_state_pointers(state, recurrence))
         numbers = (num_rows, state.scores.shape[0], *_rule(recurrence))
-        one = num_rows <= plan.ONE_PROGRAM_ROWS
-        grid = (1 if one else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
-        phases = (state_kernels.BOTH,) if one else (state_kernels.CLAIM, state_kernels.APPLY)
+        single = num_rows <= plan.ONE_PROGRAM_ROWS
+        grid = (1 if single else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
+        phases = (state_kernels.BOTH,) if single else (state_kernels.CLAIM, state_kernels.APPLY)
         with device_of(indices):
             for phase in phases:
                 constants = (phase.value, plan.UPDATE_BLOCK)
