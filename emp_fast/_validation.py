@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emp_fast.backends.base import LossOptions
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -209,8 +211,8 @@ def checked_weight(weight: Tensor | None, num_classes: int, like: Tensor) -> Ten
 
 def checked_options(
     ignore_index: int, label_smoothing: float, softcap: float | None
-) -> tuple[int, float, float]:
-    """The ignored class id, the label smoothing and the softcap, which is 0 for none."""
+) -> LossOptions:
+    """The options as the ops take them: the softcap is 0 for none."""
     if (
         softcap is None
         and type(ignore_index) is int
@@ -218,7 +220,7 @@ def checked_options(
         and 0.0 <= label_smoothing <= 1.0
         and -(2**63) <= ignore_index < 2**63
     ):
-        return ignore_index, label_smoothing, 0.0  # the usual case: nothing to convert
+        return LossOptions(ignore_index, label_smoothing)  # the usual case: nothing to convert
     ignore_index = checked_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must lie in [-2**63, 2**63), got {ignore_index}")
@@ -228,7 +230,7 @@ def checked_options(
     cap = 0.0 if softcap is None else checked_positive("softcap", softcap)
     if cap and not 1e-20 <= cap <= 1e20:  # in float32 neither the cap nor x / cap may overflow
         raise ValueError(f"softcap must lie in [1e-20, 1e20], got {cap!r}")
-    return ignore_index, label_smoothing, cap
+    return LossOptions(ignore_index, label_smoothing, cap)
 
 
 def checked_offsets(offsets: Tensor | None, packed: Tensor) -> Tensor | None:

@@ -7,7 +7,6 @@ reduction="none")`` wherever torch is accurate; all other fields are detached.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from torch import Tensor
 from emp_fast import ops
 from emp_fast._torch_internals import forward_level
 from emp_fast._validation import (
-    are_rows_and_ids,
     carried_type,
     checked_groups,
     checked_int,
@@ -28,8 +26,8 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
-from emp_fast.backends.base import SCORE_FIELDS, Recurrence, State
 from emp_fast.backends.checks import check_target_range
+from emp_fast.rows import SampleStats, checked_rows, per_sample
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
@@ -38,21 +36,6 @@ _CHUNK_ELEMENTS = 1 << 23
 #: The limit on a GPU, where a block needs as many rows as there are features. With fewer, reading
 #: the classifier and adding to its gradient for every block takes longer than the products.
 _GPU_CHUNK_ELEMENTS = 1 << 27
-
-_RowScores = tuple[Tensor, Tensor, Tensor, Tensor]  # as backends.base.RowScores
-
-
-class SampleStats(NamedTuple):
-    """Per-sample scores of S samples, float32 unless said otherwise."""
-
-    loss: Tensor  # [S] differentiable
-    entropy: Tensor  # [S] H(softmax), nats, >= 0
-    el2n: Tensor  # [S] ||p - onehot(y)||_2, or ||p - t||_2 for soft targets
-    margin: Tensor  # [S] x_y - max_{j != y} x_j, in logits; +inf when C == 1
-    confidence: Tensor  # [S] p_y
-    correct: Tensor  # [S] bool, margin >= 0
-    # Shadows tuple.count, which nobody calls on stats, hence mypy's complaint.
-    count: Tensor  # type: ignore[assignment]  # [S] int32, valid positions; 0: ignored
 
 
 def cross_entropy(
@@ -93,39 +76,15 @@ def cross_entropy(
         IndexError: a class id of a CPU tensor lies outside [0, C). On a GPU that sample's stats are
             NaN instead.
     """
-    rows = _rows(logits, target, weight, ignore_index, label_smoothing, softcap, offsets)
-    arguments, shape = rows[:-1], rows[-1]
-    if offsets is None and not _wants_gradient(logits) and logits.dim() == 2:
-        return SampleStats(*ops.scores(*arguments))
-    starts = checked_offsets(offsets, logits)
-    return _per_sample(_score_rows(*arguments), shape, starts)
-
-
-def mean_step(
-    logits: Tensor,  # [S, C]
-    target: Tensor,
-    indices: Tensor,  # [S] int64, on the device of the state
-    state: State,
-    recurrence: Recurrence,
-    row_scale: Tensor | None = None,  # [S] float32
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """The mean of ``row_scale * loss`` over the rows that count; updates the samples' state.
-
-    Does the work of `cross_entropy`, a weighted mean and `ScoreStore.update` on a backend whose
-    ``fuses_step`` is set: it reads the logits once and writes their gradient once. The recurrence
-    may read the float fields of SampleStats.
-    """
-    logits, target, weight, ignore_index, smoothing, cap, _ = _rows(
-        logits, target, weight, ignore_index, label_smoothing, softcap, None
+    rows, target, weight, options, sequences = checked_rows(
+        logits, target, weight, ignore_index, label_smoothing, softcap, packed=offsets is not None
     )
-    options = ops.loss_options(ignore_index, smoothing, cap)
-    return ops.mean_step_for_backward(
-        logits, target, weight, options, row_scale, indices, state, recurrence
-    )
+    wants_gradient = _wants_gradient(rows)
+    if offsets is None and sequences is None and not wants_gradient:
+        return SampleStats(*ops.scores(rows, target, weight, options))
+    starts = checked_offsets(offsets, rows)
+    score = ops.cross_entropy_for_backward if wants_gradient else ops.cross_entropy
+    return per_sample(score(rows, target, weight, options), sequences, starts)
 
 
 def linear_cross_entropy(
@@ -193,26 +152,21 @@ def linear_cross_entropy(
     shape = (*hidden.shape[:-1], num_classes)
     target = checked_target(shape, hidden.dtype, hidden.device, target)
     class_weight = checked_weight(weight, num_classes, hidden)
-    ignore_index, smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)
+    options = checked_options(ignore_index, label_smoothing, softcap)
     starts = checked_offsets(offsets, hidden)
-    flat_hidden = hidden if hidden.dim() == 2 else hidden.flatten(0, 1)
-    flat_target = target if hidden.dim() == 2 else target.flatten(0, 1)
+    sequences = None
+    if hidden.dim() == 3:
+        sequences = hidden.shape[0], hidden.shape[1]
+        hidden, target = hidden.flatten(0, 1), target.flatten(0, 1)
     ids_on_cpu = hidden.device.type == "cpu" and not target.is_floating_point()
-    if ids_on_cpu and not ops.is_traced(flat_target):
+    if ids_on_cpu and not ops.is_traced(target):
         # The op would check this too, but its error would give the position within the block.
-        check_target_range(flat_target, num_classes, ignore_index)
-    scored: _RowScores = ops.LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        flat_hidden,
-        classifier,
-        bias,
-        flat_target,
-        class_weight,
-        _rows_at_a_time(hidden, num_classes),
-        ignore_index,
-        smoothing,
-        cap,
+        check_target_range(target, num_classes, options.ignore_index)
+    rows_at_a_time = _rows_at_a_time(hidden, num_classes)
+    scored = ops.LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, classifier, bias, target, class_weight, rows_at_a_time, options
     )
-    return _per_sample(scored, hidden.shape[:-1], starts)
+    return per_sample(scored, sequences, starts)
 
 
 def info_nce(
@@ -331,11 +285,9 @@ def topk_indices(
     if groups is None:
         if group_k is not None:
             raise ValueError(f"group_k needs groups, got group_k={group_k!r} and groups=None")
-        selected: Tensor = ops.topk_indices(scores, k)
-        return selected
+        return ops.topk_indices(scores, k)
     groups, quotas = checked_groups(scores, groups, group_k)
-    grouped: Tensor = ops.grouped_topk_indices(scores, groups, quotas, k)
-    return grouped
+    return ops.grouped_topk_indices(scores, groups, quotas, k)
 
 
 def _rows_at_a_time(hidden: Tensor, num_classes: int) -> int:
@@ -367,139 +319,9 @@ def _autocast(
     return hidden.to(dtype), classifier.to(dtype), None if bias is None else bias.to(dtype)
 
 
-# ---- rows to samples ----------------------------------------------------------------------------
-
-
-def _rows(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    offsets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, int, float, float, Sequence[int]]:
-    """Validates the arguments of `cross_entropy` and normalises them for the ops.
-
-    The last value is the shape of the rows: [S], or [S, T] for sequences.
-    """
-    if weight is None and are_rows_and_ids(logits, target):
-        options = checked_options(ignore_index, label_smoothing, softcap)
-        return logits, target, None, *options, target.shape
-    require_float("logits", logits)
-    require_tensor("target", target)
-    require_rows("logits", logits, "C", packed=offsets is not None)
-    num_classes = logits.shape[-1]
-    if num_classes == 0:
-        raise ValueError(f"logits must have at least one class, got {tuple(logits.shape)}")
-    target = checked_target(logits.shape, logits.dtype, logits.device, target)
-    class_weight = checked_weight(weight, num_classes, logits)
-    ignore_index, smoothing, cap = checked_options(ignore_index, label_smoothing, softcap)
-    if logits.dim() == 3:
-        logits, target = _with_gaps(logits, target, ignore_index)
-    rows = logits if logits.dim() == 2 else logits.flatten(0, 1)
-    if rows.stride(-1) != 1 and num_classes > 1:
-        rows = rows.contiguous()
-    flat_target = target if logits.dim() == 2 else target.flatten(0, 1)
-    return rows, flat_target, class_weight, ignore_index, smoothing, cap, logits.shape[:-1]
-
-
-def _with_gaps(
-    logits: Tensor,  # [S, T, C]
-    target: Tensor,  # [S, T], or probabilities
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Adds a few ignored positions where that lets the logits be viewed as rows without a copy.
-
-    This applies to slices such as ``logits[:, :-1]``, which drops the positions of a language model
-    that have no label. A copy would cost several times as much as the scores. Other logits are
-    returned as they are.
-    """
-    samples, positions, classes = logits.shape
-    sequence, row, column = logits.stride()
-    if (
-        ops.is_traced(logits)
-        or target.dim() != 2
-        or samples < 2
-        or column != 1
-        or row < classes
-        or sequence % row != 0
-        # Scoring more extra rows than this would not pay; there are none if the sequences touch.
-        or not 0 < sequence // row - positions <= positions // 8
-    ):
-        return logits, target
-    between = sequence // row - positions
-    start, end = logits.storage_offset(), logits.untyped_storage().nbytes() // logits.itemsize
-    # If the storage ends right after the last position, as for logits[:, 1:], the extra rows lie in
-    # front of the positions.
-    front = max(0, -((end - start - samples * sequence + row - classes) // row))
-    if front > between or start < front * row:
-        return logits, target
-    # The op would check this too, but its error would give the position among the rows with gaps.
-    if target.device.type == "cpu":
-        check_target_range(target.flatten(), classes, ignore_index)
-    filled = target.new_full((samples, positions + between), ignore_index)
-    filled.narrow(1, front, positions).copy_(target)
-    rows: Tensor = ops.WithGaps.apply(logits, front)  # type: ignore[no-untyped-call]
-    return rows, filled
-
-
 def _wants_gradient(logits: Tensor) -> bool:
     """Whether a gradient is wanted.
 
     True under forward-mode differentiation too, so that the autograd function can refuse it.
     """
     return (torch.is_grad_enabled() and logits.requires_grad) or forward_level() >= 0
-
-
-def _score_rows(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-) -> _RowScores:
-    arguments = (logits, target, weight, ignore_index, label_smoothing, softcap)
-    if _wants_gradient(logits):
-        return ops.cross_entropy_for_backward(*arguments)
-    return ops.cross_entropy(*arguments)  # type: ignore[no-any-return]
-
-
-def _per_sample(scored: _RowScores, shape: Sequence[int], offsets: Tensor | None) -> SampleStats:
-    """Reduces row scores to samples: rows of logits [*shape, C], or packed at ``offsets``."""
-    if offsets is not None:
-        return _packed_means(*scored, offsets)
-    if len(shape) == 2:
-        return _means(*scored, *shape)
-    return _as_stats(*scored)
-
-
-def _as_stats(loss: Tensor, fields: Tensor, correct: Tensor, count: Tensor) -> SampleStats:
-    entropy, el2n, margin, confidence = fields.unbind(0)[: len(SCORE_FIELDS)]
-    return SampleStats(loss, entropy, el2n, margin, confidence, correct, count)
-
-
-def _means(
-    loss: Tensor, fields: Tensor, correct: Tensor, count: Tensor, samples: int, positions: int
-) -> SampleStats:
-    shape = (samples, positions)
-    counts = count.view(shape).sum(1, dtype=torch.int32)
-    divisor = counts.clamp_min(1)
-    mean = loss.view(shape).sum(1) / divisor
-    means = fields[: len(SCORE_FIELDS)].view(len(SCORE_FIELDS), *shape).sum(2) / divisor
-    entropy, el2n, margin, confidence = means.unbind(0)
-    return SampleStats(mean, entropy, el2n, margin, confidence, correct.view(shape).all(1), counts)
-
-
-def _packed_means(
-    loss: Tensor, fields: Tensor, correct: Tensor, count: Tensor, offsets: Tensor
-) -> SampleStats:
-    others = torch.cat([fields[: len(SCORE_FIELDS)], (~correct)[None], count[None]])
-    total, sums = ops.SegmentSum.apply(loss, others, offsets)  # type: ignore[no-untyped-call]
-    *scores, wrong, counted = sums.unbind(0)
-    divisor = counted.clamp_min(1)
-    mean: Tensor = (total / divisor).to(loss.dtype)
-    entropy, el2n, margin, confidence = (sums[: len(scores)] / divisor).to(fields.dtype).unbind(0)
-    counts = counted.to(torch.int32)
-    return SampleStats(mean, entropy, el2n, margin, confidence, wrong == 0, counts)

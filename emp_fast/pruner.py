@@ -153,8 +153,9 @@ class Pruner:
         """
         if offsets is None and not extra:
             row_scale = self.weights(indices) if self._weighs() else None
-            options = weight, ignore_index, label_smoothing, softcap
-            mean = self.store.loss_and_update(logits, target, indices, row_scale, options)
+            mean = self.store.try_mean_step(
+                logits, target, weight, ignore_index, label_smoothing, softcap, row_scale, indices
+            )
             if mean is not None:
                 return mean
         stats = functional.cross_entropy(

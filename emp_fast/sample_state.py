@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from emp_fast import functional, ops
+from emp_fast import ops
 from emp_fast._torch_internals import innermost_transform
 from emp_fast._validation import (
     checked_at_least,
@@ -17,24 +17,20 @@ from emp_fast._validation import (
     checked_integers,
     require_tensor,
 )
-from emp_fast.backends.base import MOST_VISITS, SCORE_FIELDS, State
+from emp_fast.backends.base import MOST_VISITS, NONFINITE, SCORE_FIELDS, State
 from emp_fast.backends.winners import Winners
-from emp_fast.functional import SampleStats
+from emp_fast.rows import SampleStats, checked_rows
 from emp_fast.rules import Rule, require_rule
 from emp_fast.snapshot_checks import Form
 
 __all__ = [
     "SampleState",
-    "StepOptions",
     "by_name",
     "checked_indices",
     "checked_store_arguments",
 ]
 
-#: weight, ignore_index, label_smoothing and softcap, as in `functional.cross_entropy`.
-StepOptions = tuple[Tensor | None, int, float, float | None]
-
-#: The stats that `SampleState.loss_and_update` can pass to a rule.
+#: The stats that `SampleState.try_mean_step` can pass to a rule.
 _FUSED_STATS = {"loss", *SCORE_FIELDS}
 
 
@@ -62,20 +58,20 @@ class SampleState:
         self.num_samples = num_samples
         self.rule = rule
         self._follows = device is None
-        at = checked_device(device)
+        state_device = checked_device(device)
         self.recurrence = rule.recurrence()
         spreads = self.recurrence is not None and self.recurrence.kind == "variance"
         self._fusible = self.recurrence is not None and set(rule.reads) <= _FUSED_STATS
-        float32: dict[str, Any] = {"dtype": torch.float32, "device": at}
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": state_device}
         self.state = State(
             scores=torch.full((num_samples,), torch.inf, **float32),
             memory=torch.zeros(num_samples, **float32),
-            visits=torch.zeros(num_samples, dtype=torch.int32, device=at),
+            visits=torch.zeros(num_samples, dtype=torch.int32, device=state_device),
             variance=torch.zeros(num_samples, **float32) if spreads else None,
-            claims=torch.zeros(num_samples, dtype=torch.int32, device=at),
-            counters=torch.zeros(2, dtype=torch.int64, device=at),
+            claims=torch.zeros(num_samples, dtype=torch.int32, device=state_device),
+            counters=torch.zeros(2, dtype=torch.int64, device=state_device),
         )
-        self.buffers = _checked_buffers(rule, num_samples, at)
+        self.buffers = _checked_buffers(rule, num_samples, state_device)
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +81,7 @@ class SampleState:
     @property
     def num_nonfinite(self) -> int:
         """How many rows were refused because a stat that the rule reads was not finite."""
-        return int(self.state.counters[0])
+        return int(self.state.counters[NONFINITE])
 
     # ---- updating -------------------------------------------------------------------------------
 
@@ -106,15 +102,18 @@ class SampleState:
             self._step(indices, read, count)
         return indices.shape[0]
 
-    def loss_and_update(
+    def try_mean_step(
         self,
         logits: Tensor,  # [S, C]
         target: Tensor,
-        indices: Tensor,  # [S] integers
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        softcap: float | None,
         row_scale: Tensor | None,  # [S] float32
-        options: StepOptions,
+        indices: Tensor,  # [S] integers
     ) -> Tensor | None:
-        """See `ScoreStore.loss_and_update`."""
+        """See `ScoreStore.try_mean_step`."""
         recurrence = self.recurrence
         if (
             recurrence is None
@@ -145,26 +144,29 @@ class SampleState:
             row_scale = row_scale.to(device, non_blocking=True)
         if indices.device != device:
             indices = indices.to(device, non_blocking=True)
-        return functional.mean_step(
-            logits, target, indices, self.state, recurrence, row_scale, *options
+        logits, target, weight, options, _ = checked_rows(
+            logits, target, weight, ignore_index, label_smoothing, softcap
+        )
+        return ops.mean_step(
+            logits, target, weight, options, row_scale, indices, self.state, recurrence
         )
 
     def _step(self, indices: Tensor, read: dict[str, Tensor], count: Tensor | None) -> None:
         """Updates the state by a rule that is tensor code."""
-        chosen = ops.winners(indices, _all_finite(indices, read), count, self.state)
-        rows, at = chosen.rows, chosen.indices
+        chosen = ops.find_winners(indices, _all_finite(indices, read), count, self.state)
+        rows, samples = chosen.rows, chosen.indices
         if chosen.applied is None and rows.shape[0] == 0:
             return  # a rule that reduces over its rows could not
         targets = {"score": self.state.scores, "memory": self.state.memory, **self.buffers}
         before = {
-            name: target.index_select(0, at)
+            name: target.index_select(0, samples)
             for name, target in {**targets, "visits": self.state.visits}.items()
         }
         stats = {name: value[rows] for name, value in read.items()}
         if "correct" in stats:
             stats["correct"] = stats["correct"].bool()
         # Copies, because a rule may write to its rows in place, but refused rows stay as they were.
-        moved = self.rule.step(stats, {name: rows.clone() for name, rows in before.items()})
+        moved = self.rule.step(stats, {name: held.clone() for name, held in before.items()})
         self._check_moved(moved, before)
         chosen = self._without_nan(chosen, moved["score"])
         for name, values in moved.items():
@@ -178,12 +180,12 @@ class SampleState:
         if chosen.applied is None:
             if not bool(nan.any()):
                 return chosen
-            self.state.counters[0] += nan.sum()
+            self.state.counters[NONFINITE] += nan.sum()
             return chosen._replace(applied=~nan)
-        at = chosen.indices
+        samples = chosen.indices
         once = torch.ones_like(nan)  # repeated rows of a sample all stand for its last row
-        once[1:] = at[1:] != at[:-1]
-        self.state.counters[0] += (chosen.applied & nan & once).sum()
+        once[1:] = samples[1:] != samples[:-1]
+        self.state.counters[NONFINITE] += (chosen.applied & nan & once).sum()
         return chosen._replace(applied=chosen.applied & ~nan)
 
     def _check_moved(self, moved: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

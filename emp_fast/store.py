@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emp_fast._warnings import warn
+from emp_fast.backends.base import NONFINITE, OUT_OF_RANGE
 from emp_fast.candidates import Candidates, groups_of
 from emp_fast.distributed.replicas import Replicas
 from emp_fast.functional import SampleStats
@@ -16,7 +17,7 @@ from emp_fast.policies import Policy, TopK, choose
 from emp_fast.quotas import Balance
 from emp_fast.row_count import RowCount
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import SampleState, StepOptions, checked_store_arguments
+from emp_fast.sample_state import SampleState, checked_store_arguments
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels, checked_selection
 from emp_fast.snapshot_checks import (
@@ -136,22 +137,28 @@ class ScoreStore:
         """
         self._rows.add(self._samples.update(indices, stats, extra))
 
-    def loss_and_update(
+    def try_mean_step(
         self,
         logits: Tensor,  # [S, C]
         target: Tensor,
-        indices: Tensor,  # [S] integers
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        softcap: float | None,
         row_scale: Tensor | None,  # [S] float32
-        options: StepOptions,
+        indices: Tensor,  # [S] integers
     ) -> Tensor | None:
-        """Computes the mean loss of a batch and updates its samples in one read of the logits.
+        """The mean of ``row_scale * loss`` over the rows that count; updates their samples.
 
+        Does the work of `cross_entropy`, a weighted mean and `update` in one read of the logits.
         Returns None, having done nothing, where that is not possible: the backend does not fuse the
         step, the rule is tensor code or reads more than the float fields of SampleStats, no
         gradient is wanted, the logits are sequences or float16, they are on another device than the
         store was given, or the caller is being compiled.
         """
-        mean = self._samples.loss_and_update(logits, target, indices, row_scale, options)
+        mean = self._samples.try_mean_step(
+            logits, target, weight, ignore_index, label_smoothing, softcap, row_scale, indices
+        )
         if mean is not None:
             self._rows.add(logits.shape[0])
         return mean
@@ -200,9 +207,11 @@ class ScoreStore:
         return choose(policy, candidates, k, balance)
 
     def _report_refused(self) -> None:
-        nonfinite, out_of_range = self._samples.state.counters.tolist()
+        counters = self._samples.state.counters
+        refused = counters.tolist()
+        nonfinite, out_of_range = refused[NONFINITE], refused[OUT_OF_RANGE]
         if out_of_range:
-            self._samples.state.counters[1] = 0
+            counters[OUT_OF_RANGE] = 0
             self.replicas.forget_out_of_range()
             raise IndexError(
                 f"indices must lie in [0, {self.num_samples}): {out_of_range} rows of earlier "

@@ -30,7 +30,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The choice of a new process: nothing loaded, checked or chosen yet; undone afterwards."""
     monkeypatch.delenv("EMP_FAST_BACKEND", raising=False)
     monkeypatch.setattr(backends, "_explicit", None)
-    for name in ("_load", "_refusal", "_choose"):
+    for name in ("_load", "_status", "_choose"):
         remembers = getattr(backends, name)
         monkeypatch.setattr(backends, name, functools.cache(remembers.__wrapped__))
     return monkeypatch
@@ -174,7 +174,7 @@ def test_falling_back_warns_once(fresh: pytest.MonkeyPatch) -> None:
     reasons = {status.name: status for status in backend_status(CPU)}
     assert reasons["cpu"].reason == "it is Sunday"
     assert not reasons["cpu"].available
-    assert reasons["reference"] == ("reference", True, None)
+    assert reasons["reference"] == ("reference", True, None, None)
 
 
 # ---- the self-check -----------------------------------------------------------------------------
@@ -228,8 +228,8 @@ class WrongFactor(Fake):
 class OneFactor(Fake):
     fuses_step = True
 
-    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
-        super().scale_(grad, factor, None)
+    def scale_(self, grad: Tensor, grad_mean: Tensor, factor: Tensor | None) -> None:
+        super().scale_(grad, grad_mean, None)
 
 
 class FirstWins(Fake):

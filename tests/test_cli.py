@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import emp_fast
 from emp_fast import Policy, backends
+from emp_fast.backends.native import NativeModule
 from emp_fast.cli import app, bench, doctor
 from emp_fast.cli import demo as demo_command
 from emp_fast.files import write_atomically
@@ -151,11 +152,28 @@ def test_doctor_says_that_a_chosen_backend_cannot_serve(monkeypatch):
     assert "got 'magic'" in report["automatic_choice"]["cpu"]
 
 
+def test_doctor_tells_a_failed_self_check_from_one_that_did_not_run(monkeypatch):
+    def status(device):
+        return [
+            backends.BackendStatus("reference", True),
+            backends.BackendStatus("cpu", False, "self-check failed: topk differs", "topk differs"),
+            backends.BackendStatus("cuda", False, "no device"),
+        ]
+
+    monkeypatch.setattr(sys.modules[doctor.__module__], "backend_status", status)
+    lines = json.loads(run("doctor", "--json").stdout)["backends"]
+    assert [(line["self_check"], line["reason"]) for line in lines[:3]] == [
+        ("is the oracle", None),
+        ("failed", "topk differs"),
+        ("not run", "no device"),
+    ]
+
+
 @pytest.mark.parametrize("loads", [True, False])
 def test_doctor_believes_its_eyes_where_no_build_was_recorded(tmp_path, monkeypatch, loads):
     module = sys.modules[doctor.__module__]
     monkeypatch.setattr(module.resources, "files", lambda package: tmp_path)
-    monkeypatch.setattr(module, "load_native", lambda: object() if loads else "no module")
+    monkeypatch.setattr(module, "load_native", lambda: NativeModule(object() if loads else None))
     assert module._build_info()["native"] is loads
 
 
@@ -172,7 +190,7 @@ def test_doctor_shows_which_row_kernels_are_chosen(monkeypatch):
 def test_doctor_says_that_no_row_kernels_have_that_name(monkeypatch):
     # As in a new process: a backend is made once.
     monkeypatch.setattr(backends, "_load", functools.cache(backends._load.__wrapped__))
-    monkeypatch.setattr(backends, "_refusal", functools.cache(backends._refusal.__wrapped__))
+    monkeypatch.setattr(backends, "_status", functools.cache(backends._status.__wrapped__))
     monkeypatch.setenv("EMP_FAST_CUDA_ROWS", "magic")
     report = json.loads(run("doctor", "--json").stdout)
     reasons = {line["backend"]: line["reason"] for line in report["backends"]}

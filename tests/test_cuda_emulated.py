@@ -28,7 +28,14 @@ from torch import Tensor
 import emp_fast
 import emp_fast.backends
 from emp_fast.backends import cuda
-from emp_fast.backends.base import ROW_FIELDS, LossOptions, Recurrence, RowScores, State
+from emp_fast.backends.base import (
+    OUT_OF_RANGE,
+    ROW_FIELDS,
+    LossOptions,
+    Recurrence,
+    RowScores,
+    State,
+)
 from emp_fast.backends.reference import ReferenceBackend
 from emp_fast.backends.selfcheck import self_check
 from emp_fast.functional import cross_entropy
@@ -673,12 +680,12 @@ def test_selection_and_random_bits_by_blocks_of_several_tiles(
 
 @pytest.mark.parametrize("dtype", test_fused_step.DTYPES, ids=str)
 @pytest.mark.parametrize("elements", test_fused_step.ELEMENTS)
-@pytest.mark.parametrize("also", [None, -1.5])
+@pytest.mark.parametrize("factor", [None, -1.5])
 def test_scale(
-    dtype: torch.dtype, elements: int, also: float | None, emulated: EmulatedBackend
+    dtype: torch.dtype, elements: int, factor: float | None, emulated: EmulatedBackend
 ) -> None:
     emulated.seed = elements
-    test_fused_step.assert_scaled(emulated, dtype, elements, also)
+    test_fused_step.assert_scaled(emulated, dtype, elements, factor)
 
 
 def test_scale_by_1_touches_no_memory(emulated: EmulatedBackend) -> None:
@@ -740,7 +747,7 @@ def test_update_refuses_indices_out_of_range(rows: int, emulated: EmulatedBacken
     emulated.update_state(indices, signal, direct, count, got, recurrence)
     indices[at] = 0
     REFERENCE.update_state(indices, signal, direct, kept, wanted, recurrence)
-    wanted.counters[1] += 4
+    wanted.counters[OUT_OF_RANGE] += 4
     assert_same_state(got, wanted)
 
 
@@ -801,7 +808,7 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
         )
         values = scores.by_name()
         count = scores.count.clone()
-        wanted.counters[1] += count[1]
+        wanted.counters[OUT_OF_RANGE] += count[1]
         indices[1], count[1] = 0, 0
         REFERENCE.update_state(
             indices,

@@ -68,8 +68,7 @@ def cuda() -> Any:
 @pytest.fixture
 def kernels_built() -> None:
     """For tests of the package's own module: it was built by nvcc."""
-    native = load_native()
-    if isinstance(native, str) or not hasattr(native, "cuda"):
+    if not hasattr(load_native().module, "cuda"):
         stop = pytest.fail if os.environ.get("EMP_FAST_CUDA") == "1" else pytest.skip
         stop("the native module was built without CUDA")
 
@@ -680,7 +679,7 @@ def test_a_failed_launch_raises_with_the_name_of_the_kernel() -> None:
         "import torch\n"
         "from emp_fast.backends.native import load_native\n"
         "try:\n"
-        "    load_native().cuda.philox(256, 1, 0, 0, 0, 0, 0)\n"
+        "    load_native().module.cuda.philox(256, 1, 0, 0, 0, 0, 0)\n"
         "except RuntimeError as error:\n"
         "    assert 'sample_bits_of' in str(error), error\n"
         "else:\n"

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import emp_fast
 from emp_fast import rules
+from emp_fast.backends.base import OUT_OF_RANGE
 from emp_fast.distributed import merging
 from emp_fast.distributed import ranks as collectives
 
@@ -160,11 +161,12 @@ def merge_settles_samples_of_several_ranks(rank: int, size: int) -> None:
 @ranks_check
 def rows_out_of_range_are_reported_once(rank: int, size: int) -> None:
     store = emp_fast.ScoreStore(N)
-    store._samples.state.counters[1] = 2 if rank == 0 else 0  # as a kernel on a GPU leaves it
+    # As a kernel on a GPU leaves it.
+    store._samples.state.counters[OUT_OF_RANGE] = 2 if rank == 0 else 0
     store.merge()
     for rows in (2 if size > 1 or rank == 0 else 0, 0, 3, 0):
         if rows == 3:
-            store._samples.state.counters[1] += 3 if rank == 0 else 0
+            store._samples.state.counters[OUT_OF_RANGE] += 3 if rank == 0 else 0
             store.merge()
         if rows:
             with pytest.raises(IndexError, match=f"{rows} rows of earlier updates"):
@@ -172,6 +174,24 @@ def rows_out_of_range_are_reported_once(rank: int, size: int) -> None:
         else:
             store.merge()
             store.select(1)
+
+
+@ranks_check
+def merge_after_a_load_in_inference_mode(rank: int, size: int) -> None:
+    """A snapshot of a merge, and one between merges, which has a rank's own updates."""
+    own = torch.arange(rank, N, size)
+    for merged in (True, False):
+        first = emp_fast.ScoreStore(N)
+        first.update(own, stats_of(own, 0))
+        if merged:
+            first.merge()
+        with torch.inference_mode():
+            second = emp_fast.ScoreStore(N)
+            second.load_state_dict(first.state_dict())
+        for store in (first, second):
+            store.update(own, stats_of(own, 1))
+            store.merge()
+        assert_same_state(first, second)
 
 
 @ranks_check

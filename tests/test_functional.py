@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from emp_fast import SampleStats
-from emp_fast.functional import _with_gaps, cross_entropy
+from emp_fast.functional import cross_entropy
+from emp_fast.rows import _with_gaps
 from emp_fast.testing import ATOL, CASES, RTOL, Case, make, oracle
 
 FLOAT_FIELDS = ("loss", "entropy", "el2n", "margin", "confidence")

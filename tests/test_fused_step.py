@@ -72,12 +72,12 @@ def test_policy_weights_follow_the_state_to_the_logits(monkeypatch):
     """They are made where the state is, which before the first step is not the logits' device."""
     handed = {}
 
-    def record(logits, target, indices, state, recurrence, row_scale, *options):
+    def record(logits, target, weight, options, row_scale, indices, state, recurrence):
         handed.update(indices=indices, scores=state.scores, row_scale=row_scale)
         return logits.new_zeros(())
 
     monkeypatch.setattr("emp_fast.ops.fuses_step", lambda logits: True)
-    monkeypatch.setattr("emp_fast.functional.mean_step", record)
+    monkeypatch.setattr("emp_fast.ops.mean_step", record)
     pruner = Pruner(12, policy=BelowMean(0.5))
     list(pruner.sampler)
     logits = torch.empty(3, 5, device="meta", requires_grad=True)
@@ -182,11 +182,11 @@ def test_a_loss_that_is_not_finite_shows_in_the_mean(backend):
     assert_nonfinite_means(load(backend))
 
 
-def assert_scaled(by: Backend, dtype: torch.dtype, elements: int, also: float | None) -> None:
+def assert_scaled(by: Backend, dtype: torch.dtype, elements: int, factor: float | None) -> None:
     grad = torch.linspace(-2, 2, elements).to(dtype)
-    factor = -0.375
-    wanted = (grad.float() * (factor if also is None else factor * also)).to(dtype)
-    by.scale_(grad, torch.tensor(factor), None if also is None else torch.tensor(also))
+    grad_mean = -0.375
+    wanted = (grad.float() * (grad_mean if factor is None else grad_mean * factor)).to(dtype)
+    by.scale_(grad, torch.tensor(grad_mean), None if factor is None else torch.tensor(factor))
     assert torch.equal(grad, wanted)
 
 
@@ -197,16 +197,16 @@ ELEMENTS = (0, 1, 5, 4096, 4097)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("elements", ELEMENTS)
-@pytest.mark.parametrize("also", [None, 1.0, -1.5])
-def test_a_gradient_is_scaled_by_both_factors(backend, dtype, elements, also):
-    assert_scaled(load(backend), dtype, elements, also)
+@pytest.mark.parametrize("factor", [None, 1.0, -1.5])
+def test_a_gradient_is_scaled_by_both_factors(backend, dtype, elements, factor):
+    assert_scaled(load(backend), dtype, elements, factor)
 
 
 def assert_left_alone(by: Backend) -> None:
     """A signalling NaN stays one: any arithmetic would have made it a quiet one."""
-    for factor, also in ((1.0, None), (1.0, 1.0), (0.25, 4.0)):
+    for grad_mean, factor in ((1.0, None), (1.0, 1.0), (0.25, 4.0)):
         grad = torch.full((9,), 0x7F800001, dtype=torch.int32)
-        factors = torch.tensor(factor), None if also is None else torch.tensor(also)
+        factors = torch.tensor(grad_mean), None if factor is None else torch.tensor(factor)
         by.scale_(grad.view(torch.float32), *factors)
         assert (grad == 0x7F800001).all()
 

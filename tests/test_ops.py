@@ -105,7 +105,7 @@ ARGUMENTS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         ),
         (torch.tensor([3, 3, 0]), normal(3), None, None, *state(), *Recurrence("mean", "loss")),
     ],
-    "winners": lambda: [
+    "find_winners": lambda: [
         (torch.tensor([3, 3, 0]), normal(3) > 0, None, N, torch.zeros(2, dtype=torch.int64)),
         (torch.arange(R), normal(R) > 0, torch.arange(R).int(), N, torch.zeros(2).long()),
     ],
@@ -139,13 +139,24 @@ def test_opcheck(name: str, backend: str) -> None:
         torch.library.opcheck(op, arguments)
 
 
+def arguments_of(name: str) -> list[str]:
+    schema = getattr(torch.ops.emp_fast, name).default._schema
+    return [argument.name for argument in schema.arguments]
+
+
 def test_state_and_recurrence_are_arguments_in_the_order_of_their_fields() -> None:
     """They are passed as ``*state, *recurrence``, and rebuilt from that."""
     wanted = [*State._fields, *Recurrence._fields]
     for name in ("mean_step", "update_state"):
-        schema = getattr(torch.ops.emp_fast, name).default._schema
-        names = [argument.name for argument in schema.arguments]
-        assert names[-len(wanted) :] == wanted
+        assert arguments_of(name)[-len(wanted) :] == wanted
+
+
+def test_loss_options_are_arguments_in_the_order_of_their_fields() -> None:
+    """They are passed as ``*options``."""
+    wanted = list(LossOptions._fields)
+    for name in ("cross_entropy", "cross_entropy_backward"):
+        assert arguments_of(name)[-len(wanted) :] == wanted
+    assert arguments_of("mean_step")[3 : 3 + len(wanted)] == wanted
 
 
 def test_opcheck_of_logits_that_want_a_gradient(backend: str) -> None:
@@ -392,7 +403,7 @@ def test_a_fused_step_gives_its_gradient_twice(backend: str, watched: bool) -> N
     logits, target, scale = leaf(R, C), class_ids(), normal(R).abs()
     arguments = (target, None, LossOptions(), scale, torch.arange(R), state())
     with Seen() if watched else nullcontext():
-        mean = ops.mean_step_for_backward(logits, *arguments, Recurrence("ema", "loss"))
+        mean = ops.mean_step(logits, *arguments, Recurrence("ema", "loss"))
     first = torch.autograd.grad(3 * mean, logits, retain_graph=True)[0].clone()
     second = torch.autograd.grad(3 * mean, logits)[0]
     x = logits.detach().requires_grad_()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import emp_fast
 from emp_fast import EmpFastWarning, ScoreStore
+from emp_fast.backends.base import OUT_OF_RANGE
 from emp_fast.candidates import groups_of
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, EpsilonGreedy, TopK
@@ -372,7 +373,7 @@ def test_non_finite_values_warn_once_at_the_next_selection():
 
 def test_rows_that_a_device_refused_as_out_of_range_raise_at_the_next_selection():
     store = ScoreStore(3, Loss())
-    store._samples.state.counters[1] = 2  # as a kernel on a GPU leaves it
+    store._samples.state.counters[OUT_OF_RANGE] = 2  # as a kernel on a GPU leaves it
     with pytest.raises(IndexError, match=r"\[0, 3\): 2 rows of earlier updates"):
         store.select(1)
     assert len(store.select(1).indices) == 1
@@ -616,6 +617,25 @@ def test_a_store_that_began_in_inference_mode_goes_on_outside(backend, rule):
     store.load_state_dict(store.state_dict())
     assert store.visits.tolist() == [2, 2, 2, 2]
     assert not moved.scores.is_inference()
+
+
+@pytest.mark.parametrize("rule", [EMP(), UCB(), DynUnc()], ids=repr)
+@pytest.mark.parametrize(("saved", "loaded"), [(False, True), (True, False), (True, True)])
+def test_a_state_loaded_in_inference_mode_or_from_it_is_updated_outside(
+    backend, rule, saved, loaded
+):
+    with torch.inference_mode(saved):
+        source = ScoreStore(4, rule)
+        source.update(torch.arange(4), stats_of(4))
+        state = source.state_dict()
+    with torch.inference_mode(loaded):
+        store = ScoreStore(4, rule)
+        store.load_state_dict(state)
+    assert not any(tensor.is_inference() for tensor in store._samples.tensors().values())
+    for each in (store, source):
+        each.update(torch.arange(4), stats_of(4))
+    assert store.visits.tolist() == [2, 2, 2, 2]
+    assert torch.equal(store.scores, source.scores)
 
 
 def test_selections_default_to_the_highest_scores():

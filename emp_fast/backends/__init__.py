@@ -42,11 +42,12 @@ class BackendError(RuntimeError):
 
 
 class BackendStatus(NamedTuple):
-    """One line of ``emp-fast doctor``."""
+    """Whether a backend can serve a device: one line of ``emp-fast doctor``."""
 
     name: str
     available: bool
-    reason: str | None  # why it is not available
+    reason: str | None = None  # why it is not available
+    failed_check: str | None = None  # what the self-check found, if that is the reason
 
 
 @contextmanager
@@ -106,8 +107,7 @@ def load(name: str) -> Backend:
 
 def backend_status(device: torch.device) -> list[BackendStatus]:
     """Which backends can serve ``device``, and why the others cannot."""
-    reasons = {name: _refusal_or_bad_setting(name, device) for name in _CLASSES}
-    return [BackendStatus(name, reason is None, reason) for name, reason in reasons.items()]
+    return [_status_or_bad_setting(name, device) for name in _CLASSES]
 
 
 @functools.cache
@@ -121,46 +121,49 @@ def _load(name: str) -> Backend | str:
 
 
 @functools.cache
-def _refusal(name: str, device: torch.device) -> str | None:
+def _status(name: str, device: torch.device) -> BackendStatus:
     loaded = _load(name)
-    if isinstance(loaded, str):
-        return loaded
-    reason = loaded.why_not(device)
-    if reason is None and name != "reference":
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise BackendError(  # not returned as a reason, because that would be cached
-                f"a CUDA graph cannot capture the first use of the {name} backend on {device}, "
-                "which compares it with the reference: take one step before"
-            )
-        from emp_fast.backends.selfcheck import self_check
+    reason = loaded if isinstance(loaded, str) else loaded.why_not(device)
+    if isinstance(loaded, str) or reason is not None:
+        return BackendStatus(name, False, reason)
+    if name == "reference":
+        return BackendStatus(name, True)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise BackendError(  # not returned as a reason, because that would be cached
+            f"a CUDA graph cannot capture the first use of the {name} backend on {device}, "
+            "which compares it with the reference: take one step before"
+        )
+    from emp_fast.backends.selfcheck import self_check
 
-        reason = self_check(loaded, device)
-    return reason
+    failed = self_check(loaded, device)
+    if failed is not None:
+        return BackendStatus(name, False, f"self-check failed: {failed}", failed)
+    return BackendStatus(name, True)
 
 
-def _refusal_or_bad_setting(name: str, device: torch.device) -> str | None:
-    """`_refusal`, but a bad environment variable is a reason too; operations raise for it."""
+def _status_or_bad_setting(name: str, device: torch.device) -> BackendStatus:
+    """`_status`, but a bad environment variable is a reason too; operations raise for it."""
     try:
-        return _refusal(name, device)
+        return _status(name, device)
     except ValueError as error:
-        return str(error)
+        return BackendStatus(name, False, str(error))
 
 
 @functools.cache
 def _choose(name: str, device: torch.device) -> Backend:
     _check_name(name, _ENVIRONMENT)
     if name != "auto":
-        reason = _refusal(name, device)
-        if reason is not None:
-            raise BackendError(f"the {name} backend cannot serve {device}: {reason}")
+        status = _status(name, device)
+        if not status.available:
+            raise BackendError(f"the {name} backend cannot serve {device}: {status.reason}")
         return load(name)
     candidates = _AUTOMATIC.get(device.type, ("reference",))
     refused = []
     for candidate in candidates:
-        reason = _refusal(candidate, device)
-        if reason is None:
+        status = _status(candidate, device)
+        if status.available:
             break
-        refused.append(f"{candidate}: {reason}")
+        refused.append(f"{candidate}: {status.reason}")
     if refused:
         warnings.warn(
             f"emp_fast uses its {candidate} backend on {device} ({'; '.join(refused)})",

@@ -16,6 +16,9 @@ from emp_fast._torch_internals import current_device, current_stream
 #: Whether Triton interprets its kernels on CPU tensors instead of compiling them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
+#: Warps of a program of the kernels that are not planned; what Triton takes by default.
+DEFAULT_WARPS = 4
+
 _HERE = nullcontext()
 
 #: Binaries by kernel, device, argument types, constants and warps: all that a binary depends on.

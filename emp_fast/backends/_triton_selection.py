@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emp_fast.backends._triton_launch import launch, multiprocessors
+from emp_fast.backends._triton_launch import DEFAULT_WARPS, launch, multiprocessors
 from emp_fast.backends.reference import order_keys
 from emp_fast.kernels import bracket, plan, selection
 from emp_fast.kernels import philox as philox_kernels
@@ -70,7 +70,7 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
             (scores, groups, prefix, bins),
             (n, shift, 8 * index_bytes),
             (plan.HISTOGRAM_BLOCK,),
-            4,
+            DEFAULT_WARPS,
         )
         reached = bins.flip(1).cumsum(1)  # [G, 256], from the highest byte down
         # The first byte at which a group reaches its share. For a share of 0 it is the highest
@@ -101,9 +101,10 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
     bits = torch.empty(samples, dtype=torch.int32, device=scores.device)
     grid = (plan.ceil_div(samples, plan.PHILOX_BLOCK), 1, 1)
     numbers = (samples, 0, 0, 0, 0, 0)
-    launch(philox_kernels.philox, grid, (bits,), numbers, (plan.PHILOX_BLOCK,), 4)
-    at = torch.arange(samples, device=scores.device) * stratum + bits.long().remainder(stratum)
-    keys = order_keys(scores[at]).long()
+    constants = (plan.PHILOX_BLOCK,)
+    launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
+    starts = torch.arange(samples, device=scores.device) * stratum
+    keys = order_keys(scores[starts + bits.long().remainder(stratum)]).long()
     keys -= ((keys < 0) & (keys > -(2**31))).long()  # in kernels, keys of negative scores differ
     keys = keys.sort(descending=True).values + 2**31
     ends = keys[[max(upper, 0), min(lower, samples - 1)]].tolist()
@@ -121,7 +122,7 @@ def _narrow(scores: Tensor, found: bracket.Bracket, k: int) -> bracket.Bracket:
         bins = torch.zeros(_BINS, dtype=torch.int64, device=scores.device)
         numbers = (n, found.low, found.high, found.shift)
         constants = (plan.HISTOGRAM_BLOCK,)
-        launch(selection.histogram, grid, (scores, bins), numbers, constants, 4)
+        launch(selection.histogram, grid, (scores, bins), numbers, constants, DEFAULT_WARPS)
         found = bracket.narrow(found, bins.tolist(), k)
     return found
 
@@ -183,7 +184,7 @@ def _mark_more(
         (indices, keys, marks.bits, marks.counts),
         (n, found.low, last_tie),
         (plan.HISTOGRAM_BLOCK, plan.MARK_WORDS),
-        4,
+        DEFAULT_WARPS,
     )
 
 

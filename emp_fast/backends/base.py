@@ -15,13 +15,15 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from emp_fast.backends.winners import Winners, winners
+from emp_fast.backends.winners import Winners, find_winners
 
 #: The scores in `RowScores.fields`, in order; the values that the backward pass needs follow them.
 SCORE_FIELDS = ("entropy", "el2n", "margin", "confidence")
+ROW_FIELDS = (*SCORE_FIELDS, "max", "inv_sum", "miss")
 #: The count of a sample's visits saturates here.
 MOST_VISITS = 2**31 - 1
-ROW_FIELDS = (*SCORE_FIELDS, "max", "inv_sum", "miss")
+#: Which count of refused rows is where in `State.counters`.
+NONFINITE, OUT_OF_RANGE = 0, 1
 
 
 class LossOptions(NamedTuple):
@@ -46,6 +48,17 @@ class RowScores(NamedTuple):
     def by_name(self) -> dict[str, Tensor]:
         """The loss and every field, [R] float32 each: what a `Recurrence` may read."""
         return {"loss": self.loss, **dict(zip(ROW_FIELDS, self.fields, strict=True))}
+
+
+#: The fields of `RowScores`, which an op returns as a plain tuple.
+RowTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def stats_of_rows(
+    loss: Tensor, fields: Tensor, correct: Tensor, count: Tensor
+) -> tuple[Tensor, ...]:
+    """The fields of SampleStats from those of `RowScores`."""
+    return (loss, *fields.unbind(0)[: len(SCORE_FIELDS)], correct, count)
 
 
 RecurrenceKind = Literal["ema", "mean", "variance"]
@@ -73,7 +86,7 @@ class Recurrence(NamedTuple):
 
 
 class State(NamedTuple):
-    """The per-sample state of N samples that `update_state` and `cross_entropy_step` write into."""
+    """The per-sample state of N samples that `update_state` and `mean_step` write into."""
 
     scores: Tensor  # [N] float32
     memory: Tensor  # [N] float32
@@ -82,8 +95,8 @@ class State(NamedTuple):
     #: [N] int32 scratch that finds the last of repeated indices; all zero between calls. Calls on
     #: one state must not overlap in time.
     claims: Tensor
-    #: [2] int64: rows refused as non-finite, rows refused as out of range. While a step runs on a
-    #: GPU it holds other values too, so read it in the order of the step's stream.
+    #: [2] int64: rows refused at NONFINITE and at OUT_OF_RANGE. While a step runs on a GPU it holds
+    #: other values too, so read it in the order of the step's stream.
     counters: Tensor
 
 
@@ -120,8 +133,7 @@ class Backend(ABC):
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> tuple[Tensor, ...]:
         """The fields of SampleStats for rows whose gradient is not wanted; see `cross_entropy`."""
-        loss, fields, correct, count = self.cross_entropy(logits, target, weight, options)
-        return (loss, *fields[: len(SCORE_FIELDS)].unbind(0), correct, count)
+        return stats_of_rows(*self.cross_entropy(logits, target, weight, options))
 
     @abstractmethod
     def cross_entropy_backward(
@@ -209,16 +221,16 @@ class Backend(ABC):
 
     def scale_(
         self,
-        grad: Tensor,
-        factor: Tensor,  # [] float32
-        also: Tensor | None,  # [] float32; None: 1
+        grad: Tensor,  # `MeanStep.grad`
+        grad_mean: Tensor,  # [] float32, what autograd passes backwards to the mean
+        factor: Tensor | None,  # [] float32, `MeanStep.factor`; None: 1
     ) -> None:
-        """Multiplies ``grad`` in place by ``factor`` times ``also``.
+        """Multiplies ``grad`` in place by ``grad_mean`` times ``factor``.
 
         A GPU backend reads both on the device and does not touch ``grad`` if their product is 1.
         That is so if every row counts and ``backward`` was called on the loss itself.
         """
-        grad.mul_(factor if also is None else factor * also)
+        grad.mul_(grad_mean if factor is None else grad_mean * factor)
 
     @abstractmethod
     def update_state(
@@ -233,12 +245,12 @@ class Backend(ABC):
         """Updates the state of the samples in ``indices``.
 
         A row with count 0 is skipped. A row with a non-finite signal or direct term is refused and
-        counted in ``counters[0]``. If several of the remaining rows have the same index, only the
-        last one is applied. An index outside [0, N) raises IndexError on the CPU, and nothing is
-        applied; on a GPU its row is refused and counted in ``counters[1]``.
+        counted in ``counters[NONFINITE]``. If several of the remaining rows have the same index,
+        only the last one is applied. An index outside [0, N) raises IndexError on the CPU, and
+        nothing is applied; on a GPU its row is refused and counted in ``counters[OUT_OF_RANGE]``.
         """
 
-    def winners(
+    def find_winners(
         self,
         indices: Tensor,  # [S] int64
         usable: Tensor,  # [S] bool
@@ -250,7 +262,7 @@ class Backend(ABC):
         Refused rows are counted as there. ``usable`` says for each row whether all stats that the
         rule reads are finite.
         """
-        return winners(indices, usable, count, state.scores.shape[0], state.counters)
+        return find_winners(indices, usable, count, state.scores.shape[0], state.counters)
 
     @abstractmethod
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:

@@ -40,10 +40,10 @@ def check_offsets(offsets: Tensor, total: int) -> None:
         )
     falls = (offsets[1:] < offsets[:-1]).nonzero()
     if falls.numel():
-        at = int(falls[0])
+        before = int(falls[0])
         raise ValueError(
-            f"offsets must not fall, got {int(offsets[at])} then {int(offsets[at + 1])} "
-            f"at position {at + 1}"
+            f"offsets must not fall, got {int(offsets[before])} then {int(offsets[before + 1])} "
+            f"at position {before + 1}"
         )
 
 

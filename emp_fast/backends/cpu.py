@@ -6,8 +6,6 @@ The kernels are compiled for several instruction sets; the best that the process
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -41,9 +39,7 @@ class CpuBackend(Backend):
     fuses_step = True
 
     def __init__(self) -> None:
-        loaded = load_native()
-        self._reason = loaded if isinstance(loaded, str) else None
-        self._native: Any = loaded
+        self._native, self._reason = load_native()
 
     def why_not(self, device: torch.device) -> str | None:
         """Why there is no native code for ``device``; None if there is."""
@@ -154,9 +150,9 @@ class CpuBackend(Backend):
             check_index_range(indices, state.scores.shape[0])
         return MeanStep(mean, grad, None)
 
-    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
+    def scale_(self, grad: Tensor, grad_mean: Tensor, factor: Tensor | None) -> None:
         """Does not touch ``grad`` if the product of the factors is 1."""
-        value = factor.item() if also is None else factor.item() * also.item()
+        value = grad_mean.item() if factor is None else grad_mean.item() * factor.item()
         if value != 1:
             grad.mul_(value)
 
@@ -182,13 +178,13 @@ class CpuBackend(Backend):
         if not applied:
             check_index_range(indices, state.scores.shape[0])
 
-    def winners(
+    def find_winners(
         self, indices: Tensor, usable: Tensor, count: Tensor | None, state: State
     ) -> Winners:
         """Returns only the rows to apply, with no sample twice."""
         rows = indices.new_empty(indices.shape[0])
         samples = torch.empty_like(rows)
-        found = self._native.winners(
+        number = self._native.winners(
             indices.data_ptr(),
             usable.data_ptr(),
             pointer(count),
@@ -199,16 +195,15 @@ class CpuBackend(Backend):
             rows.data_ptr(),
             samples.data_ptr(),
         )
-        if found < 0:
+        if number < 0:
             check_index_range(indices, state.scores.shape[0])
-        return Winners(rows[:found], samples[:found], None)
+        return Winners(rows[:number], samples[:number], None)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
         """One read of the scores; the workspace takes 1.3 bytes per score."""
-        native, n = self._native, scores.shape[0]
-        at = scores.device
-        selected = torch.empty(k, dtype=torch.int64, device=at)
-        workspace = torch.empty(native.topk_workspace(n), dtype=torch.uint8, device=at)
+        native, n, device = self._native, scores.shape[0], scores.device
+        selected = torch.empty(k, dtype=torch.int64, device=device)
+        workspace = torch.empty(native.topk_workspace(n), dtype=torch.uint8, device=device)
         native.topk(
             scores.data_ptr(),
             n,
@@ -222,11 +217,10 @@ class CpuBackend(Backend):
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
         """Five or six reads of the groups; workspace of 1.4 bytes per score, 20+ per group."""
         native, n, num_groups = self._native, scores.shape[0], group_k.shape[0]
-        threads = torch.get_num_threads()
-        at = scores.device
-        selected = torch.empty(int(group_k.sum()), dtype=torch.int64, device=at)
+        threads, device = torch.get_num_threads(), scores.device
+        selected = torch.empty(int(group_k.sum()), dtype=torch.int64, device=device)
         size = native.grouped_topk_workspace(n, num_groups, threads)
-        workspace = torch.empty(size, dtype=torch.uint8, device=at)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
         native.grouped_topk(
             scores.data_ptr(),
             groups.data_ptr(),

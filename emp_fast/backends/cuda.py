@@ -62,16 +62,11 @@ class CudaBackend(RowKernelsChoice, Backend):
 
     def __init__(self, row_kernels: str | None = None) -> None:
         self._choose_row_kernels(row_kernels)
-        native = load_native()
-        self._native: Any = None
-        self._reason: str | None = None
-        if isinstance(native, str):
-            self._reason = native
-        elif not hasattr(native, "cuda"):
+        native, self._reason = load_native()
+        self._native: Any = getattr(native, "cuda", None)
+        if native is not None and self._native is None:
             why = build_failure("cuda_reason") or "no nvcc was found, or EMP_FAST_CUDA=0"
             self._reason = f"emp_fast._native was built without CUDA: {why}"
-        else:
-            self._native = native.cuda
 
     def why_not(self, device: torch.device) -> str | None:
         """Why this build has no code for ``device``; None if it has."""
@@ -215,18 +210,18 @@ class CudaBackend(RowKernelsChoice, Backend):
             )
         return MeanStep(mean, grad, factor)
 
-    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
+    def scale_(self, grad: Tensor, grad_mean: Tensor, factor: Tensor | None) -> None:
         """One launch, which does not touch ``grad`` if the product of the factors is 1."""
         if not grad.is_contiguous() or grad.data_ptr() % 16:
-            super().scale_(grad, factor, also)
+            super().scale_(grad, grad_mean, factor)
             return
         with _on(grad.device):
             self._native.scale(
                 FORMATS[grad.dtype],
                 grad.data_ptr(),
                 grad.numel(),
-                factor.data_ptr(),
-                pointer(also),
+                grad_mean.data_ptr(),
+                pointer(factor),
                 _stream(grad.device),
             )
 

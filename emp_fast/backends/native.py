@@ -7,7 +7,7 @@ import json
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch  # before the native module, so that both share one OpenMP runtime
 from torch import Tensor
@@ -25,20 +25,28 @@ _KINDS = get_args(RecurrenceKind)  # numbered in this order by csrc/core/recurre
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 
 
+class NativeModule(NamedTuple):
+    """``emp_fast._native``, or why it cannot be used."""
+
+    module: Any  # None if it cannot
+    reason: str | None = None
+
+
 @functools.cache
-def load_native() -> Any | str:
-    """The native module, or the reason why there is none."""
+def load_native() -> NativeModule:
+    """Imports the native module; a failure is remembered."""
     try:
         module = import_module("emp_fast._native")
     except ImportError as error:
-        return build_failure() or f"emp_fast._native cannot be imported: {error}"
+        reason = build_failure() or f"emp_fast._native cannot be imported: {error}"
+        return NativeModule(None, reason)
     isa = os.environ.get(_ISA_ENVIRONMENT)
     if isa:
         try:
             module.set_isa(isa)
         except ValueError as error:
-            return f"{_ISA_ENVIRONMENT}: {error}"
-    return module
+            return NativeModule(None, f"{_ISA_ENVIRONMENT}: {error}")
+    return NativeModule(module)
 
 
 def build_failure(which: str = "reason") -> str | None:

@@ -6,11 +6,15 @@ of docs/numerics.md: the sums leave out the target, which is added at the end.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from emp_fast.backends.base import (
     MOST_VISITS,
+    ROW_FIELDS,
+    SCORE_FIELDS,
     Backend,
     LossOptions,
     Recurrence,
@@ -18,7 +22,7 @@ from emp_fast.backends.base import (
     State,
 )
 from emp_fast.backends.checks import check_target_range
-from emp_fast.backends.winners import winners
+from emp_fast.backends.winners import find_winners
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -38,74 +42,48 @@ class ReferenceBackend(Backend):
     ) -> RowScores:
         raw = _accumulation(logits)
         x = _capped(raw, options.softcap)
-        dtype, num_classes = x.dtype, x.shape[1]
         soft = target.is_floating_point()
         if soft:
             valid = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
             bad = torch.zeros_like(valid)
             y = target.argmax(1)
         else:
-            valid, bad, y = _class_ids(target, num_classes, options.ignore_index)
+            valid, bad, y = _class_ids(target, x.shape[1], options.ignore_index)
 
-        x_y = x.gather(1, y[:, None])[:, 0]
-        others = x.scatter(1, y[:, None], -torch.inf)
-        m = others.amax(1)  # -inf: no other class has a finite logit
-        offset = torch.where(m == -torch.inf, 0.0, m)
-        diff = others - offset[:, None]
-        e = diff.exp()
-        zero = torch.zeros((), dtype=dtype, device=x.device)
-        d = e.sum(1)
-        s = torch.where(e == 0, zero, diff * e).sum(1)
-        q = (e * e).sum(1)
-
-        largest = torch.maximum(m, x_y)
-        shift = torch.where(m == -torch.inf, zero, m - largest)
-        factor = shift.exp()
-        d, s, q = d * factor, (s + shift * d) * factor, q * factor * factor
-        t_y = x_y - largest
-        e_y = t_y.exp()
-        total = d + e_y
-        log_total = torch.where(e_y == 1, torch.log1p(d), total.log())
-        entropy = log_total - (s + torch.where(e_y == 0, zero, t_y * e_y)) / total
-        miss = d / total
-        inv_sum = 1 / total
-        margin = x_y - m
-        if options.softcap > 0 and num_classes > 1:
-            raw_max = raw.scatter(1, y[:, None], -torch.inf).amax(1)
-            margin = _capped_difference(raw.gather(1, y[:, None])[:, 0], raw_max, options.softcap)
-
-        log_p = (x - largest[:, None]) - log_total[:, None]
+        x_y = _at(x, y)
+        others = _sums_without_target(x, y)
+        softmax = _with_target(others, x_y)
         if soft:
-            p = (x - largest[:, None]).exp() * inv_sum[:, None]
-            loss = -_masked_product(_smoothed(target, options, weight), log_p).sum(1)
-            off = p - target
-            t = target.gather(1, y[:, None])[:, 0]
-            off.scatter_(1, y[:, None], ((1 - t) - miss)[:, None])
-            el2n = off.square().sum(1).sqrt()
+            loss, el2n = _loss_and_el2n_of_probabilities(x, y, target, weight, options, softmax)
         else:
-            nll = log_total - t_y
-            loss = nll if weight is None else _masked_product(weight[y], nll)
-            smoothing = options.label_smoothing
-            if smoothing > 0:
-                every = torch.ones_like(x[:1]) if weight is None else weight[None]
-                uniform = -_masked_product(every, log_p).sum(1) / num_classes
-                sharp = torch.zeros_like(loss) if smoothing == 1 else (1 - smoothing) * loss
-                loss = sharp + smoothing * uniform
-            el2n = (miss * miss + q * inv_sum * inv_sum).sqrt()
-
-        confidence = e_y * inv_sum
+            loss, el2n = _loss_and_el2n_of_ids(x, y, weight, options, softmax)
+        if options.softcap > 0 and x.shape[1] > 1:
+            margin = _capped_difference(_at(raw, y), _without(raw, y).amax(1), options.softcap)
+        else:
+            margin = x_y - others.m
+        confidence = softmax.e_y * softmax.inv_sum
         # For an unlikely target 1 - p_y has the smaller rounding error, for a likely one the miss.
-        miss = torch.where(confidence < 0.5, 1 - confidence, miss)
+        miss = torch.where(confidence < 0.5, 1 - confidence, softmax.miss)
         fields = torch.stack(
-            [entropy.clamp_min(0), el2n, margin, confidence, largest, inv_sum, miss]
+            [
+                softmax.entropy.clamp_min(0),
+                el2n,
+                margin,
+                confidence,
+                softmax.largest,
+                softmax.inv_sum,
+                miss,
+            ]
         )
+
         # A NaN in a row makes all its fields NaN. So does a class id out of range on a GPU.
-        spoiled = bad | torch.isnan(loss) | torch.isnan(inv_sum)
+        spoiled = bad | torch.isnan(loss) | torch.isnan(softmax.inv_sum)
         fields = torch.where(spoiled, torch.nan, fields)
         loss = torch.where(spoiled, torch.nan, loss)
-        fields = torch.where(valid, fields, zero)
-        loss = torch.where(valid, loss, zero)
-        return RowScores(loss.float(), fields.float(), (fields[2] >= 0), valid.to(torch.int32))
+        fields = torch.where(valid, fields, 0.0)
+        loss = torch.where(valid, loss, 0.0)
+        correct = fields[ROW_FIELDS.index("margin")] >= 0
+        return RowScores(loss.float(), fields.float(), correct, valid.to(torch.int32))
 
     def cross_entropy_backward(
         self,
@@ -125,7 +103,8 @@ class ReferenceBackend(Backend):
             inv_sum = 1 / e.sum(1, keepdim=True)
             p = e * inv_sum
         else:
-            p = (x - fields[4][:, None]).exp() * fields[5][:, None]
+            largest, inv_sum, _ = fields[len(SCORE_FIELDS) :, :, None]
+            p = (x - largest).exp() * inv_sum
         if target.is_floating_point():
             valid = None
             y = target.argmax(1, keepdim=True)
@@ -168,9 +147,9 @@ class ReferenceBackend(Backend):
         usable = torch.isfinite(signal)
         if direct is not None:
             usable &= torch.isfinite(direct)
-        chosen = winners(indices, usable, count, state.scores.shape[0], state.counters)
-        rows, at = chosen.rows, chosen.indices
-        x, m, n = signal[rows], state.memory[at], state.visits[at]
+        chosen = find_winners(indices, usable, count, state.scores.shape[0], state.counters)
+        rows, samples = chosen.rows, chosen.indices
+        x, m, n = signal[rows], state.memory[samples], state.visits[samples]
         visits = n.clamp_max(MOST_VISITS - 1) + 1
         first, decay = n == 0, recurrence.decay
         if recurrence.kind == "mean":
@@ -184,13 +163,13 @@ class ReferenceBackend(Backend):
         if recurrence.kind == "variance":
             if state.variance is None:
                 raise ValueError("state.variance must be a tensor for the variance recurrence")
-            v = state.variance[at]
+            v = state.variance[samples]
             variance = decay * v + (1 - decay) * (x - m).square()
             variance = torch.where(first, 0.0, variance)
             score = score + recurrence.variance_scale * variance
             chosen.write(state.variance, variance, v)
         chosen.write(state.memory, memory, m)
-        chosen.write(state.scores, score, state.scores[at])
+        chosen.write(state.scores, score, state.scores[samples])
         chosen.write(state.visits, visits, n)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
@@ -252,6 +231,102 @@ def order_keys(scores: Tensor) -> Tensor:
     return torch.where(torch.isnan(scores), lowest, keys)
 
 
+# ---- the steps of cross_entropy, with the names of docs/numerics.md -----------------------------
+
+
+class _Sums(NamedTuple):
+    """Sums over some classes of each row, [R]."""
+
+    m: Tensor  # the largest logit; -inf if none is finite
+    d: Tensor  # sum of e^(x - m)
+    s: Tensor  # sum of (x - m) e^(x - m)
+    q: Tensor  # sum of e^(2 (x - m))
+
+
+class _Softmax(NamedTuple):
+    """The softmax of each row over all its classes, [R]."""
+
+    largest: Tensor  # M, the largest logit
+    t_y: Tensor  # x_y - M
+    e_y: Tensor  # e^(x_y - M)
+    q: Tensor  # sum of e^(2 (x - M)), without the target
+    inv_sum: Tensor  # 1 / D
+    log_total: Tensor  # log D
+    miss: Tensor  # 1 - p_y
+    entropy: Tensor
+
+
+def _sums_without_target(x: Tensor, y: Tensor) -> _Sums:
+    others = _without(x, y)
+    m = others.amax(1)
+    diff = others - torch.where(m == -torch.inf, 0.0, m)[:, None]
+    e = diff.exp()
+    return _Sums(m, e.sum(1), torch.where(e == 0, 0.0, diff * e).sum(1), (e * e).sum(1))
+
+
+def _with_target(others: _Sums, x_y: Tensor) -> _Softmax:
+    """Moves the sums to the largest of all logits, and adds the target's terms."""
+    m, d, s, q = others
+    largest = torch.maximum(m, x_y)
+    shift = torch.where(m == -torch.inf, 0.0, m - largest)
+    factor = shift.exp()
+    d, s, q = d * factor, (s + shift * d) * factor, q * factor * factor
+    t_y = x_y - largest
+    e_y = t_y.exp()
+    total = d + e_y
+    log_total = torch.where(e_y == 1, torch.log1p(d), total.log())
+    entropy = log_total - (s + torch.where(e_y == 0, 0.0, t_y * e_y)) / total
+    return _Softmax(largest, t_y, e_y, q, 1 / total, log_total, d / total, entropy)
+
+
+def _loss_and_el2n_of_ids(
+    x: Tensor, y: Tensor, weight: Tensor | None, options: LossOptions, softmax: _Softmax
+) -> tuple[Tensor, Tensor]:
+    nll = softmax.log_total - softmax.t_y
+    loss = nll if weight is None else _masked_product(weight[y], nll)
+    smoothing = options.label_smoothing
+    if smoothing > 0:
+        every = torch.ones_like(x[:1]) if weight is None else weight[None]
+        uniform = -_masked_product(every, _log_p(x, softmax)).sum(1) / x.shape[1]
+        sharp = torch.zeros_like(loss) if smoothing == 1 else (1 - smoothing) * loss
+        loss = sharp + smoothing * uniform
+    miss, inv_sum = softmax.miss, softmax.inv_sum
+    return loss, (miss * miss + softmax.q * inv_sum * inv_sum).sqrt()
+
+
+def _loss_and_el2n_of_probabilities(
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    softmax: _Softmax,
+) -> tuple[Tensor, Tensor]:
+    t = _smoothed(target, options, weight)
+    loss = -_masked_product(t, _log_p(x, softmax)).sum(1)
+    p = (x - softmax.largest[:, None]).exp() * softmax.inv_sum[:, None]
+    off = p - target
+    off.scatter_(1, y[:, None], ((1 - _at(target, y)) - softmax.miss)[:, None])
+    return loss, off.square().sum(1).sqrt()
+
+
+def _log_p(x: Tensor, softmax: _Softmax) -> Tensor:
+    return (x - softmax.largest[:, None]) - softmax.log_total[:, None]
+
+
+# ---- shared by scores and gradients -------------------------------------------------------------
+
+
+def _at(x: Tensor, y: Tensor) -> Tensor:
+    """The entry of class ``y`` of each row."""
+    return x.gather(1, y[:, None])[:, 0]
+
+
+def _without(x: Tensor, y: Tensor) -> Tensor:
+    """The rows with -inf at class ``y``."""
+    return x.scatter(1, y[:, None], -torch.inf)
+
+
 def _accumulation(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -307,4 +382,4 @@ def _masked_product(t: Tensor, log_p: Tensor) -> Tensor:
 def _miss(p: Tensor, y: Tensor, fields: Tensor) -> Tensor:
     if p.dtype == torch.float64:
         return p.scatter(1, y, 0).sum(1, keepdim=True)
-    return fields[6][:, None]
+    return fields[ROW_FIELDS.index("miss")][:, None]

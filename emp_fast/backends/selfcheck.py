@@ -29,11 +29,11 @@ def self_check(backend: Backend, device: torch.device) -> str | None:
             wanted = operation(reference, device)
             for output, (a, b) in {name: (got[name], wanted[name]) for name in wanted}.items():
                 if not _agree(a, b):
-                    return f"self-check failed: {operation.__name__[1:]} output {output} differs"
+                    return f"{operation.__name__[1:]} output {output} differs"
     except torch.OutOfMemoryError:
         raise  # says nothing about the backend; at its next use there may be memory
     except Exception as error:  # a driver, a compiler or a launch may raise anything
-        return f"self-check failed: {type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
     return None
 
 

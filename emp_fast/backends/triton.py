@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from emp_fast.backends._gpu import empty_gradient, empty_scores, why_not_gpu
-from emp_fast.backends._triton_launch import INTERPRETED, device_of, launch, multiprocessors
+from emp_fast.backends._triton_launch import (
+    DEFAULT_WARPS,
+    INTERPRETED,
+    device_of,
+    launch,
+    multiprocessors,
+)
 from emp_fast.backends._triton_selection import grouped_topk_indices, topk_indices
 from emp_fast.backends.base import (
     ROW_FIELDS,
@@ -202,18 +208,19 @@ class TritonBackend(RowKernelsChoice, Backend):
             launch(mean_kernels.mean_loss, (1, 1, 1), pointers, numbers, constants, plan.MEAN_WARPS)
         return mean, factor
 
-    def scale_(self, grad: Tensor, factor: Tensor, also: Tensor | None) -> None:
+    def scale_(self, grad: Tensor, grad_mean: Tensor, factor: Tensor | None) -> None:
         n, itemsize = grad.numel(), grad.element_size()
         if n == 0 or not grad.is_contiguous():
-            super().scale_(grad, factor, also)
+            super().scale_(grad, grad_mean, factor)
             return
         align = plan.alignment(n, 0, grad.data_ptr(), itemsize)
         programs = min(plan.ceil_div(n, plan.SCALE_BLOCK), plan.SCALE_PROGRAMS)
         constants = (align, align * itemsize, plan.SCALE_BLOCK)
         with device_of(grad):
-            pointers = (grad, factor, also)
+            pointers = (grad, grad_mean, factor)
             grid = (programs, 1, 1)
-            launch(mean_kernels.scale_gradient, grid, pointers, (n // align,), constants, 4)
+            numbers = (n // align,)
+            launch(mean_kernels.scale_gradient, grid, pointers, numbers, constants, DEFAULT_WARPS)
 
     def update_state(
         self,
@@ -230,13 +237,14 @@ class TritonBackend(RowKernelsChoice, Backend):
             return
         pointers = (indices, signal, direct, count, *_state_pointers(state, recurrence))
         numbers = (num_rows, state.scores.shape[0], *_rule(recurrence))
-        one = num_rows <= plan.ONE_PROGRAM_ROWS
-        grid = (1 if one else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
-        phases = (state_kernels.BOTH,) if one else (state_kernels.CLAIM, state_kernels.APPLY)
+        single = num_rows <= plan.ONE_PROGRAM_ROWS
+        grid = (1 if single else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
+        phases = (state_kernels.BOTH,) if single else (state_kernels.CLAIM, state_kernels.APPLY)
         with device_of(indices):
             for phase in phases:
                 constants = (phase.value, plan.UPDATE_BLOCK)
-                launch(state_kernels.update_state, grid, pointers, numbers, constants, 4)
+                kernel = state_kernels.update_state
+                launch(kernel, grid, pointers, numbers, constants, DEFAULT_WARPS)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
         with device_of(scores):
@@ -256,7 +264,7 @@ class TritonBackend(RowKernelsChoice, Backend):
             grid = (plan.ceil_div(n, plan.PHILOX_BLOCK), 1, 1)
             with device_of(bits):
                 constants = (plan.PHILOX_BLOCK,)
-                launch(philox_kernels.philox, grid, (bits,), numbers, constants, 4)
+                launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
         return bits
 
     def _score_whole(self, rows: _Rows, scores: RowScores, wanted: _Wanted) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emp_fast.backends.checks import check_index_range
 
-__all__ = ["Winners", "winners"]
+__all__ = ["Winners", "find_winners"]
 
 
 class Winners(NamedTuple):
@@ -32,7 +32,7 @@ class Winners(NamedTuple):
             buffer[self.indices] = torch.where(applied, values, before)
 
 
-def winners(
+def find_winners(
     indices: Tensor, usable: Tensor, count: Tensor | None, num_samples: int, counters: Tensor
 ) -> Winners:
     """Finds the rows to apply: counted, usable, in range, and the last such of their sample.

@@ -23,7 +23,6 @@ from emp_fast.functional import cross_entropy, topk_indices
 
 __all__ = ["doctor"]
 
-_SELF_CHECK_FAILED = "self-check failed: "  # prefix of what `selfcheck.self_check` returns
 #: The environment variables that choose kernels, and their defaults.
 _SETTINGS = dict.fromkeys(
     ("EMP_FAST_BACKEND", "EMP_FAST_CUDA_ROWS", "EMP_FAST_TRITON_ROWS"), "auto"
@@ -74,20 +73,20 @@ def examine() -> dict[str, Any]:
 
 def _backends(device: torch.device) -> list[dict[str, Any]]:
     lines = []
-    for name, available, reason in backend_status(device):
+    for name, available, reason, failed_check in backend_status(device):
         if name == "reference":
             check = "is the oracle"
         elif available:
             check = "passed"
         else:
-            check = "failed" if (reason or "").startswith(_SELF_CHECK_FAILED) else "not run"
+            check = "not run" if failed_check is None else "failed"
         lines.append(
             {
                 "device": str(device),
                 "backend": name,
                 "available": available,
                 "self_check": check,
-                "reason": (reason or "").removeprefix(_SELF_CHECK_FAILED) or None,
+                "reason": reason if failed_check is None else failed_check,
             }
         )
     return lines
@@ -138,7 +137,7 @@ def _build_info() -> dict[str, Any]:
     try:
         info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        built = not isinstance(load_native(), str)  # built elsewhere and copied here
+        built = load_native().module is not None  # built elsewhere and copied here
         return {"native": built, "reason": "no build has run in this source tree"}
     except (OSError, ValueError) as error:
         return {"native": False, "reason": f"_build_info.json cannot be read: {error}"}
@@ -162,8 +161,8 @@ def _verified() -> dict[str, dict[str, list[str]]]:
 
 def _instruction_set() -> str | None:
     """The instruction set that the native CPU kernels use here; None without the native module."""
-    native = load_native()
-    return None if isinstance(native, str) else str(native.isa())
+    native = load_native().module
+    return None if native is None else str(native.isa())
 
 
 # ---- tables -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emp_fast._validation import is_plain_int
 from emp_fast._warnings import warn
+from emp_fast.backends.base import OUT_OF_RANGE
 from emp_fast.distributed.merging import merge_rows
 from emp_fast.distributed.ranks import Ranks, rank_of, world_size_of
 from emp_fast.row_count import RowCount
@@ -89,8 +90,9 @@ class Replicas:
 
     def forget_out_of_range(self) -> None:
         """Called when the rows out of range were reported and their count was set to 0."""
-        self._counters[1] = 0
+        self._counters[OUT_OF_RANGE] = 0
 
+    @torch.inference_mode(False)  # as for all state
     def _base_facts(self) -> dict[str, object]:
         """The state that the merge builds on, which must be known and equal on all ranks."""
         if self._unknown and self._rows.total == self.merged_rows:
@@ -152,6 +154,7 @@ class Replicas:
             raise ValueError(f"state['unmerged'] is damaged: {unmerged!r}")
         return unmerged
 
+    @torch.inference_mode(False)  # as for all state
     def restore(self, unmerged: Mapping[str, Any] | None) -> None:
         """Restores the state of the last merge from the result of `checked_unmerged`.
 

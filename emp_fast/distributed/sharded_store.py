@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emp_fast._validation import checked_integers
 from emp_fast._warnings import warn
+from emp_fast.backends.base import NONFINITE
 from emp_fast.backends.checks import check_index_range
 from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
 from emp_fast.distributed.ranks import BatchHeader, Ranks, rank_of, same_group, world_size_of
@@ -122,7 +123,7 @@ class ShardedScoreStore:
     def num_nonfinite(self) -> int:
         """How many rows on all ranks were refused because a stat was not finite. Collective."""
         ranks = self._ranks("num_nonfinite", {})
-        return int(ranks.all_reduce(self._shard.state.counters)[0])
+        return int(ranks.all_reduce(self._shard.state.counters)[NONFINITE])
 
     # ---- updating -------------------------------------------------------------------------------
 

@@ -10,12 +10,11 @@ from emp_fast.ops.scoring import (
     WithGaps,
     cross_entropy,
     cross_entropy_for_backward,
-    loss_options,
     scores,
 )
 from emp_fast.ops.selection import grouped_topk_indices, philox, topk_indices
-from emp_fast.ops.state import count_rows, update_state, winners
-from emp_fast.ops.step import fuses_step, mean_step_for_backward
+from emp_fast.ops.state import count_rows, find_winners, update_state
+from emp_fast.ops.step import fuses_step, mean_step
 
 __all__ = [
     "LinearCrossEntropy",
@@ -24,15 +23,14 @@ __all__ = [
     "count_rows",
     "cross_entropy",
     "cross_entropy_for_backward",
+    "find_winners",
     "fuses_step",
     "grouped_topk_indices",
     "is_traced",
-    "loss_options",
-    "mean_step_for_backward",
+    "mean_step",
     "philox",
     "scores",
     "topk_indices",
     "update_state",
-    "winners",
     "without_autocast",
 ]

@@ -5,32 +5,16 @@ These functions are outside the ops, so that ``torch.compile`` traces through th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from emp_fast._torch_internals import apply_past_transforms, unwrap_if_dead
-from emp_fast.ops.registry import is_watched
+from emp_fast._torch_internals import unwrap_if_dead
 
 
-def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply``, without torch's search for transforms if nothing observes the tensor.
-
-    The first argument is the tensor.
-    """
-    directly = apply_past_transforms(function)
-
-    def call(tensor: Tensor, *arguments: Any) -> Any:
-        apply: Callable[..., Any] = function.apply if is_watched(tensor) else directly
-        return apply(tensor, *arguments)
-
-    return call
-
-
-def only_loss_carries_gradient(ctx: Any, *others: Tensor) -> None:
+def mark_only_loss_differentiable(ctx: Any, *others: Tensor) -> None:
     """Marks the other outputs, for which autograd would otherwise make gradients of zeros."""
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
@@ -47,7 +31,7 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     return tuple(None if tensor is None else unwrap_if_dead(tensor) for tensor in saved)
 
 
-class _Once(torch.autograd.Function):
+class _NoDoubleBackward(torch.autograd.Function):
     """Passes a gradient on. Differentiating it raises, instead of treating it as a constant."""
 
     generate_vmap_rule = True
@@ -68,10 +52,10 @@ class _Once(torch.autograd.Function):
         )
 
 
-def once(grad: Tensor, *inputs: Tensor | None) -> Tensor:
+def forbid_double_backward(grad: Tensor, *inputs: Tensor | None) -> Tensor:
     """Guards ``grad``, computed from ``inputs``, if the caller asked for ``create_graph``."""
     if torch.is_grad_enabled() and not is_compiling():
-        guarded: Tensor = _Once.apply(  # type: ignore[no-untyped-call]
+        guarded: Tensor = _NoDoubleBackward.apply(  # type: ignore[no-untyped-call]
             grad.detach(), *(x for x in inputs if x is not None)
         )
         return guarded

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast.ops.gradients import once, only_loss_carries_gradient, saved_tensors
+from emp_fast.backends.base import LossOptions, RowTensors
+from emp_fast.ops.gradients import (
+    forbid_double_backward,
+    mark_only_loss_differentiable,
+    saved_tensors,
+)
 from emp_fast.ops.scoring import cross_entropy, cross_entropy_backward
 
 
@@ -30,10 +35,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         chunk: int,  # rows of a block
-        *options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        options: LossOptions,
+    ) -> RowTensors:
         parts = [
-            cross_entropy(_logits(h, classifier, bias), t, weight, *options)
+            cross_entropy(_logits(h, classifier, bias), t, weight, options)
             for h, t in _blocks(chunk, hidden, target)
         ]
         loss, fields, correct, count = (_joined(part, -1) for part in zip(*parts, strict=True))
@@ -41,22 +46,22 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, classifier, bias, target, weight, ctx.chunk, *ctx.options = inputs
+        hidden, classifier, bias, target, weight, ctx.chunk, ctx.options = inputs
         _, fields, correct, count = output
         ctx.save_for_backward(hidden, classifier, bias, target, weight, fields)
-        only_loss_carries_gradient(ctx, fields, correct, count)
+        mark_only_loss_differentiable(ctx, fields, correct, count)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 9
+            return (None,) * 7
         hidden, classifier, bias = saved_tensors(ctx)[:3]
         # The forward pass has made all casts, but backward() may itself run under autocast.
         with torch.no_grad(), without_autocast(hidden.device):
             grads = LinearCrossEntropy._gradients(ctx, grad_loss.detach())
         inputs = (grad_loss, hidden, classifier, bias)
-        guarded = [None if grad is None else once(grad, *inputs) for grad in grads]
-        return (*guarded, *(None,) * 6)
+        guarded = [None if g is None else forbid_double_backward(g, *inputs) for g in grads]
+        return (*guarded, *(None,) * 4)
 
     @staticmethod
     def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,7 +79,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 t,
                 weight,
                 f.T.contiguous(),
-                *ctx.options,
+                ctx.options,
             )
             if want_hidden:
                 grad_hidden.append(grad_logits @ classifier)

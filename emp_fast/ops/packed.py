@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from emp_fast.backends.checks import check_offsets
-from emp_fast.ops.gradients import only_loss_carries_gradient, saved_tensors
-from emp_fast.ops.registry import define, examples
+from emp_fast.ops.gradients import mark_only_loss_differentiable, saved_tensors
+from emp_fast.ops.registry import define, per_example_arguments
 
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -29,10 +29,8 @@ def _segment_sum_vmap(
     info: Any, dims: tuple[int | None, ...], values: Tensor, offsets: Tensor
 ) -> tuple[Tensor, int]:
     if dims[0] is None or dims[1] is not None:  # every example has its own offsets
-        calls = [
-            segment_sum(*example) for example in examples(info.batch_size, dims, values, offsets)
-        ]
-        return torch.stack(calls), 0
+        examples = per_example_arguments(info.batch_size, dims, values, offsets)
+        return torch.stack([segment_sum(*example) for example in examples]), 0
     flat = values.movedim(dims[0], 0).flatten(0, 1)
     return segment_sum(flat, offsets).unflatten(0, (info.batch_size, -1)), 0
 
@@ -64,7 +62,7 @@ class SegmentSum(torch.autograd.Function):
         loss, _, offsets = inputs
         ctx.save_for_backward(offsets)
         ctx.rows, ctx.dtype = loss.shape[0], loss.dtype
-        only_loss_carries_gradient(ctx, output[1])
+        mark_only_loss_differentiable(ctx, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:

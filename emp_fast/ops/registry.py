@@ -8,7 +8,7 @@ microseconds, and the dispatcher would double that. ``Library.define`` costs a t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,17 +23,19 @@ from emp_fast._torch_internals import (
 )
 
 _library = torch.library.Library("emp_fast", "DEF")
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 
 def define(
     schema: str,
-    kernel: Callable[..., Any],
+    kernel: _Kernel,
     fake: Callable[..., Any],
     vmap: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """Registers an op; returns a function that calls it, if its first argument is a tensor.
+) -> _Kernel:
+    """Registers an op; returns a function that calls it like ``kernel``.
 
-    Without ``vmap``, `torch.vmap` calls the op once per example.
+    The function takes positional arguments, of which the first must be a tensor. Without ``vmap``,
+    `torch.vmap` calls the op once per example.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
@@ -48,10 +50,12 @@ def define(
     def call(tensor: Tensor, *arguments: Any) -> Any:
         return (op if is_watched(tensor) else kernel)(tensor, *arguments)
 
-    return call
+    return cast(_Kernel, call)
 
 
-def examples(batch: int, dims: tuple[int | None, ...], *arguments: Any) -> list[list[Any]]:
+def per_example_arguments(
+    batch: int, dims: tuple[int | None, ...], *arguments: Any
+) -> list[list[Any]]:
     """The arguments of an op for each example of `torch.vmap`, for vmap rules."""
     return [
         [x if d is None else x.select(d, i) for x, d in zip(arguments, dims, strict=True)]

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emp_fast._torch_internals import apply_past_transforms
 from emp_fast.backends import resolve
-from emp_fast.backends.base import ROW_FIELDS, SCORE_FIELDS, LossOptions
-from emp_fast.ops.gradients import applied, once, only_loss_carries_gradient, saved_tensors
-from emp_fast.ops.registry import define, examples, is_watched
+from emp_fast.backends.base import ROW_FIELDS, LossOptions, RowTensors, stats_of_rows
+from emp_fast.ops.gradients import (
+    forbid_double_backward,
+    mark_only_loss_differentiable,
+    saved_tensors,
+)
+from emp_fast.ops.registry import define, is_watched, per_example_arguments
 
-#: The fields of `LossOptions` in a schema.
+#: The fields of `LossOptions` in a schema: a call of the op passes ``*options``.
 LOSS_OPTIONS = "int ignore_index, float label_smoothing, float softcap"
-#: `LossOptions`, cached because a run uses the same few settings again and again.
-loss_options = functools.lru_cache(maxsize=64)(LossOptions)
 
 
 def _cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = loss_options(ignore_index, label_smoothing, softcap)
-    return resolve(logits.device, logits.dtype).cross_entropy(logits, target, weight, options)
+    logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> RowTensors:
+    backend = resolve(logits.device, logits.dtype)
+    return backend.cross_entropy(logits, target, weight, LossOptions(*options))
 
 
-def _cross_entropy_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cross_entropy_fake(logits: Tensor, *_: object) -> RowTensors:
     rows = logits.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.float32),
@@ -43,22 +40,24 @@ def _cross_entropy_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Ten
 
 
 def _cross_entropy_vmap(
-    info: Any, dims: tuple[int | None, ...], logits: Tensor, target: Tensor, *others: Any
+    info: Any,
+    dims: tuple[int | None, ...],
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *options: Any,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    batch = info.batch_size
+    op, batch = torch.ops.emp_fast.cross_entropy, info.batch_size
     if dims[2] is not None:  # every example has its own class weights
-        calls = [
-            cross_entropy(*example) for example in examples(batch, dims, logits, target, *others)
-        ]
+        examples = per_example_arguments(batch, dims, logits, target, weight, *options)
+        calls = [op(*example) for example in examples]
         return tuple(map(torch.stack, zip(*calls, strict=True))), (0, 0, 0, 0)
-    loss, fields, correct, count = cross_entropy(
-        _as_rows(logits, batch, dims[0]), _as_rows(target, batch, dims[1]), *others
-    )
-    made = loss, fields, correct, count
-    return tuple(x.unflatten(-1, (batch, -1)) for x in made), (0, 1, 0, 0)
+    rows, of_rows = _as_rows(logits, batch, dims[0]), _as_rows(target, batch, dims[1])
+    scored = op(rows, of_rows, weight, *options)
+    return tuple(x.unflatten(-1, (batch, -1)) for x in scored), (0, 1, 0, 0)
 
 
-cross_entropy = define(
+define(
     f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, {LOSS_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _cross_entropy,
@@ -67,21 +66,22 @@ cross_entropy = define(
 )
 
 
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> RowTensors:
+    """`Backend.cross_entropy`."""
+    if is_watched(logits):
+        scored: RowTensors = torch.ops.emp_fast.cross_entropy(logits, target, weight, *options)
+        return scored
+    return resolve(logits.device, logits.dtype).cross_entropy(logits, target, weight, options)
+
+
 def scores(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, ...]:
     """`Backend.scores`: the fields of SampleStats for rows whose gradient is not wanted."""
     if is_watched(logits):
-        loss, fields, correct, count = torch.ops.emp_fast.cross_entropy(
-            logits, target, weight, ignore_index, label_smoothing, softcap
-        )
-        return (loss, *fields[: len(SCORE_FIELDS)].unbind(0), correct, count)
-    options = loss_options(ignore_index, label_smoothing, softcap)
+        return stats_of_rows(*torch.ops.emp_fast.cross_entropy(logits, target, weight, *options))
     return resolve(logits.device, logits.dtype).scores(logits, target, weight, options)
 
 
@@ -91,13 +91,11 @@ def _cross_entropy_backward(
     target: Tensor,
     weight: Tensor | None,
     fields: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
+    *options: Any,
 ) -> Tensor:
-    options = loss_options(ignore_index, label_smoothing, softcap)
     backend = resolve(logits.device, logits.dtype)
-    return backend.cross_entropy_backward(grad_loss, logits, target, weight, fields, options)
+    inputs = grad_loss, logits, target, weight, fields
+    return backend.cross_entropy_backward(*inputs, LossOptions(*options))
 
 
 def _cross_entropy_backward_vmap(
@@ -110,12 +108,12 @@ def _cross_entropy_backward_vmap(
     fields: Tensor,
     *options: Any,
 ) -> tuple[Tensor, int]:
-    batch = info.batch_size
+    op, batch = torch.ops.emp_fast.cross_entropy_backward, info.batch_size
     if dims[3] is not None:
-        arguments = grad_loss, logits, target, weight, fields, *options
-        calls = [cross_entropy_backward(*example) for example in examples(batch, dims, *arguments)]
-        return torch.stack(calls), 0
-    grad = cross_entropy_backward(
+        inputs = grad_loss, logits, target, weight, fields
+        examples = per_example_arguments(batch, dims, *inputs, *options)
+        return torch.stack([op(*example) for example in examples]), 0
+    grad: Tensor = op(
         _as_rows(grad_loss, batch, dims[0]),
         _as_rows(logits, batch, dims[1]),
         _as_rows(target, batch, dims[2]),
@@ -126,7 +124,7 @@ def _cross_entropy_backward_vmap(
     return grad.unflatten(0, (batch, -1)), 0
 
 
-cross_entropy_backward = define(
+define(
     "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
     f"Tensor fields, {LOSS_OPTIONS}) -> Tensor",
     _cross_entropy_backward,
@@ -135,36 +133,61 @@ cross_entropy_backward = define(
 )
 
 
+def cross_entropy_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    fields: Tensor,
+    options: LossOptions,
+) -> Tensor:
+    """`Backend.cross_entropy_backward`."""
+    if is_watched(grad_loss):
+        op = torch.ops.emp_fast.cross_entropy_backward
+        grad: Tensor = op(grad_loss, logits, target, weight, fields, *options)
+        return grad
+    backend = resolve(logits.device, logits.dtype)
+    return backend.cross_entropy_backward(grad_loss, logits, target, weight, fields, options)
+
+
 class CrossEntropy(torch.autograd.Function):
     """Row scores with a differentiable loss: (loss [R], fields [7, R], correct [R], count [R])."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return cross_entropy(logits, *arguments)  # type: ignore[no-any-return]
+    def forward(
+        logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+    ) -> RowTensors:
+        return cross_entropy(logits, target, weight, options)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, weight, *ctx.options = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: RowTensors) -> None:
+        logits, target, weight, ctx.options = inputs
         _, fields, correct, count = output
         ctx.save_for_backward(logits, target, weight, fields)
-        only_loss_carries_gradient(ctx, fields, correct, count)
+        mark_only_loss_differentiable(ctx, fields, correct, count)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 6
+            return None, None, None, None
         logits, target, weight, fields = saved_tensors(ctx)
         grad = cross_entropy_backward(
-            grad_loss.contiguous(), logits, target, weight, fields, *ctx.options
+            grad_loss.contiguous(), logits, target, weight, fields, ctx.options
         )
-        return once(grad, grad_loss, logits), None, None, None, None, None
+        return forbid_double_backward(grad, grad_loss, logits), None, None, None
 
 
-#: `CrossEntropy` of rows whose gradient is wanted.
-cross_entropy_for_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-cross_entropy_for_backward = applied(CrossEntropy)
+_apply: Callable[..., RowTensors] = CrossEntropy.apply
+_apply_directly: Callable[..., RowTensors] = apply_past_transforms(CrossEntropy)
+
+
+def cross_entropy_for_backward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> RowTensors:
+    """`CrossEntropy` of rows whose gradient is wanted."""
+    return (_apply if is_watched(logits) else _apply_directly)(logits, target, weight, options)
 
 
 class WithGaps(torch.autograd.Function):

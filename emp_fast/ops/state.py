@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast.backends import resolve
+from emp_fast.backends import resolve, winners
 from emp_fast.backends.base import Recurrence, State
-from emp_fast.backends.winners import Winners
-from emp_fast.backends.winners import winners as find_winners
 from emp_fast.ops.registry import define, is_watched
 
 #: The fields of `State` and of `Recurrence` in a schema: a call passes ``*state, *recurrence``.
@@ -66,25 +64,28 @@ def update_state(
     torch.ops.emp_fast.update_state(indices, signal, direct, count, *state, *recurrence)
 
 
-def _winners_fake(indices: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    made = indices.new_empty(indices.shape)
-    return made, torch.empty_like(made), torch.empty_like(made, dtype=torch.bool)
+def _find_winners_fake(indices: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows = indices.new_empty(indices.shape)
+    return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool)
 
 
 define(
-    "winners(Tensor indices, Tensor usable, Tensor? count, SymInt num_samples, "
+    "find_winners(Tensor indices, Tensor usable, Tensor? count, SymInt num_samples, "
     "Tensor(a!) counters) -> (Tensor, Tensor, Tensor)",
-    find_winners,
-    _winners_fake,
+    winners.find_winners,
+    _find_winners_fake,
 )
 
 
-def winners(indices: Tensor, usable: Tensor, count: Tensor | None, state: State) -> Winners:
-    """`Backend.winners`; if something observes the op, shapes do not depend on the data."""
+def find_winners(
+    indices: Tensor, usable: Tensor, count: Tensor | None, state: State
+) -> winners.Winners:
+    """`Backend.find_winners`; if something observes the op, shapes do not depend on the data."""
     if not is_watched(indices):
-        return resolve(state.scores.device).winners(indices, usable, count, state)
+        return resolve(state.scores.device).find_winners(indices, usable, count, state)
     num_samples = state.scores.shape[0]
-    return Winners(*torch.ops.emp_fast.winners(indices, usable, count, num_samples, state.counters))
+    op = torch.ops.emp_fast.find_winners
+    return winners.Winners(*op(indices, usable, count, num_samples, state.counters))
 
 
 def _count_rows(counted: Tensor, rows: int) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast._torch_internals import is_batched_gradient
+from emp_fast._torch_internals import apply_past_transforms, is_batched_gradient
 from emp_fast.backends import resolve
-from emp_fast.backends.base import LossOptions, MeanStep, Recurrence, State
-from emp_fast.ops.gradients import applied, once
+from emp_fast.backends.base import LossOptions, Recurrence, State
+from emp_fast.ops.gradients import forbid_double_backward
 from emp_fast.ops.registry import define, is_watched
 from emp_fast.ops.scoring import LOSS_OPTIONS, cross_entropy, cross_entropy_backward
 from emp_fast.ops.state import RECURRENCE, STATE, state_and_recurrence
@@ -49,33 +49,12 @@ define(
 )
 
 
-def mean_step(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    row_scale: Tensor | None,
-    indices: Tensor,
-    state: State,
-    recurrence: Recurrence,
-) -> MeanStep:
-    """`Backend.mean_step`."""
-    if not is_watched(logits):
-        backend = resolve(logits.device, logits.dtype)
-        return backend.mean_step(
-            logits, target, weight, options, row_scale, indices, state, recurrence
-        )
-    return MeanStep(
-        *torch.ops.emp_fast.mean_step(
-            logits, target, weight, *options, row_scale, indices, *state, *recurrence
-        )
-    )
+def _scale(grad: Tensor, grad_mean: Tensor, factor: Tensor | None) -> None:
+    resolve(grad.device, grad.dtype).scale_(grad, grad_mean, factor)
 
 
 _scale_ = define(
-    "scale_(Tensor(a!) grad, Tensor factor, Tensor? also) -> ()",
-    lambda grad, *factors: resolve(grad.device, grad.dtype).scale_(grad, *factors),
-    lambda *_: None,
+    "scale_(Tensor(a!) grad, Tensor grad_mean, Tensor? factor) -> ()", _scale, lambda *_: None
 )
 
 
@@ -89,47 +68,72 @@ class MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,  # [S, C]
+        logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
         options: LossOptions,
-        row_scale: Tensor | None,  # [S]
-        indices: Tensor,  # [S]
+        row_scale: Tensor | None,
+        indices: Tensor,
         state: State,
         recurrence: Recurrence,
     ) -> Tensor:
-        made = mean_step(logits, target, weight, options, row_scale, indices, state, recurrence)
-        ctx.options, ctx.grad, ctx.factor = options, made.grad, made.factor
+        mean: Tensor
+        if is_watched(logits):
+            mean, ctx.grad, ctx.factor = torch.ops.emp_fast.mean_step(
+                logits, target, weight, *options, row_scale, indices, *state, *recurrence
+            )
+        else:
+            mean, ctx.grad, ctx.factor = resolve(logits.device, logits.dtype).mean_step(
+                logits, target, weight, options, row_scale, indices, state, recurrence
+            )
+        ctx.options = options
         ctx.save_for_backward(logits, target, weight, row_scale)
-        return made.mean
+        return mean
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
         if is_batched_gradient(grad_mean):  # several gradients, and only one is at hand
-            return MeanCrossEntropy._made_again(ctx, grad_mean), *(None,) * 7
+            return MeanCrossEntropy._computed_again(ctx, grad_mean), *(None,) * 7
         grad, ctx.grad = ctx.grad, None
         if grad is None:  # second pass through a retained graph; the first took the gradient
-            grad = MeanCrossEntropy._made_again(ctx, grad_mean)
+            grad = MeanCrossEntropy._computed_again(ctx, grad_mean)
         else:
             _scale_(grad, grad_mean, ctx.factor)
         if torch.is_grad_enabled():  # unpacking the saved tensors takes as long as the rest
-            grad = once(grad, grad_mean, ctx.saved_tensors[0])
+            grad = forbid_double_backward(grad, grad_mean, ctx.saved_tensors[0])
         return grad, *(None,) * 7
 
     @staticmethod
-    def _made_again(ctx: Any, grad_mean: Tensor) -> Tensor:
+    def _computed_again(ctx: Any, grad_mean: Tensor) -> Tensor:
         logits, target, weight, row_scale = ctx.saved_tensors
-        _, fields, _, count = cross_entropy(logits, target, weight, *ctx.options)
+        _, fields, _, count = cross_entropy(logits, target, weight, ctx.options)
         grad_loss = (grad_mean / count.sum().clamp_min(1)).expand(logits.shape[0])
         grad_loss = grad_loss if row_scale is None else grad_loss * row_scale
-        grad: Tensor = cross_entropy_backward(
-            grad_loss.contiguous(), logits, target, weight, fields, *ctx.options
+        return cross_entropy_backward(
+            grad_loss.contiguous(), logits, target, weight, fields, ctx.options
         )
-        return grad
 
 
-#: `MeanCrossEntropy`, for backends where `fuses_step` says that it reads the logits once.
-mean_step_for_backward: Callable[..., Tensor] = applied(MeanCrossEntropy)
+_apply: Callable[..., Tensor] = MeanCrossEntropy.apply
+_apply_directly: Callable[..., Tensor] = apply_past_transforms(MeanCrossEntropy)
+
+
+def mean_step(
+    logits: Tensor,  # [S, C]
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    row_scale: Tensor | None,  # [S]
+    indices: Tensor,  # [S]
+    state: State,
+    recurrence: Recurrence,
+) -> Tensor:
+    """The mean of `Backend.mean_step`, differentiable; updates the state.
+
+    For backends where `fuses_step` says that it reads the logits once.
+    """
+    apply = _apply if is_watched(logits) else _apply_directly
+    return apply(logits, target, weight, options, row_scale, indices, state, recurrence)
 
 
 def fuses_step(logits: Tensor) -> bool:

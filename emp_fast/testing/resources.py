@@ -357,10 +357,8 @@ def _native_module() -> Path | None:
     """The built native module, if it has CUDA kernels."""
     from emp_fast.backends.native import load_native
 
-    native = load_native()
-    if isinstance(native, str) or not hasattr(native, "cuda"):
-        return None
-    return Path(native.__file__)
+    native = load_native().module
+    return Path(native.__file__) if hasattr(native, "cuda") else None
 
 
 def _parser() -> argparse.ArgumentParser:
