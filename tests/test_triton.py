@@ -26,9 +26,10 @@ from emp_fast.testing import CASES, Case, cut, make
 if not INTERPRETED:
     pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
 
+from machine_code.triton_variants import recorded
+
 from emp_fast.backends import load, triton
 from emp_fast.kernels import bracket, plan
-from emp_fast.testing.triton_variants import recorded
 
 TRITON = triton.TritonBackend()
 
