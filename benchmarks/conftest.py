@@ -17,9 +17,9 @@ from pytest_benchmark.stats import Stats
 from benchmarks import machine
 from benchmarks.models import WORKLOADS
 from emp_fast.cli.machine import copy_bandwidth, load
-from emp_fast.testing import benchmark_shapes
+from emp_fast.testing.benchmark_cases import benchmark_shapes
 from emp_fast.testing.contest import (
-    Case,
+    BenchmarkCase,
     Clock,
     Contender,
     Contest,
@@ -133,7 +133,7 @@ def race(
     """Checks the contenders of a case, times them, and records those that passed the check."""
 
     def run(
-        case: Case,
+        case: BenchmarkCase,
         contenders: Sequence[Contender],
         *,
         clock: Clock = clock,
@@ -175,7 +175,9 @@ def _peaks(contest: Contest, device: torch.device) -> dict[str, int | None]:
     return peaks
 
 
-def _record(standing: Standing, case: Case, copy_rate: float, peak: int | None) -> dict[str, Any]:
+def _record(
+    standing: Standing, case: BenchmarkCase, copy_rate: float, peak: int | None
+) -> dict[str, Any]:
     contender, samples, refused = standing
     record: dict[str, Any] = {
         "name": contender.name,

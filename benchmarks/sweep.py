@@ -41,7 +41,7 @@ from emp_fast.kernels import plan
 from emp_fast.rules import EMP
 from emp_fast.testing.benchmark_cases import drawn_scores
 from emp_fast.testing.contest import (
-    Case,
+    BenchmarkCase,
     Clock,
     Contender,
     Contest,
@@ -150,17 +150,19 @@ def _state(device: torch.device) -> State:
     return State(floats[0], floats[1], integers[0], floats[2], integers[1], counters)
 
 
-def _case(work: str, size: str, *arguments: Any, **facts: int) -> Case:
+def _case(work: str, size: str, *arguments: Any, **facts: int) -> BenchmarkCase:
     """A call of the backends' method for ``work``, with ``facts`` for `Variant.serves`."""
     floor = floor_bytes(f"{work} {size}")
-    return Case(work, size, [arguments], _nothing, floor_bytes=floor, facts=facts)
+    return BenchmarkCase(work, size, [arguments], _nothing, floor_bytes=floor, facts=facts)
 
 
 def _nothing(_: Any) -> dict[str, Tensor]:
     return {}
 
 
-def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bool) -> list[Case]:
+def row_cases(
+    shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bool
+) -> list[BenchmarkCase]:
     """Scores; scores, gradient, state and mean; the backward pass."""
     rows, classes = shape
     held = min(rows, plan.STEP_UPDATE_ROWS + 1) if warm else rows
@@ -184,7 +186,7 @@ def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bo
     ]
 
 
-def cases(device: torch.device, warm: bool) -> Iterator[Case]:
+def cases(device: torch.device, warm: bool) -> Iterator[BenchmarkCase]:
     """All cases; the inputs of only one exist at a time."""
     state = _state(device)
     for shape, dtype in itertools.product(_SHAPES, (torch.bfloat16, torch.float32)):
@@ -289,7 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measured(case: Case, every: Sequence[Variant], clock: Clock | None) -> dict[str, float]:
+def _measured(
+    case: BenchmarkCase, every: Sequence[Variant], clock: Clock | None
+) -> dict[str, float]:
     """Seconds for each variant; without a clock each is only compiled."""
     method, classes = _METHODS[case.suite], case.facts.get("classes", 0)
     tuned = case.suite in ("scores", "step")

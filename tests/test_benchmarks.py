@@ -31,8 +31,8 @@ from emp_fast.rules import EMP  # noqa: E402
 from emp_fast.testing import baselines  # noqa: E402
 from emp_fast.testing.contest import (  # noqa: E402
     MIN_ROUNDS,
+    BenchmarkCase,
     Bound,
-    Case,
     CheckFailed,
     Contender,
     Contest,
@@ -52,9 +52,11 @@ def adds(name: str, error: float = 0.0, **options: Any) -> Contender:
     return Contender(name, lambda a, b: a + b + error, outputs, **options)
 
 
-def case(inputs: int = 3) -> Case:
+def case(inputs: int = 3) -> BenchmarkCase:
     made = [(torch.full((4,), float(i)), torch.ones(4)) for i in range(inputs)]
-    return Case("adding", "four numbers", made, expected=lambda pair: {"sum": pair[0] + pair[1]})
+    return BenchmarkCase(
+        "adding", "four numbers", made, expected=lambda pair: {"sum": pair[0] + pair[1]}
+    )
 
 
 # ---- the contest ---------------------------------------------------------------------------------

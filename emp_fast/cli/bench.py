@@ -22,10 +22,21 @@ from emp_fast.backends import resolve
 from emp_fast.cli.console import chosen_device, stderr, stdout
 from emp_fast.cli.machine import copy_bandwidth, load
 from emp_fast.functional import cross_entropy, topk_indices
-from emp_fast.testing import baselines, benchmark_shapes
-from emp_fast.testing import benchmark_cases as cases
+from emp_fast.testing import baselines
+from emp_fast.testing.benchmark_cases import (
+    benchmark_shapes,
+    our_scores,
+    our_selection,
+    score_case,
+    score_peers,
+    selection_case,
+    selection_peers,
+    store_updates,
+    tensor_updates,
+    update_case,
+)
 from emp_fast.testing.contest import (
-    Case,
+    BenchmarkCase,
     CheckFailed,
     Contender,
     Contest,
@@ -99,28 +110,26 @@ def bench(
 
 def _contests(
     shapes: Sequence[tuple[int, int]], sizes: Sequence[int], device: torch.device, compiled: bool
-) -> Iterator[tuple[str, Case, list[Contender]]]:
+) -> Iterator[tuple[str, BenchmarkCase, list[Contender]]]:
     """Every line of the table: its name, its case, and who takes part, emp_fast first."""
     for rows, classes in shapes:
         for what, gradient in (("scores", False), ("scores + gradient", True)):
             yield (
                 f"{what} {rows} x {classes}",
-                cases.score_case(
-                    (rows, classes), torch.float32, device, "random", gradient=gradient
-                ),
+                score_case((rows, classes), torch.float32, device, "random", gradient=gradient),
                 [
-                    cases.our_scores(cross_entropy, gradient=gradient),
-                    *cases.score_peers(gradient=gradient, compile=compiled),
+                    our_scores(cross_entropy, gradient=gradient),
+                    *score_peers(gradient=gradient, compile=compiled),
                 ],
             )
     for rows in _UPDATE:
-        case = cases.update_case(rows, device)
-        eager = cases.tensor_updates("eager", baselines.update_emp, case)
-        yield f"update {rows} samples", case, [cases.store_updates(case), eager]
+        case = update_case(rows, device)
+        eager = tensor_updates("eager", baselines.update_emp, case)
+        yield f"update {rows} samples", case, [store_updates(case), eager]
     for size in sizes:
-        case = cases.selection_case(size, _KEPT, device, "random")
-        ours = cases.our_selection(topk_indices)
-        yield f"select {_KEPT:.0%} of {size:,}", case, [ours, *cases.selection_peers(case)]
+        case = selection_case(size, _KEPT, device, "random")
+        ours = our_selection(topk_indices)
+        yield f"select {_KEPT:.0%} of {size:,}", case, [ours, *selection_peers(case)]
 
 
 def _measured(contest: Contest, seconds: float, bandwidth: float) -> dict[str, Any]:
