@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -32,11 +33,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import emp_fast
-from benchmarks import contenders, machine
+from benchmarks import contenders
 from benchmarks.kernel_tables import floor_bytes
+from emp_fast import machine
 from emp_fast.backends import load
 from emp_fast.backends.base import LossOptions, Recurrence, State
-from emp_fast.cli.machine import copy_bandwidth
 from emp_fast.kernels import plan
 from emp_fast.rules import EMP
 from emp_fast.testing.benchmark_cases import drawn_scores
@@ -48,6 +49,7 @@ from emp_fast.testing.contest import (
     Sample,
     WallClock,
     clock_of,
+    copy_bandwidth,
 )
 
 #: Most shapes have enough rows that a launch takes much longer than its start; a few have few rows.
@@ -276,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: {1e6 * seconds:.1f} us", flush=True)
     if given.output is not None:
         run = {
-            "commit": machine.commit(),
+            "commit": _commit(),
             "copy_bytes_per_second": rate,
             "seconds": results,
             **({"host_seconds": host} if host else {}),
@@ -289,6 +291,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         given.output.write_text(json.dumps(written, indent=1) + "\n")
     return 0
+
+
+def _commit() -> str | None:
+    """The commit of the sources, with a plus if there are changes; None without history."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _measured(

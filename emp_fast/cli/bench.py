@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 import emp_fast
+from emp_fast import machine
 from emp_fast.backends import resolve
 from emp_fast.cli.console import chosen_device, stderr, stdout
-from emp_fast.cli.machine import copy_bandwidth, load
 from emp_fast.functional import cross_entropy, topk_indices
 from emp_fast.testing import baselines
 from emp_fast.testing.benchmark_cases import (
@@ -41,6 +41,7 @@ from emp_fast.testing.contest import (
     Contender,
     Contest,
     clock_of,
+    copy_bandwidth,
     percentiles,
 )
 
@@ -71,7 +72,7 @@ def bench(
     """Measure scoring, update and selection on this machine against plain PyTorch."""
     place = chosen_device(device)
     seconds = _QUICK_SECONDS if quick else _SECONDS
-    load_before = load()
+    load_before = machine.load_average()
     lines = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with (
@@ -92,9 +93,9 @@ def bench(
     report = {
         "emp_fast": emp_fast.__version__,
         "torch": torch.__version__,
+        **machine.describe(place),
         "device": str(place),
         "backend": resolve(place).name,
-        "threads": torch.get_num_threads(),
         "quick": quick,
         "load_before": load_before,
         "copy_gigabytes_per_second": bandwidth / 1e9,
@@ -193,7 +194,7 @@ def _print(report: dict[str, Any]) -> None:
         "Medians of interleaved rounds (20 to 80 percentile). Copy: "
         f"{report['copy_gigabytes_per_second']:.1f} GB/s; small cases stay in a cache and may "
         "exceed it. eager: the same work in plain PyTorch, for an update without any check. "
-        "F.cross_entropy gives one number a row, the others all five scores.",
+        "F.cross_entropy gives one number per row, the others all five scores.",
         soft_wrap=True,
     )
     if report["load_before"] is not None and report["load_before"] >= 1:

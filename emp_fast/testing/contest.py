@@ -321,6 +321,22 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in found if size), default=32 * 2**20)
 
 
+def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
+    """Bytes per second of ``tensor.copy_``: ``nbytes`` read and ``nbytes`` written.
+
+    The clock is the one that times kernels, because their traffic is compared with this.
+
+    Returns:
+        "median", "p20" and "p80", the percentiles.
+    """
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    clock = clock_of(device)
+    seconds = [clock.burst(target.copy_, [(source,)]).seconds for _ in range(13)]
+    del seconds[:2]  # the first copies fault in the pages
+    return percentiles([2 * source.nbytes / one for one in seconds])
+
+
 def rotations(nbytes: int, cache: int) -> int:
     """How many inputs of ``nbytes`` to rotate over, so that together they exceed the cache."""
     return max(2, min(MAX_ROTATIONS, math.ceil(2 * cache / max(nbytes, 1))))
