@@ -42,7 +42,7 @@ format: setup  ## rewrite the sources in the house style
 
 resources: setup  ## compile every kernel for its architectures; check registers, spills, load widths
 	mkdir -p $(OUT)
-	$(BIN)/python -m emp_fast.testing.resources --output $(OUT)/resources.md
+	PYTHONPATH=tests $(BIN)/python -m machine_code --output $(OUT)/resources.md
 
 bench: setup  ## the CPU benchmark: a JSON file, a table and a plot in $(OUT)/bench
 	mkdir -p $(OUT)/bench

@@ -65,5 +65,6 @@ def _about(demo: dict[str, Any]) -> str:
         f"{title}: {demo['budget']:,} samples, {settings['epochs']} epochs of "
         f"{1 - settings['prune_rate']:.0%} of {demo['num_samples']:,}, {len(demo['seeds'])} seeds; "
         f"EMP against full data {gap:+.2f} ± {error:.2f} points (standard error{clear}); "
-        f"`make demo{flags}` on {demo['processor']}, torch {demo['torch']}, {demo['date']}."
+        f"`make demo{flags}` on {demo.get('gpu') or demo['processor']}, torch {demo['torch']}, "
+        f"{demo['date']}."
     )

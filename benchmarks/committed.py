@@ -2,11 +2,10 @@
 
 python -m benchmarks.committed [--check]
 
-benchmarks/results/index.json says which files make which report. Written are the reports and plots
-in benchmarks/results/, the tables of speed and accuracy in README.md, and in docs/kernels.md the
-tables of what has run on which GPU (emp_fast/verified.json). `--check` writes nothing, and fails
-where a page is not what it would be made; plots, which differ between versions of matplotlib, it
-leaves out.
+benchmarks/results/index.json says which files make which report. It writes the reports and plots in
+benchmarks/results/, the tables of speed and accuracy in README.md, and in docs/kernels.md the
+tables of what has run on which GPU (emp_fast/verified.json). `--check` writes nothing and fails if
+a page differs from what would be written; it skips plots, which differ between matplotlib versions.
 """
 
 from __future__ import annotations

@@ -14,17 +14,18 @@ import pytest
 import torch
 from pytest_benchmark.stats import Stats
 
-from benchmarks import machine
 from benchmarks.models import WORKLOADS
-from emp_fast.cli.machine import copy_bandwidth, load
-from emp_fast.testing import benchmark_shapes
+from benchmarks.peak_memory import PeakMemory
+from emp_fast import machine
+from emp_fast.testing.benchmark_cases import benchmark_shapes
 from emp_fast.testing.contest import (
-    Case,
+    BenchmarkCase,
     Clock,
     Contender,
     Contest,
     Standing,
     clock_of,
+    copy_bandwidth,
     percentiles,
 )
 
@@ -100,7 +101,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 def copy_rate(request: pytest.FixtureRequest, device: torch.device, quick: bool) -> float:
     """Bytes per second of a large copy, measured before the first case."""
     nbytes = 2**22 if quick else 2**30 if device.type == "cuda" else 2**29
-    request.config.stash[_LOAD] = load()
+    request.config.stash[_LOAD] = machine.load_average()
     measured = copy_bandwidth(device, nbytes)
     request.config.stash[_COPY] = measured
     return measured["median"]
@@ -133,7 +134,7 @@ def race(
     """Checks the contenders of a case, times them, and records those that passed the check."""
 
     def run(
-        case: Case,
+        case: BenchmarkCase,
         contenders: Sequence[Contender],
         *,
         clock: Clock = clock,
@@ -168,14 +169,16 @@ def _peaks(contest: Contest, device: torch.device) -> dict[str, int | None]:
     peaks = {}
     for contender, _, refused in contest.standings:
         if refused is None:
-            with contender.context(), machine.PeakMemory(device) as peak:
+            with contender.context(), PeakMemory(device) as peak:
                 result = contender.call(*contest.case.inputs[0])
             del result
             peaks[contender.name] = peak.nbytes
     return peaks
 
 
-def _record(standing: Standing, case: Case, copy_rate: float, peak: int | None) -> dict[str, Any]:
+def _record(
+    standing: Standing, case: BenchmarkCase, copy_rate: float, peak: int | None
+) -> dict[str, Any]:
     contender, samples, refused = standing
     record: dict[str, Any] = {
         "name": contender.name,

@@ -29,7 +29,7 @@ from emp_fast.testing.benchmark_cases import (
     torch_loss,
     with_gradients,
 )
-from emp_fast.testing.contest import Bound, Case, Contender, Unavailable
+from emp_fast.testing.contest import BenchmarkCase, Bound, Contender, Unavailable
 
 if TYPE_CHECKING:
     from emp_fast.backends.row_kernels import RowKernelsChoice
@@ -146,7 +146,7 @@ def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contend
     return [*ours(lambda: mine, device), *map(with_gradients, others)]
 
 
-def selection(device: torch.device, case: Case) -> list[Contender]:
+def selection(device: torch.device, case: BenchmarkCase) -> list[Contender]:
     """Contenders for the indices of the k highest of N scores."""
     return [*ours(lambda: our_selection(topk_indices), device), *selection_peers(case)]
 

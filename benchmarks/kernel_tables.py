@@ -91,7 +91,7 @@ def floor_bytes(case: str) -> int:
 
 
 def _commit(found: str | None) -> str:
-    """The result of `machine.commit` in words; a plus means uncommitted changes."""
+    """The commit of a run in words; a plus means uncommitted changes."""
     if found is None:
         return "commit unknown"
     return f"commit {found[:12]}" + (" with uncommitted changes" if found.endswith("+") else "")

@@ -85,7 +85,7 @@ def _tables(cases: list[CaseResult]) -> Iterator[str]:
     ours, peers = names(cases, ours=True), names(cases, ours=False)
     first, others = ours[:1], [*ours[1:], *peers]
     with_peak = cases[0].suite == "selection"
-    header = ["case", *first, "% of copy", *(["bytes a score*"] if with_peak else []), *others]
+    header = ["case", *first, "% of copy", *(["bytes per score*"] if with_peak else []), *others]
     rows = []
     for case in cases:
         mine = case.ours
@@ -142,7 +142,7 @@ def _step_tables(cases: list[CaseResult]) -> Iterator[str]:
             "overhead",
             "eager EMP",
             "overhead",
-            "selection, an epoch",
+            "selection, per epoch",
         ],
         rows,
     )

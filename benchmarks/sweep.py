@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -32,22 +33,23 @@ from torch import Tensor
 from torch.nn import functional
 
 import emp_fast
-from benchmarks import contenders, machine
+from benchmarks import contenders
 from benchmarks.kernel_tables import floor_bytes
+from emp_fast import machine
 from emp_fast.backends import load
 from emp_fast.backends.base import LossOptions, Recurrence, State
-from emp_fast.cli.machine import copy_bandwidth
 from emp_fast.kernels import plan
 from emp_fast.rules import EMP
 from emp_fast.testing.benchmark_cases import drawn_scores
 from emp_fast.testing.contest import (
-    Case,
+    BenchmarkCase,
     Clock,
     Contender,
     Contest,
     Sample,
     WallClock,
     clock_of,
+    copy_bandwidth,
 )
 
 #: Most shapes have enough rows that a launch takes much longer than its start; a few have few rows.
@@ -150,17 +152,19 @@ def _state(device: torch.device) -> State:
     return State(floats[0], floats[1], integers[0], floats[2], integers[1], counters)
 
 
-def _case(work: str, size: str, *arguments: Any, **facts: int) -> Case:
+def _case(work: str, size: str, *arguments: Any, **facts: int) -> BenchmarkCase:
     """A call of the backends' method for ``work``, with ``facts`` for `Variant.serves`."""
     floor = floor_bytes(f"{work} {size}")
-    return Case(work, size, [arguments], _nothing, floor_bytes=floor, facts=facts)
+    return BenchmarkCase(work, size, [arguments], _nothing, floor_bytes=floor, facts=facts)
 
 
 def _nothing(_: Any) -> dict[str, Tensor]:
     return {}
 
 
-def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bool) -> list[Case]:
+def row_cases(
+    shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bool
+) -> list[BenchmarkCase]:
     """Scores; scores, gradient, state and mean; the backward pass."""
     rows, classes = shape
     held = min(rows, plan.STEP_UPDATE_ROWS + 1) if warm else rows
@@ -184,7 +188,7 @@ def row_cases(shape: tuple[int, int], dtype: torch.dtype, state: State, warm: bo
     ]
 
 
-def cases(device: torch.device, warm: bool) -> Iterator[Case]:
+def cases(device: torch.device, warm: bool) -> Iterator[BenchmarkCase]:
     """All cases; the inputs of only one exist at a time."""
     state = _state(device)
     for shape, dtype in itertools.product(_SHAPES, (torch.bfloat16, torch.float32)):
@@ -274,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: {1e6 * seconds:.1f} us", flush=True)
     if given.output is not None:
         run = {
-            "commit": machine.commit(),
+            "commit": _commit(),
             "copy_bytes_per_second": rate,
             "seconds": results,
             **({"host_seconds": host} if host else {}),
@@ -289,7 +293,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measured(case: Case, every: Sequence[Variant], clock: Clock | None) -> dict[str, float]:
+def _commit() -> str | None:
+    """The commit of the sources, with a plus if there are changes; None without history."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _measured(
+    case: BenchmarkCase, every: Sequence[Variant], clock: Clock | None
+) -> dict[str, float]:
     """Seconds for each variant; without a clock each is only compiled."""
     method, classes = _METHODS[case.suite], case.facts.get("classes", 0)
     tuned = case.suite in ("scores", "step")

@@ -10,7 +10,7 @@ from torch import Tensor
 import emp_fast
 from benchmarks import contenders
 from benchmarks.conftest import Race
-from emp_fast.testing.contest import Bound, Case, Inputs
+from emp_fast.testing.contest import Arguments, BenchmarkCase, Bound
 
 #: For sums over thousands of products, in an order that differs from the reference's.
 _MATRIX_BOUND = Bound(1e-3, 1e-3)
@@ -33,7 +33,7 @@ def test_linear(
     target = torch.randint(classes, (rows,), generator=generator, device=device)
     inputs = [(normal(rows, features), normal(classes, features), target)]
 
-    def expected(arguments: Inputs) -> Mapping[str, Tensor]:
+    def expected(arguments: Arguments) -> Mapping[str, Tensor]:
         """The reference on float32 logits, because a float64 product of this size is too slow."""
         hidden, classifier, target = arguments
         logits = (hidden.detach().float() @ classifier.detach().float().T).requires_grad_()
@@ -44,7 +44,7 @@ def test_linear(
         return wanted | {"gradient": grad @ classifier.detach().float()}
 
     name = "" if device.type == "cpu" else f" {str(dtype).removeprefix('torch.')}"
-    case = Case(
+    case = BenchmarkCase(
         suite="linear",
         name=f"[{rows}, {features}] x [{features}, {classes}]{name}",
         inputs=inputs,

@@ -13,7 +13,15 @@ from benchmarks.conftest import Race
 from benchmarks.models import Workload
 from emp_fast.testing import baselines
 from emp_fast.testing.benchmark_cases import EXACT
-from emp_fast.testing.contest import Bound, Case, Contender, Contest, Inputs, WallClock, percentiles
+from emp_fast.testing.contest import (
+    Arguments,
+    BenchmarkCase,
+    Bound,
+    Contender,
+    Contest,
+    WallClock,
+    percentiles,
+)
 
 _PRUNE_RATE = 0.7
 
@@ -65,7 +73,7 @@ def test_step(race: Race, workload: Workload, device: torch.device, quick: bool)
     def select(*_: Tensor) -> emp_fast.Selection:
         return pruner.store.select(kept)
 
-    def expected(arguments: Inputs) -> Mapping[str, Tensor]:
+    def expected(arguments: Arguments) -> Mapping[str, Tensor]:
         images, target, _ = arguments
         with torch.no_grad():
             stats = emp_fast.functional.cross_entropy(logits(images).double(), target)
@@ -80,7 +88,7 @@ def test_step(race: Race, workload: Workload, device: torch.device, quick: bool)
     def loss_and_scores(result: Tensor) -> Mapping[str, Tensor]:
         return {"loss": result, "scores": pruner.store.scores[inputs[0][2]]}
 
-    case = Case(
+    case = BenchmarkCase(
         suite="training step",
         name=f"{workload.name}, batch {batch}",
         inputs=inputs,
@@ -108,7 +116,9 @@ def test_step(race: Race, workload: Workload, device: torch.device, quick: bool)
     case.facts["overhead_percent"] = _overhead(contest, steps)
 
 
-def _batches(workload: Workload, device: torch.device, layout: torch.memory_format) -> list[Inputs]:
+def _batches(
+    workload: Workload, device: torch.device, layout: torch.memory_format
+) -> list[Arguments]:
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(workload.num_samples, generator=generator).split(workload.batch)
     made = []

@@ -27,7 +27,7 @@ from emp_fast.testing.benchmark_cases import (
     tensor_updates,
     update_case,
 )
-from emp_fast.testing.contest import Case, Contender, Inputs
+from emp_fast.testing.contest import Arguments, BenchmarkCase, Contender
 
 
 def test_update(race: Race, rows: int, device: torch.device, quick: bool) -> None:
@@ -79,7 +79,7 @@ def test_score_gradient_state(
         found = {"gradient": grad * shape[0]}
         return found if scores is None else found | {"scores": scores[batches[0]]}
 
-    def expected(arguments: Inputs) -> Mapping[str, Tensor]:
+    def expected(arguments: Arguments) -> Mapping[str, Tensor]:
         wanted = dict(expected_scores(narrow, gradient=True)(arguments))
         # On the first visit the memory is the entropy itself.
         return wanted | {"scores": wanted["loss"] + RULE.beta * wanted["entropy"]}
@@ -89,7 +89,7 @@ def test_score_gradient_state(
         score = compiled(baselines.five_scores_to_compile)
         update = compiled(baselines.update_emp, reset=False)
         peers.append(Contender("torch.compile", by_hand(score, update), outputs))
-    case = Case(
+    case = BenchmarkCase(
         suite="forward + backward + state",
         name=f"{shape[0]} x {shape[1]}"
         + ("" if device.type == "cpu" else f" {str(dtype).removeprefix('torch.')}"),

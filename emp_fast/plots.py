@@ -1,4 +1,4 @@
-"""Figures of pruning: one state (`selection_figure`), methods compared (`comparison_figure`).
+"""The figure of a pruning state, `selection_figure`, and what other figures share with it.
 
 matplotlib is imported on use. Figures are made without pyplot, so they need neither global state
 nor a display.
@@ -6,9 +6,6 @@ nor a display.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "comparison_figure", "selection_figure"]
+__all__ = ["selection_figure"]
 
-_KEPT, _PRUNED, _ALL, _LINE = "#0072b2", "#c9ced6", "#6b7280", "#d55e00"
-#: Okabe and Ito's colours, which are distinguishable with any colour vision.
-_METHODS = ("#6b7280", "#e69f00", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#56b4e9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_KEPT, _PRUNED, _LINE = "#0072b2", "#c9ced6", "#d55e00"
 _STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -43,17 +37,6 @@ _STYLE: Any = {
 }
 _BINS = 60
 _POINTS = 20_000  # more dots than this show nothing new and enlarge the file
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One method of `comparison_figure`; seeds are averaged by the caller."""
-
-    label: str
-    seen: ArrayLike  # [P] training samples seen at each test
-    accuracy: ArrayLike  # [P] mean over the seeds, in [0, 1]
-    deviation: ArrayLike  # [P] standard deviation over the seeds; zeros draw no band
-    visits: ArrayLike  # [N] visits of each training sample
 
 
 def selection_figure(
@@ -87,72 +70,35 @@ def selection_figure(
         ValueError: lengths differ or an index is out of range.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    score = _vector("scores", scores)
-    visit = _vector("visits", visits, len(score))
-    mask = _mask(kept, len(score))
-    panels: list[tuple[Any, ...]] = [(_score_panel, score, mask), (_visit_panel, visit)]
+    score = vector("scores", scores)
+    visit = vector("visits", visits, len(score))
+    mask = mask_of(kept, len(score))
+    panels: list[tuple[Any, ...]] = [(score_panel, score, mask), (_visit_panel, visit)]
     if labels is not None:
-        panels.append((_class_panel, _vector("labels", labels, len(score)), mask))
+        panels.append((_class_panel, vector("labels", labels, len(score)), mask))
     if loss is not None and entropy is not None:
         panels.append(
             (
                 _plane_panel,
-                _vector("loss", loss, len(score)),
-                _vector("entropy", entropy, len(score)),
+                vector("loss", loss, len(score)),
+                vector("entropy", entropy, len(score)),
                 mask,
             )
         )
-    figure, axes = _figure(len(panels), title)
-    with _style():
+    figure, axes = blank_figure(len(panels), title)
+    with style():
         for axis, (draw, *arrays) in zip(axes, panels, strict=True):
             draw(axis, *arrays)
-    return figure
-
-
-def comparison_figure(
-    curves: Sequence[Curve],
-    scores: ArrayLike | None = None,  # [N]
-    kept: ArrayLike = (),  # [K]
-    *,
-    score_label: str = "scores",
-    title: str | None = None,
-) -> Figure:
-    """Accuracy against samples seen, visits per sample of every method, scores of one method.
-
-    Args:
-        curves: the methods; at least one.
-        scores: scores of the method whose distribution is drawn; without them there is no such
-            panel.
-        kept: indices of the samples that this method selected.
-        score_label: name of this method.
-        title: title of the figure.
-
-    Returns:
-        A matplotlib Figure.
-
-    Raises:
-        ValueError: there is no curve, lengths differ or an index is out of range.
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    if not curves:
-        raise ValueError("curves must hold at least one method, got none")
-    figure, axes = _figure(2 if scores is None else 3, title)
-    with _style():
-        _accuracy_panel(axes[0], curves)
-        _ranked_visits_panel(axes[1], curves)
-        if scores is not None:
-            score = _vector("scores", scores)
-            mask = _mask(kept, len(score))
-            _score_panel(axes[2], score, mask, title=f"Score distribution: {score_label}")
     return figure
 
 
 # ---- panels -------------------------------------------------------------------------------------
 
 
-def _score_panel(
+def score_panel(
     axis: Axes, scores: NDArray[Any], kept: NDArray[np.bool_], title: str = "Score distribution"
 ) -> None:
+    """Draws the histogram of the scores, with the kept ones in front."""
     axis.set(title=title, xlabel="score", ylabel="samples")
     finite = np.isfinite(scores)
     values = scores[finite]
@@ -181,7 +127,7 @@ def _score_panel(
 
 
 def _visit_panel(axis: Axes, visits: NDArray[Any]) -> None:
-    axis.set(title="Visits a sample", xlabel="visits", ylabel="samples")
+    axis.set(title="Visits per sample", xlabel="visits", ylabel="samples")
     top = int(visits.max(initial=0))
     # Every bin covers the same whole number of visits; otherwise the histogram would look ragged.
     width = max(1, -(-(top + 1) // _BINS))
@@ -244,61 +190,16 @@ def _plane_panel(
     axis.legend(loc="upper left", markerscale=2.5)
 
 
-def _accuracy_panel(axis: Axes, curves: Sequence[Curve]) -> None:
-    axis.set(title="Test accuracy", xlabel="training samples seen", ylabel="accuracy, %")
-    for curve, color, marker in zip(curves, cycle(_METHODS), cycle(_MARKERS), strict=False):
-        seen, mean, deviation = (
-            _vector(name, getattr(curve, name)) for name in ("seen", "accuracy", "deviation")
-        )
-        axis.plot(
-            seen,
-            100 * mean,
-            color=color,
-            marker=marker,
-            markersize=4,
-            linewidth=1.6,
-            label=curve.label,
-        )
-        if deviation.any():
-            axis.fill_between(
-                seen,
-                100 * (mean - deviation),
-                100 * (mean + deviation),
-                color=color,
-                alpha=0.12,
-                linewidth=0,
-            )
-    axis.legend(loc="lower right")
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.locator_params(axis="x", nbins=5)
-
-
-def _ranked_visits_panel(axis: Axes, curves: Sequence[Curve]) -> None:
-    axis.set(
-        title="Visits a sample",
-        xlabel="training samples, most visited first, %",
-        ylabel="visits",
-    )
-    for curve, color in zip(curves, cycle(_METHODS), strict=False):
-        visits = np.sort(_vector("visits", curve.visits))[::-1]
-        # A thousand ranks give the same line as all of them.
-        ranks = np.unique(np.linspace(0, len(visits) - 1, 1000).astype(np.int64))
-        share = 100 * (ranks + 0.5) / len(visits)
-        axis.plot(share, visits[ranks], color=color, linewidth=1.6, label=curve.label)
-    axis.set(xlim=(0, 100), ylim=(0, None))
-    axis.locator_params(axis="y", integer=True)
-    axis.legend(loc="upper right")
-
-
 # ---- helpers ------------------------------------------------------------------------------------
 
 
-def _figure(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
+def blank_figure(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
+    """A figure with as many empty panels."""
     with needs("a plot", "matplotlib", extra="plot"):
         from matplotlib.figure import Figure
     rows = 2 if panels == 4 else 1
     columns = panels // rows
-    with _style():
+    with style():
         figure = Figure(figsize=(5.0 * columns, 4.2 * rows), dpi=150, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         if title is not None:
@@ -306,7 +207,8 @@ def _figure(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.flat)
 
 
-def _style() -> Any:
+def style() -> Any:
+    """The context to draw in."""
     import matplotlib
 
     return matplotlib.rc_context(_STYLE)
@@ -324,7 +226,8 @@ def _edges(values: NDArray[Any]) -> tuple[NDArray[Any], bool]:
     return np.linspace(low, high, _BINS + 1), False
 
 
-def _vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray[Any]:
+def vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray[Any]:
+    """``values`` as an array; a ValueError calls them ``name``."""
     array: NDArray[Any] = np.asarray(values)
     if array.ndim != 1 or (length is not None and len(array) != length):
         wanted = "[N]" if length is None else f"[{length}]"
@@ -332,8 +235,9 @@ def _vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray[
     return array
 
 
-def _mask(kept: ArrayLike, length: int) -> NDArray[np.bool_]:
-    indices = _vector("kept", kept)
+def mask_of(kept: ArrayLike, length: int) -> NDArray[np.bool_]:
+    """Which of ``length`` samples the indices ``kept`` name."""
+    indices = vector("kept", kept)
     if indices.size and (indices.min() < 0 or indices.max() >= length):
         raise ValueError(f"kept must lie in [0, {length}), got {indices.min()} to {indices.max()}")
     mask = np.zeros(length, dtype=np.bool_)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from machine_code.triton_variants import Variant, every_variant, recorded
 from triton.runtime import interpreter
 
 from emp_fast.backends._triton_launch import launch
-from emp_fast.testing.triton_variants import Variant, every_variant, recorded
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT))  # the benchmarks stand beside the tests and are not installed
 
-from benchmarks import committed, contenders, machine, report, sweep  # noqa: E402
+from benchmarks import committed, contenders, report, sweep  # noqa: E402
 from benchmarks.accuracy import accuracy_block  # noqa: E402
 from benchmarks.kernel_tables import Shown, floor_bytes, kernel_report  # noqa: E402
 from benchmarks.markdown import markdown, readme_block, rewrite  # noqa: E402
 from benchmarks.models import ResNet18  # noqa: E402
+from benchmarks.peak_memory import PeakMemory  # noqa: E402
 from benchmarks.result import SUITES, BadResult, load  # noqa: E402
 from emp_fast import ScoreStore, use_backend  # noqa: E402
 from emp_fast.cli.bench import bench as bench_command  # noqa: E402
@@ -31,8 +32,8 @@ from emp_fast.rules import EMP  # noqa: E402
 from emp_fast.testing import baselines  # noqa: E402
 from emp_fast.testing.contest import (  # noqa: E402
     MIN_ROUNDS,
+    BenchmarkCase,
     Bound,
-    Case,
     CheckFailed,
     Contender,
     Contest,
@@ -52,9 +53,11 @@ def adds(name: str, error: float = 0.0, **options: Any) -> Contender:
     return Contender(name, lambda a, b: a + b + error, outputs, **options)
 
 
-def case(inputs: int = 3) -> Case:
+def case(inputs: int = 3) -> BenchmarkCase:
     made = [(torch.full((4,), float(i)), torch.ones(4)) for i in range(inputs)]
-    return Case("adding", "four numbers", made, expected=lambda pair: {"sum": pair[0] + pair[1]})
+    return BenchmarkCase(
+        "adding", "four numbers", made, expected=lambda pair: {"sum": pair[0] + pair[1]}
+    )
 
 
 # ---- the contest ---------------------------------------------------------------------------------
@@ -233,7 +236,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux")
     mebibyte = 2**20
-    with machine.PeakMemory(CPU) as peak:
+    with PeakMemory(CPU) as peak:
         held = torch.ones(64 * mebibyte // 4)
         del held
         kept = torch.ones(8 * mebibyte // 4)
@@ -663,7 +666,7 @@ def test_the_sweep_times_every_case_by_every_backend(small_sweep: None, tmp_path
     assert written["machine"]["device"] == "cpu"
     (measured,) = written["runs"]
     assert measured["copy_bytes_per_second"] > 0
-    assert measured["commit"] == machine.commit()
+    assert measured["commit"] == sweep._commit()
     found = measured["seconds"]
     rows = [
         f"{work} {shape} {dtype}"

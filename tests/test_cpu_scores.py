@@ -348,7 +348,7 @@ def test_the_environment_chooses_the_instruction_set(name: str) -> None:
     require("cpu")
     script = (
         "import torch, emp_fast; from emp_fast.cli.doctor import examine; report = examine();"
-        "print(report['machine']['instruction set']);"
+        "print(report['machine']['instruction_set']);"
         "print([x['reason'] for x in report['backends'] if x['backend'] == 'cpu'])"
     )
     done = subprocess.run(

@@ -14,7 +14,7 @@ from emp_fast.demo import training
 from emp_fast.demo.comparison import compare
 from emp_fast.demo.datasets import DATASETS, ImageData, load
 from emp_fast.demo.models import for_data
-from emp_fast.demo.training import METHODS, Settings, methods, train
+from emp_fast.demo.training import METHODS, Settings, train
 
 # ---- datasets -----------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ BUDGET = 7 * 30  # round(0.3 * 101) = 30
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_sees_exactly_the_budget(tiny, name):
     seen = []
-    run = train(tiny, methods(0.7)[name], SETTINGS, seed=1, progress=seen.append)
+    run = train(tiny, METHODS[name], SETTINGS, seed=1, progress=seen.append)
     assert SETTINGS.budget(101) == BUDGET
     assert run.samples_seen == BUDGET
     assert int(run.visits.sum()) == BUDGET
@@ -241,7 +241,7 @@ def test_every_method_sees_exactly_the_budget(tiny, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_is_reproducible_and_depends_on_its_seed(tiny, name):
-    method = methods(0.7)[name]
+    method = METHODS[name]
     torch.manual_seed(123)  # the global generator has no say
     first = train(tiny, method, SETTINGS, seed=1)
     again = train(tiny, method, SETTINGS, seed=1)
@@ -252,7 +252,7 @@ def test_a_run_is_reproducible_and_depends_on_its_seed(tiny, name):
 
 
 def test_training_learns(tiny):
-    run = train(tiny, methods(0.7)["emp"], SETTINGS._replace(epochs=20), seed=0)
+    run = train(tiny, METHODS["emp"], SETTINGS._replace(epochs=20), seed=0)
     assert run.accuracy[-1][1] > 0.9
 
 
@@ -260,14 +260,14 @@ def test_training_leaves_the_global_generator_alone(tiny):
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
-    train(tiny, methods(0.7)["full"], SETTINGS, seed=0)
+    train(tiny, METHODS["full"], SETTINGS, seed=0)
     assert torch.equal(torch.rand(3), wanted)
 
 
 def test_a_budget_below_one_batch_and_one_epoch(tiny):
     settings = SETTINGS._replace(epochs=1, batch_size=64, prune_rate=0.98, tests=12)
     for name in METHODS:
-        run = train(tiny, methods(0.98)[name], settings, seed=0)
+        run = train(tiny, METHODS[name], settings, seed=0)
         assert run.samples_seen == int(run.visits.sum()) == 2
         assert len(run.accuracy) == 12
 

@@ -12,7 +12,8 @@ pytest.importorskip("matplotlib")
 import torch
 
 from emp_fast import Pruner
-from emp_fast.plots import Curve, comparison_figure, selection_figure
+from emp_fast.demo.figure import Curve, comparison_figure
+from emp_fast.plots import selection_figure
 from emp_fast.rules import Loss
 
 N = 401  # no multiple of anything
@@ -52,7 +53,7 @@ def test_selection_figure_draws_every_panel_with_its_numbers(state):
     figure = selection_figure(**state, title="epoch 3")
     assert titles(figure) == [
         "Score distribution",
-        "Visits a sample",
+        "Visits per sample",
         "Class balance",
         "Entropy against loss",
     ]
@@ -75,7 +76,7 @@ def test_selection_figure_draws_every_panel_with_its_numbers(state):
 def test_selection_figure_leaves_out_what_it_is_not_given(state):
     for name in ("labels", "loss"):
         del state[name]
-    assert titles(selection_figure(**state)) == ["Score distribution", "Visits a sample"]
+    assert titles(selection_figure(**state)) == ["Score distribution", "Visits per sample"]
 
 
 def test_no_threshold_is_claimed_where_the_kept_are_not_the_highest(state):
@@ -127,13 +128,13 @@ def test_comparison_figure_draws_curves_bands_and_ranked_visits(state):
         Curve("two", [10, 20], [0.25, 0.5], [0.0, 0.0], [0, 0, 6]),
     ]
     figure = comparison_figure(curves, state["scores"], state["kept"], score_label="EMP")
-    assert titles(figure) == ["Test accuracy", "Visits a sample", "Score distribution: EMP"]
+    assert titles(figure) == ["Test accuracy", "Visits per sample", "Score distribution: EMP"]
     accuracy, visits, _ = figure.axes
     assert [line.get_ydata().tolist() for line in accuracy.lines] == [[50, 75], [25, 50]]
     assert len(accuracy.collections) == 1, "a band for the curve with a deviation alone"
     assert [line.get_ydata().tolist() for line in visits.lines] == [[3, 2, 1], [6, 0, 0]]
     assert legend(accuracy) == ["one", "two"]
-    assert titles(comparison_figure(curves)) == ["Test accuracy", "Visits a sample"]
+    assert titles(comparison_figure(curves)) == ["Test accuracy", "Visits per sample"]
 
 
 def test_comparison_figure_needs_a_curve():
@@ -155,7 +156,7 @@ def test_a_pruner_draws_its_state():
     figure = pruner.plot()
     assert titles(figure) == [
         "Score distribution",
-        "Visits a sample",
+        "Visits per sample",
         "Class balance",
         "Entropy against loss",
     ]
@@ -177,5 +178,5 @@ def test_a_pruner_draws_no_plane_for_a_rule_that_is_not_loss_and_entropy():
     pruner = Pruner(N, 0.5, rule=Loss())
     pruner.update(torch.arange(N), loss=torch.rand(N))
     figure = pruner.plot(title="mine")
-    assert titles(figure) == ["Score distribution", "Visits a sample"]
+    assert titles(figure) == ["Score distribution", "Visits per sample"]
     assert figure.get_suptitle() == "mine"

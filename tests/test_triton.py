@@ -21,14 +21,15 @@ from emp_fast.backends import resolve
 from emp_fast.backends._triton_launch import INTERPRETED
 from emp_fast.backends.base import Backend, LossOptions, Recurrence, State
 from emp_fast.backends.reference import ReferenceBackend
-from emp_fast.testing import CASES, Case, cut, make
+from emp_fast.testing import CASES, Case, make, shrunk
 
 if not INTERPRETED:
     pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
 
+from machine_code.triton_variants import recorded
+
 from emp_fast.backends import load, triton
 from emp_fast.kernels import bracket, plan
-from emp_fast.testing.triton_variants import recorded
 
 TRITON = triton.TritonBackend()
 
@@ -83,7 +84,7 @@ def split(monkeypatch: pytest.MonkeyPatch, walked: None) -> None:
 
 
 def small(case: Case) -> Case:
-    return cut(case, samples=3, classes=1200 if case.classes > 1000 else 37)
+    return shrunk(case, samples=3, classes=1200 if case.classes > 1000 else 37)
 
 
 SERVED = [small(case) for case in CASES if case.dtype != torch.float64]

@@ -1,6 +1,6 @@
 """The Triton kernels compile ahead of time, without a GPU; the report on their machine code.
 
-`python -m emp_fast.testing.resources` compiles every variant or few for all; here are the list that
+`make resources` compiles every variant or few for all; here are the list that
 it works from, one variant of each kernel, and code that the report must refuse.
 """
 
@@ -13,20 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine_code import report, sass
 
 from emp_fast.backends._triton_launch import INTERPRETED
-from emp_fast.testing import resources, sass
 
 if find_spec("triton") is None or INTERPRETED:
     pytest.skip("Triton's compiler is not at hand", allow_module_level=True)
 
 import triton
+from machine_code.triton_compile import CAPABILITIES, compile_ahead, source_of
+from machine_code.triton_variants import Variant, covering, every_variant, kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
 from emp_fast.backends.triton import TritonBackend
-from emp_fast.testing.triton_compile import CAPABILITIES, compile_ahead, source_of
-from emp_fast.testing.triton_variants import Variant, _kernels, covering, every_variant
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def variants() -> tuple[Variant, ...]:
 
 
 def test_every_kernel_is_among_the_variants(variants: tuple[Variant, ...]) -> None:
-    assert {variant.kernel for variant in variants} == set(_kernels())
+    assert {variant.kernel for variant in variants} == set(kernels())
 
 
 def test_every_option_is_among_the_variants(variants: tuple[Variant, ...]) -> None:
@@ -133,7 +133,7 @@ def test_signatures_are_those_that_a_launch_makes(variants: tuple[Variant, ...])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_kernel_compiles(capability: int, variants: tuple[Variant, ...]) -> None:
     """One variant of each, with the most options; the resource report compiles the others."""
-    for name in _kernels():
+    for name in kernels():
         most = max(
             (variant for variant in variants if variant.kernel == name),
             key=lambda variant: len(str(variant)),
@@ -204,7 +204,7 @@ def test_machine_code_is_read(bad: sass.Kernel) -> None:
 
 
 def test_a_stack_and_local_accesses_and_missing_vectors_are_problems(bad: sass.Kernel) -> None:
-    problems = "\n".join(resources.check(bad).problems)
+    problems = "\n".join(report.check(bad).problems)
     assert "a stack frame of" in problems
     assert "accesses to local memory" in problems
     assert "0 accesses of 128 bits" in problems
@@ -244,22 +244,22 @@ def kernel(*accesses: sass.Access) -> sass.Kernel:
 
 
 def test_a_kernel_as_it_should_be_has_no_problem() -> None:
-    assert resources.check(kernel(WIDE, STORE)).problems == ()
+    assert report.check(kernel(WIDE, STORE)).problems == ()
 
 
 def test_a_kernel_of_scores_alone_stores_no_gradient() -> None:
     alone = kernel(WIDE)._replace(name="rows_looped<float, 32, false, false>")
-    assert resources.check(alone).problems == ()
-    assert len(resources.check(kernel(WIDE)).problems) == 1
+    assert report.check(alone).problems == ()
+    assert len(report.check(kernel(WIDE)).problems) == 1
 
 
 def test_a_few_bytes_on_the_stack_are_allowed_outside_loops_where_the_caller_says_so() -> None:
     spilled = kernel(WIDE, STORE, access("STL", "", depth=0))._replace(stack=16)
-    assert resources.check(spilled, stack=16).problems == ()
-    assert resources.check(spilled, stack=8).problems == ("a stack frame of 16 bytes",)
-    assert len(resources.check(spilled).problems) == 2
+    assert report.check(spilled, stack=16).problems == ()
+    assert report.check(spilled, stack=8).problems == ("a stack frame of 16 bytes",)
+    assert len(report.check(spilled).problems) == 2
     looped = spilled._replace(accesses=(WIDE, STORE, access("STL", "")))
-    assert resources.check(looped, stack=16).problems == ("1 accesses to local memory",)
+    assert report.check(looped, stack=16).problems == ("1 accesses to local memory",)
 
 
 @pytest.mark.parametrize(
@@ -273,12 +273,12 @@ def test_a_few_bytes_on_the_stack_are_allowed_outside_loops_where_the_caller_say
     ],
 )
 def test_each_rule_refuses(accesses: tuple[sass.Access, ...], problem: str) -> None:
-    assert any(problem in found for found in resources.check(kernel(*accesses)).problems)
+    assert any(problem in found for found in report.check(kernel(*accesses)).problems)
 
 
 def test_the_table_counts_variants_and_problems() -> None:
-    findings = [resources.check(kernel(WIDE, STORE)), resources.check(kernel(WIDE))]
-    line = resources.table(findings).splitlines()[-1]
+    findings = [report.check(kernel(WIDE, STORE)), report.check(kernel(WIDE))]
+    line = report.table(findings).splitlines()[-1]
     assert line == "| rows_looped | sm_90a | 2 | 64 | 0 | 0 | 0 | 1 |"
 
 

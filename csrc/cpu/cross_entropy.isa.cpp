@@ -224,8 +224,9 @@ EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Ro
       alignas(64) float raw[kBlock], capped[kBlock];
       for (int64_t i = 0; i < size; i += kLanes) {
         const auto* from = row + start + i;
-        const int64_t left = size - i;
-        const Floats x = left >= kLanes ? Format::read(from) : read_some<Format>(from, left);
+        const int64_t remaining = size - i;
+        const Floats x =
+            remaining >= kLanes ? Format::read(from) : read_some<Format>(from, remaining);
         store(raw + i, x);
         store(capped + i, logits.capped(x));
       }
@@ -449,6 +450,28 @@ EMP_FAST_INLINE Floats effective_target(const Problem& problem, Floats t, const 
   return t;
 }
 
+// T, the sum of t'. If t'_y is close to it, the target's gradient is their small difference, and
+// the rounding error of a plain sum would dominate it: hence compensated summation. Four
+// independent sums hide the latency of an addition.
+EMP_FAST_INLINE float effective_total(const Problem& problem, const float* t_row) {
+  constexpr int64_t kSums = 4;
+  CompensatedSum sums[kSums];
+  for (int64_t start = 0; start < problem.classes; start += kSums * kLanes) {
+    for (int64_t k = 0; k < kSums; ++k) {
+      const int64_t j = start + k * kLanes;
+      const int64_t size = std::clamp<int64_t>(problem.classes - j, 0, kLanes);
+      if (size == 0) break;
+      const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+      const float* weight = problem.weight ? problem.weight + j : nullptr;
+      const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
+      const Floats share = effective_target(problem, t, weight, size);
+      sums[k].add(choose(present, share, broadcast(0.0f)));
+    }
+  }
+  const Floats sum = (sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum);
+  return reduce_lanes(sum, Add{}).v[0];
+}
+
 template <class Rows>
 int64_t score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t begin,
                             int64_t end) {
@@ -551,25 +574,7 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
     } else {
       t_row = problem.soft_target + r * classes;
       y = largest_class(t_row, classes);
-      // Compensated summation: if t'_y is close to T, the target's gradient is their small
-      // difference, and the rounding error of a plain sum would dominate it. Four independent sums
-      // hide the latency of an addition.
-      constexpr int64_t kSums = 4;
-      CompensatedSum sums[kSums];
-      for (int64_t start = 0; start < classes; start += kSums * kLanes) {
-        for (int64_t k = 0; k < kSums; ++k) {
-          const int64_t j = start + k * kLanes;
-          const int64_t size = std::clamp<int64_t>(classes - j, 0, kLanes);
-          if (size == 0) break;
-          const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
-          const float* weight = problem.weight ? problem.weight + j : nullptr;
-          const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
-          const Floats share = effective_target(problem, t, weight, size);
-          sums[k].add(choose(present, share, broadcast(0.0f)));
-        }
-      }
-      const Floats sum = (sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum);
-      total = reduce_lanes(sum, Add{}).v[0];
+      total = effective_total(problem, t_row);
       const float* weight = problem.weight ? problem.weight + y : nullptr;
       u_y = effective_target(problem, broadcast(t_row[y]), weight, 1).v[0];
     }

@@ -232,7 +232,7 @@ Totals classify(const float* scores, int64_t n, Bracket bracket, const Workspace
 void settle_ties(const uint64_t* bracket, int ties, int num_words, uint64_t* words) {
   for (int w = 0; w < num_words && ties > 0; ++w) {
     uint64_t taken = bracket[w], rest = taken;
-    for (int left = ties; rest != 0 && left > 0; --left) rest &= rest - 1;
+    for (int remaining = ties; rest != 0 && remaining > 0; --remaining) rest &= rest - 1;
     taken ^= rest;
     words[w] |= taken;
     ties -= __builtin_popcountll(taken);

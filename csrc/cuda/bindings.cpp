@@ -69,18 +69,19 @@ void read_outputs(Arguments& in, RowArgs& a) {
 }
 
 RowShape shape_of(const RowArgs& a, Dtype dtype, bool grad) {
-  const bool general = a.softcap > 0.0f || (a.smoothing > 0.0f && a.weight != nullptr);
   const auto addresses =
       reinterpret_cast<uintptr_t>(a.logits) | reinterpret_cast<uintptr_t>(a.grad);
-  return {a.rows,
-          a.classes,
-          a.stride,
-          element_bytes(dtype),
-          addresses % kVectorBytes == 0,
-          a.soft != nullptr,
-          general,
-          a.smoothing > 0.0f,
-          grad};
+  RowShape shape;
+  shape.rows = a.rows;
+  shape.classes = a.classes;
+  shape.stride = a.stride;
+  shape.element_bytes = element_bytes(dtype);
+  shape.base_aligned = addresses % kVectorBytes == 0;
+  shape.soft = a.soft != nullptr;
+  shape.general = a.softcap > 0.0f || (a.smoothing > 0.0f && a.weight != nullptr);
+  shape.smoothed = a.smoothing > 0.0f;
+  shape.grad = grad;
+  return shape;
 }
 
 void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address workspace,
@@ -126,10 +127,14 @@ int64_t score_workspace(int kernels, int device, int dtype, int64_t rows, int64_
   const auto type = static_cast<Dtype>(dtype);
   const auto chosen = static_cast<RowKernels>(kernels);
   const Device properties = device_for(chosen, device);
+  RowShape shape;
+  shape.rows = rows;
+  shape.classes = classes;
+  shape.stride = stride;
+  shape.element_bytes = element_bytes(type);
   int64_t most = 0;
   for (const bool aligned : {false, true}) {
-    const RowShape shape{rows,  classes, stride, element_bytes(type), aligned, false,
-                         false, false,   false};
+    shape.base_aligned = aligned;
     most = std::max(most, choose_rows(chosen, shape, properties).workspace_bytes);
   }
   return most;

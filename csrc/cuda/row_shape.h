@@ -7,15 +7,16 @@
 namespace emp_fast::cuda {
 
 struct RowShape {
-  int64_t rows;
-  int64_t classes;
-  int64_t stride;
-  int element_bytes;
-  bool base_aligned;  // logits and gradient start at multiples of 16 bytes
-  bool soft;
-  bool general;   // softcap, or label smoothing with class weights: not kShared, kRegisters, kHeld
-  bool smoothed;  // label smoothing
-  bool grad;
+  int64_t rows = 0;
+  int64_t classes = 0;
+  int64_t stride = 0;
+  int element_bytes = 0;
+  bool base_aligned = false;  // logits and gradient start at multiples of 16 bytes
+  bool soft = false;
+  // Softcap, or label smoothing with class weights: not kShared, kRegisters, kHeld.
+  bool general = false;
+  bool smoothed = false;  // label smoothing
+  bool grad = false;
 };
 
 // The most 16-byte vectors that a row of a shape can touch.

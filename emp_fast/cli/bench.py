@@ -18,18 +18,30 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 import emp_fast
+from emp_fast import machine
 from emp_fast.backends import resolve
 from emp_fast.cli.console import chosen_device, stderr, stdout
-from emp_fast.cli.machine import copy_bandwidth, load
 from emp_fast.functional import cross_entropy, topk_indices
-from emp_fast.testing import baselines, benchmark_shapes
-from emp_fast.testing import benchmark_cases as cases
+from emp_fast.testing import baselines
+from emp_fast.testing.benchmark_cases import (
+    benchmark_shapes,
+    our_scores,
+    our_selection,
+    score_case,
+    score_peers,
+    selection_case,
+    selection_peers,
+    store_updates,
+    tensor_updates,
+    update_case,
+)
 from emp_fast.testing.contest import (
-    Case,
+    BenchmarkCase,
     CheckFailed,
     Contender,
     Contest,
     clock_of,
+    copy_bandwidth,
     percentiles,
 )
 
@@ -60,7 +72,7 @@ def bench(
     """Measure scoring, update and selection on this machine against plain PyTorch."""
     place = chosen_device(device)
     seconds = _QUICK_SECONDS if quick else _SECONDS
-    load_before = load()
+    load_before = machine.load_average()
     lines = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with (
@@ -81,9 +93,9 @@ def bench(
     report = {
         "emp_fast": emp_fast.__version__,
         "torch": torch.__version__,
+        **machine.describe(place),
         "device": str(place),
         "backend": resolve(place).name,
-        "threads": torch.get_num_threads(),
         "quick": quick,
         "load_before": load_before,
         "copy_gigabytes_per_second": bandwidth / 1e9,
@@ -99,28 +111,26 @@ def bench(
 
 def _contests(
     shapes: Sequence[tuple[int, int]], sizes: Sequence[int], device: torch.device, compiled: bool
-) -> Iterator[tuple[str, Case, list[Contender]]]:
+) -> Iterator[tuple[str, BenchmarkCase, list[Contender]]]:
     """Every line of the table: its name, its case, and who takes part, emp_fast first."""
     for rows, classes in shapes:
         for what, gradient in (("scores", False), ("scores + gradient", True)):
             yield (
                 f"{what} {rows} x {classes}",
-                cases.score_case(
-                    (rows, classes), torch.float32, device, "random", gradient=gradient
-                ),
+                score_case((rows, classes), torch.float32, device, "random", gradient=gradient),
                 [
-                    cases.our_scores(cross_entropy, gradient=gradient),
-                    *cases.score_peers(gradient=gradient, compile=compiled),
+                    our_scores(cross_entropy, gradient=gradient),
+                    *score_peers(gradient=gradient, compile=compiled),
                 ],
             )
     for rows in _UPDATE:
-        case = cases.update_case(rows, device)
-        eager = cases.tensor_updates("eager", baselines.update_emp, case)
-        yield f"update {rows} samples", case, [cases.store_updates(case), eager]
+        case = update_case(rows, device)
+        eager = tensor_updates("eager", baselines.update_emp, case)
+        yield f"update {rows} samples", case, [store_updates(case), eager]
     for size in sizes:
-        case = cases.selection_case(size, _KEPT, device, "random")
-        ours = cases.our_selection(topk_indices)
-        yield f"select {_KEPT:.0%} of {size:,}", case, [ours, *cases.selection_peers(case)]
+        case = selection_case(size, _KEPT, device, "random")
+        ours = our_selection(topk_indices)
+        yield f"select {_KEPT:.0%} of {size:,}", case, [ours, *selection_peers(case)]
 
 
 def _measured(contest: Contest, seconds: float, bandwidth: float) -> dict[str, Any]:
@@ -184,7 +194,7 @@ def _print(report: dict[str, Any]) -> None:
         "Medians of interleaved rounds (20 to 80 percentile). Copy: "
         f"{report['copy_gigabytes_per_second']:.1f} GB/s; small cases stay in a cache and may "
         "exceed it. eager: the same work in plain PyTorch, for an update without any check. "
-        "F.cross_entropy gives one number a row, the others all five scores.",
+        "F.cross_entropy gives one number per row, the others all five scores.",
         soft_wrap=True,
     )
     if report["load_before"] is not None and report["load_before"] >= 1:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from emp_fast import machine
 from emp_fast.cli.console import InputError, chosen_device, stderr, stdout
-from emp_fast.cli.machine import processor_name
 from emp_fast.demo.comparison import Comparison, Summary, compare, defaults
 from emp_fast.demo.datasets import DATASETS, ImageData, load
 from emp_fast.demo.training import METHODS, Settings
@@ -38,7 +37,7 @@ def demo(
         typer.Option("--root", metavar="DIR", help="Folder of the data set's files."),
     ] = None,
     methods: Annotated[
-        str, typer.Option("--methods", metavar="NAMES", help="What to compare, by commas.")
+        str, typer.Option("--methods", metavar="NAMES", help="Methods to compare, comma-separated.")
     ] = ",".join(METHODS),
     prune_rate: Annotated[
         float,
@@ -46,13 +45,13 @@ def demo(
     ] = 0.7,
     epochs: Annotated[
         int | None,
-        typer.Option("--epochs", min=1, help="Pruned epochs; they make the budget of samples."),
+        typer.Option("--epochs", min=1, help="Pruned epochs; they set the sample budget."),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option("--seeds", min=1, help="Runs of every method, seeds 0, 1, ...")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Samples a step.")
+        int | None, typer.Option("--batch-size", min=1, help="Samples per step.")
     ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="Where to train: cpu, cuda, cuda:1, ...")
@@ -76,7 +75,12 @@ def demo(
 
     comparison = _run(images, settings, names, num_seeds)
 
-    report = {**comparison.report(), **_facts(), "figure": _save_figure(comparison, output)}
+    report = {
+        **comparison.report(),
+        "date": date.today().isoformat(),
+        **machine.describe(settings.device),
+        "figure": _save_figure(comparison, output),
+    }
     text = json.dumps(report, indent=2)
     results = output / f"{data}.json"
     write_atomically(results, lambda file: file.write(text.encode()), overwrite=True)
@@ -173,15 +177,6 @@ def _run(images: ImageData, settings: Settings, names: list[str], num_seeds: int
         comparison = compare(images, settings, names, range(num_seeds), advance)
         progress.update(task, description="training".ljust(18))
     return comparison
-
-
-def _facts() -> dict[str, Any]:
-    """Date, machine and versions of the runs."""
-    return {
-        "date": date.today().isoformat(),
-        "processor": processor_name(),
-        "python": platform.python_version(),
-    }
 
 
 def _save_figure(comparison: Comparison, output: Path) -> str | None:

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 import emp_fast
+from emp_fast import machine
 from emp_fast.backends import BackendError, backend_status, resolve, use_backend
 from emp_fast.backends.native import load_native
 from emp_fast.cli.console import stdout
-from emp_fast.cli.machine import package_version, processor_name
 from emp_fast.functional import cross_entropy, topk_indices
 
 __all__ = ["doctor"]
@@ -53,14 +53,15 @@ def examine() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,  # includes the build, which the metadata may lack
             "torch's CUDA": torch.version.cuda,
-            **{package: package_version(package) for package in _PACKAGES},
+            **{package: machine.package_version(package) for package in _PACKAGES},
         },
         "machine": {
             "system": platform.platform(),
-            "cpu": processor_name(),
-            "threads": torch.get_num_threads(),
-            "instruction set": _instruction_set(),
-            "cuda devices": [_cuda_device(device) for device in devices[1:]],
+            **machine.processor(),
+            "instruction_set": _instruction_set(),
+            "cuda_devices": [
+                {"device": str(device), **machine.gpu(device)} for device in devices[1:]
+            ],
         },
         "build": _build_info(),
         "settings": {name: os.environ.get(name) or usual for name, usual in _SETTINGS.items()},
@@ -119,16 +120,6 @@ def _reference_problem() -> str | None:
     if kept.tolist() != [0, 1, 3]:
         return f"it selected {kept.tolist()} where [0, 1, 3] are the highest"
     return None
-
-
-def _cuda_device(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "device": str(device),
-        "name": properties.name,
-        "compute capability": f"{properties.major}.{properties.minor}",
-        "memory GiB": round(properties.total_memory / 2**30, 1),
-    }
 
 
 def _build_info() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from emp_fast.demo.datasets import ImageData
-from emp_fast.demo.training import Method, Run, Settings, methods, train
+from emp_fast.demo.training import METHODS, Method, Run, Settings, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +107,6 @@ class Comparison(NamedTuple):
             "budget": self.settings.budget(self.num_samples),
             "seeds": [run.seed for run in next(iter(self.runs.values()))],
             "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
             "methods": [
                 {
                     **summary._asdict(),
@@ -123,7 +122,7 @@ class Comparison(NamedTuple):
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from emp_fast.plots import Curve, comparison_figure
+        from emp_fast.demo.figure import Curve, comparison_figure
 
         curves = []
         for name, runs in self.runs.items():
@@ -171,8 +170,7 @@ def compare(
         seeds: every method runs once with each.
         progress: called after every step with method, seed and the samples seen.
     """
-    chosen = methods(settings.prune_rate)
-    chosen = {name: chosen[name] for name in names}
+    chosen = {name: METHODS[name] for name in names}
     runs: dict[str, list[Run]] = {name: [] for name in chosen}
     for seed in seeds:
         for name, method in chosen.items():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,26 +32,22 @@ class Method(NamedTuple):
     label: str
     about: str
     rule: Rule | None = None
-    policy: Policy | None = None
+    policy: Callable[[float], Policy] | None = None  # of the prune rate
 
 
-def methods(prune_rate: float) -> dict[str, Method]:
-    """The methods that the demo compares, by name."""
-    return {
-        "full": Method("full data", "plain loop over all samples, so fewer epochs"),
-        "random": Method("random", "a new random subset every epoch", Loss(), Random()),
-        "loss": Method("loss", "highest loss", Loss(), TopK()),
-        "emp": Method("EMP", "highest loss + memory term", EMP(), TopK()),
-        "infobatch": Method(
-            "InfoBatch's rule",
-            "drops at random below the mean loss, reweights",
-            Loss(),
-            BelowMean(keep=1 - prune_rate),
-        ),
-    }
-
-
-METHODS = tuple(methods(0.5))
+#: The methods that the demo compares, by name.
+METHODS = {
+    "full": Method("full data", "plain loop over all samples, so fewer epochs"),
+    "random": Method("random", "a new random subset every epoch", Loss(), lambda _: Random()),
+    "loss": Method("loss", "highest loss", Loss(), lambda _: TopK()),
+    "emp": Method("EMP", "highest loss + memory term", EMP(), lambda _: TopK()),
+    "infobatch": Method(
+        "InfoBatch's rule",
+        "drops at random below the mean loss, reweights",
+        Loss(),
+        lambda prune_rate: BelowMean(keep=1 - prune_rate),
+    ),
+}
 
 
 class Settings(NamedTuple):
@@ -102,94 +99,136 @@ def train(
     """
     device, num_samples = settings.device, len(data.train_labels)
     budget = settings.budget(num_samples)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = for_data(data.name, data.num_classes).to(device)
+    model = _model(data, seed, device)
     optimizer = torch.optim.SGD(
         model.parameters(), settings.learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
-    train_set = with_indices(TensorDataset(data.train_images, data.train_labels))
-    pruner = None
-    chosen: Sampler[int]
-    if method.rule is None or method.policy is None:
-        chosen = RandomSampler(train_set, generator=torch.Generator().manual_seed(seed))
-    else:
-        pruner = Pruner(
-            num_samples, settings.prune_rate, rule=method.rule, policy=method.policy, seed=seed
-        )
-        chosen = pruner.sampler
-    sampler = _TimedSampler(chosen)
-    # A loader draws from the global generator unless it has its own.
-    loader = DataLoader(
-        train_set,
-        settings.batch_size,
-        sampler=sampler,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    pruner = _pruner(method, settings, num_samples, seed)
+    loader, sampler = _loader(data, pruner, settings, seed)
 
-    seen, steps, train_seconds = 0, 0, 0.0
+    seen = 0
     visits = torch.zeros(num_samples, dtype=torch.int64)
     loss_seconds: list[float] = []
-    accuracy: list[tuple[int, float]] = []
-    test_at = [round(budget * (test + 1) / settings.tests) for test in range(settings.tests)]
     model.train()
-    started = _now(device)
+    tests = _Tests(model, data, settings)
     while seen < budget:
         for (images, labels), indices in loader:
             room = budget - seen
             images, labels, indices = images[:room], labels[:room], indices[:room]
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule((seen + len(labels) / 2) / budget)
-            optimizer.zero_grad()
-            made = model(images.to(device))
-            target = labels.to(device)
-            # The backward pass is split in two, so that the loss is timed with its own gradient but
-            # without the model's.
-            logits = made.detach().requires_grad_()
-            before = _now(device)
             if pruner is None:
-                loss = cross_entropy(logits, target)
+                loss_of = cross_entropy
             else:
-                loss = pruner.loss(logits, target, indices)
-            loss.backward()
-            loss_seconds.append(_now(device) - before)
-            made.backward(logits.grad)
+                loss_of = partial(pruner.loss, indices=indices)
+            optimizer.zero_grad()
+            loss_seconds.append(
+                _backward(model, images.to(device), labels.to(device), loss_of, device)
+            )
             optimizer.step()
-            seen, steps = seen + len(labels), steps + 1
+            seen += len(labels)
             visits[indices] += 1  # a batch holds no sample twice
             progress(seen)
-            due = sum(point <= seen for point in test_at[len(accuracy) :])
-            if due:
-                train_seconds += _now(device) - started
-                accuracy += [(seen, _accuracy(model, data, device))] * due
-                started = _now(device)
+            tests.run_due(seen)
             if seen == budget:
                 break
 
-    scores = kept = None
-    if pruner is not None:
-        scores = pruner.store.scores.cpu()
-        k = (
-            round((1 - settings.prune_rate) * num_samples)
-            if pruner.policy.budget != "none"
-            else None
-        )
-        kept = pruner.store.select(
-            k, pruner.policy, epoch=pruner.epoch + 1, seed=seed
-        ).indices.cpu()
     return Run(
         seed=seed,
         samples_seen=seen,
-        steps=steps,
+        steps=len(loss_seconds),
         epochs=sampler.epochs,
-        accuracy=accuracy,
+        accuracy=tests.accuracy,
         visits=visits,
-        scores=scores,
-        kept=kept,
-        train_seconds=train_seconds,
+        scores=None if pruner is None else pruner.store.scores.cpu(),
+        kept=None if pruner is None else _next_selection(pruner, settings),
+        train_seconds=tests.train_seconds,
         loss_seconds=loss_seconds,
         selection_seconds=sampler.seconds,
     )
+
+
+def _model(data: ImageData, seed: int, device: torch.device) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return for_data(data.name, data.num_classes).to(device)
+
+
+def _pruner(method: Method, settings: Settings, num_samples: int, seed: int) -> Pruner | None:
+    if method.rule is None or method.policy is None:
+        return None
+    rate = settings.prune_rate
+    return Pruner(num_samples, rate, rule=method.rule, policy=method.policy(rate), seed=seed)
+
+
+def _loader(
+    data: ImageData, pruner: Pruner | None, settings: Settings, seed: int
+) -> tuple[DataLoader[Any], _TimedSampler]:
+    """Batches of ((images, labels), indices), and the sampler that they come from."""
+    train_set = with_indices(TensorDataset(data.train_images, data.train_labels))
+    chosen: Sampler[int]
+    if pruner is None:
+        chosen = RandomSampler(train_set, generator=torch.Generator().manual_seed(seed))
+    else:
+        chosen = pruner.sampler
+    sampler = _TimedSampler(chosen)
+    # A loader draws from the global generator unless it has its own.
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(train_set, settings.batch_size, sampler=sampler, generator=generator)
+    return loader, sampler
+
+
+def _backward(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> float:
+    """Computes the gradient of a batch; returns the seconds that the loss and its own took.
+
+    The backward pass is split in two, so that the loss is timed with its own gradient but without
+    the model's.
+    """
+    made = model(images)
+    logits = made.detach().requires_grad_()
+    before = _now(device)
+    loss_of(logits, target).backward()
+    seconds = _now(device) - before
+    made.backward(logits.grad)
+    return seconds
+
+
+def _next_selection(pruner: Pruner, settings: Settings) -> Tensor:
+    """The samples that the next epoch would train on, [K] on the CPU."""
+    k = None
+    if pruner.policy.budget != "none":
+        k = round((1 - settings.prune_rate) * pruner.store.num_samples)
+    selection = pruner.store.select(k, pruner.policy, epoch=pruner.epoch + 1, seed=pruner.seed)
+    return selection.indices.cpu()
+
+
+class _Tests:
+    """Tests a model at equal shares of the budget, and sums the time between the tests."""
+
+    def __init__(self, model: nn.Module, data: ImageData, settings: Settings) -> None:
+        self.accuracy: list[tuple[int, float]] = []
+        self.train_seconds = 0.0
+        self._model, self._data, self._device = model, data, settings.device
+        budget = settings.budget(len(data.train_labels))
+        self._points = [
+            round(budget * (test + 1) / settings.tests) for test in range(settings.tests)
+        ]
+        self._started = _now(self._device)
+
+    def run_due(self, seen: int) -> None:
+        """Tests if a point was passed; one test serves all points that one batch passes."""
+        due = sum(point <= seen for point in self._points[len(self.accuracy) :])
+        if due:
+            self.train_seconds += _now(self._device) - self._started
+            accuracy = _accuracy(self._model, self._data, self._device)
+            self.accuracy += [(seen, accuracy)] * due
+            self._started = _now(self._device)
 
 
 class _TimedSampler(Sampler[int]):

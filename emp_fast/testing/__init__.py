@@ -1,4 +1,4 @@
-"""Shared by tests and benchmarks: one list of cases, the float64 oracle, the tolerances.
+"""To test a backend: one list of cases, the float64 oracle, the tolerances.
 
     for case in CASES:
         logits, target, options = make(case)
@@ -6,33 +6,23 @@
         wanted, grad = oracle(logits, target, **options)
 
 It needs NumPy but no test framework, so that you can also test a backend of your own with it.
+
+`contest` times checked contenders; `benchmark_cases` and `baselines` are what `emp-fast bench` and
+the repository's benchmarks give it.
 """
 
-from emp_fast.testing.cases import (
-    CASES,
-    CPU_BENCHMARK_SHAPES,
-    GPU_BENCHMARK_SHAPES,
-    Case,
-    Inputs,
-    benchmark_shapes,
-    cut,
-    make,
-    strange_rows,
-)
+from emp_fast.testing.cases import CASES, Case, Inputs, make, shrunk, strange_rows
 from emp_fast.testing.oracle import ATOL, RTOL, OracleStats, oracle
 
 __all__ = [
     "ATOL",
     "CASES",
-    "CPU_BENCHMARK_SHAPES",
-    "GPU_BENCHMARK_SHAPES",
     "RTOL",
     "Case",
     "Inputs",
     "OracleStats",
-    "benchmark_shapes",
-    "cut",
     "make",
     "oracle",
+    "shrunk",
     "strange_rows",
 ]

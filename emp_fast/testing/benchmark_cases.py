@@ -19,7 +19,14 @@ from emp_fast.functional import SampleStats, cross_entropy, topk_indices
 from emp_fast.rules import EMP
 from emp_fast.store import ScoreStore
 from emp_fast.testing import baselines
-from emp_fast.testing.contest import Bound, Case, Contender, Inputs, cache_bytes, rotations
+from emp_fast.testing.contest import (
+    Arguments,
+    BenchmarkCase,
+    Bound,
+    Contender,
+    cache_bytes,
+    rotations,
+)
 from emp_fast.testing.oracle import ATOL, RTOL
 
 #: How far our results may be from the reference's.
@@ -32,11 +39,45 @@ ONLY_LOSS = "computes the loss alone"
 NUM_SAMPLES = 1_281_167
 RULE = EMP(beta=0.5, decay=0.9)
 
+#: Rows and classes at which the CPU backends are measured.
+CPU_BENCHMARK_SHAPES = (
+    (128, 10),
+    (65536, 10),
+    (256, 100),
+    (16384, 100),
+    (4096, 1000),
+    (256, 32000),
+    (64, 128256),
+)
+
+#: Rows and classes at which the GPU backends are measured, from small batches to language models.
+GPU_BENCHMARK_SHAPES = (
+    (128, 10),
+    (512, 10),
+    (65536, 10),
+    (128, 100),
+    (512, 100),
+    (65536, 100),
+    (128, 1000),
+    (512, 1000),
+    (65536, 1000),
+    (4096, 32000),
+    (8192, 128256),
+    (8192, 151936),
+    (2048, 262144),
+)
+
 #: Most logits in the rows that are checked, because float64 and its temporaries must fit.
 _CHECKED_LOGITS = 2**24
 
 
 # ---- scores of logits ----------------------------------------------------------------------------
+
+
+def benchmark_shapes(device: str | torch.device) -> tuple[tuple[int, int], ...]:
+    """The (rows, classes) at which ``device`` is measured."""
+    cpu = torch.device(device).type == "cpu"
+    return CPU_BENCHMARK_SHAPES if cpu else GPU_BENCHMARK_SHAPES
 
 
 def score_case(
@@ -46,11 +87,11 @@ def score_case(
     kind: str,
     *,
     gradient: bool = False,
-) -> Case:
+) -> BenchmarkCase:
     """Loss and all scores of logits [S, C], and the gradient if wanted; `logits_and_targets`."""
     narrow = checked_rows(shape, device)
     precision = "" if device.type == "cpu" else f" {str(dtype).removeprefix('torch.')}"
-    return Case(
+    return BenchmarkCase(
         suite="forward + backward" if gradient else "forward",
         name=f"{shape[0]} x {shape[1]}{precision} {kind}",
         inputs=logits_and_targets(shape, dtype, device, kind, requires_grad=gradient),
@@ -84,7 +125,7 @@ def logits_and_targets(
     kind: str,
     *,
     requires_grad: bool = False,
-) -> list[Inputs]:
+) -> list[Arguments]:
     """Several (logits [S, C], target [S]) to rotate over.
 
     "random" is 3 * normal: every class has some probability. "peaked" resembles a trained network:
@@ -123,12 +164,12 @@ def checked_rows(shape: tuple[int, int], device: torch.device) -> Callable[[Tens
 
 def expected_scores(
     narrow: Callable[[Tensor], Tensor], *, gradient: bool = False
-) -> Callable[[Inputs], Mapping[str, Tensor]]:
+) -> Callable[[Arguments], Mapping[str, Tensor]]:
     """The reference backend in float64, which the tests compare with the float64 oracle."""
 
-    def expected(inputs: Inputs) -> Mapping[str, Tensor]:
-        logits = narrow(inputs[0].detach()).double().requires_grad_(gradient)
-        stats = cross_entropy(logits, narrow(inputs[1]))
+    def expected(arguments: Arguments) -> Mapping[str, Tensor]:
+        logits = narrow(arguments[0].detach()).double().requires_grad_(gradient)
+        stats = cross_entropy(logits, narrow(arguments[1]))
         wanted = {name: value.detach() for name, value in stats._asdict().items()}
         if gradient:
             (wanted["gradient"],) = torch.autograd.grad(stats.loss.sum(), logits)
@@ -189,16 +230,16 @@ def only_loss(loss: Tensor) -> Mapping[str, Tensor]:
 # ---- selection -----------------------------------------------------------------------------------
 
 
-def selection_case(num_scores: int, share: float, device: torch.device, kind: str) -> Case:
+def selection_case(num_scores: int, share: float, device: torch.device, kind: str) -> BenchmarkCase:
     """Indices of the highest scores; `drawn_scores`."""
     k = int(share * num_scores)
 
-    def expected(inputs: Inputs) -> Mapping[str, Tensor]:
+    def expected(arguments: Arguments) -> Mapping[str, Tensor]:
         with use_backend("reference"):
-            indices = topk_indices(*inputs)
-        return {"values": _values(inputs[0], indices), "indices": indices}
+            indices = topk_indices(*arguments)
+        return {"values": _values(arguments[0], indices), "indices": indices}
 
-    return Case(
+    return BenchmarkCase(
         suite="selection",
         name=f"{share:.0%} of {num_scores:,} {kind}",
         inputs=[(drawn_scores(num_scores, kind, device), k)],
@@ -213,7 +254,7 @@ def our_selection(select: Callable[..., Tensor]) -> Contender:
     return Contender("emp_fast", select, _only_indices, EXACT, ours=True)
 
 
-def selection_peers(case: Case) -> list[Contender]:
+def selection_peers(case: BenchmarkCase) -> list[Contender]:
     """What PyTorch and NumPy have for a `selection_case`."""
     (scores, _) = case.inputs[0]
 
@@ -289,19 +330,19 @@ class TensorState:
         update(indices, loss, entropy, *state, RULE.beta, RULE.decay)
 
 
-def update_case(rows: int, device: torch.device) -> Case:
+def update_case(rows: int, device: torch.device) -> BenchmarkCase:
     """The update of `NUM_SAMPLES` states by the losses and entropies of batches."""
     batches = sample_batches(rows, 8, device)
     generator = torch.Generator(device).manual_seed(3)
     values = torch.rand(8, 2, rows, generator=generator, device=device)
     inputs = [(at, loss, entropy) for at, (loss, entropy) in zip(batches, values, strict=True)]
 
-    def expected(arguments: Inputs) -> Mapping[str, Tensor]:
+    def expected(arguments: Arguments) -> Mapping[str, Tensor]:
         update = _of_store(device)
         with use_backend("reference"):
             return _states_at(arguments[0])(update(*arguments))
 
-    return Case(
+    return BenchmarkCase(
         suite="state update",
         name=f"{rows:,} of {NUM_SAMPLES:,}",
         inputs=inputs,
@@ -319,13 +360,13 @@ def sample_batches(rows: int, count: int, device: torch.device) -> list[Tensor]:
     return [batch.to(device) for batch in order.split(rows)]
 
 
-def store_updates(case: Case) -> Contender:
+def store_updates(case: BenchmarkCase) -> Contender:
     """A new store for an `update_case`."""
     at = case.inputs[0][0]
     return Contender("emp_fast", _of_store(at.device), _states_at(at), OUR_BOUND, ours=True)
 
 
-def tensor_updates(name: str, update: Callable[..., Any], case: Case) -> Contender:
+def tensor_updates(name: str, update: Callable[..., Any], case: BenchmarkCase) -> Contender:
     """``update``, which is `baselines.update_emp` or that compiled, for an `update_case`."""
     at = case.inputs[0][0]
     state = TensorState(at.device)

@@ -16,34 +16,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-#: Rows and classes at which the CPU backends are measured.
-CPU_BENCHMARK_SHAPES = (
-    (128, 10),
-    (65536, 10),
-    (256, 100),
-    (16384, 100),
-    (4096, 1000),
-    (256, 32000),
-    (64, 128256),
-)
-
-#: Rows and classes at which the GPU backends are measured, from small batches to language models.
-GPU_BENCHMARK_SHAPES = (
-    (128, 10),
-    (512, 10),
-    (65536, 10),
-    (128, 100),
-    (512, 100),
-    (65536, 100),
-    (128, 1000),
-    (512, 1000),
-    (65536, 1000),
-    (4096, 32000),
-    (8192, 128256),
-    (8192, 151936),
-    (2048, 262144),
-)
-
 LogitsKind = Literal[
     "random",  # 3 * normal
     "peaked",  # p_y = 1 - 1e-9
@@ -117,13 +89,7 @@ class Inputs(NamedTuple):
     options: dict[str, Any]
 
 
-def benchmark_shapes(device: str | torch.device) -> tuple[tuple[int, int], ...]:
-    """The (rows, classes) at which ``device`` is measured."""
-    cpu = torch.device(device).type == "cpu"
-    return CPU_BENCHMARK_SHAPES if cpu else GPU_BENCHMARK_SHAPES
-
-
-def cut(case: Case, samples: int = 5, classes: int = 130) -> Case:
+def shrunk(case: Case, samples: int = 5, classes: int = 130) -> Case:
     """The same case with at most that many samples and classes, for slow interpreters."""
     lengths = None if case.lengths is None else case.lengths[:samples]
     return replace(

@@ -22,13 +22,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-Inputs = tuple[Any, ...]
+Arguments = tuple[Any, ...]
 
 #: Rounds are repeated at least so often, whatever the time budget.
 MIN_ROUNDS = 7
 MAX_ROUNDS = 400
 MAX_BURST = 256
 MAX_FLUSHES = 256
+MAX_ROTATIONS = 16
 #: Seconds from which a call needs no warm-up besides the check.
 _SLOW = 0.05
 
@@ -81,7 +82,7 @@ class Sample(NamedTuple):
 class Clock(Protocol):
     """How one kind of device is timed."""
 
-    def burst(self, call: Callable[..., Any], inputs: Sequence[Inputs]) -> Sample:
+    def burst(self, call: Callable[..., Any], inputs: Sequence[Arguments]) -> Sample:
         """Calls once for every element of ``inputs``."""
 
 
@@ -91,7 +92,7 @@ class WallClock:
     def __init__(self, synchronize: Callable[[], object] = lambda: None) -> None:
         self._synchronize = synchronize
 
-    def burst(self, call: Callable[..., Any], inputs: Sequence[Inputs]) -> Sample:
+    def burst(self, call: Callable[..., Any], inputs: Sequence[Arguments]) -> Sample:
         """Calls once for every element of ``inputs``."""
         self._synchronize()
         start = time.perf_counter()
@@ -123,7 +124,7 @@ class CudaClock:
         self._cuda.synchronize()
         return max((time.perf_counter() - start) / repeats, 1e-7)
 
-    def burst(self, call: Callable[..., Any], inputs: Sequence[Inputs]) -> Sample:
+    def burst(self, call: Callable[..., Any], inputs: Sequence[Arguments]) -> Sample:
         """Calls twice for each of ``inputs``: for the host's time, then for the kernels'."""
         hosts, latencies = [], []
         for arguments in inputs:
@@ -163,13 +164,13 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 @dataclass
-class Case:
+class BenchmarkCase:
     """What is measured: the work, its inputs and the right result."""
 
     suite: str
     name: str
-    inputs: Sequence[Inputs]
-    expected: Callable[[Inputs], Mapping[str, Tensor]]
+    inputs: Sequence[Arguments]
+    expected: Callable[[Arguments], Mapping[str, Tensor]]
     #: Least traffic of the work in bytes: every input read once, every output written once.
     floor_bytes: int | None = None
     #: Narrows an output to the part that `expected` returns, if the whole would not fit.
@@ -190,7 +191,7 @@ class Contest:
 
     def __init__(
         self,
-        case: Case,
+        case: BenchmarkCase,
         contenders: Sequence[Contender],
         clock: Clock,
         *,
@@ -295,7 +296,7 @@ class Contest:
     def _running(self) -> list[Standing]:
         return [standing for standing in self.standings if standing.refused is None]
 
-    def _next(self, contender: Contender, calls: int) -> list[Inputs]:
+    def _next(self, contender: Contender, calls: int) -> list[Arguments]:
         inputs = self.case.inputs
         start = self._turn[contender.name]
         self._turn[contender.name] = (start + calls) % len(inputs)
@@ -320,9 +321,25 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in found if size), default=32 * 2**20)
 
 
-def rotations(nbytes: int, cache: int, limit: int = 16) -> int:
+def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
+    """Bytes per second of ``tensor.copy_``: ``nbytes`` read and ``nbytes`` written.
+
+    The clock is the one that times kernels, because their traffic is compared with this.
+
+    Returns:
+        "median", "p20" and "p80", the percentiles.
+    """
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    clock = clock_of(device)
+    seconds = [clock.burst(target.copy_, [(source,)]).seconds for _ in range(13)]
+    del seconds[:2]  # the first copies fault in the pages
+    return percentiles([2 * source.nbytes / one for one in seconds])
+
+
+def rotations(nbytes: int, cache: int) -> int:
     """How many inputs of ``nbytes`` to rotate over, so that together they exceed the cache."""
-    return max(2, min(limit, math.ceil(2 * cache / max(nbytes, 1))))
+    return max(2, min(MAX_ROTATIONS, math.ceil(2 * cache / max(nbytes, 1))))
 
 
 def _precision(dtype: torch.dtype) -> float:

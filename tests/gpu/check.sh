@@ -86,7 +86,7 @@ bench() {
 
 "$python" -c '
 import json, torch
-from benchmarks import machine
+from emp_fast import machine
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print(json.dumps(machine.describe(device), indent=1))' >"$summary" || exit
 failed=0

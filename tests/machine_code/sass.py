@@ -57,7 +57,7 @@ class Kernel(NamedTuple):
     shared: int  # static bytes per block
     accesses: tuple[Access, ...]
     #: VIMNMX instructions that both clamp a number and set a predicate (docs/kernels.md).
-    cuts_that_answer: int = 0
+    fused_clamps: int = 0
 
 
 _BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
@@ -97,8 +97,8 @@ def _kernels_of_cubin(cubin: Path, sources: tuple[Path, ...]) -> list[Kernel]:
         mangled = section[: section.index(":")]
         if mangled in usage:
             accesses = tuple(_accesses(section, sources))
-            cuts = len(_CUT_THAT_ANSWERS.findall(section))
-            kernels.append(Kernel(_plain(mangled), architecture, *usage[mangled], accesses, cuts))
+            clamps = len(_FUSED_CLAMP.findall(section))
+            kernels.append(Kernel(_plain(mangled), architecture, *usage[mangled], accesses, clamps))
     return kernels
 
 
@@ -115,7 +115,7 @@ def _usage(report: str) -> dict[str, tuple[int, int, int]]:
 _INSTRUCTION = re.compile(
     r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*)"
 )
-_CUT_THAT_ANSWERS = re.compile(r"\bU?VIMNMX\S*\s+U?R(?:\d+|Z),\s*U?P\d")
+_FUSED_CLAMP = re.compile(r"\bU?VIMNMX\S*\s+U?R(?:\d+|Z),\s*U?P\d")
 _PREDICATE = re.compile(r"\s*!?U?P\d+,")
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from emp_fast.testing.triton_variants import Variant
+from machine_code.triton_variants import Variant
 
 #: Compute capabilities for which the Triton backend is checked.
 CAPABILITIES = (80, 90, 100)

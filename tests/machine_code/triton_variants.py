@@ -76,7 +76,7 @@ class Variant:
 
     def function(self) -> Any:
         """The Triton function of the kernel."""
-        return _kernels()[self.kernel]
+        return kernels()[self.kernel]
 
 
 Launch = Callable[..., None]
@@ -348,7 +348,7 @@ def _answer(
 
 
 @functools.cache
-def _kernels() -> dict[str, Any]:
+def kernels() -> dict[str, Any]:
     """Every entry point of `emp_fast.kernels` by name."""
     modules = (
         mean_loss,
@@ -366,7 +366,7 @@ def _kernels() -> dict[str, Any]:
 @functools.cache
 def _parameters(name: str) -> tuple[list[str], list[str]]:
     """The names of a kernel's pointers and of its constants."""
-    parameters = inspect.signature(_kernels()[name].fn).parameters.values()
+    parameters = inspect.signature(kernels()[name].fn).parameters.values()
     pointers = [p.name for p in parameters if p.annotation is inspect.Parameter.empty]
     constants = [p.name for p in parameters if "constexpr" in str(p.annotation)]
     return pointers, constants
