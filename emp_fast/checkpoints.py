@@ -6,21 +6,28 @@
     step = saved["step"]
 
 They hold only tensors and plain values, so the file loads with ``torch.load(weights_only=True)``;
-with the suffix .safetensors it needs no pickle at all.
+with the suffix .safetensors it needs no pickle at all. Checksums reveal a file whose bytes have
+changed: the archive that torch writes has them, and a .safetensors file gets one.
 """
 
 from __future__ import annotations
 
 import copy
+import io
 import json
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emp_fast._optional import needs
 from emp_fast.files import FileProblem, write_atomically
@@ -29,7 +36,9 @@ __all__ = ["load_checkpoint", "save_checkpoint"]
 
 _FORMAT = "emp_fast.checkpoint"
 _VERSION = 1
+#: What loads safely as it is. A subclass need not: torch refuses to load a `numpy.float64`.
 _PLAIN = (bool, int, float, str, type(None))
+_DICTS = (dict, OrderedDict, Counter)
 
 
 @runtime_checkable
@@ -59,8 +68,9 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
     Args:
         path: the file; an existing one is replaced. ``.safetensors`` chooses that format (it needs
             the safetensors package), any other suffix torch's.
-        **parts: objects with ``state_dict()``, or tensors and plain values (None, bool, int, float,
-            str, and tuples, lists and dicts of those).
+        **parts: objects with ``state_dict()`` and ``load_state_dict()``, or tensors and plain
+            values (None, bool, int, float, str, and tuples, lists and dicts of those). NumPy
+            scalars, enums and other subclasses are saved as the plain value that they are.
 
     Raises:
         TypeError: a part holds something else, which could not be loaded safely; the error names
@@ -70,16 +80,15 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
     """
     path = Path(path)
     saved = {
-        name: part.state_dict() if isinstance(part, Stateful) else part
+        name: _plain(name, part.state_dict() if isinstance(part, Stateful) else part)
         for name, part in parts.items()
     }
-    for name, part in saved.items():
-        _require_plain(name, part)
     if path.suffix == ".safetensors":
         _write_safetensors(path, saved)
     else:
         whole = {"format": _FORMAT, "version": _VERSION, "parts": saved}
-        write_atomically(path, lambda file: torch.save(whole, file), overwrite=True)
+        with _checksums():
+            write_atomically(path, lambda file: torch.save(whole, file), overwrite=True)
 
 
 def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
@@ -131,20 +140,69 @@ def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
     return saved
 
 
-def _require_plain(where: str, value: Any) -> None:
-    """Raises TypeError for a value that could not be loaded again without running code."""
-    if isinstance(value, (Tensor, *_PLAIN)):
-        return
+def _plain(where: str, value: Any) -> Any:
+    """The value as types that load again without running code.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if type(value) in (*_PLAIN, Tensor, nn.Parameter):
+        return value
+    if isinstance(value, Tensor):
+        return _loadable(where, value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)  # an enum's own __str__ gives its name
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, (str, int)):
-                raise TypeError(f"{where} must have str or int keys, got {key!r}")
-            _require_plain(f"{where}[{key!r}]", item)
-    elif isinstance(value, (list, tuple)):
-        for position, item in enumerate(value):
-            _require_plain(f"{where}[{position}]", item)
-    else:
-        raise TypeError(f"{where} must be a tensor or a plain value, got {value!r}")
+        return _plain_dict(where, value)
+    if isinstance(value, (list, tuple)):
+        items = [_plain(f"{where}[{at}]", item) for at, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    raise TypeError(f"{where} must be a tensor or a plain value, got {value!r}")
+
+
+def _plain_dict(where: str, value: Mapping[Any, Any]) -> dict[str | int, Any]:
+    items = {}
+    for key, item in value.items():
+        if not isinstance(key, (str, int)):
+            raise TypeError(f"{where} must have str or int keys, got {key!r}")
+        items[_plain(f"a key of {where}", key)] = _plain(f"{where}[{key!r}]", item)
+    kind = type(value) if type(value) in _DICTS else dict
+    result = kind(items)
+    if isinstance(result, OrderedDict):
+        vars(result).update(vars(value))  # a module's state_dict keeps its version there
+    return result
+
+
+def _loadable(where: str, value: Tensor) -> Tensor:
+    """A tensor of a subclass, such as a DTensor, if torch can load it again."""
+    try:
+        file = io.BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # a class may refuse with any exception
+        raise TypeError(
+            f"{where} must be a tensor that torch.load(weights_only=True) loads, "
+            f"got {type(value).__name__}: {error}"
+        ) from error
+    return value
+
+
+@contextmanager
+def _checksums() -> Iterator[None]:
+    """Makes torch.save write checksums, even if they are disabled."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _require_readable(path: Path) -> None:
@@ -158,6 +216,10 @@ def _require_readable(path: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     _require_readable(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not check
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         raise FileProblem(f"{path} is not a sound checkpoint: {error}") from error
@@ -182,13 +244,15 @@ def _parts(path: Path, version: Any, parts: Any) -> dict[str, Any]:
 def _write_safetensors(path: Path, saved: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     structure = _encode("", saved, tensors)
+    # Aliases and views become separate tensors, because the format has neither.
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(structure, allow_nan=True)
     metadata = {
         "format": _FORMAT,
         "version": str(_VERSION),
-        "structure": json.dumps(structure, allow_nan=True),
+        "structure": text,
+        "crc32": _checksum(text, owned),
     }
-    # Aliases and views become separate tensors, because the format has neither.
-    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     raw = _safetensors("torch").save(owned, metadata)
     write_atomically(path, lambda file: file.write(raw), overwrite=True)
 
@@ -202,6 +266,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get("format") != _FORMAT:
             raise FileProblem(f"{path} is not a checkpoint that save_checkpoint wrote")
+        if metadata["crc32"] != _checksum(metadata["structure"], tensors):
+            raise ValueError("its checksum is wrong")
         structure = json.loads(metadata["structure"])
         version, parts = int(metadata["version"]), _decode(structure, tensors)
     except FileProblem:
@@ -209,6 +275,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file can raise nearly anything
         raise FileProblem(f"{path} is not a sound checkpoint: {error}") from error
     return _parts(path, version, parts)
+
+
+def _checksum(structure: str, tensors: Mapping[str, Tensor]) -> str:
+    crc = zlib.crc32(structure.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def _encode(name: str, value: Any, tensors: dict[str, Tensor]) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -141,7 +142,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
     """Writes a file so that at any moment ``path`` is either unchanged or complete.
 
     Args:
-        path: the file.
+        path: the file. An existing one passes its permissions on; a link stays a link.
         write: called with a temporary binary file in the same folder.
         overwrite: replace an existing file.
 
@@ -150,12 +151,17 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
     """
     if path.exists() and not overwrite:
         raise FileProblem(f"{path} exists already; overwrite replaces it")
+    if path.is_dir():
+        raise FileProblem(f"cannot write {path}: Is a directory")
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:  # unlike tempfile's, with the usual permissions
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     except OSError as error:
         raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import enum
 import math
 import multiprocessing
 import os
+import random
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +121,101 @@ def test_what_could_not_be_loaded_is_not_saved(path, part, message):
     assert not path.exists()
 
 
+class Colour(str, enum.Enum):
+    RED = "red"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+def test_subclasses_of_plain_values_are_saved_as_plain_values(path):
+    """torch.load(weights_only=True) would refuse them when the run resumes."""
+    given = {
+        "best": np.mean([0.5, 0.75]),
+        "steps": np.int64(7),
+        "done": np.bool_(True),
+        "colour": Colour.RED,
+        "level": Level.HIGH,
+        "history": collections.defaultdict(list, a=[np.float32(1.5)]),
+        "pair": torch.Size([2, 3]),
+    }
+    save_checkpoint(path, given=given, alone=np.float64(2.0))
+    saved = load_checkpoint(path)
+    wanted = {
+        "best": 0.625,
+        "steps": 7,
+        "done": True,
+        "colour": "red",
+        "level": 3,
+        "history": {"a": [1.5]},
+        "pair": (2, 3),
+    }
+    assert saved == {"given": wanted, "alone": 2.0}
+    for name, value in wanted.items():
+        assert type(saved["given"][name]) is type(value)
+
+
+def test_schedulers_and_versions_of_modules_survive(tmp_path):
+    path = tmp_path / "run.pt"
+    model = torch.nn.BatchNorm1d(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.1))
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3])
+    save_checkpoint(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    saved = load_checkpoint(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert saved["model"]._metadata == model.state_dict()._metadata
+    assert type(scheduler.milestones) is collections.Counter
+
+
+def test_a_tensor_that_torch_could_not_load_is_not_saved(path):
+    class Mine(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match=r"part\['x'\] must be a tensor that torch.load.*got Mine"):
+        save_checkpoint(path, part={"x": torch.ones(2).as_subclass(Mine)})
+
+
+def test_a_changed_bit_is_noticed(path):
+    save_checkpoint(path, **trained())
+    whole = path.read_bytes()
+    before = load_checkpoint(path)
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            saved = load_checkpoint(path)
+        except FileProblem:
+            refused += 1
+        else:
+            assert equal(saved, before), "only a bit that means nothing may change unnoticed"
+    assert refused > 30
+
+
+def test_a_file_has_checksums_even_if_torch_makes_none(tmp_path):
+    path = tmp_path / "run.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_checkpoint(path, x=torch.ones(3))
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(path)["x"].tolist() == [1, 1, 1]
+
+
+def test_an_existing_file_keeps_its_permissions_and_a_link_its_target(path):
+    save_checkpoint(path, step=1)
+    path.chmod(0o640)
+    link = path.with_name(f"link{path.suffix}")
+    link.symlink_to(path)
+    save_checkpoint(link, step=2)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert load_checkpoint(path)["step"] == 2
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_file_is_refused_and_nothing_changes(path, share):
     save_checkpoint(path, **trained())
@@ -208,7 +307,9 @@ def test_missing_parts_and_parts_without_a_state_are_named(path):
         load_checkpoint(path, step=3)
 
 
-@pytest.mark.parametrize("name", ["file/run.pt", "r" * 250 + ".pt"], ids=["no folder", "long"])
+@pytest.mark.parametrize(
+    "name", ["file/run.pt", "r" * 250 + ".pt", "."], ids=["no folder", "long", "folder"]
+)
 def test_a_path_that_cannot_be_is_named(name, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileProblem, match="cannot write"):

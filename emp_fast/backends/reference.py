@@ -270,7 +270,9 @@ def _with_target(others: _Sums, x_y: Tensor) -> _Softmax:
     largest = torch.maximum(m, x_y)
     shift = torch.where(m == -torch.inf, 0.0, m - largest)
     factor = shift.exp()
-    d, s, q = d * factor, (s + shift * d) * factor, q * factor * factor
+    # The product may be infinite where the factor is 0, as for logits masked with finfo.min.
+    s = torch.where(factor == 0, 0.0, (s + shift * d) * factor)
+    d, q = d * factor, q * factor * factor
     t_y = x_y - largest
     e_y = t_y.exp()
     total = d + e_y
