@@ -38,7 +38,6 @@ _FORMAT = "emp_fast.checkpoint"
 _VERSION = 1
 #: What loads safely as it is. A subclass need not: torch refuses to load a `numpy.float64`.
 _PLAIN = (bool, int, float, str, type(None))
-_DICTS = (dict, OrderedDict, Counter)
 
 
 @runtime_checkable
@@ -167,16 +166,18 @@ def _plain(where: str, value: Any) -> Any:
 
 
 def _plain_dict(where: str, value: Mapping[Any, Any]) -> dict[str | int, Any]:
-    items = {}
+    items: dict[str | int, Any] = {}
     for key, item in value.items():
         if not isinstance(key, (str, int)):
             raise TypeError(f"{where} must have str or int keys, got {key!r}")
         items[_plain(f"a key of {where}", key)] = _plain(f"{where}[{key!r}]", item)
-    kind = type(value) if type(value) in _DICTS else dict
-    result = kind(items)
-    if isinstance(result, OrderedDict):
-        vars(result).update(vars(value))  # a module's state_dict keeps its version there
-    return result
+    if type(value) is Counter:
+        return Counter(items)
+    if type(value) is not OrderedDict:
+        return items
+    ordered = OrderedDict(items)
+    vars(ordered).update(vars(value))  # a module's state_dict keeps its version there
+    return ordered
 
 
 def _loadable(where: str, value: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ def _checksum(structure: str, tensors: Mapping[str, Tensor]) -> str:
     crc = zlib.crc32(structure.encode())
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 

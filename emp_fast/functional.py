@@ -163,9 +163,10 @@ def linear_cross_entropy(
         # The op would check this too, but its error would give the position within the block.
         check_target_range(target, num_classes, options.ignore_index)
     rows_at_a_time = _rows_at_a_time(hidden, num_classes)
-    scored = ops.LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, classifier, bias, target, class_weight, rows_at_a_time, options
-    )
+    # Without a gradient torch.compile cannot trace the autograd function.
+    wants_gradient = any(_wants_gradient(x) for x in (hidden, classifier, bias) if x is not None)
+    score = ops.LinearCrossEntropy.apply if wants_gradient else ops.LinearCrossEntropy.forward
+    scored = score(hidden, classifier, bias, target, class_weight, rows_at_a_time, options)
     return per_sample(scored, sequences, starts)
 
 

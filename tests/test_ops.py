@@ -264,6 +264,21 @@ def test_a_compiled_call_is_the_eager_call(name: str, backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("topk")])
+@pytest.mark.parametrize("how", ["no_grad", "detached"])
+def test_a_compiled_call_without_a_gradient(name: str, how: str, backend: str) -> None:
+    call = CALLS[name]
+    inputs = call.inputs()
+    if how == "detached":
+        inputs = tuple(x.detach() for x in inputs)
+    compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager")
+    with torch.no_grad() if how == "no_grad" else nullcontext():
+        got, wanted = compiled(*inputs), call.function(*inputs)
+    for a, b in zip(got, wanted, strict=True):
+        assert not a.requires_grad
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_same() -> None:
     for name in ("packed", "linear"):
