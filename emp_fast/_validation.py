@@ -104,7 +104,10 @@ def checked_integers(name: str, values: object) -> Tensor:
     """An integer tensor, converted from a sequence or array if necessary."""
     if not isinstance(values, Tensor):
         try:
-            values = torch.as_tensor(values)
+            if isinstance(values, np.ndarray):
+                values = np.ascontiguousarray(values)  # torch takes no negative strides
+            none = isinstance(values, (list, tuple)) and not values  # torch would make floats
+            values = torch.as_tensor(values, dtype=torch.int64 if none else None)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be integers, got {values!r}") from error
     if values.dtype not in INTEGERS:
@@ -116,7 +119,9 @@ def require_rows(name: str, tensor: Tensor, axis: str, packed: bool) -> None:
     """Raises ValueError unless ``tensor`` is [S, axis] or [S, T, axis], or [total, axis] packed."""
     if tensor.dim() not in (2, 3) or (tensor.dim() == 3 and packed):
         shapes = f"[total, {axis}] with offsets" if packed else f"[S, {axis}] or [S, T, {axis}]"
-        raise ValueError(f"{name} must have shape {shapes}, got {tuple(tensor.shape)}")
+        images = f"; images [S, {axis}, H, W] fit as {name}.flatten(2).mT, with target.flatten(1)"
+        hint = images if tensor.dim() == 4 and not packed else ""
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(tensor.shape)}{hint}")
 
 
 def checked_int(name: str, value: object) -> int:

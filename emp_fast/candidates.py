@@ -102,7 +102,7 @@ class Candidates:
 
     def lowest(self, mask: Tensor) -> Tensor:
         """[N] float32: the lowest score in ``mask`` in each sample's group; +inf if none is."""
-        own = torch.full((self.num_groups,), -torch.inf, device=self.scores.device)
+        own = self.scores.new_full((self.num_groups,), -torch.inf)
         index = torch.zeros_like(mask, dtype=torch.int64) if self.groups is None else self.groups
         own.scatter_reduce_(0, index[mask], -self.scores[mask], "amax")
         return -self._over_ranks(own, "max")[index]

@@ -58,6 +58,8 @@ class Identified:
         is_number = is_plain_int(number) if whole else is_plain_real(number)
         if not (is_number and fits(number)):
             raise ValueError(f"{name} must {wanted}, got {value!r}")
+        if isinstance(number, int) and not whole:
+            number = float(number)  # 1 and 1.0 are the same setting
         object.__setattr__(self, name, number)  # also of a frozen dataclass
 
 

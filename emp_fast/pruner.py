@@ -225,13 +225,15 @@ class Pruner:
             given = {"loss": loss}
             if memory is None and "entropy" in self.store.rule.reads and "entropy" not in extra:
                 raise ValueError(
-                    f"memory must be given with loss: {self.store.rule!r} reads a memory term, "
-                    "got memory=None"
+                    f"memory must be given with loss, got None: {self.store.rule!r} reads a memory "
+                    "term, emp_fast.rules.Loss() would not"
                 )
         else:
             told = "neither" if stats is None else "both"
             raise ValueError(f"either stats or loss must be given, got {told}")
         if memory is not None:
+            if "entropy" in extra:
+                raise ValueError("memory and entropy are the same term, got both")
             given = {**given, "entropy": memory}
         self.store.update(indices, given, **extra)
 
@@ -243,17 +245,17 @@ class Pruner:
             IndexError: on the CPU, an index lies outside [0, N). On a GPU it gets an arbitrary
                 weight, and `update` refuses it.
         """
-        indices = checked_integers("indices", indices)
+        indices = checked_integers("indices", indices).to(torch.int64)
+        num_samples = self.store.num_samples
+        if indices.device.type == "cpu" and not is_compiling():
+            check_index_range(indices, num_samples)
         plan = self.progress.plan
         weights = None if plan is None else plan.weights_on(self.store.device)
         if weights is None:
             return torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
-        at = indices.to(self.store.device, torch.int64, non_blocking=True)
-        if at.device.type != "cpu":  # there, a bad index would make the device unusable
-            at = at.clamp(0, self.store.num_samples - 1)
-        elif not is_compiling():
-            check_index_range(at, self.store.num_samples)
-        return weights[at]
+        if indices.device.type != "cpu":  # there, a bad index would make the device unusable
+            indices = indices.clamp(0, num_samples - 1)
+        return weights[indices.to(self.store.device, non_blocking=True)]
 
     def _weighs(self) -> bool:
         """Whether any sample of this epoch has a weight other than 1."""

@@ -17,15 +17,14 @@ overrides `Rule.step` with tensor code. Subclass `Rule` to define a new one::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from emp_fast.backends.base import Recurrence
+from emp_fast.backends.base import Recurrence, RecurrenceKind
 from emp_fast.identity import Identified
 
 __all__ = [
@@ -102,7 +101,7 @@ class Rule(Identified):
         self._require_number("decay", lambda decay: 0 <= decay < 1, "lie in [0, 1)")
 
     def _require_finite(self, name: str) -> None:
-        self._require_number(name, math.isfinite, "be a finite number")
+        self._require_number(name, _is_finite, "be a finite number in float32")
 
 
 @dataclass(frozen=True)
@@ -397,9 +396,46 @@ class RHO(Rule):
 
 
 def require_rule(rule: object) -> None:
-    """Raises TypeError unless ``rule`` is a `Rule`."""
+    """Raises unless ``rule`` is a `Rule` that can work.
+
+    Raises:
+        TypeError: it is something else, does not override ``step`` or ``recurrence``, or its
+            ``reads`` are not a tuple of names.
+        ValueError: its recurrence has an unknown kind, a setting out of range, or reads a stat that
+            ``reads`` does not name.
+    """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
+    if not isinstance(rule.reads, (tuple, list)) or not all(isinstance(n, str) for n in rule.reads):
+        raise TypeError(f"rule.reads must be a tuple of names, got {rule.reads!r}")
+    recurrence = rule.recurrence()
+    if recurrence is not None:
+        _require_recurrence(recurrence, rule)
+    elif type(rule).step is Rule.step:
+        raise TypeError(f"rule must override step() or recurrence(), got {rule!r}")
+
+
+def _require_recurrence(recurrence: Recurrence, rule: Rule) -> None:
+    kinds = get_args(RecurrenceKind)
+    if recurrence.kind not in kinds:
+        known = ", ".join(map(repr, kinds))
+        raise ValueError(f"the kind of a Recurrence must be one of {known}, got {recurrence!r}")
+    if not 0 <= recurrence.decay < 1:
+        raise ValueError(f"the decay of a Recurrence must lie in [0, 1), got {recurrence!r}")
+    scales = recurrence.direct_scale, recurrence.memory_scale, recurrence.variance_scale
+    if not all(map(_is_finite, scales)):
+        raise ValueError(f"the scales of a Recurrence must be finite numbers, got {recurrence!r}")
+    unread = {recurrence.signal, recurrence.direct} - {None, *rule.reads}
+    if unread:
+        raise ValueError(
+            f"rule.reads must name what rule.recurrence() reads, {sorted(map(str, unread))}, "
+            f"got {rule.reads!r} of {rule!r}"
+        )
+
+
+def _is_finite(number: float) -> bool:
+    """Whether a number is finite in float32, in which scores are computed."""
+    return abs(number) <= torch.finfo(torch.float32).max
 
 
 def _moving_average(value: Tensor, decay: float, state: Mapping[str, Tensor]) -> Tensor:

@@ -52,7 +52,9 @@ class Schedule:
         for epoch in range(self.epochs or 1):
             self.budget(epoch)
         if not callable(prune_rate):
-            self._pruned_budget(0)
+            self._pruned_rate(0)
+            if policy.budget != "none":
+                self._pruned_budget(0)
 
     def prune_rate(self, epoch: int) -> float:
         """See `Pruner.prune_rate`."""

@@ -228,10 +228,12 @@ def _checked_shift(
     given = [*options, *([] if shift_labels is None else ["shift_labels"])]
     if score_batch is not None and given:
         raise ValueError(f"score_batch makes the stats: {', '.join(given)} would have no effect")
-    name = type(model).__name__
-    if score_batch is None and shift_labels is None and name.endswith(_CAUSAL):
+    # A compiled model, or a module of one's own, holds the language model.
+    modules = model.modules() if isinstance(model, nn.Module) else [model]
+    causal = [type(part).__name__ for part in modules if type(part).__name__.endswith(_CAUSAL)]
+    if score_batch is None and shift_labels is None and causal:
         raise ValueError(
-            f"shift_labels must be given for {name}: True where the labels are the tokens "
+            f"shift_labels must be given for {causal[0]}: True where the labels are the tokens "
             "themselves, False where the batches have them shifted already"
         )
     return bool(shift_labels)

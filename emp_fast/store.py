@@ -182,7 +182,7 @@ class ScoreStore:
             policy: how to choose; `TopK` by default.
             labels: class ids; every class then gets its own quota.
             epoch: keys the random numbers together with ``seed``.
-            seed: any int.
+            seed: any int; what counts is its value modulo 2**64.
             balance: with labels, "equal" quotas (what a small class cannot use goes to the others)
                 or quotas "proportional" to the class sizes.
 

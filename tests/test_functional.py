@@ -610,3 +610,19 @@ def test_the_inputs_are_left_as_they_are(backend: str) -> None:
     assert torch.equal(leaf.detach(), fresh.logits)
     assert torch.equal(target, fresh.target)
     assert torch.equal(options["weight"], fresh.options["weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_logits_masked_with_the_lowest_float(dtype: torch.dtype, backend: str) -> None:
+    """As models mask: the weight of such a class is 0, and so is its part of the entropy."""
+    logits = torch.full((3, 6), torch.finfo(dtype).min, dtype=dtype)
+    logits[:, 0], logits[2, 1] = 5.0, 4.0
+    target = torch.tensor([0, 1, 1])
+    wanted, _ = oracle(logits, target)
+    got = cross_entropy(logits, target)
+    if dtype == torch.float64:  # the loss and the margin are -finfo.min, beyond float32
+        assert got.loss[1] == torch.inf
+        assert got.entropy.tolist() == pytest.approx(wanted.entropy.tolist())
+    else:
+        assert_stats(got, wanted)
+    assert torch.isfinite(got.entropy).all()

@@ -523,3 +523,30 @@ def test_a_score_of_nan_ranks_last_and_can_be_chosen(policy):
             True,
             True,
         ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_selection(dtype):
+    store = ScoreStore(40, Loss())
+    store.update(torch.arange(40), {"loss": torch.rand(40)})
+    policies = [
+        *(TopK(), Random(), EpsilonGreedy(0.5), GumbelTopK(), BelowMean()),
+        *(Stratified(5), Window(0.1, 0.9)),
+    ]
+    labels = torch.arange(40) % 3
+
+    def chosen():
+        return [
+            store.select(None if policy.budget == "none" else 12, policy, labels=given).indices
+            for policy in policies
+            for given in (None, labels)
+        ]
+
+    wanted = chosen()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = chosen()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, got, wanted))

@@ -206,9 +206,46 @@ def test_a_state_loaded_into_the_store_is_what_the_next_epoch_selects_from():
 
 def test_a_loss_without_the_memory_term_that_the_rule_reads_is_refused():
     pruner = Pruner(N)
-    with pytest.raises(ValueError, match=r"memory must be given with loss: EMP\(.*got memory=None"):
+    with pytest.raises(
+        ValueError, match=r"memory must be given .*got None: EMP\(.*Loss\(\) would"
+    ):
         pruner.update(torch.tensor([3]), loss=torch.tensor([1.0]))
     assert pruner.store.rows_seen == 0
+
+
+def test_a_memory_term_given_twice_is_refused():
+    pruner = Pruner(N)
+    ones = torch.ones(1)
+    with pytest.raises(ValueError, match="memory and entropy are the same term, got both"):
+        pruner.update(torch.tensor([3]), loss=ones, memory=ones, entropy=2 * ones)
+    assert pruner.store.rows_seen == 0
+
+
+@pytest.mark.parametrize("policy", [TopK(), BelowMean()], ids=["no weights", "weights"])
+def test_weights_of_samples_that_do_not_exist(policy):
+    pruner = Pruner(N, policy=policy)
+    pruner.update(torch.arange(N), loss=torch.rand(N), memory=torch.rand(N))
+    next(iter(pruner.sampler))
+    assert pruner.weights(np.arange(4)[::-1]).shape == (4,)
+    assert pruner.weights([]).shape == (0,)
+    for index in (N, -1):
+        with pytest.raises(IndexError, match=rf"indices must lie in \[0, {N}\), got {index}"):
+            pruner.weights(torch.tensor([0, index]))
+
+
+def test_a_policy_that_fixes_its_own_number_ignores_the_prune_rate():
+    assert Pruner(N, prune_rate=0.999, policy=BelowMean()).schedule.budget(0) is None
+    with pytest.raises(ValueError, match=r"prune_rate must lie in \[0, 1\), got 1"):
+        Pruner(N, prune_rate=1, policy=BelowMean())
+
+
+def test_logits_of_images_get_a_hint():
+    logits, target = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    pruner = Pruner(N)
+    with pytest.raises(ValueError, match=r"got \(2, 3, 4, 5\); images .* logits.flatten\(2\).mT"):
+        pruner.loss(logits, target, torch.arange(2))
+    loss = pruner.loss(logits.flatten(2).mT, target.flatten(1), torch.arange(2))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target))
 
 
 def test_epochs_that_score_nothing_have_the_right_length_too():

@@ -213,6 +213,9 @@ class Weighted(Rule):
     def __init__(self, weights: Any) -> None:
         self.weights = weights
 
+    def step(self, stats: Any, state: Any) -> Any:
+        return {"score": stats["loss"] * self.weights[0]}
+
 
 @dataclass(frozen=True)
 class WeightedData(Rule):
@@ -294,7 +297,8 @@ def test_numpys_numbers_become_pythons(numpys: Rule | Policy, plain: Rule | Poli
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EMP(np.float32("nan")), r"beta must be a finite number, got .*nan"),
+        (lambda: EMP(np.float32("nan")), r"beta must be a finite number in float32, got .*nan"),
+        (lambda: EMP(1e300), r"beta must be a finite number in float32, got 1e\+300"),
         (lambda: Loss(np.bool_(False)), r"decay must lie in \[0, 1\), got .*False"),
         (lambda: Loss(np.zeros(1)), r"decay must lie in \[0, 1\), got array"),
         (lambda: DynUnc(np.float64(3)), r"window must be an int of at least 2, got .*3\.0"),
@@ -304,6 +308,12 @@ def test_numpys_numbers_become_pythons(numpys: Rule | Policy, plain: Rule | Poli
 def test_other_values_of_numpy_are_refused(make: Callable[[], Rule], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_number_is_the_same_setting_as_int_and_as_float() -> None:
+    assert repr(EMP(1, 0)) == repr(EMP(1.0, 0.0))
+    store, other = ScoreStore(3, EMP(beta=1)), ScoreStore(3, EMP())
+    store.load_state_dict(other.state_dict())
 
 
 def test_a_dataclass_keeps_a_repr_of_its_own() -> None:

@@ -189,8 +189,9 @@ def test_a_causal_language_model_must_say_what_its_labels_are():
     model = TinyForCausalLM(7, 7)
     data = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 3
     loader = DataLoader(with_indices(data), batch_size=2)
-    with pytest.raises(ValueError, match="shift_labels must be given for TinyForCausalLM"):
-        quiet(model, loader)
+    for whole in (model, torch.compile(model), nn.Sequential(model)):
+        with pytest.raises(ValueError, match="shift_labels must be given for TinyForCausalLM"):
+            quiet(whole, loader)
     assert quiet(model, loader, shift_labels=True).count.tolist() == [3] * 3
     assert quiet(model, loader, shift_labels=False).count.tolist() == [4] * 3
 
