@@ -39,8 +39,8 @@ def _block(demos: Sequence[dict[str, Any]], picture: str) -> str:
     ]
     return "\n\n".join(
         [
-            "Test accuracy in % at one budget: whatever the method, a run sees the same number of "
-            "samples. Mean ± standard deviation over seeds.",
+            "Test accuracy in % at a fixed budget: every run sees the same number of samples, "
+            "whatever the method. Mean ± standard deviation over seeds.",
             table(["method", "", *(_TITLES[demo["data"]] for demo in demos)], rows),
             " ".join(map(_about, demos)),
             f"![Accuracy by samples seen, visits, distribution of scores]({picture})",

@@ -199,13 +199,9 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
             )
     without_scores = [name for name in peers if _scores_nothing(result, name)]
     lines = [
-        "How many times as long as emp_fast each peer takes, geometric mean over the cases "
-        f"(lowest), on {result.hardware}, {result.date}."
-        + (
-            f" Without any score, the loss alone: {', '.join(without_scores)}."
-            if without_scores
-            else ""
-        ),
+        "The time of each peer as a multiple of emp_fast's, geometric mean over the cases (lowest "
+        f"case in brackets), on {result.hardware}, {result.date}."
+        + (f" No scores, only the loss: {', '.join(without_scores)}." if without_scores else ""),
         table(["", *peers], rows),
     ]
     if len(result.runs) > 1:

@@ -1,7 +1,7 @@
-"""Parts of torch that are not public, used because every batch asks them.
+"""Private parts of torch that run in every step.
 
-The public ways take a microsecond each, of about ten that a small batch takes. Each part has a
-stand-in that gives the same answer, or the safe one, for a torch that has it no more.
+The public equivalents cost about a microsecond each, of about ten that a small batch takes. If a
+torch version lacks one, a fallback gives the same answer, or a conservative one.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def _inner(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _perhaps() -> bool:
-    """Where torch cannot tell: something may look on, for which the longer way is right."""
+    """The fallback if torch cannot tell: assume it is active, which is always safe."""
     return True
 
 
-#: The index of the current CUDA device. It does not start CUDA: who asks has a tensor there.
+#: The index of the current CUDA device. It does not start CUDA: callers already hold a CUDA tensor.
 current_device = _inner("_C._cuda_getDevice", torch.cuda.current_device)
 #: The handle of the current stream of the CUDA device of that index.
 current_stream = _inner(

@@ -68,8 +68,9 @@ class IndexedDataset(Dataset[Any]):
 def with_indices(dataset: Any) -> IndexedDataset:
     """Makes a map-style dataset yield ``(sample, index)``; the samples stay as they are.
 
-    A mapping sample stays a mapping and gets the key "sample_index". The index is the place in
-    ``dataset``: of a part, such as those of ``random_split``, wrap the part, not what it is of.
+    A mapping sample stays a mapping and gets the key "sample_index". The index is the position
+    in ``dataset``. To train on a subset, such as one from ``random_split``, wrap the subset, not
+    the full data set.
 
     Args:
         dataset: anything with ``__len__`` and ``__getitem__``; ``__getitems__`` is used where it

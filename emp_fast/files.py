@@ -53,7 +53,7 @@ def read_vector(path: Path, column: str | None, usual_column: str) -> NDArray[An
     if path.suffix not in _READABLE:
         raise FileProblem(f"scores and labels must be {' or '.join(_READABLE)} files, got {path}")
     if column is not None and path.suffix != ".parquet":
-        raise FileProblem(f"a column can be named for .parquet alone, got {column!r} for {path}")
+        raise FileProblem(f"only .parquet files have named columns, got {column!r} for {path}")
     if path.suffix == ".npy":
         array = _load(path)
     else:

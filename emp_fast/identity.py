@@ -19,9 +19,9 @@ __all__ = ["Identified"]
 class Identified:
     """A rule or policy, whose repr names its class and its settings.
 
-    The settings are the fields of a dataclass, and the attributes of any other class. In place of a
-    tensor or array stand its dtype, its shape and a digest of its values: its own repr rounds and
-    abridges them, and names the device.
+    The settings are the fields of a dataclass, and the attributes of any other class. A tensor
+    or array is replaced by its dtype, its shape and a digest of its values, because its own repr
+    rounds and abridges them, and names the device.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -379,19 +379,19 @@ def test_select_takes_infinities_and_counts_nan(tmp_path):
         (("--keep", "nan"), "--keep must lie in (0, 1], got nan"),
         (("--keep", 1e-9), "--keep must keep at least one of 1009 samples, got 1e-09"),
         (("--k", 3, "--policy", "best"), "--policy must be one of topk, random"),
-        (("--k", 3, "--eps", 0.1), "--eps means nothing to --policy topk, got 0.1"),
+        (("--k", 3, "--eps", 0.1), "--eps has no effect with --policy topk, got 0.1"),
         (("--k", 3, "--policy", "epsilon-greedy", "--eps", 2), "eps must lie in [0, 1], got 2"),
-        (("--k", 3, "--policy", "below-mean"), "--k means nothing to --policy below-mean"),
+        (("--k", 3, "--policy", "below-mean"), "--k has no effect with --policy below-mean"),
         (("--policy", "below-mean", "--keep", 7), "keep must lie in (0, 1], got 7"),
         (("--k", 900, "--policy", "window", "--low", 0.5), "k must fit the window"),
-        (("--k", 3, "--balance", "equal"), "--balance means nothing without --labels, got equal"),
-        (("--k", 3, "--label-column", "y"), "--label-column means nothing without --labels, got y"),
+        (("--k", 3, "--balance", "equal"), "--balance has no effect without --labels, got equal"),
+        (("--k", 3, "--label-column", "y"), "--label-column has no effect without --labels, got y"),
         (
             ("--k", 3, "--labels", "a.npy", "--balance", "fair"),
             "--balance must be one of equal, proportional, got 'fair'",
         ),
         (("--k", -1), "--k must lie in [1, 1009], the number of scores, got -1"),
-        (("--k", 3, "--bins", 4), "--bins means nothing to --policy topk, got 4"),
+        (("--k", 3, "--bins", 4), "--bins has no effect with --policy topk, got 4"),
         (("--k", 3, "--policy", "stratified", "--bins", 0), "bins must be an int in [1, 1048576]"),
         (("--k", 3, "--policy", "stratified", "--cutoff", 1), "cutoff must lie in [0, 1), got 1"),
         (
@@ -400,7 +400,7 @@ def test_select_takes_infinities_and_counts_nan(tmp_path):
         ),
         (("--k", 3, "--policy", "window", "--low", 0.7, "--high", 0.2), "low must be below high"),
         (("--k", 3, "--seed", 2**63), "--seed must fit 64 bits"),
-        (("--k", 3, "--column", "a"), "a column can be named for .parquet alone, got 'a'"),
+        (("--k", 3, "--column", "a"), "only .parquet files have named columns, got 'a'"),
         (("--k", 3, "--labels", "nowhere.npy"), "cannot read nowhere.npy: No such file"),
     ],
 )
@@ -482,12 +482,12 @@ def test_select_never_loses_a_file(file, scores):
     np.save(labels, np.zeros(N, dtype=np.int64))
     for read in (file, file.parent / ".." / file.parent.name / file.name, labels):
         options = ("--k", 3, "--overwrite", "--labels", labels)
-        assert "OUTPUT must be another than" in refused("select", file, read, *options)
+        assert "OUTPUT must differ from" in refused("select", file, read, *options)
     assert np.load(file).tolist() == scores.tolist()
     folder = file.parent / "data"
     folder.mkdir()
     options = ("--k", 3, "--overwrite", "--dataset", folder)
-    assert "OUTPUT must be another than" in refused("select", file, folder, *options)
+    assert "OUTPUT must differ from" in refused("select", file, folder, *options)
 
 
 def test_select_refuses_an_output_that_cannot_be_written(file):

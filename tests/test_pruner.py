@@ -206,9 +206,7 @@ def test_a_state_loaded_into_the_store_is_what_the_next_epoch_selects_from():
 
 def test_a_loss_without_the_memory_term_that_the_rule_reads_is_refused():
     pruner = Pruner(N)
-    with pytest.raises(
-        ValueError, match=r"memory must be given .*got None: EMP\(.*Loss\(\) would"
-    ):
+    with pytest.raises(ValueError, match=r"memory must be given .*got None: EMP\(.*Loss\(\) would"):
         pruner.update(torch.tensor([3]), loss=torch.tensor([1.0]))
     assert pruner.store.rows_seen == 0
 

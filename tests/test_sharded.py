@@ -464,7 +464,7 @@ def bad_rows_of_one_rank_raise_on_all(rank: int, size: int, group: Any) -> None:
         filled.select(5, Window(0.5, 0.501))
     with pytest.raises(ValueError, match=rf"must choose 5 samples, but All\(\) chose {N}"):
         store.select(5, All())
-    with pytest.raises(TypeError, match=r"state must be of state_dict\(\).*got None"):
+    with pytest.raises(TypeError, match=r"state must come from state_dict\(\).*got None"):
         store.load_state_dict(None)
     store.update(batch, stats)
     assert store.select(5).indices.numel() <= 5

@@ -13,7 +13,7 @@ _OLDEST = (8, 0)
 def why_not_gpu(device: torch.device) -> str | None:
     """Why ``device`` is not an NVIDIA GPU of compute capability 8.0 or higher; None if it is."""
     if device.type != "cuda":
-        return f"it serves CUDA devices alone, not {device}"
+        return f"it serves only CUDA devices, not {device}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     if torch.version.hip is not None:

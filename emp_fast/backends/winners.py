@@ -1,4 +1,4 @@
-"""Which rows of a batch a rule that is tensor code applies: of each sample the last that it can."""
+"""For rules that are tensor code: the last usable row of each sample in a batch."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def find_winners(
 ) -> Winners:
     """Finds the rows to apply: counted, usable, in range, and the last such of their sample.
 
-    For each row the one that speaks for its sample, so that all write the same: shapes do not
-    depend on the data, and neither choosing nor writing waits for the device.
+    Every row is replaced by the winning row of its sample, so that duplicate writes agree. Shapes
+    then do not depend on the data, and neither choosing nor writing waits for the device.
 
     Args:
         indices: [S] int64.

@@ -38,7 +38,7 @@ _POLICIES: dict[str, tuple[Callable[..., Policy], tuple[str, ...]]] = {
 
 def select(
     scores: Annotated[
-        Path, typer.Argument(metavar="SCORES", help="Scores, one a sample: .npy or .parquet.")
+        Path, typer.Argument(metavar="SCORES", help="Scores, one per sample: .npy or .parquet.")
     ],
     output: Annotated[
         Path,
@@ -67,7 +67,9 @@ def select(
     label_column: Annotated[
         str | None,
         typer.Option(
-            "--label-column", metavar="NAME", help='The same, of the labels; else "label".'
+            "--label-column",
+            metavar="NAME",
+            help='Label column of a .parquet with several; else "label".',
         ),
     ] = None,
     balance: Annotated[
@@ -75,7 +77,7 @@ def select(
         typer.Option(
             "--balance",
             metavar="HOW",
-            help="Quotas of the classes: equal (the default), proportional.",
+            help="Quotas of the classes: equal (the default) or proportional.",
         ),
     ] = None,
     policy: Annotated[
@@ -85,17 +87,19 @@ def select(
         float | None, typer.Option("--eps", help="Share at random, for epsilon-greedy.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Of the noise, for gumbel.")
+        float | None, typer.Option("--temperature", help="Temperature of the noise, for gumbel.")
     ] = None,
     bins: Annotated[
-        int | None, typer.Option("--bins", help="Of equal width, for stratified; at most 2^20.")
+        int | None, typer.Option("--bins", help="Number of bins, for stratified; at most 2^20.")
     ] = None,
     cutoff: Annotated[
         float | None,
         typer.Option("--cutoff", help="Share of the highest scores dropped first, for stratified."),
     ] = None,
-    low: Annotated[float | None, typer.Option("--low", help="Quantile, for window.")] = None,
-    high: Annotated[float | None, typer.Option("--high", help="Quantile, for window.")] = None,
+    low: Annotated[float | None, typer.Option("--low", help="Lower quantile, for window.")] = None,
+    high: Annotated[
+        float | None, typer.Option("--high", help="Upper quantile, for window.")
+    ] = None,
     dataset: Annotated[
         Path | None,
         typer.Option(
@@ -104,12 +108,12 @@ def select(
             help="A Hugging Face data set saved to disk: its kept samples are saved to OUTPUT.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the policies that draw at random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 0,
     allow_nan: Annotated[
         bool, typer.Option("--allow-nan", help="Rank NaN scores lowest, in place of refusing them.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUTPUT where it exists.")
+        bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")
     ] = False,
 ) -> None:
     """Select the samples to keep from a file of scores, exactly and reproducibly.
@@ -120,7 +124,7 @@ def select(
     """
     if labels is None and (balance, label_column) != (None, None):
         option = "--balance" if balance is not None else "--label-column"
-        raise InputError(f"{option} means nothing without --labels, got {balance or label_column}")
+        raise InputError(f"{option} has no effect without --labels, got {balance or label_column}")
     balance = balance or "equal"
     if balance not in get_args(Balance):
         raise InputError(
@@ -130,7 +134,7 @@ def select(
         raise InputError(f"--seed must fit 64 bits, got {seed}")
     for given in (scores, labels, dataset):
         if given is not None and output.resolve() == given.resolve():
-            raise InputError(f"OUTPUT must be another than {given}, which is read")
+            raise InputError(f"OUTPUT must differ from {given}, which is read")
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists already; --overwrite replaces it")
     if dataset is None:
@@ -192,14 +196,14 @@ def _policy(
     given = {option: value for option, value in numbers.items() if value is not None}
     for option in given:
         if option not in options:
-            raise InputError(f"--{option} means nothing to --policy {name}, got {given[option]}")
+            raise InputError(f"--{option} has no effect with --policy {name}, got {given[option]}")
     try:
         policy = make(**given)  # the policies have defaults for the rest
     except ValueError as error:
         raise InputError(f"--policy {name}: {error}") from error
     if policy.budget == "none" and k is not None:
         raise InputError(
-            f"--k means nothing to --policy {name}, which fixes its own number, got {k}"
+            f"--k has no effect with --policy {name}, which fixes its own number, got {k}"
         )
     return policy
 

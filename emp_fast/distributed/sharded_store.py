@@ -358,7 +358,9 @@ class ShardedScoreStore:
             TypeError: ``state`` is neither a mapping nor a sequence.
         """
         if not isinstance(state, (Mapping, Sequence)):
-            raise TypeError(f"state must be of state_dict(), or a list of such, got {state!r}")
+            raise TypeError(
+                f"state must come from state_dict(), or be a list of such states, got {state!r}"
+            )
         states = [state] if isinstance(state, Mapping) else list(state)
         pieces = sorted(
             (self._checked_piece(position, piece) for position, piece in enumerate(states)),

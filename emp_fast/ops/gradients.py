@@ -23,7 +23,8 @@ def mark_only_loss_differentiable(ctx: Any, *others: Tensor) -> None:
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """``ctx.saved_tensors``, for a backward pass that may run after a transform has ended.
 
-    That of `torch.func.vjp` does. What was saved within the transform has no storage then.
+    The backward pass of `torch.func.vjp` does; tensors saved inside the transform then have no
+    storage.
     """
     saved: tuple[Any, ...] = ctx.saved_tensors
     if is_compiling():

@@ -1,4 +1,4 @@
-"""The scores of rows of ``hidden @ classifier.T + bias``, whose logits are never all held."""
+"""The scores of rows of ``hidden @ classifier.T + bias``, without materialising all logits."""
 
 from __future__ import annotations
 
