@@ -104,8 +104,8 @@ def checked_integers(name: str, values: object) -> Tensor:
     """An integer tensor, converted from a sequence or array if necessary."""
     if not isinstance(values, Tensor):
         try:
-            if isinstance(values, np.ndarray):
-                values = np.ascontiguousarray(values)  # torch takes no negative strides
+            if isinstance(values, np.ndarray) and any(stride < 0 for stride in values.strides):
+                values = values.copy()  # torch takes no negative strides
             none = isinstance(values, (list, tuple)) and not values  # torch would make floats
             values = torch.as_tensor(values, dtype=torch.int64 if none else None)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -267,8 +267,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get("format") != _FORMAT:
             raise FileProblem(f"{path} is not a checkpoint that save_checkpoint wrote")
-        if metadata["crc32"] != _checksum(metadata["structure"], tensors):
-            raise ValueError("its checksum is wrong")
+        if metadata.get("crc32") != _checksum(metadata["structure"], tensors):
+            raise ValueError("its checksum is wrong or not there")
         structure = json.loads(metadata["structure"])
         version, parts = int(metadata["version"]), _decode(structure, tensors)
     except FileProblem:

@@ -153,14 +153,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
         raise FileProblem(f"{path} exists already; overwrite replaces it")
     if path.is_dir():
         raise FileProblem(f"cannot write {path}: Is a directory")
-    path = path.resolve() if path.is_symlink() else path
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:  # unlike tempfile's, with the usual permissions
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        with suppress(OSError):  # of a new file, or a file system without permissions
             temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     except OSError as error:

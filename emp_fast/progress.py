@@ -20,14 +20,14 @@ import hashlib
 import weakref
 from collections.abc import Mapping
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emp_fast import random
 from emp_fast._validation import checked_epoch
-from emp_fast.distributed.ranks import world_size_of
+from emp_fast.distributed.ranks import ProcessGroup, world_size_of
 from emp_fast.quotas import Balance
 from emp_fast.random import Stream
 from emp_fast.schedule import Schedule
@@ -35,9 +35,6 @@ from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels
 from emp_fast.snapshot_checks import Form, checked_count, require_form
 from emp_fast.store import ScoreStore
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["Plan", "Progress", "SavedProgress"]
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from emp_fast import functional
+from emp_fast import functional, ops
 from emp_fast._validation import checked_int, checked_integers
 from emp_fast._warnings import warn
 from emp_fast.backends.checks import check_index_range
+from emp_fast.distributed.ranks import ProcessGroup
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK, require_policy
 from emp_fast.progress import Progress, SavedProgress
@@ -28,7 +28,6 @@ from emp_fast.store import ScoreStore
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
-    from torch.distributed import ProcessGroup
 
 __all__ = ["Pruner"]
 
@@ -242,19 +241,19 @@ class Pruner:
 
         Raises:
             TypeError: the indices are not integers.
-            IndexError: on the CPU, an index lies outside [0, N). On a GPU it gets an arbitrary
-                weight, and `update` refuses it.
+            IndexError: on the CPU, an index lies outside [0, N), and the policy gives weights. On a
+                GPU it gets an arbitrary weight, and `update` refuses it.
         """
-        indices = checked_integers("indices", indices).to(torch.int64)
-        num_samples = self.store.num_samples
-        if indices.device.type == "cpu" and not is_compiling():
-            check_index_range(indices, num_samples)
+        indices = checked_integers("indices", indices)
         plan = self.progress.plan
         weights = None if plan is None else plan.weights_on(self.store.device)
         if weights is None:
             return torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
+        indices, num_samples = indices.to(torch.int64), self.store.num_samples
         if indices.device.type != "cpu":  # there, a bad index would make the device unusable
             indices = indices.clamp(0, num_samples - 1)
+        elif not ops.is_traced(indices):
+            check_index_range(indices, num_samples)
         return weights[indices.to(self.store.device, non_blocking=True)]
 
     def _weighs(self) -> bool:

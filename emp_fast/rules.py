@@ -17,13 +17,14 @@ overrides `Rule.step` with tensor code. Subclass `Rule` to define a new one::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
+from emp_fast._validation import is_real
 from emp_fast.backends.base import Recurrence, RecurrenceKind
 from emp_fast.identity import Identified
 
@@ -406,8 +407,10 @@ def require_rule(rule: object) -> None:
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be an emp_fast.Rule, got {rule!r}")
-    if not isinstance(rule.reads, (tuple, list)) or not all(isinstance(n, str) for n in rule.reads):
-        raise TypeError(f"rule.reads must be a tuple of names, got {rule.reads!r}")
+    reads: object = rule.reads
+    is_names = isinstance(reads, Collection) and not isinstance(reads, str)
+    if not (is_names and all(isinstance(name, str) for name in rule.reads)):
+        raise TypeError(f"rule.reads must be a tuple of names, got {reads!r}")
     recurrence = rule.recurrence()
     if recurrence is not None:
         _require_recurrence(recurrence, rule)
@@ -420,7 +423,7 @@ def _require_recurrence(recurrence: Recurrence, rule: Rule) -> None:
     if recurrence.kind not in kinds:
         known = ", ".join(map(repr, kinds))
         raise ValueError(f"the kind of a Recurrence must be one of {known}, got {recurrence!r}")
-    if not 0 <= recurrence.decay < 1:
+    if not (is_real(recurrence.decay) and 0 <= recurrence.decay < 1):
         raise ValueError(f"the decay of a Recurrence must lie in [0, 1), got {recurrence!r}")
     scales = recurrence.direct_scale, recurrence.memory_scale, recurrence.variance_scale
     if not all(map(_is_finite, scales)):
@@ -434,8 +437,8 @@ def _require_recurrence(recurrence: Recurrence, rule: Rule) -> None:
 
 
 def _is_finite(number: float) -> bool:
-    """Whether a number is finite in float32, in which scores are computed."""
-    return abs(number) <= torch.finfo(torch.float32).max
+    """Whether this is a number that is finite in float32, in which scores are computed."""
+    return is_real(number) and abs(number) <= torch.finfo(torch.float32).max
 
 
 def _moving_average(value: Tensor, decay: float, state: Mapping[str, Tensor]) -> Tensor:

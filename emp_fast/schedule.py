@@ -94,7 +94,7 @@ class Schedule:
                 f"prune_rate must leave at least one of {n} samples, got {rate!r} for epoch {epoch}"
             )
         most = self.policy.largest_fraction
-        if rate > 0 and 1 - rate > most + _ROUNDING:
+        if 1 - rate > most + _ROUNDING:
             raise ValueError(
                 f"prune_rate must be at least {1 - most:g} for {self.policy!r}, "
                 f"which chooses at most {most:g} of the samples; got {rate:g}"

@@ -17,7 +17,7 @@ from emp_fast._validation import checked_at_least, checked_device
 from emp_fast._warnings import warn
 from emp_fast.batches import moved, rebatched, score_by_logits
 from emp_fast.data import IndexedDataset
-from emp_fast.distributed.ranks import Ranks, rank_of, together
+from emp_fast.distributed.ranks import ProcessGroup, Ranks, rank_of, together
 from emp_fast.files import FileProblem, require_writable, write_columns
 from emp_fast.functional import SampleStats
 from emp_fast.rules import EMP, Rule, require_rule
@@ -26,7 +26,6 @@ from emp_fast.tally import PartialResults, Tally
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from torch.distributed import ProcessGroup
 
 __all__ = ["score_dataset"]
 

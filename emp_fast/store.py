@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from emp_fast._warnings import warn
 from emp_fast.backends.base import NONFINITE, OUT_OF_RANGE
 from emp_fast.candidates import Candidates, groups_of
+from emp_fast.distributed.ranks import ProcessGroup
 from emp_fast.distributed.replicas import Replicas
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK, choose
@@ -27,9 +28,6 @@ from emp_fast.snapshot_checks import (
     require_state,
     store_facts,
 )
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["ScoreStore"]
 

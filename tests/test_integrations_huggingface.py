@@ -446,13 +446,49 @@ class MultiLabel(PrunedTrainer):
         indices, labels = inputs.pop("sample_index", None), inputs.pop("labels")
         outputs = model(**inputs)
         loss = binary_cross_entropy_with_logits(outputs.logits, labels, reduction="none").mean(1)
-        if indices is not None:  # a training batch
+        if indices is None:  # evaluation
+            loss = loss.mean()
+        else:
             self.pruner.update(indices, loss=loss)
-            loss = loss * self.pruner.weights(indices)
-        loss = loss.mean()
-        if num_items_in_batch is not None:  # then the Trainer leaves the scaling to the loss
+            loss = (loss * self.pruner.weights(indices)).mean()
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+
+def test_a_subclass_may_extend_the_loss(tmp_path):
+    class Doubled(PrunedTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    trained = []
+    for cls, rate in ((PrunedTrainer, 2e-2), (Doubled, 1e-2)):
+        pruner = Pruner(N, 0.5)
+        options = {"learning_rate": rate, "optim": "sgd", "max_grad_norm": 0.0}
+        trainer = trainer_of(CLASSES, tmp_path, pruner, cls=cls, **options)
+        trainer.train()
+        assert pruner.store.rows_seen == N
+        trained.append(parameters(trainer))
+    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-6)
+    model = lambda: tiny_models.classifier(problem_type="regression")  # noqa: E731
+    with pytest.raises(ValueError, match=r"problem_type must be .*, got 'regression'"):
+        trainer_of((model, *CLASSES[1:]), tmp_path, Pruner(N), cls=Doubled).train()
+
+
+def test_probabilities_train_a_model_without_a_configuration(tmp_path):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(tiny_models.VOCABULARY, 3)
+
+        def forward(self, input_ids, attention_mask=None):
+            return {"logits": self.embedding(input_ids).mean(1)}
+
+    rows = [{**row, "label": [0.2, 0.3, 0.5]} for row in tiny_models.labelled_set(N)]
+    task = Plain, tiny_models.labelled_set, tiny_models.pad
+    options = {"remove_unused_columns": False}
+    trainer = trainer_of(task, tmp_path, Pruner(N), dataset=rows, **options)
+    trainer.train()
+    assert trainer.pruner.store.rows_seen == N
 
 
 @pytest.mark.parametrize("problem", [None, "multi_label_classification"])
@@ -460,7 +496,7 @@ def test_a_loss_of_your_own(problem, tmp_path):
     """Two accumulated batches of 2 make the step of one batch of 4, as in any Trainer."""
     model = lambda: tiny_models.classifier(num_labels=3, problem_type=problem)  # noqa: E731
     rows = [{**row, "label": [1.0, 0.0, 1.0]} for row in tiny_models.labelled_set(20)]
-    trained = []
+    trained, untrained = [], []
     for batch, accumulated in ((4, 1), (2, 2)):
         pruner = Pruner(20, prune_rate=0, rule=Loss())
         options = {
@@ -469,12 +505,13 @@ def test_a_loss_of_your_own(problem, tmp_path):
         }
         task = model, tiny_models.labelled_set, tiny_models.pad
         trainer = trainer_of(task, tmp_path, pruner, dataset=rows, cls=MultiLabel, **options)
+        untrained.append(trainer.evaluate(rows)["eval_loss"])
         trainer.train()
         assert torch.isfinite(pruner.store.scores).all()
-        assert trainer.evaluate(rows)["eval_loss"] > 0
         assert pruner.store.rows_seen == 40  # evaluation scores nothing
         trained.append(parameters(trainer))
     torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-4)
+    assert untrained[0] == pytest.approx(untrained[1])
     assert not torch.equal(trained[0], parameters_of(model()))
 
 

@@ -472,7 +472,7 @@ ONE = {"loss": torch.ones(1), "entropy": torch.ones(1)}
         (
             lambda: EMP(beta=math.nan),
             ValueError,
-            "beta must be a finite number in",
+            "beta must be a finite number in float32, got nan",
         ),
         (lambda: EMP(decay=1.0), ValueError, r"decay must lie in \[0, 1\), got 1.0"),
         (lambda: Loss(-0.1), ValueError, r"decay must lie in \[0, 1\), got -0.1"),

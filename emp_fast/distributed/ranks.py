@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup
+else:
+    ProcessGroup = Any
 
 if dist.is_available() and not dist.is_initialized():
     # The functions of this module take the default group at import time as a default argument.
@@ -24,7 +26,15 @@ if dist.is_available() and not dist.is_initialized():
     # Gloo's threads, and one that still frees a tensor as Python exits aborts the process.
     import torch.distributed.nn.functional
 
-__all__ = ["BatchHeader", "Ranks", "rank_of", "same_group", "together", "world_size_of"]
+__all__ = [
+    "BatchHeader",
+    "ProcessGroup",
+    "Ranks",
+    "rank_of",
+    "same_group",
+    "together",
+    "world_size_of",
+]
 
 _WORDS = 4  # int64 words of a SHA-256
 _SHARED_ERRORS = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,10 @@ from emp_fast._validation import is_plain_int
 from emp_fast._warnings import warn
 from emp_fast.backends.base import OUT_OF_RANGE
 from emp_fast.distributed.merging import merge_rows
-from emp_fast.distributed.ranks import Ranks, rank_of, world_size_of
+from emp_fast.distributed.ranks import ProcessGroup, Ranks, rank_of, world_size_of
 from emp_fast.row_count import RowCount
 from emp_fast.sample_state import SampleState
 from emp_fast.snapshot_checks import Form, is_of_form, store_facts
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["Replicas"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,14 @@ from emp_fast._warnings import warn
 from emp_fast.backends.base import NONFINITE
 from emp_fast.backends.checks import check_index_range
 from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
-from emp_fast.distributed.ranks import BatchHeader, Ranks, rank_of, same_group, world_size_of
+from emp_fast.distributed.ranks import (
+    BatchHeader,
+    ProcessGroup,
+    Ranks,
+    rank_of,
+    same_group,
+    world_size_of,
+)
 from emp_fast.distributed.sharded_candidates import ShardedCandidates
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK, choose
@@ -25,9 +32,6 @@ from emp_fast.sample_state import SampleState, checked_indices, checked_store_ar
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_selection
 from emp_fast.snapshot_checks import checked_count, checked_tensors, require_entries, store_facts
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["ShardedScoreStore"]
 
@@ -139,8 +143,9 @@ class ShardedScoreStore:
         If a sample has several rows, the last one of the highest rank is applied and counts as one
         visit. A rank that has run out of batches passes empty indices, with any stats or none.
 
-        It takes three collectives of O(S + R) bytes per rank: 8 bytes per row for the index, and
-        the stats that the rule reads. The host reads the sizes, so the call waits for the device.
+        It takes three collectives, four if a rank has no rows, of O(S + R) bytes per rank: 8 bytes
+        per row for the index, and the stats that the rule reads. The host reads the sizes, so the
+        call waits for the device.
 
         Args:
             indices: the samples.

@@ -48,6 +48,7 @@ __all__ = ["PrunedTrainer", "PrunerMixin"]
 _OFFSETS = "sample_offsets"
 _IGNORED = -100  # the label that the Trainer ignores
 _FILE = "pruner.pt"  # in a checkpoint's folder
+_UNKNOWN = "unknown"  # the problem type of a model without one
 #: What to do about a loss that is not the cross-entropy of the logits and the labels.
 _OWN_LOSS = "override compute_loss, and score its losses with self.pruner.update"
 
@@ -68,8 +69,10 @@ class PrunerMixin(_Base):
     packed into one row as by `DataCollatorWithFlattening`. On several processes, Accelerate gives
     each its share. Checkpoints include the pruner, and ``resume_from_checkpoint`` restores it.
 
-    For any other loss, override ``compute_loss`` and score the samples with ``self.pruner.update``:
-    ``inputs.pop("sample_index", None)`` are their indices, None in evaluation.
+    For any other loss, override ``compute_loss`` and score the samples with ``self.pruner.update``
+    (docs/trainers.md). ``inputs.pop("sample_index", None)`` are their indices, None in evaluation;
+    a packed batch also has "sample_offsets", where its samples start. The Trainer leaves it to the
+    loss to divide by ``self.current_gradient_accumulation_steps``.
 
     Args:
         *args: positional arguments of the Trainer.
@@ -109,10 +112,10 @@ class PrunerMixin(_Base):
                 f"got {strategy!r}"
             )
         self.pruner = pruner
-        if type(self).compute_loss is PrunerMixin.compute_loss:  # else the loss is the subclass's
+        if type(self).compute_loss is PrunerMixin.compute_loss:  # a subclass may have its own loss
             _require_cross_entropy(self.model)
-            # The Trainer scales the result for gradient accumulation and for several devices.
-            self.compute_loss_func = self._pruned_loss
+        # The Trainer scales the result for several devices.
+        self.compute_loss_func = self._pruned_loss
         self._shifts_labels = _shifts_labels(self.model)
         self._batch = _Batch(None, None, None)
         self._epoch_logged = -1
@@ -196,6 +199,7 @@ class PrunerMixin(_Base):
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Sum over samples of (policy weight) * (loss of all its tokens), divided by the items."""
+        _require_cross_entropy(self.model)
         indices, offsets, target = self._batch
         if isinstance(outputs, Mapping) and "logits" not in outputs:
             raise ValueError(f"the model must return 'logits', got {sorted(outputs)}")
@@ -226,9 +230,11 @@ class PrunerMixin(_Base):
     def _require_classes(self, logits: Tensor, target: Tensor) -> None:
         """Raises for logits and labels that the model itself would take for another problem.
 
-        Only the model's own loss settles the problem type of a configuration that leaves it open.
+        Only the model's own loss settles the problem type of a configuration that leaves it open. A
+        model without such a configuration takes any.
         """
-        if _problem_type(self.model) is not None:
+        config = getattr(self.model, "config", None)
+        if getattr(config, "problem_type", _UNKNOWN) is not None:
             return
         if logits.shape[-1] == 1:
             raise ValueError(
@@ -276,14 +282,9 @@ class PrunedTrainer(PrunerMixin, Trainer):
     """`transformers.Trainer` with ``pruner=``; see `PrunerMixin`."""
 
 
-def _problem_type(model: Any) -> str | None:
-    problem: str | None = getattr(getattr(model, "config", None), "problem_type", None)
-    return problem
-
-
 def _require_cross_entropy(model: Any) -> None:
     """Raises for a model whose configuration says that its loss is not a cross-entropy."""
-    problem = _problem_type(model)
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem not in (None, "single_label_classification"):
         raise ValueError(
             "model.config.problem_type must be 'single_label_classification' or None, "
