@@ -82,6 +82,7 @@ def score_dataset(
         partial: file of the partial result; next to ``output`` by default. Each rank writes its
             own, and any number of ranks can continue from them.
         save_every: seconds between partial results; saving takes at most a twentieth of the time.
+            0 saves after every batch.
         num_samples: N, if the loader's data set is not made directly by `with_indices`.
         score_batch: ``score_batch(model, batch) -> (indices, SampleStats)`` for other kinds of
             batches or models; the batch is on the device.
@@ -107,9 +108,9 @@ def score_dataset(
         EmpFastWarning: some samples have no finite score; they are NaN in the output.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
-    scored_on = _device_of(bare) if device is None else checked_device(device)
     out = None if output is None else Path(output)
     with together(process_group, "score_dataset, the arguments"):
+        scored_on = _device_of(bare) if device is None else checked_device(device)
         _require_callables(model, score_batch)
         n = _checked_num_samples(num_samples, loader)
         columns = _checked_columns(stats)
@@ -118,36 +119,32 @@ def score_dataset(
         shift = _checked_shift(shift_labels, score_batch, options, bare)
         if out is not None and rank_of(process_group) == 0:
             require_writable(out, _WRITABLE, overwrite=overwrite)
-    facts = {
-        "num_samples": n,
-        "passes": passes,
-        "scoring": _scoring(score_batch, shift, options),
-    }
-    ranks = Ranks.open(process_group, scored_on, "score_dataset", {**facts, "rule": repr(rule)})
+    run = {"num_samples": n, "passes": passes, "scoring": _scoring(score_batch, shift, options)}
+    ranks = Ranks.open(process_group, scored_on, "score_dataset", {**run, "rule": repr(rule)})
+    tally = Tally(n, scored_on)
+    with together(process_group, "score_dataset, the partial result"):
+        where = _partial_path(partial, out)
+        facts = run if where is None else {**run, "model": _digest(bare)}
+        kept = PartialResults(where, tally, facts, ranks, save_every)
+        kept.load()
+    tally.merge(ranks)
 
     def scored(batch: Any) -> tuple[Tensor, SampleStats]:
         if score_batch is not None:
             return score_batch(bare, moved(batch, scored_on))
         return score_by_logits(bare, batch, scored_on, shift, options)
 
-    tally = Tally(n, scored_on)
-    with together(process_group, "score_dataset, the partial result"):
-        where = _partial_path(partial, out)
-        if where is not None:
-            facts["model"] = _digest(bare)
-        kept = PartialResults(where, tally, facts, ranks, save_every)
-        kept.load()
-    tally.merge(ranks)
-    shown = progress and ranks.rank == 0
     with (
         together(process_group, "score_dataset, scoring"),
-        _bar(shown) as bar,
+        _bar(progress and ranks.rank == 0) as bar,
         _eval_mode(bare),
         kept.saved_at_the_end(),
     ):
         for number in range(passes):
-            _one_pass(loader, scored, number, ranks, kept, bar)
-    tally.merge(ranks)
+            with together(process_group, f"score_dataset, pass {number + 1}"):
+                _one_pass(loader, scored, number, ranks, kept, bar)
+            # The next pass may share the samples out in another way: it must see all that are done.
+            tally.merge(ranks)
     _require_complete(tally, passes)
     means = tally.means()
     with together(process_group, "score_dataset, the output"):
@@ -288,14 +285,18 @@ def _scoring(score_batch: ScoreBatch | None, shift_labels: bool, options: dict[s
 
 
 def _digest(model: Any) -> str:
-    """A hash of the model's weights; a callable that is not a Module is not checked."""
+    """A hash of the model's weights; a callable that is not a Module is not checked.
+
+    It is that of the whole model on each rank, however the weights are sharded. Then it is
+    collective.
+    """
     digest = hashlib.sha256()
     if isinstance(model, nn.Module):
         for name, tensor in sorted(model.state_dict().items()):
             if not isinstance(tensor, Tensor):
                 continue
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor
-            raw = local.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+            raw = whole.detach().cpu().contiguous().view(-1).view(torch.uint8)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(raw.numpy().tobytes())
     return digest.hexdigest()

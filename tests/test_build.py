@@ -75,6 +75,9 @@ class Environment:
         tools = Path(sys.executable).parent  # cmake and ninja, where they are wheels
         self.variables["PATH"] = f"{folder / 'bin'}:{tools}:{os.environ['PATH']}"
         self.variables["EMP_FAST_CUDA"] = "0"  # the CUDA build has its own check, and takes minutes
+        # What is installed matters here, not its speed; most of a build's time is optimization.
+        unoptimized = "-DCMAKE_CXX_FLAGS_RELEASE=-O0"
+        self.variables["CMAKE_ARGS"] = f"{os.environ.get('CMAKE_ARGS', '')} {unoptimized}"
 
     def run(self, *arguments: str | Path, cwd: Path, **variables: str) -> str:
         """Standard output of this environment's Python; fails the test with what went wrong."""

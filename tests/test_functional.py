@@ -215,10 +215,11 @@ def test_a_softcap_adds_no_more_error_to_the_gradient_than_in_torch(
 def assert_margins_beyond_the_cap(classes: int) -> None:
     """Most logits are so far beyond the cap that their capped values hardly differ in float32."""
     generator = torch.Generator().manual_seed(classes)
-    target = torch.randint(0, classes, (500,), generator=generator)
-    target[:250] = 0
+    rows = 60 if classes > 1000 else 500  # the oracle takes long
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    target[: rows // 2] = 0
     for cap, size in itertools.product((0.5, 5.0, 50.0), (1.0, 3.0, 10.0)):
-        noise = torch.randn(500, classes, generator=generator)
+        noise = torch.randn(rows, classes, generator=generator)
         logits = cap * size * (1 + 0.1 * noise)
         logits[::3] = -logits[::3]
         logits[1::3] = cap * noise[1::3]

@@ -19,6 +19,8 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -622,6 +624,38 @@ def ranks_go_on_from_each_others_parts(rank: int, size: int, folder: str):
     return [value.tolist() for value in stats]
 
 
+def several_passes_go_on_after_ranks_failed_apart(rank: int, size: int, folder: str):
+    """What is left of the first pass has other batches on a rank than the second pass."""
+    options = {"output": Path(folder) / "passes.npy", "passes": 2}
+    whole = quiet(Counting(), make_loader(), passes=2)
+    with pytest.raises((Interrupted, RuntimeError)):
+        quiet(Counting(1 if rank == 0 else 2), make_loader(), **options)
+    rest = quiet(Counting(), make_loader(), **options)
+    assert all(torch.equal(*pair) for pair in zip(whole, rest, strict=True))
+
+
+def a_sharded_model_goes_on(rank: int, size: int, folder: str):
+    """Its digest is of the whole weights: every rank reads the files of all others."""
+    options = {"output": Path(folder) / "sharded.npy"}
+    model = make_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    calls = 0
+
+    def score_batch(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # on all ranks: the model's layers communicate
+            raise Interrupted
+        (x, y), indices = batch
+        return indices, cross_entropy(model(x), y)
+
+    with pytest.raises(Interrupted):
+        quiet(model, make_loader(), score_batch=score_batch, **options)
+    torch.distributed.barrier()
+    assert len(list(Path(folder).glob("sharded.npy.partial*"))) == size
+    quiet(model, make_loader(), score_batch=score_batch, **options)
+
+
 def a_run_of_ranks_dies(rank: int, size: int, folder: str):
     with contextlib.suppress(Interrupted):
         quiet(Counting(2), make_loader(), output=Path(folder) / "left.npy")
@@ -664,6 +698,8 @@ def ranks_that_disagree_are_told(rank: int, size: int, folder: str):
 RANK_CHECKS = [
     scores_are_those_of_one_process,
     ranks_go_on_from_each_others_parts,
+    several_passes_go_on_after_ranks_failed_apart,
+    a_sharded_model_goes_on,
     a_run_of_ranks_dies,
     a_loader_that_leaves_samples_out_is_refused_everywhere,
     an_output_refused_on_one_rank_is_refused_on_all,
@@ -690,10 +726,8 @@ def test_ranks(tmp_path, size):
         alone = quiet(rest, make_loader(), output=tmp_path / "parts" / "left.npy")
     assert rest.calls == math.ceil(N / 8) - 2 * size
     assert [value.tolist() for value in alone] == whole
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
-        "left.npy",
-        "scores.npy",
-    ]
+    names = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert names == ["left.npy", "passes.npy", "scores.npy", "sharded.npy"]
 
 
 # ---- refusals -----------------------------------------------------------------------------------
