@@ -173,6 +173,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
 def _load(path: Path) -> NDArray[Any]:
     array = _reading(path, lambda: np.load(path, allow_pickle=False))
     if not isinstance(array, np.ndarray):
+        array.close()
         raise FileProblem(f"{path} is not a .npy file but an archive of several arrays")
     return array
 

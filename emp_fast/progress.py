@@ -475,6 +475,8 @@ class Progress:
             ValueError: the state is damaged, or is of another data set.
         """
         epoch = checked_count("state['epoch']", state.get("epoch"))
+        if epoch >= 2**32:  # see `checked_epoch`
+            raise ValueError(f"state['epoch'] must be below 2**32, got {epoch}")
         position = checked_count("state['position']", state.get("position"))
         for name in ("indices", "weights"):
             if name not in state:

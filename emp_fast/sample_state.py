@@ -136,17 +136,18 @@ class SampleState:
                 f"indices must have one index for each of {logits.shape[0]} rows of logits, "
                 f"got {rows}"
             )
-        if device != self.state.scores.device:
-            if not self._follows:
-                return None
+        moves = device != self.state.scores.device
+        if moves and not self._follows:
+            return None
+        logits, target, weight, options, _ = checked_rows(
+            logits, target, weight, ignore_index, label_smoothing, softcap
+        )
+        if moves:
             self.move(device)
         if row_scale is not None:  # it was made on the state's device, which may have changed
             row_scale = row_scale.to(device, non_blocking=True)
         if indices.device != device:
             indices = indices.to(device, non_blocking=True)
-        logits, target, weight, options, _ = checked_rows(
-            logits, target, weight, ignore_index, label_smoothing, softcap
-        )
         return ops.mean_step(
             logits, target, weight, options, row_scale, indices, self.state, recurrence
         )

@@ -22,6 +22,7 @@ from emp_fast.backends import BackendError, backend_status, load, resolve, use_b
 from emp_fast.backends.base import LossOptions, MeanStep, Recurrence, RowScores, State
 from emp_fast.backends.reference import ReferenceBackend
 from emp_fast.backends.selfcheck import self_check
+from emp_fast.backends.winners import Winners
 from emp_fast.functional import cross_entropy, topk_indices
 
 
@@ -169,6 +170,7 @@ def test_falling_back_warns_once(fresh: pytest.MonkeyPatch) -> None:
     assert [str(w.message) for w in caught if w.category is emp_fast.EmpFastWarning] == [
         "emp_fast uses its reference backend on cpu (cpu: it is Sunday)"
     ]
+    assert {w.filename for w in caught if w.category is emp_fast.EmpFastWarning} == {__file__}
     with use_backend("cpu"), pytest.raises(BackendError, match="it is Sunday"):
         resolve(CPU)
     reasons = {status.name: status for status in backend_status(CPU)}
@@ -208,6 +210,19 @@ class WrongCount(Fake):
 class WrongGradient(Fake):
     def cross_entropy_backward(self, grad_loss: Tensor, *arguments: Any) -> Tensor:
         return super().cross_entropy_backward(torch.ones_like(grad_loss), *arguments)
+
+
+class WrongPlainScores(Fake):
+    def scores(self, *arguments: Any) -> tuple[Tensor, ...]:
+        loss, *others = super().scores(*arguments)
+        return loss.flip(0), *others
+
+
+class FirstRow(Fake):
+    def find_winners(self, indices: Tensor, usable: Tensor, count: Any, state: State) -> Winners:
+        flipped = (None if x is None else x.flip(0) for x in (indices, usable, count))
+        chosen = super().find_winners(*flipped, state)
+        return chosen._replace(rows=indices.shape[0] - 1 - chosen.rows)
 
 
 class WrongMean(Fake):
@@ -272,6 +287,8 @@ LIARS = {
     WrongCorrect: "cross_entropy output correct differs",
     WrongCount: "cross_entropy output count differs",
     WrongGradient: "cross_entropy output gradient differs",
+    WrongPlainScores: "scores output 0 differs",
+    FirstRow: "find_winners output written differs",
     WrongMean: "mean_step output mean differs",
     WrongFactor: "mean_step output gradient differs",
     OneFactor: "mean_step output gradient differs",

@@ -349,7 +349,9 @@ def test_the_environment_chooses_the_instruction_set(name: str) -> None:
     script = (
         "import torch, emp_fast; from emp_fast.cli.doctor import examine; report = examine();"
         "print(report['machine']['instruction_set']);"
-        "print([x['reason'] for x in report['backends'] if x['backend'] == 'cpu'])"
+        "print([x['reason'] for x in report['backends'] if x['backend'] == 'cpu']);"
+        "from emp_fast.backends import load;"
+        "print('EMP_FAST_CPU_ISA' in (load('cuda').why_not(torch.device('cuda')) or ''))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
@@ -359,10 +361,11 @@ def test_the_environment_chooses_the_instruction_set(name: str) -> None:
         check=True,
     )
     if name == "baseline":
-        assert done.stdout.split() == ["baseline", "[None]"]
+        assert done.stdout.split() == ["baseline", "[None]", "False"]
     else:
         assert "EMP_FAST_CPU_ISA: isa must be one of baseline" in done.stdout
         assert "got sse9" in done.stdout
+        assert done.stdout.endswith("False\n")  # nothing that the GPU's backends heed
 
 
 @pytest.mark.parametrize("classes", [100, 250, 400])

@@ -123,6 +123,15 @@ def test_a_loss_that_is_dropped_takes_its_gradient_with_it(fuses):
         gc.enable()
 
 
+def test_a_refused_call_does_not_move_the_state_to_its_logits(fuses):
+    pruner = Pruner(12)
+    pruner.store._samples.move(torch.device("meta"))
+    logits, bad = torch.zeros(3, 5, requires_grad=True), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="target must have shape"):
+        pruner.loss(logits, bad, torch.arange(3))
+    assert pruner.store.device.type == "meta"
+
+
 def test_a_bad_index_leaves_state_and_count_alone(fuses):
     pruner = Pruner(4)
     with pytest.raises(IndexError, match=r"\[0, 4\), got 9"):

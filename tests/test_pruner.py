@@ -569,6 +569,8 @@ def test_a_store_loaded_in_mid_epoch_gives_a_state_that_loads():
         ({"seed": 1}, r"state\['seed'\] must be 0, got 1"),
         ({"policy": "Random()"}, r"state\['policy'\] must be 'TopK\(\)', got 'Random\(\)'"),
         ({"epoch": -1}, "epoch.*got -1"),
+        ({"epoch": 2**32}, r"state\['epoch'\] must be below 2\*\*32, got 4294967296"),
+        ({"epoch": 2**70}, "epoch.*below"),
         ({"position": 31}, "position.*at most 30, got 31"),
         ({"indices": torch.tensor([3, 2])}, "ascending"),
         ({"indices": torch.empty(0, dtype=torch.int64), "position": 0}, "at least one sample"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from emp_fast._warnings import EmpFastWarning
+from emp_fast._warnings import warn
 from emp_fast.backends.base import Backend
 
 __all__ = ["BackendError", "BackendStatus", "backend_status", "resolve", "use_backend"]
@@ -165,11 +164,7 @@ def _choose(name: str, device: torch.device) -> Backend:
             break
         refused.append(f"{candidate}: {status.reason}")
     if refused:
-        warnings.warn(
-            f"emp_fast uses its {candidate} backend on {device} ({'; '.join(refused)})",
-            EmpFastWarning,
-            stacklevel=2,
-        )
+        warn(f"emp_fast uses its {candidate} backend on {device} ({'; '.join(refused)})")
     return load(candidate)
 
 

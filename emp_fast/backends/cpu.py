@@ -39,7 +39,8 @@ class CpuBackend(Backend):
     fuses_step = True
 
     def __init__(self) -> None:
-        self._native, self._reason = load_native()
+        self._native, reason, cpu_reason = load_native()
+        self._reason = reason or cpu_reason
 
     def why_not(self, device: torch.device) -> str | None:
         """Why there is no native code for ``device``; None if there is."""

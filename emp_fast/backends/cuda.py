@@ -62,7 +62,7 @@ class CudaBackend(RowKernelsChoice, Backend):
 
     def __init__(self, row_kernels: str | None = None) -> None:
         self._choose_row_kernels(row_kernels)
-        native, self._reason = load_native()
+        native, self._reason, _ = load_native()
         self._native: Any = getattr(native, "cuda", None)
         if native is not None and self._native is None:
             why = build_failure("cuda_reason") or "no nvcc was found, or EMP_FAST_CUDA=0"

@@ -30,6 +30,7 @@ class NativeModule(NamedTuple):
 
     module: Any  # None if it cannot
     reason: str | None = None
+    cpu_reason: str | None = None  # why its CPU part alone cannot
 
 
 @functools.cache
@@ -45,7 +46,7 @@ def load_native() -> NativeModule:
         try:
             module.set_isa(isa)
         except ValueError as error:
-            return NativeModule(None, f"{_ISA_ENVIRONMENT}: {error}")
+            return NativeModule(module, cpu_reason=f"{_ISA_ENVIRONMENT}: {error}")
     return NativeModule(module)
 
 

@@ -12,7 +12,7 @@ _RECURRENCE = Recurrence("ema", "entropy", 0.5, "loss", direct_scale=1.0, memory
 
 
 def self_check(backend: Backend, device: torch.device) -> str | None:
-    """Runs every operation of ``backend`` on a few samples.
+    """Runs every operation of ``backend`` that the package calls on a few samples.
 
     Returns:
         None if all agree with the reference, otherwise what differed or failed; the backend is then
@@ -24,7 +24,11 @@ def self_check(backend: Backend, device: torch.device) -> str | None:
     reference = ReferenceBackend()
     try:
         steps = [_mean_step] if backend.fuses_step else []
-        for operation in (_cross_entropy, *steps, _update_state, _topk, _grouped_topk, _philox):
+        operations = (
+            *(_cross_entropy, _scores, *steps, _update_state, _find_winners),
+            *(_topk, _grouped_topk, _philox),
+        )
+        for operation in operations:
             got = operation(backend, device)
             wanted = operation(reference, device)
             for output, (a, b) in {name: (got[name], wanted[name]) for name in wanted}.items():
@@ -62,6 +66,12 @@ def _cross_entropy(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     return {**scores._asdict(), "fields": scores.fields[: len(SCORE_FIELDS)], "gradient": grad}
 
 
+def _scores(backend: Backend, device: torch.device) -> dict[str, Tensor]:
+    target = torch.tensor([3, 36, -100, 0, 17], device=device)
+    scores = backend.scores(_logits(device), target, None, LossOptions(label_smoothing=0.1))
+    return {str(position): field for position, field in enumerate(scores)}
+
+
 def _mean_step(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     logits, state = _logits(device), _state(device)
     target = torch.tensor([3, 36, -100, 0, 17], device=device)
@@ -84,6 +94,18 @@ def _update_state(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     return _tensors(state)
 
 
+def _find_winners(backend: Backend, device: torch.device) -> dict[str, Tensor]:
+    """What is written by the winners: the rows that they repeat or leave out are the backend's."""
+    state, written = _state(device), torch.zeros(6, dtype=torch.float32, device=device)
+    indices = torch.tensor([4, 1, 2, 3, 4], device=device)
+    usable = torch.tensor([True, True, False, True, True], device=device)
+    count = torch.tensor([1, 1, 1, 0, 1], dtype=torch.int32, device=device)
+    chosen = backend.find_winners(indices, usable, count, state)
+    rows = torch.arange(1, 6, dtype=torch.float32, device=device)[chosen.rows]
+    chosen.write(written, rows, written[chosen.indices])
+    return {"written": written, "counters": state.counters}
+
+
 def _state(device: torch.device) -> State:
     return State(
         scores=torch.full((6,), torch.inf, dtype=torch.float32, device=device),
@@ -99,20 +121,20 @@ def _tensors(state: State) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state._asdict().items() if tensor is not None}
 
 
-def _scores(device: torch.device) -> Tensor:
+def _to_select_from(device: torch.device) -> Tensor:
     values = [0.5, -0.0, torch.nan, 0.0, torch.inf, -1.0, 0.5, -torch.inf, 0.5]
     values += [0.0, 0.0, 0.0]  # not selected from: they fill the last vector, as in `_logits`
     return torch.tensor(values, dtype=torch.float32, device=device)[:9]
 
 
 def _topk(backend: Backend, device: torch.device) -> dict[str, Tensor]:
-    return {f"k={k}": backend.topk_indices(_scores(device), k) for k in (0, 2, 5, 9)}
+    return {f"k={k}": backend.topk_indices(_to_select_from(device), k) for k in (0, 2, 5, 9)}
 
 
 def _grouped_topk(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     groups = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 2], device=device)
     quotas = torch.tensor([2, 1, 2], device="cpu")
-    return {"indices": backend.grouped_topk_indices(_scores(device), groups, quotas)}
+    return {"indices": backend.grouped_topk_indices(_to_select_from(device), groups, quotas)}
 
 
 def _philox(backend: Backend, device: torch.device) -> dict[str, Tensor]:

@@ -240,7 +240,8 @@ def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> tup
         raise InputError(f"{path} must hold numbers, got dtype {array.dtype}")
     fits = array.dtype.kind == "f" and array.dtype.itemsize <= 4  # then half the memory suffices
     wide = array.astype(np.float32 if fits else np.float64)
-    if array.dtype.kind in "iu" and (np.abs(wide) > _EXACT_INTEGERS).any():
+    # Compared as integers: 2**53 + 1 becomes 2**53 as a float.
+    if array.dtype.kind in "iu" and max(int(array.max()), -int(array.min())) > _EXACT_INTEGERS:
         raise InputError(f"{path} holds integers beyond 2**53, which scores cannot tell apart")
     nans = np.isnan(wide)
     count = int(nans.sum())
