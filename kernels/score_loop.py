@@ -313,7 +313,7 @@ def _second_pass(
     head, end, begin = walk.head, walk.end, walk.begin
     factor = factors.sharp * factors.scale * factors.inv_sum
     factor = factor * tl.exp2(-log2_exp(largest, largest, NARROW))
-    spread = tl.zeros([shape.LANES], tl.float32)
+    squares = tl.zeros([shape.LANES], tl.float32)
     tiles = tl.cdiv(walk.stop - begin, SPAN)
     for step in range(tiles):
         i = begin + (tiles - 1 - step) * SPAN
@@ -332,7 +332,7 @@ def _second_pass(
                     off = exp(x - largest) * factors.inv_sum - t
                     off = tl.where(is_target, 1.0 - target.t_y - factors.miss, off)
                     off = tl.where(inside, off * off, 0.0)
-                    spread += _lane_sums(off)
+                    squares += _lane_sums(off)
             c = class_weights(t, w, walk.num_classes, options)
         if GRAD and not MASS:
             value = tl.exp2(log2_exp(x, largest, NARROW)) * factor
@@ -343,7 +343,7 @@ def _second_pass(
             value = tl.where(target.valid, value, 0.0)  # class weights may be infinite
         if GRAD:
             _store_gradient(grad_row, i, value, walk, shape)
-    return spread
+    return squares
 
 
 @triton.jit
@@ -405,13 +405,13 @@ def _score(
             g = tl.where(valid, g, 0.0)
         sharp = target.w_y * (1.0 - options.smoothing)
         factors = RowFactors(inv_sum, miss, sharp, target.total, g)
-        spread = _second_pass(
+        squares = _second_pass(
             grad_row, inputs.weight, target, largest, factors, walk, shape, options, STATS, GRAD
         )
         if GRAD and not MASS:
             _store_target_gradient(grad_row, inputs.logits, target, factors, walk, options)
         if STATS and options.SOFT:
-            el2n = tl.sqrt(tl.sum(spread, axis=0))
+            el2n = tl.sqrt(tl.sum(squares, axis=0))
 
     if STATS and not PARTIAL:
         store_scores(

@@ -86,7 +86,7 @@ def _highest(tile):
 
 
 @triton.jit
-def _spread(values):
+def _per_thread(values):
     """The same values, one row per thread, so that one thread computes what all would compute.
 
     Triton would leave the values where the reduction put them, in every thread of their row.
@@ -173,9 +173,9 @@ def _sums(x, c, is_target, shape, options):
         mass = _total(others_c)
         tilt = _total(weighted_difference(others_c, diff))
     if shape.ROWS > 1:
-        peak, d, s, q = _spread(peak), _spread(d), _spread(s), _spread(q)
+        peak, d, s, q = _per_thread(peak), _per_thread(d), _per_thread(s), _per_thread(q)
         if options.SOFT or options.SMOOTH:
-            mass, tilt, c_y = _spread(mass), _spread(tilt), _spread(c_y)
+            mass, tilt, c_y = _per_thread(mass), _per_thread(tilt), _per_thread(c_y)
     return RowSums(peak, d, s, q, mass, tilt), c_y, e
 
 

@@ -59,7 +59,7 @@ EMP_FAST_HD void raise(SoftmaxSums<T>& sums, T max) {
   sums.m = max;
 }
 
-// The scores of a row with class id y. All but `nll` and `log_sum` are fields of
+// The scores of a row with class id y. All but `nll` and `log_total` are fields of
 // emp_fast.backends.base.ROW_FIELDS.
 template <class T>
 struct Scores {
@@ -71,7 +71,7 @@ struct Scores {
   T max;         // M, over all classes
   T inv_sum;     // 1 / sum_j e^(x_j - M)
   T miss;        // 1 - p_y, without cancellation
-  T log_sum;     // log sum_j e^(x_j - M)
+  T log_total;   // log sum_j e^(x_j - M)
 };
 
 // Folds the target's logit into the sums of the other classes. If the sums or x_y are NaN, at least
@@ -95,9 +95,9 @@ EMP_FAST_HD Scores<T> finish(const SoftmaxSums<T>& others, T x_y) {
   // keeps all its digits.
   const T rest = choose(target == zero, sums.d, (sums.d - one) + e_y);
   Scores<T> scores;
-  scores.log_sum = log1p_nonnegative(rest);
-  scores.nll = scores.log_sum - target;
-  scores.entropy = scores.log_sum - fused(floored, e_y, sums.s) * inv_sum;
+  scores.log_total = log1p_nonnegative(rest);
+  scores.nll = scores.log_total - target;
+  scores.entropy = scores.log_total - fused(floored, e_y, sums.s) * inv_sum;
   scores.miss = sums.d * inv_sum;
   scores.el2n = square_root(fused(scores.miss, scores.miss, sums.q * (inv_sum * inv_sum)));
   scores.margin = choose(empty, Numbers<T>::of(INFINITY), x_y - others.m);
@@ -109,16 +109,16 @@ EMP_FAST_HD Scores<T> finish(const SoftmaxSums<T>& others, T x_y) {
 
 // sum_j w_j (-log p_j) over all classes, for label smoothing. Again all terms have the same sign.
 //
-//   spread       sum_{j != y} w_j (x_j - m), m = others.m; includes logits of -inf
-//   weight_y     w_y            (1 without class weights)
-//   weight_rest  sum_{j != y} w_j
+//   tilt      sum_{j != y} w_j (x_j - m), m = others.m; includes logits of -inf
+//   weight_y  w_y            (1 without class weights)
+//   mass      sum_{j != y} w_j
 template <class T>
-EMP_FAST_HD T uniform_loss(const SoftmaxSums<T>& others, T x_y, const Scores<T>& scores, T spread,
-                           T weight_y, T weight_rest) {
+EMP_FAST_HD T uniform_loss(const SoftmaxSums<T>& others, T x_y, const Scores<T>& scores, T tilt,
+                           T weight_y, T mass) {
   const T zero = Numbers<T>::of(0.0f);
   const T below = choose(others.d == zero, zero, scores.max - others.m);
   const T below_y = choose(weight_y == zero, zero, weight_y * (scores.max - x_y));
-  return (below * weight_rest - spread) + below_y + (weight_y + weight_rest) * scores.log_sum;
+  return (below * mass - tilt) + below_y + (weight_y + mass) * scores.log_total;
 }
 
 }  // namespace emp_fast

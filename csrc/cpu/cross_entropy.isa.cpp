@@ -31,7 +31,7 @@ struct GroupTarget {
 // The reduced sums of one row or one group of rows.
 struct Accumulated {
   SoftmaxSums<Floats> sums;
-  Floats spread;                               // sum_{j != y} w_j (x_j - m), for label smoothing
+  Floats tilt;                                 // sum_{j != y} w_j (x_j - m), for label smoothing
   Floats raw_max = broadcast(kMinusInfinity);  // max_{j != y} before the softcap, if there is one
 };
 
@@ -101,7 +101,7 @@ EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t fi
       const Mask is_y = y == broadcast(static_cast<int32_t>(c));
       const Floats diff = choose(is_y, broadcast(0.0f), load(block + c * kLanes) - result.sums.m);
       const Floats weight = broadcast(problem.weight ? problem.weight[c] : 1.0f);
-      result.spread = result.spread + weighted(weight, diff);
+      result.tilt = result.tilt + weighted(weight, diff);
     }
   }
   return {result, raw_y};
@@ -162,7 +162,7 @@ struct Block {
   }
 
   // sum_{j != y} w_j (x_j - max)
-  EMP_FAST_INLINE Floats spread(Floats max, const float* weight) const {
+  EMP_FAST_INLINE Floats tilt(Floats max, const float* weight) const {
     Floats sum = broadcast(0.0f);
     for_each_vector(max.v[0], [&](int64_t i, Floats x) {
       const int64_t count = std::min<int64_t>(kLanes, size - i);
@@ -191,9 +191,9 @@ EMP_FAST_INLINE void accumulate_block(Accumulated& result, const Block<Rows>& bl
     if (weight_before != 0) {
       const Floats once = choose(lane_numbers() == broadcast(0), broadcast(1.0f), broadcast(0.0f));
       const Floats before = once * broadcast(static_cast<float>(weight_before));
-      result.spread = result.spread + weighted(before, sums.m - max);
+      result.tilt = result.tilt + weighted(before, sums.m - max);
     }
-    result.spread = result.spread + block.spread(max, weight);
+    result.tilt = result.tilt + block.tilt(max, weight);
   }
   raise(sums, max);
   const SoftmaxSums<Floats> here = block.sums(max, ahead);
@@ -246,7 +246,7 @@ EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Ro
 // The sums of each row of a group before the reduction over lanes; `reduce` gives one row per lane.
 template <bool kCapped>
 struct GroupSums {
-  Floats m[kLanes], d[kLanes], s[kLanes], q[kLanes], spread[kLanes];
+  Floats m[kLanes], d[kLanes], s[kLanes], q[kLanes], tilt[kLanes];
   Floats raw_max[kCapped ? kLanes : 1];
 
   EMP_FAST_INLINE void put(int64_t i, const Accumulated& row) {
@@ -254,7 +254,7 @@ struct GroupSums {
     d[i] = row.sums.d;
     s[i] = row.sums.s;
     q[i] = row.sums.q;
-    spread[i] = row.spread;
+    tilt[i] = row.tilt;
     if constexpr (kCapped) raw_max[i] = row.raw_max;
   }
   EMP_FAST_INLINE Accumulated reduce() {
@@ -263,7 +263,7 @@ struct GroupSums {
     group.sums.d = reduce_rows(d, Add{});
     group.sums.s = reduce_rows(s, Add{});
     group.sums.q = reduce_rows(q, Add{});
-    group.spread = reduce_rows(spread, Add{});
+    group.tilt = reduce_rows(tilt, Add{});
     if constexpr (kCapped) group.raw_max = reduce_rows(raw_max, Larger{});
     return group;
   }
@@ -388,7 +388,7 @@ int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t beg
         if (!problem.weight) target.weight[i] = 1.0f;
         rest[i] = static_cast<float>(problem.weight_sum - target.weight[i]);
       }
-      const Floats uniform = uniform_loss(group.sums, logits.capped(raw_y), scores, group.spread,
+      const Floats uniform = uniform_loss(group.sums, logits.capped(raw_y), scores, group.tilt,
                                           load(target.weight), load(rest));
       const float share = problem.label_smoothing / static_cast<float>(problem.classes);
       const Floats sharp = weighted(broadcast(1.0f - problem.label_smoothing), loss);
@@ -498,7 +498,7 @@ int64_t score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t
       const typename Rows::Element* row = logits.row(first + i);
       const float* t_row = problem.soft_target + (first + i) * problem.classes;
       const Floats max = broadcast(scores.max.v[i]);
-      const Floats log_sum = broadcast(scores.log_sum.v[i]);
+      const Floats log_total = broadcast(scores.log_total.v[i]);
       const Floats inv_sum = broadcast(scores.inv_sum.v[i]);
       const float off_y = (1.0f - t_row[target.id[i]]) - scores.miss.v[i];
       for (int64_t start = 0; start < problem.classes; start += kBlock) {
@@ -514,7 +514,7 @@ int64_t score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t
           const Ints lane = lane_numbers() + broadcast(static_cast<int32_t>(j));
           const Mask absent = broadcast(static_cast<int32_t>(problem.classes - 1)) < lane;
           const Floats share = choose(absent, zero, effective_target(problem, t, weight, size));
-          loss = loss + weighted(share, (max - x) + log_sum);
+          loss = loss + weighted(share, (max - x) + log_total);
           const Floats off = choose(lane == broadcast(target.id[i]), broadcast(off_y), p - t);
           distance = fused(off, off, distance);
         }

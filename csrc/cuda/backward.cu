@@ -15,7 +15,7 @@ constexpr int64_t kScaleBlocks = 4096;  // a few waves on any device
 constexpr int kScaleVectors = 4;        // in flight per thread
 
 // What a row's gradient is computed from: 16 bytes of shared memory, read in one access. With label
-// smoothing, `spread` is needed as well; it lies in an array behind those of all `held` rows of the
+// smoothing, `even` is needed as well; it lies in an array behind those of all `held` rows of the
 // tile.
 template <bool kSmooth>
 struct FlatRow {
@@ -23,7 +23,7 @@ struct FlatRow {
   float slope;      // g inv_sum
   float at_target;  // the gradient at the target
   int target;       // kIgnored: the gradient is 0
-  float spread;     // as in GradientRow; read only if kSmooth
+  float even;       // as in GradientRow; read only if kSmooth
 
   static constexpr int kIgnored = -2147483647 - 1;  // as an unsigned offset it is in no vector
 
@@ -37,7 +37,7 @@ struct FlatRow {
     if constexpr (kSmooth) {
       const float confidence = __ldg(a.fields + kConfidence * a.rows + row);
       const auto r = GradientRow::of(a, target, g, max, inv_sum, confidence, miss);
-      return {max, r.slope, r.at_target, column, r.spread};
+      return {max, r.slope, r.at_target, column, r.even};
     }
     const float weight = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
     return {max, g * weight * inv_sum, -(g * (weight * miss)), column, 0.0f};
@@ -46,27 +46,26 @@ struct FlatRow {
   __device__ __forceinline__ void put(uint4* rows, int held, int r) const {
     rows[r] = {__float_as_uint(max), __float_as_uint(slope), __float_as_uint(at_target),
                static_cast<uint32_t>(target)};
-    if (kSmooth) reinterpret_cast<float*>(rows + held)[r] = spread;
+    if (kSmooth) reinterpret_cast<float*>(rows + held)[r] = even;
   }
 
   // Clamps r to the last row of the tile.
   __device__ __forceinline__ static FlatRow get(const uint4* rows, int held, int r) {
     r = min(r, held - 1);
     const uint4 raw = rows[r];
-    const float spread = kSmooth ? reinterpret_cast<const float*>(rows + held)[r] : 0.0f;
+    const float even = kSmooth ? reinterpret_cast<const float*>(rows + held)[r] : 0.0f;
     return {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
-            static_cast<int>(raw.w), spread};
+            static_cast<int>(raw.w), even};
   }
 
   // The gradient of a logit that is not the target's.
   __device__ __forceinline__ float off_target(float x) const {
-    return off_target(x, max, slope, spread);
+    return off_target(x, max, slope, even);
   }
 
-  __device__ __forceinline__ static float off_target(float x, float max, float slope,
-                                                     float spread) {
+  __device__ __forceinline__ static float off_target(float x, float max, float slope, float even) {
     const float e = exp_flushed(x - max);
-    return kSmooth ? fmaf(slope, e, -spread) : slope * e;
+    return kSmooth ? fmaf(slope, e, -even) : slope * e;
   }
 
   __device__ __forceinline__ bool ignored() const { return target == kIgnored; }
@@ -112,7 +111,7 @@ __device__ __forceinline__ void flat_vector(const uint4* rows, int held, int r, 
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
     x[e] = Row::off_target(x[e], e < here ? row.max : next.max, e < here ? row.slope : next.slope,
-                           e < here ? row.spread : next.spread);
+                           e < here ? row.even : next.even);
   }
   const unsigned next_at = static_cast<unsigned>(here) + static_cast<unsigned>(next.target);
   if (at < kCount || next_at < kCount) {

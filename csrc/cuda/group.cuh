@@ -79,8 +79,8 @@ struct Group {
 // A row's sums, with those that label smoothing adds.
 struct RowSums {
   SoftmaxSums<float> sums;  // over the columns that are not the target
-  float spread;             // sum w_j (x_j - sums.m) over them
-  float weight;             // sum w_j over them
+  float tilt;               // sum w_j (x_j - sums.m) over them
+  float mass;               // sum w_j over them
 
   __device__ __forceinline__ static RowSums empty() {
     return {SoftmaxSums<float>::empty(), 0.0f, 0.0f};
@@ -88,7 +88,7 @@ struct RowSums {
 
   // Rescales everything to the maximum `max`, which is at least sums.m, or NaN.
   __device__ __forceinline__ void raise_to(float max) {
-    if (weight != 0.0f) spread = fmaf(weight, sums.m - max, spread);
+    if (mass != 0.0f) tilt = fmaf(mass, sums.m - max, tilt);
     raise(sums, max);
   }
 
@@ -100,27 +100,27 @@ struct RowSums {
     sums.d += part.sums.d;
     sums.s += part.sums.s;
     sums.q += part.sums.q;
-    spread += part.spread;
-    weight += part.weight;
+    tilt += part.tilt;
+    mass += part.mass;
   }
 
   // Reduces over the group, relative to the group's maximum. kSmoothed: there may be label
-  // smoothing. Otherwise spread and weight are left alone.
+  // smoothing. Otherwise tilt and mass are left alone.
   template <int kLanes, bool kSmoothed = true>
   __device__ __forceinline__ void reduce() {
     raise_to(Group<kLanes>::reduce(sums.m, Max{}));
     float values[kSmoothed ? 5 : 3] = {sums.d, sums.s, sums.q};
     if constexpr (kSmoothed) {
-      values[3] = spread;
-      values[4] = weight;
+      values[3] = tilt;
+      values[4] = mass;
     }
     Group<kLanes>::reduce(values, Add{});
     sums.d = values[0];
     sums.s = values[1];
     sums.q = values[2];
     if constexpr (kSmoothed) {
-      spread = values[3];
-      weight = values[4];
+      tilt = values[3];
+      mass = values[4];
     }
   }
 
@@ -139,8 +139,8 @@ struct RowSums {
       sums.s += __shfl_xor_sync(kFullWarp, sums.s, offset);
       sums.q += __shfl_xor_sync(kFullWarp, sums.q, offset);
       if constexpr (kSmoothed) {
-        spread += __shfl_xor_sync(kFullWarp, spread, offset);
-        weight += __shfl_xor_sync(kFullWarp, weight, offset);
+        tilt += __shfl_xor_sync(kFullWarp, tilt, offset);
+        mass += __shfl_xor_sync(kFullWarp, mass, offset);
       }
     }
   }

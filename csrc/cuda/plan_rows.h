@@ -187,7 +187,7 @@ constexpr int kMinPartVectors = 2048;  // 32 KiB: smaller parts cost more to mer
 // Rows of fewer bytes are never split: whatever their alignment, they touch too few vectors.
 constexpr int64_t kSplitBytes = int64_t{2 * kMinPartVectors - 2} * kVectorBytes;
 constexpr int kMaxParts = 64;
-constexpr int kPartialFloats = 6;  // m, d, s, q, spread, weight
+constexpr int kPartialFloats = 6;  // m, d, s, q, tilt, mass
 
 // The instances of rows_in_registers by lanes per row. Each thread holds kRegisterVectors vectors.
 constexpr int kRegisterLanes[] = {8, 32, 64, 256};

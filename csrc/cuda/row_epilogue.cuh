@@ -69,7 +69,7 @@ __device__ __forceinline__ RowResult finish_row(const RowArgs& a, const RowSums&
   const float weight = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
   float loss = a.weight == nullptr ? scores.nll : weight * scores.nll;
   if (kSmoothed && a.smoothing > 0.0f) {
-    const float every = uniform_loss(row.sums, x_y, scores, row.spread, weight, row.weight);
+    const float every = uniform_loss(row.sums, x_y, scores, row.tilt, weight, row.mass);
     loss = (1.0f - a.smoothing) * loss + a.smoothing * (every / static_cast<float>(a.classes));
   }
   return complete(scores, loss, scores.el2n, target);
@@ -87,12 +87,12 @@ __device__ __forceinline__ void write_row(const RowArgs& a, int64_t row, const R
 
 // ---- gradient ----
 
-// d (g loss) / d x_j = g (scale p_j - spread w_j) off the target, with p_j = exp(x_j - max)
+// d (g loss) / d x_j = g (scale p_j - even w_j) off the target, with p_j = exp(x_j - max)
 // inv_sum.
 struct GradientRow {
   float max;
   float slope;      // g inv_sum, times the total weight of the row's target
-  float spread;     // g smoothing / classes; times w_j with class weights
+  float even;       // g smoothing / classes; times w_j with class weights
   float at_target;  // the value at the target, from `miss`: p_y - 1 would cancel
   int target;
   bool valid;
@@ -117,7 +117,7 @@ struct GradientRow {
     GradientRow r;
     r.max = max;
     r.slope = g * (sharp + total) * inv_sum;
-    r.spread = g * share;
+    r.even = g * share;
     r.at_target = g * ((smooth ? total * confidence - share * w_y : 0.0f) - sharp * miss);
     r.target = target.column;
     r.valid = target.valid;
@@ -144,10 +144,10 @@ struct GradientRow {
     const bool weighted = kWeighted && a.weight != nullptr && a.smoothing > 0.0f;
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      float off = spread;
+      float off = even;
       if (weighted) {
         const int j = column + e;
-        off = j >= 0 && j < a.classes ? spread * __ldg(a.weight + j) : 0.0f;
+        off = j >= 0 && j < a.classes ? even * __ldg(a.weight + j) : 0.0f;
       }
       x[e] = fmaf(slope, exp_flushed(x[e] - max), -off);
     }
@@ -167,7 +167,7 @@ struct GradientRow {
     } else {
 #pragma unroll
       for (int e = 0; e < kCount; ++e) {
-        x[e] = valid ? fmaf(slope, exp_flushed(x[e] - max), -spread) : 0.0f;
+        x[e] = valid ? fmaf(slope, exp_flushed(x[e] - max), -even) : 0.0f;
       }
     }
   }

@@ -29,8 +29,8 @@ __device__ __forceinline__ void absorb_vector(const RowArgs& a, const uint4& raw
     for (int e = 0; e < kCount; ++e) {
       if (!window.holds(column + e) || column + e == target) continue;
       const float w = a.weight == nullptr ? 1.0f : __ldg(a.weight + column + e);
-      if (w != 0.0f) row.spread = fmaf(w, x[e] - max, row.spread);
-      row.weight += w;
+      if (w != 0.0f) row.tilt = fmaf(w, x[e] - max, row.tilt);
+      row.mass += w;
     }
   }
 }

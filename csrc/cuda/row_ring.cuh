@@ -232,7 +232,7 @@ struct alignas(kSumBytes) SharedSums {
   __device__ __forceinline__ static SharedSums of(const RowSums& r) {
     return {{__float_as_uint(r.sums.m), __float_as_uint(r.sums.d), __float_as_uint(r.sums.s),
              __float_as_uint(r.sums.q)},
-            {__float_as_uint(r.spread), __float_as_uint(r.weight)}};
+            {__float_as_uint(r.tilt), __float_as_uint(r.mass)}};
   }
 
   // kSmoothed: `smoothing` was sent as well.
@@ -242,8 +242,8 @@ struct alignas(kSumBytes) SharedSums {
     r.sums = {__uint_as_float(sums.x), __uint_as_float(sums.y), __uint_as_float(sums.z),
               __uint_as_float(sums.w)};
     if constexpr (kSmoothed) {
-      r.spread = __uint_as_float(smoothing.x);
-      r.weight = __uint_as_float(smoothing.y);
+      r.tilt = __uint_as_float(smoothing.x);
+      r.mass = __uint_as_float(smoothing.y);
     }
     return r;
   }

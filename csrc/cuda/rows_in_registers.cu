@@ -91,12 +91,12 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
           if (window.holds(column + e) && column + e != target.column) {
-            sums.spread += x[e] - sums.sums.m;
+            sums.tilt += x[e] - sums.sums.m;
           }
         }
       }
-      sums.spread = G::reduce(sums.spread, Add{});
-      sums.weight = static_cast<float>(a.classes - 1);
+      sums.tilt = G::reduce(sums.tilt, Add{});
+      sums.mass = static_cast<float>(a.classes - 1);
     }
 
     if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the rest is for the first warp

@@ -150,20 +150,20 @@ struct Walk {
 struct KeptRow {
   int64_t row;  // -1: none
   int column;   // of the target; -1: ignored, -2: neither a class nor ignored
-  float x_y, spread;
+  float x_y, tilt;
   SoftmaxSums<float> sums;
 
   __device__ __forceinline__ static KeptRow of(int64_t row, const Target& target, float x_y,
                                                const RowSums& sums) {
     const int column = target.bad ? -2 : target.valid ? target.column : -1;
-    return {row, column, x_y, sums.spread, sums.sums};
+    return {row, column, x_y, sums.tilt, sums.sums};
   }
 
   // Writes the scores.
   __device__ __forceinline__ void conclude(const RowArgs& a) const {
     const Target target{max(column, 0), column != -1, column == -2};
-    const float weight = a.smoothing > 0.0f ? static_cast<float>(a.classes - 1) : 0.0f;
-    const RowResult result = finish_row(a, {sums, spread, weight}, x_y, target);
+    const float mass = a.smoothing > 0.0f ? static_cast<float>(a.classes - 1) : 0.0f;
+    const RowResult result = finish_row(a, {sums, tilt, mass}, x_y, target);
     write_scores<1>(a, row, row >= 0, result);
   }
 };
@@ -312,10 +312,10 @@ __global__ void __launch_bounds__(kSharedRowThreads,
       if (a.smoothing > 0.0f) {
 #pragma unroll 1
         for (int j = lane % kLanes; j < a.classes; j += kLanes) {
-          if (j != target.column) sums.spread += to_float(x[j]) - sums.sums.m;
+          if (j != target.column) sums.tilt += to_float(x[j]) - sums.sums.m;
         }
-        sums.spread = G::warp_reduce(sums.spread, Add{});
-        sums.weight = static_cast<float>(a.classes - 1);
+        sums.tilt = G::warp_reduce(sums.tilt, Add{});
+        sums.mass = static_cast<float>(a.classes - 1);
       }
 
       if constexpr (kStep) {

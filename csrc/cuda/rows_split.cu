@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kLoopedThreads)
   out[1] = sums.sums.d;
   out[2] = sums.sums.s;
   out[3] = sums.sums.q;
-  out[4] = sums.spread;
-  out[5] = sums.weight;
+  out[4] = sums.tilt;
+  out[5] = sums.mass;
 }
 
 // kStep: with the part of the batch's step that a.step names. Otherwise scores alone.

@@ -120,13 +120,13 @@ class ReferenceBackend(Backend):
             valid, _, y_flat = _class_ids(target, num_classes, options.ignore_index)
             y = y_flat[:, None]
             share = options.label_smoothing / num_classes
-            spread = torch.full_like(p[:1], share) if weight is None else share * weight[None]
+            even = torch.full_like(p[:1], share) if weight is None else share * weight[None]
             sharp = 1 - options.label_smoothing
             a = sharp if weight is None else sharp * weight[y]
-            total = spread.sum(1, keepdim=True)
-            grad = (a + total) * p - spread
+            total = even.sum(1, keepdim=True)
+            grad = (a + total) * p - even
             at_target = (
-                total * p.gather(1, y) - spread.expand_as(p).gather(1, y) - a * _miss(p, y, fields)
+                total * p.gather(1, y) - even.expand_as(p).gather(1, y) - a * _miss(p, y, fields)
             )
         grad = grad.scatter(1, y, at_target) * grad_loss[:, None]
         if options.softcap > 0:

@@ -141,8 +141,8 @@ def _row(
 
     grad = math.fsum(mass) * p - mass
     if not np.ndim(target):
-        spread = label_smoothing / num_classes * w
-        grad = (1 - label_smoothing) * w[y] * off + math.fsum(spread) * p - spread
+        even = label_smoothing / num_classes * w
+        grad = (1 - label_smoothing) * w[y] * off + math.fsum(even) * p - even
     if softcap is not None:
         grad = grad * (1 - np.tanh(raw / softcap) ** 2)
     return _Row(scores, grad)
