@@ -1,4 +1,5 @@
-# Each of these sets up what it needs: a virtual environment in .venv, dependencies, the native build.
+# `make help` lists the targets. Those that run something set up what they need in .venv: dependencies and
+# the native build. gpu-check alone uses what the machine has.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs

@@ -1,4 +1,4 @@
-// The Python bindings of the native code. They take pointers, sizes and a stream, allocate nothing
+// The Python bindings of the native code. They take pointers, sizes and a stream, allocate no tensors
 // and do not use libtorch.
 #include "cpu/bindings.h"
 

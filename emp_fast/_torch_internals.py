@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-def _inner(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+def _torch_or(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     """What torch has under ``name``, else ``otherwise``."""
     try:
         found: Callable[..., Any] = operator.attrgetter(name)(torch)
@@ -36,29 +36,29 @@ def _inner(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
-def _perhaps() -> bool:
+def _assume_active() -> bool:
     """The fallback if torch cannot tell: assume it is active, which is always safe."""
     return True
 
 
 #: The index of the current CUDA device. It does not start CUDA: callers already hold a CUDA tensor.
-current_device = _inner("_C._cuda_getDevice", torch.cuda.current_device)
+current_device = _torch_or("_C._cuda_getDevice", torch.cuda.current_device)
 #: The handle of the current stream of the CUDA device of that index.
-current_stream = _inner(
+current_stream = _torch_or(
     "_C._cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
 #: True where torch.jit traces.
-tracing_state = _inner("_C._get_tracing_state", _inner("jit.is_tracing", _perhaps))
+tracing_state = _torch_or("_C._get_tracing_state", _torch_or("jit.is_tracing", _assume_active))
 #: Above 0 within a TorchDispatchMode.
-count_dispatch_modes = _inner("_C._len_torch_dispatch_stack", _perhaps)
+count_dispatch_modes = _torch_or("_C._len_torch_dispatch_stack", _assume_active)
 #: True within a transform of torch.func.
-innermost_transform = _inner("_C._functorch.peek_interpreter_stack", _perhaps)
+innermost_transform = _torch_or("_C._functorch.peek_interpreter_stack", _assume_active)
 #: True of the gradients that autograd passes backwards under ``is_grads_batched``.
-is_batched_gradient = _inner("_C._functorch.is_legacy_batchedtensor", lambda _: True)
+is_batched_gradient = _torch_or("_C._functorch.is_legacy_batchedtensor", lambda _: True)
 #: The tensor inside one that a transform of torch.func has left behind, else the tensor itself.
-unwrap_if_dead = _inner("_C._functorch.unwrap_if_dead", lambda tensor: tensor)
+unwrap_if_dead = _torch_or("_C._functorch.unwrap_if_dead", lambda tensor: tensor)
 #: True while a profiler records.
-is_profiled = _inner("_C._autograd._profiler_enabled", _perhaps)
+is_profiled = _torch_or("_C._autograd._profiler_enabled", _assume_active)
 
 
 def forward_level() -> int:

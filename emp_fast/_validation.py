@@ -32,11 +32,6 @@ def is_plain_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_plain_real(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a Python int or float and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def checked_device(device: torch.device | str | None) -> torch.device:
     """The device, after checking that tensors can be made on it; None is the CPU.
 

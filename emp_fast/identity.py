@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emp_fast._validation import is_plain_int, is_plain_real, plain_number
+from emp_fast._validation import is_plain_int, is_real, plain_number
 
 __all__ = ["Identified"]
 
@@ -55,7 +55,7 @@ class Identified:
         """
         value = getattr(self, name)
         number = plain_number(value)
-        is_number = is_plain_int(number) if whole else is_plain_real(number)
+        is_number = is_plain_int(number) if whole else is_real(number)
         if not (is_number and fits(number)):
             raise ValueError(f"{name} must {wanted}, got {value!r}")
         if isinstance(number, int) and not whole:

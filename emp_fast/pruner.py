@@ -46,8 +46,8 @@ class Pruner:
                 loss.backward(); ...
 
     Every epoch trains on exactly ``round((1 - prune_rate) * N)`` samples, unless the policy fixes
-    its own number. The selection is made when the epoch's first index is requested, from the scores
-    of all previous epochs.
+    its own number. The selection is made when the loader begins the epoch, from the scores of all
+    previous epochs.
 
     Args:
         num_samples: N, the length of the training set.

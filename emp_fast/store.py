@@ -148,7 +148,7 @@ class ScoreStore:
     ) -> Tensor | None:
         """The mean of ``row_scale * loss`` over the rows that count; updates their samples.
 
-        Does the work of `cross_entropy`, a weighted mean and `update` in one read of the logits.
+        Does the work of `cross_entropy`, a weighted mean and `update` in one pass over the logits.
         Returns None, having done nothing, where that is not possible: the backend does not fuse the
         step, the rule is tensor code or reads more than the float fields of SampleStats, no
         gradient is wanted, the logits are sequences or float16, they are on another device than the

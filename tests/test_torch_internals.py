@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 #: Names under torch that `_torch_internals` looks up, and those that a torch without CUDA lacks.
 ASKED = {
     "_C._get_tracing_state": torch.jit.is_tracing,
-    "_C._len_torch_dispatch_stack": internals._perhaps,
-    "_C._functorch.peek_interpreter_stack": internals._perhaps,
-    "_C._autograd._profiler_enabled": internals._perhaps,
+    "_C._len_torch_dispatch_stack": internals._assume_active,
+    "_C._functorch.peek_interpreter_stack": internals._assume_active,
+    "_C._autograd._profiler_enabled": internals._assume_active,
 }
 
 
@@ -38,11 +38,11 @@ def test_no_other_module_names_them() -> None:
 @pytest.mark.parametrize("name", ASKED)
 def test_this_torch_has_them(name: str) -> None:
     """Else every batch would take the longer way."""
-    assert internals._inner(name, ASKED[name]) is not ASKED[name]
+    assert internals._torch_or(name, ASKED[name]) is not ASKED[name]
 
 
 def test_a_name_that_torch_lacks_is_replaced() -> None:
-    assert internals._inner("_C._no_such_thing", torch.jit.is_tracing) is torch.jit.is_tracing
+    assert internals._torch_or("_C._no_such_thing", torch.jit.is_tracing) is torch.jit.is_tracing
 
 
 class Quiet(TorchDispatchMode):

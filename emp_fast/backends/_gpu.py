@@ -1,13 +1,17 @@
-"""Shared by both GPU backends: which devices they serve, and the outputs that they write."""
+"""Shared by both GPU backends: the devices that they serve and launch on, and their outputs."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from emp_fast._torch_internals import current_device
 from emp_fast.backends.base import ROW_FIELDS, RowScores
 
 _OLDEST = (8, 0)
+_HERE = nullcontext()
 
 
 def why_not_gpu(device: torch.device) -> str | None:
@@ -22,6 +26,13 @@ def why_not_gpu(device: torch.device) -> str | None:
     if capability < _OLDEST:
         return "compute capability {}.{} is below {}.{}".format(*capability, *_OLDEST)
     return None
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one, on which kernels are launched; is nothing if it is that."""
+    if device.type != "cuda" or device.index == current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 def empty_scores(logits: Tensor) -> RowScores:

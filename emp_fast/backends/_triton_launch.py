@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 #: Warps of a program of the kernels that are not planned; what Triton takes by default.
 DEFAULT_WARPS = 4
-
-_HERE = nullcontext()
 
 #: Binaries by kernel, device, argument types, constants and warps: all that a binary depends on.
 _binaries: dict[Any, Any] = {}
@@ -53,13 +50,6 @@ def launch(
     addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
     stream = current_stream(device)
     binary[grid](*addresses, *numbers, *constants, stream=stream)
-
-
-def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of ``tensor`` current: Triton launches on the current device."""
-    if not tensor.is_cuda or tensor.get_device() == current_device():
-        return _HERE
-    return torch.cuda.device(tensor.device)
 
 
 @functools.cache

@@ -31,25 +31,14 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
         return torch.arange(k, dtype=torch.int64, device=scores.device)
     found = bracket.EVERY_KEY
     if n >= plan.SAMPLE_FROM:
-        found = _sampled_bracket(scores, k)
-        marks, above, inside = _mark(scores, found, -1, n // plan.CANDIDATE_SHARE)
-        if not above < k <= above + inside:
-            # The sample missed the k-th score, which happens about once in 16 thousand times.
-            found = bracket.EVERY_KEY
-        else:
-            found = found._replace(above=above)
-            if marks.keys is not None and marks.indices is not None:
-                found = _narrow(marks.keys, found, k)
-                _mark_more(marks, marks.keys, marks.indices, found, k)
-                return _expand(marks, k)
-        # Otherwise many scores are equal, and there are more candidates than were collected: the
-        # scores are read again.
-        del marks  # holds only one bitmap at a time
+        found, selected = _sampled(scores, k)
+        if selected is not None:
+            return _expand(selected, k)
     found = _narrow(scores, found, k)
     marks, marked, ties = _mark(scores, found, n, 0)
     if marked > k:
         last = _last_tie(scores, marks, found.low, ties - (marked - k))
-        del marks
+        del marks  # holds only one bitmap at a time
         marks, _, _ = _mark(scores, found, last, 0)
     return _expand(marks, k)
 
@@ -91,6 +80,27 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
         plan.MARK_WARPS,
     )
     return _expand(_Marks(bits, counts, None, None), k)
+
+
+def _sampled(scores: Tensor, k: int) -> tuple[bracket.Bracket, _Marks | None]:
+    """Selects in one read, given a bracket from a sample.
+
+    Returns:
+        A bracket that holds the k-th score, and the marks of the selected ones. The marks are None
+        if the scores must be read again.
+    """
+    found = _sampled_bracket(scores, k)
+    marks, above, inside = _mark(scores, found, -1, scores.shape[0] // plan.CANDIDATE_SHARE)
+    if not above < k <= above + inside:
+        # The sample missed the k-th score, which happens about once in 16 thousand times.
+        return bracket.EVERY_KEY, None
+    found = found._replace(above=above)
+    if marks.keys is None or marks.indices is None:
+        # Many scores are equal: there are more candidates than were collected.
+        return found, None
+    found = _narrow(marks.keys, found, k)
+    _mark_more(marks, marks.keys, marks.indices, found, k)
+    return found, marks
 
 
 def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:

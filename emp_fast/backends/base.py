@@ -100,6 +100,19 @@ class State(NamedTuple):
     counters: Tensor
 
 
+def variance_of(state: State, recurrence: Recurrence) -> Tensor | None:
+    """The variance that ``recurrence`` moves; None if it moves none.
+
+    Raises:
+        ValueError: it needs one, and the state has none.
+    """
+    if recurrence.kind != "variance":
+        return None
+    if state.variance is None:
+        raise ValueError("state.variance must be a tensor for the variance recurrence, got None")
+    return state.variance
+
+
 class MeanStep(NamedTuple):
     """The results of a training step on S rows of logits, apart from the updated state."""
 
@@ -112,7 +125,8 @@ class Backend(ABC):
     """One implementation of every operation, for the devices that `why_not` accepts."""
 
     name: ClassVar[str]
-    #: Whether `mean_step` reads the logits from memory only once; otherwise it is not used.
+    #: Whether `mean_step` is faster than the calls it stands for; otherwise it is not used. It then
+    #: reads the logits from memory once, as long as a row fits on the chip.
     fuses_step: ClassVar[bool] = False
 
     @abstractmethod

@@ -216,7 +216,7 @@ class CpuBackend(Backend):
         return selected
 
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
-        """Five or six reads of the groups; workspace of 1.4 bytes per score, 20+ per group."""
+        """Six to eight reads of the groups; workspace of 1.4 bytes per score, 20+ per group."""
         native, n, num_groups = self._native, scores.shape[0], group_k.shape[0]
         threads, device = torch.get_num_threads(), scores.device
         selected = torch.empty(int(group_k.sum()), dtype=torch.int64, device=device)

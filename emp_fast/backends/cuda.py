@@ -7,14 +7,13 @@ docs/kernels.md describes the kernels.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emp_fast._torch_internals import current_device, current_stream
-from emp_fast.backends._gpu import empty_gradient, empty_scores, why_not_gpu
+from emp_fast._torch_internals import current_stream
+from emp_fast.backends._gpu import empty_gradient, empty_scores, on_device, why_not_gpu
 from emp_fast.backends.base import (
     SCORE_FIELDS,
     Backend,
@@ -37,8 +36,6 @@ from emp_fast.backends.native import (
 )
 from emp_fast.backends.reference import ReferenceBackend
 from emp_fast.backends.row_kernels import RowKernelsChoice
-
-_HERE = nullcontext()
 
 
 class CudaBackend(RowKernelsChoice, Backend):
@@ -107,7 +104,7 @@ class CudaBackend(RowKernelsChoice, Backend):
     ) -> None:
         """Writes to the addresses of `RowScores`; omits the last fields unless ``for_backward``."""
         device = logits.device
-        with _on(device):
+        with on_device(device):
             workspace = self._workspace(logits)
             self._native.score(
                 self._row_kernels,
@@ -130,7 +127,7 @@ class CudaBackend(RowKernelsChoice, Backend):
     ) -> Tensor:
         """One launch."""
         grad = empty_gradient(logits)
-        with _on(logits.device):
+        with on_device(logits.device):
             weight_sum = _weight_sum(weight, options)
             self._native.backward(
                 *_inputs(logits, target, weight, weight_sum, options),
@@ -155,7 +152,7 @@ class CudaBackend(RowKernelsChoice, Backend):
     ) -> tuple[RowScores, Tensor]:
         """One launch for few rows, two for many or long rows, three if rows are split."""
         outputs, grad, device = empty_scores(logits), empty_gradient(logits), logits.device
-        with _on(device):
+        with on_device(device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
             self._native.step(
                 self._row_kernels,
@@ -192,7 +189,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         mean = logits.new_empty(size=(), dtype=torch.float32)  # the keyword parses faster
         factor = torch.empty_like(mean)
         scores = logits.new_empty(native.mean_step_workspace(logits.shape[0]), dtype=torch.uint8)
-        with _on(device):
+        with on_device(device):
             weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
             native.mean_step(
                 self._row_kernels,
@@ -215,7 +212,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         if not grad.is_contiguous() or grad.data_ptr() % 16:
             super().scale_(grad, grad_mean, factor)
             return
-        with _on(grad.device):
+        with on_device(grad.device):
             self._native.scale(
                 FORMATS[grad.dtype],
                 grad.data_ptr(),
@@ -238,7 +235,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         rows = indices.shape[0]
         if rows >= 2**31 - 1:
             raise ValueError(f"indices must have fewer than {2**31 - 1} entries, got {rows}")
-        with _on(indices.device):
+        with on_device(indices.device):
             self._native.update_state(
                 indices.data_ptr(),
                 signal.data_ptr(),
@@ -257,7 +254,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         selected = torch.empty(k, dtype=torch.int64, device=device)
         if k == 0:
             return selected
-        with _on(device):
+        with on_device(device):
             # The check reads a number back, which is not possible during a capture.
             many = n >= self._native.SAMPLED_FROM
             sampled = many and not torch.cuda.is_current_stream_capturing()
@@ -274,7 +271,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         selected = torch.empty(k, dtype=torch.int64, device=device)
         if k == 0:
             return selected
-        with _on(device):
+        with on_device(device):
             quotas = group_k.to(device)
             size = self._native.topk_workspace(n, k, num_groups, 0)
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -294,7 +291,7 @@ class CudaBackend(RowKernelsChoice, Backend):
     ) -> Tensor:
         """One launch."""
         words = torch.empty(n, dtype=torch.int32, device=device)
-        with _on(words.device):
+        with on_device(words.device):
             self._native.philox(
                 words.data_ptr(),
                 n,
@@ -345,13 +342,6 @@ class CudaBackend(RowKernelsChoice, Backend):
             logits.stride(0),
         )
         return logits.new_empty(size, dtype=torch.uint8) if size else None
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Makes ``device`` the current one; costs nothing if it already is."""
-    if device.index == current_device():
-        return _HERE
-    return torch.cuda.device(device)
 
 
 def _stream(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 import torch  # before the native module, so that both share one OpenMP runtime
 from torch import Tensor
 
-from emp_fast.backends.base import ROW_FIELDS, Recurrence, RecurrenceKind, State
+from emp_fast.backends.base import ROW_FIELDS, Recurrence, RecurrenceKind, State, variance_of
 
 _BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 _ISA_ENVIRONMENT = "EMP_FAST_CPU_ISA"
@@ -79,10 +79,9 @@ def state_arguments(state: State, recurrence: Recurrence) -> tuple[int | float, 
     Raises:
         ValueError: the recurrence needs a variance and the state has none.
     """
-    scores, memory, visits, variance, claims, counters = state
+    scores, memory, visits, _, claims, counters = state
     kind, _, decay, _, *scales = recurrence
-    if kind == "variance" and variance is None:
-        raise ValueError("state.variance must be a tensor for the variance recurrence")
+    variance = variance_of(state, recurrence)
     return (
         scores.data_ptr(),
         memory.data_ptr(),

@@ -20,6 +20,7 @@ from emp_fast.backends.base import (
     Recurrence,
     RowScores,
     State,
+    variance_of,
 )
 from emp_fast.backends.checks import check_target_range
 from emp_fast.backends.winners import find_winners
@@ -160,14 +161,13 @@ class ReferenceBackend(Backend):
         score = recurrence.memory_scale * memory
         if direct is not None:
             score = recurrence.direct_scale * direct[rows] + score
-        if recurrence.kind == "variance":
-            if state.variance is None:
-                raise ValueError("state.variance must be a tensor for the variance recurrence")
-            v = state.variance[samples]
+        held = variance_of(state, recurrence)
+        if held is not None:
+            v = held[samples]
             variance = decay * v + (1 - decay) * (x - m).square()
             variance = torch.where(first, 0.0, variance)
             score = score + recurrence.variance_scale * variance
-            chosen.write(state.variance, variance, v)
+            chosen.write(held, variance, v)
         chosen.write(state.memory, memory, m)
         chosen.write(state.scores, score, state.scores[samples])
         chosen.write(state.visits, visits, n)

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emp_fast.backends._gpu import empty_gradient, empty_scores, why_not_gpu
+from emp_fast.backends._gpu import empty_gradient, empty_scores, on_device, why_not_gpu
 from emp_fast.backends._triton_launch import (
     DEFAULT_WARPS,
     INTERPRETED,
-    device_of,
     launch,
     multiprocessors,
 )
@@ -27,6 +26,7 @@ from emp_fast.backends.base import (
     Recurrence,
     RowScores,
     State,
+    variance_of,
 )
 from emp_fast.backends.checks import check_index_range, check_target_range
 from emp_fast.backends.row_kernels import RowKernelsChoice
@@ -116,7 +116,7 @@ class TritonBackend(RowKernelsChoice, Backend):
         if num_rows == 0:
             return scores
         rows = _Rows(logits, target, weight, options)
-        with device_of(logits):
+        with on_device(logits.device):
             if num_classes <= plan.TILE_CLASSES:
                 self._score_whole(rows, scores, _Wanted())
                 return scores
@@ -144,7 +144,7 @@ class TritonBackend(RowKernelsChoice, Backend):
             return grad
         known = (None, fields, None, None)  # read, not written
         given, wanted = _Rows(logits, target, weight, options), _Wanted(grad, grad_loss)
-        with device_of(logits):
+        with on_device(logits.device):
             if logits.shape[1] <= plan.TILE_CLASSES:
                 _score_tile(given, known, wanted, stats=False)
             else:
@@ -181,7 +181,7 @@ class TritonBackend(RowKernelsChoice, Backend):
         at_once = num_rows <= plan.STEP_UPDATE_ROWS and state.scores.shape[0] > 0
         update = (indices, state, recurrence) if at_once else None
         wanted = _Wanted(grad, row_scale, scale, update)
-        with device_of(logits):
+        with on_device(logits.device):
             if loop is None:
                 self._score_whole(rows, scores, wanted)
             else:
@@ -200,7 +200,7 @@ class TritonBackend(RowKernelsChoice, Backend):
         mean = loss.new_empty(size=())  # the keyword parses faster
         factor = torch.empty_like(mean)
         num_rows = loss.shape[0]
-        with device_of(loss):
+        with on_device(loss.device):
             if num_rows > plan.MEAN_ROWS:
                 (loss, count), row_scale = _sum_losses(loss, count, row_scale), None
             pointers, numbers = (loss, count, row_scale, mean, factor), (loss.shape[0], num_rows)
@@ -216,7 +216,7 @@ class TritonBackend(RowKernelsChoice, Backend):
         align = plan.alignment(n, 0, grad.data_ptr(), itemsize)
         programs = min(plan.ceil_div(n, plan.SCALE_BLOCK), plan.SCALE_PROGRAMS)
         constants = (align, align * itemsize, plan.SCALE_BLOCK)
-        with device_of(grad):
+        with on_device(grad.device):
             pointers = (grad, grad_mean, factor)
             grid = (programs, 1, 1)
             numbers = (n // align,)
@@ -240,18 +240,18 @@ class TritonBackend(RowKernelsChoice, Backend):
         single = num_rows <= plan.ONE_PROGRAM_ROWS
         grid = (1 if single else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
         phases = (state_kernels.BOTH,) if single else (state_kernels.CLAIM, state_kernels.APPLY)
-        with device_of(indices):
+        with on_device(indices.device):
             for phase in phases:
                 constants = (phase.value, plan.UPDATE_BLOCK)
                 kernel = state_kernels.update_state
                 launch(kernel, grid, pointers, numbers, constants, DEFAULT_WARPS)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
-        with device_of(scores):
+        with on_device(scores.device):
             return topk_indices(scores, k)
 
     def grouped_topk_indices(self, scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
-        with device_of(scores):
+        with on_device(scores.device):
             return grouped_topk_indices(scores, groups, group_k)
 
     def philox(
@@ -262,7 +262,7 @@ class TritonBackend(RowKernelsChoice, Backend):
             words = (seed, seed >> 32, epoch, stream)
             numbers = (n, start, *(word & 0xFFFFFFFF for word in words))
             grid = (plan.ceil_div(n, plan.PHILOX_BLOCK), 1, 1)
-            with device_of(bits):
+            with on_device(bits.device):
                 constants = (plan.PHILOX_BLOCK,)
                 launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
         return bits
@@ -472,11 +472,7 @@ def _check_indices(indices: Tensor, state: State) -> None:
 
 
 def _state_pointers(state: State, recurrence: Recurrence) -> tuple[Tensor | None, ...]:
-    if recurrence.kind != "variance":
-        return state._replace(variance=None)
-    if state.variance is None:
-        raise ValueError("state.variance must be a tensor for the variance recurrence")
-    return state
+    return state._replace(variance=variance_of(state, recurrence))
 
 
 def _rule(recurrence: Recurrence) -> tuple[int | float, ...]:

@@ -59,7 +59,7 @@ _scale_ = define(
 
 
 class MeanCrossEntropy(torch.autograd.Function):
-    """Weighted mean loss of a batch, its gradient and the new state from one read of the logits.
+    """Weighted mean loss of a batch, its gradient and the new state in one pass over the logits.
 
     The forward pass computes the gradient. The backward pass scales it by the incoming gradient and
     the factor, usually 1 together, which costs no memory traffic (`scale_`).

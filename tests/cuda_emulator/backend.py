@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -140,7 +140,6 @@ for _name in _OPERATIONS:
 @contextmanager
 def no_gpu_asked(monkeypatch: Any) -> Iterator[None]:
     """The backend's questions to torch.cuda, answered for the emulated device."""
-    monkeypatch.setattr(cuda, "_on", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     yield
