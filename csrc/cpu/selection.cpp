@@ -249,6 +249,81 @@ void raise_ties(uint32_t* keys, uint32_t threshold, int ties) {
   }
 }
 
+// A bracket that holds the k-th highest score, classified.
+struct Found {
+  Bracket bracket;
+  int64_t num_keys;  // in the bracket; unless it is a single key, the pool holds them
+  int64_t wanted;    // how many of them are among the k highest
+
+  bool single() const { return bracket.low == bracket.high; }
+};
+
+Found find_bracket(const float* scores, int64_t n, int64_t k, const Workspace& work, int threads) {
+  Bracket bracket = sampled_bracket(scores, n, k, work.pool);
+  Totals totals = classify(scores, n, bracket, work, threads);
+  int64_t wanted = k - totals.above;
+  if (wanted < 0 || wanted > totals.bracket || !totals.collected) {
+    int64_t rank =
+        std::max<int64_t>(wanted, 1);  // if none is wanted, that of the bracket's highest key
+    if (wanted < 0) {
+      bracket = {bracket.high + 1, kHighestKey};
+      rank = k;
+    } else if (wanted > totals.bracket) {
+      bracket = {kNanKey, bracket.low - 1};
+      rank = wanted - totals.bracket;
+    }
+    bracket = narrow(scores, n, bracket, &rank, work.pool_size, threads);
+    totals = classify(scores, n, bracket, work, threads);
+    wanted = k - totals.above;
+  }
+  return {bracket, totals.bracket, wanted};
+}
+
+// Counts what each tile selects, with the ties of the lowest indices, and finds where that goes.
+void place_tiles(const Found& found, Threshold threshold, const Workspace& work, int threads) {
+  const SelectionKernels& kernels = selection_kernels();
+#pragma omp parallel for num_threads(threads) schedule(dynamic, kGrain)
+  for (int64_t t = 0; t < work.num_tiles; ++t) {
+    Tile& tile = work.tiles[t];
+    KeyCounts counts{0, tile.bracket};
+    if (!found.single()) {
+      counts = kernels.count(work.pool + tile.first_key, tile.bracket, threshold.key);
+    }
+    tile.above += counts.above;
+    tile.ties = counts.ties;
+  }
+  int64_t ties = threshold.ties, selected = 0;
+  for (int64_t t = 0; t < work.num_tiles; ++t) {
+    Tile& tile = work.tiles[t];
+    tile.ties = static_cast<int32_t>(std::min<int64_t>(ties, tile.ties));
+    ties -= tile.ties;
+    tile.first_out = selected;
+    selected += tile.above + tile.ties;
+  }
+}
+
+// Completes the bitmap above the bracket by what is selected inside it, and writes the indices.
+void expand_tiles(const Found& found, Threshold threshold, int64_t n, const Workspace& work,
+                  int threads, int64_t* out) {
+  const SelectionKernels& kernels = selection_kernels();
+#pragma omp parallel for num_threads(threads) schedule(dynamic, kGrain)
+  for (int64_t t = 0; t < work.num_tiles; ++t) {
+    const Tile& tile = work.tiles[t];
+    const int num_words = static_cast<int>((std::min<int64_t>(kTile, n - t * kTile) + 63) / 64);
+    uint64_t* words = work.above + t * kTileWords;
+    const uint64_t* in_bracket = work.bracket + t * kTileWords;
+    if (found.single()) {
+      settle_ties(in_bracket, tile.ties, num_words, words);
+    } else {
+      uint32_t* keys = work.pool + tile.first_key;
+      raise_ties(keys, threshold.key, tile.ties);
+      kernels.settle(in_bracket, keys, threshold.key + 1, num_words, words);
+    }
+    kernels.expand(words, num_words, t * kTile, out + tile.first_out,
+                   out + tile.first_out + tile.above + tile.ties);
+  }
+}
+
 }  // namespace
 
 Threshold find_threshold(const uint32_t* keys, int64_t n, Bracket bracket, int64_t rank,
@@ -290,61 +365,12 @@ void topk(const float* scores, int64_t n, int64_t k, int64_t* out, void* workspa
     return;
   }
 
-  Bracket bracket = sampled_bracket(scores, n, k, work.pool);
-  Totals totals = classify(scores, n, bracket, work, threads);
-  int64_t wanted = k - totals.above;
-  if (wanted < 0 || wanted > totals.bracket || !totals.collected) {
-    int64_t rank =
-        std::max<int64_t>(wanted, 1);  // if none is wanted, that of the bracket's highest key
-    if (wanted < 0) {
-      bracket = {bracket.high + 1, kHighestKey};
-      rank = k;
-    } else if (wanted > totals.bracket) {
-      bracket = {kNanKey, bracket.low - 1};
-      rank = wanted - totals.bracket;
-    }
-    bracket = narrow(scores, n, bracket, &rank, work.pool_size, threads);
-    totals = classify(scores, n, bracket, work, threads);
-    wanted = k - totals.above;
-  }
-
-  const bool single = bracket.low == bracket.high;
-  const Threshold threshold =
-      single ? Threshold{bracket.low, wanted}
-             : find_threshold(work.pool, totals.bracket, bracket, wanted, threads);
-  const SelectionKernels& kernels = selection_kernels();
-#pragma omp parallel for num_threads(threads) schedule(dynamic, kGrain)
-  for (int64_t t = 0; t < work.num_tiles; ++t) {
-    Tile& tile = work.tiles[t];
-    KeyCounts counts{0, tile.bracket};
-    if (!single) counts = kernels.count(work.pool + tile.first_key, tile.bracket, threshold.key);
-    tile.above += counts.above;
-    tile.ties = counts.ties;
-  }
-  int64_t ties = threshold.ties, selected = 0;
-  for (int64_t t = 0; t < work.num_tiles; ++t) {
-    Tile& tile = work.tiles[t];
-    tile.ties = static_cast<int32_t>(std::min<int64_t>(ties, tile.ties));
-    ties -= tile.ties;
-    tile.first_out = selected;
-    selected += tile.above + tile.ties;
-  }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, kGrain)
-  for (int64_t t = 0; t < work.num_tiles; ++t) {
-    const Tile& tile = work.tiles[t];
-    const int num_words = static_cast<int>((std::min<int64_t>(kTile, n - t * kTile) + 63) / 64);
-    uint64_t* words = work.above + t * kTileWords;
-    const uint64_t* in_bracket = work.bracket + t * kTileWords;
-    if (single) {
-      settle_ties(in_bracket, tile.ties, num_words, words);
-    } else {
-      uint32_t* keys = work.pool + tile.first_key;
-      raise_ties(keys, threshold.key, tile.ties);
-      kernels.settle(in_bracket, keys, threshold.key + 1, num_words, words);
-    }
-    kernels.expand(words, num_words, t * kTile, out + tile.first_out,
-                   out + tile.first_out + tile.above + tile.ties);
-  }
+  const Found found = find_bracket(scores, n, k, work, threads);
+  const Threshold threshold = found.single() ? Threshold{found.bracket.low, found.wanted}
+                                             : find_threshold(work.pool, found.num_keys,
+                                                              found.bracket, found.wanted, threads);
+  place_tiles(found, threshold, work, threads);
+  expand_tiles(found, threshold, n, work, threads, out);
 }
 
 }  // namespace emp_fast::cpu
