@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import subprocess
+import sys
 import types
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from serving import require
 from test_functional import assert_stats, incoming
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -274,6 +277,39 @@ def test_the_logits_never_exist(backend: str, monkeypatch: pytest.MonkeyPatch) -
     with _LargestTensor() as whole:
         given.run()
     assert whole.elements == rows * classes  # and would have seen the logits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_process_does_not_grow_by_the_logits(dtype: str) -> None:
+    """Memory that is freed and cannot be reused counts too, unlike in the test above."""
+    require("cpu")
+    script = f"""
+import resource, torch
+from emp_fast.functional import linear_cross_entropy
+
+def step(rows):
+    target = torch.arange(rows)
+    loss = linear_cross_entropy(hidden[:rows], classifier, target, bias=bias).loss.mean()
+    torch.autograd.grad(loss, (hidden, classifier, bias))
+
+def height():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+torch.set_num_threads(2)
+dtype = torch.{dtype}
+hidden = torch.randn(8192, 64, dtype=dtype, requires_grad=True)
+classifier = torch.randn(32000, 64, dtype=dtype, requires_grad=True)
+bias = torch.randn(32000, dtype=dtype, requires_grad=True)
+step(16)
+before = height()
+for _ in range(2):
+    step(8192)
+print((height() - before) / (8192 * 32000 * dtype.itemsize))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 0.5
 
 
 def test_a_gpu_takes_as_many_rows_at_a_time_as_there_are_features_but_2_to_the_27_logits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from emp_fast.ops.gradients import (
     mark_only_loss_differentiable,
     saved_tensors,
 )
+from emp_fast.ops.registry import is_watched
 from emp_fast.ops.scoring import cross_entropy, cross_entropy_backward
 
 
@@ -37,8 +39,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         chunk: int,  # rows of a block
         options: LossOptions,
     ) -> RowTensors:
+        memory = _memory_of_a_block(hidden, classifier, chunk)
         parts = [
-            cross_entropy(_logits(h, classifier, bias), t, weight, options)
+            cross_entropy(_logits(h, classifier, bias, memory), t, weight, options)
             for h, t in _blocks(chunk, hidden, target)
         ]
         loss, fields, correct, count = (_joined(part, -1) for part in zip(*parts, strict=True))
@@ -67,28 +70,37 @@ class LinearCrossEntropy(torch.autograd.Function):
     def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, classifier, bias, target, weight, fields = saved_tensors(ctx)
         want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = []
+        memory = _memory_of_a_block(hidden, classifier, ctx.chunk)
+        # Allocated before what the blocks free again, to leave no gaps in between.
+        grad_hidden = hidden.new_empty(hidden.shape) if want_hidden and memory is not None else None
+        places = repeat(None) if grad_hidden is None else grad_hidden.split(ctx.chunk)
+        parts = []
         # Sums over many blocks are carried in at least float32, whatever the parameters' dtype.
         wide = torch.promote_types(classifier.dtype, torch.float32)
         grad_classifier: Tensor | None = None
         grad_bias: Tensor | None = None
-        for h, t, f, g in _blocks(ctx.chunk, hidden, target, fields.T, grad_loss):
+        blocks = _blocks(ctx.chunk, hidden, target, fields.T, grad_loss)
+        for (h, t, f, g), place in zip(blocks, places, strict=False):
             grad_logits = cross_entropy_backward(
                 g.contiguous(),
-                _logits(h, classifier, bias),
+                _logits(h, classifier, bias, memory),
                 t,
                 weight,
                 f.T.contiguous(),
                 ctx.options,
             )
             if want_hidden:
-                grad_hidden.append(grad_logits @ classifier)
+                parts.append(torch.mm(grad_logits, classifier, out=place))
             if want_classifier:
-                grad_classifier = _added(grad_classifier, grad_logits.T @ h, wide)
+                grad_classifier = _added_product(grad_classifier, grad_logits.T, h, wide)
             if want_bias:
-                grad_bias = _added(grad_bias, grad_logits.sum(0, dtype=wide), wide)
+                part = grad_logits.sum(0, dtype=wide)
+                grad_bias = part if grad_bias is None else grad_bias.add_(part)
+            del grad_logits  # the next block's would be allocated while it is alive
+        if want_hidden and grad_hidden is None:
+            grad_hidden = _joined(parts, 0)
         return (
-            _joined(grad_hidden, 0) if want_hidden else None,
+            grad_hidden if want_hidden else None,
             None if grad_classifier is None else grad_classifier.to(classifier.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
         )
@@ -101,9 +113,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _added(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Adds a part to the sum, in ``dtype``; the first part needs no zeros to be written before."""
-    return part.to(dtype) if total is None else total.add_(part)
+def _added_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Adds ``a @ b`` to the sum, in ``dtype``; the first needs no zeros to be written before."""
+    if total is None:
+        return (a @ b).to(dtype)
+    if a.dtype == dtype and not is_watched(a):
+        return total.addmm_(a, b)
+    return total.add_(a @ b)
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -111,8 +127,26 @@ def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def _logits(hidden: Tensor, classifier: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, classifier, bias)
+def _memory_of_a_block(hidden: Tensor, classifier: Tensor, chunk: int) -> Tensor | None:
+    """Memory that the logits of all blocks share; None if there is one block, or under a transform.
+
+    The heap of glibc, from which host tensors of less than 32 MiB come, often cannot reuse the
+    place of a freed one. A new tensor for each block would let a process grow by all logits.
+    """
+    if hidden.shape[0] <= chunk or is_watched(hidden):  # transforms refuse `out`
+        return None
+    return hidden.new_empty(chunk, classifier.shape[0])
+
+
+def _logits(
+    hidden: Tensor, classifier: Tensor, bias: Tensor | None, memory: Tensor | None
+) -> Tensor:
+    if memory is None:
+        return torch.nn.functional.linear(hidden, classifier, bias)
+    out = memory[: hidden.shape[0]]
+    if bias is None:
+        return torch.mm(hidden, classifier.T, out=out)
+    return torch.addmm(bias, hidden, classifier.T, out=out)
 
 
 def _blocks(chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
