@@ -186,9 +186,10 @@ def checked_target(
     if target.dtype not in INTEGERS:
         raise TypeError(f"target must be integer class ids or probabilities, got {target.dtype}")
     if target.shape != shape[:-1]:
+        hint = "; probabilities must be floating point" if target.shape == shape else ""
         raise ValueError(
             f"target must have shape {tuple(shape[:-1])} to go with logits {tuple(shape)}, "
-            f"got {tuple(target.shape)}"
+            f"got {tuple(target.shape)}{hint}"
         )
     if target.dtype != torch.int64:  # the test costs a tenth of a no-op conversion
         target = target.to(torch.int64)

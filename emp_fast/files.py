@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _READABLE = (".npy", ".parquet")
+_MAGIC = np.lib.format.MAGIC_PREFIX
 
 
 class FileProblem(ValueError):
@@ -51,7 +52,7 @@ def read_vector(path: Path, column: str | None, usual_column: str) -> NDArray[An
         FileProblem: the file cannot be read, is damaged, or holds anything but such a vector.
     """
     if path.suffix not in _READABLE:
-        raise FileProblem(f"scores and labels must be {' or '.join(_READABLE)} files, got {path}")
+        raise FileProblem(f"a file that is read must be {' or '.join(_READABLE)}, got {path}")
     if column is not None and path.suffix != ".parquet":
         raise FileProblem(f"only .parquet files have named columns, got {column!r} for {path}")
     if path.suffix == ".npy":
@@ -171,7 +172,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
 
 
 def _load(path: Path) -> NDArray[Any]:
-    array = _reading(path, lambda: np.load(path, allow_pickle=False))
+    def read() -> Any:
+        with path.open("rb") as file:
+            if not file.read(len(_MAGIC)).startswith((_MAGIC, b"PK")):  # PK: an archive
+                raise ValueError("it does not begin as one")  # NumPy would suspect a pickle
+        return np.load(path, allow_pickle=False)
+
+    array = _reading(path, read)
     if not isinstance(array, np.ndarray):
         array.close()
         raise FileProblem(f"{path} is not a .npy file but an archive of several arrays")

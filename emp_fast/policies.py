@@ -220,7 +220,7 @@ class Stratified(Policy):
 
     Drops the hardest samples, divides the range of the remaining scores into bins of equal width
     and takes the same number of samples from each bin, at random. A bin smaller than its share
-    passes on the remainder.
+    passes on the remainder. With labels, the bins are those of all classes together.
 
     Args:
         bins: number of bins, at least 1 and at most 2^20.

@@ -6,7 +6,8 @@ unless `Progress.set_epoch` names another epoch:
     not begun    at the first epoch, or at the one with which a saved run is to begin
     resumed      at the saved position of an epoch that was saved when it was under way
     untouched    where the iteration in progress began, so that ``next(iter(loader))`` and loaders
-                 that make several iterators cost no epoch
+                 that make several iterators cost no epoch (unless worker processes have fetched
+                 all of it by then)
     under way    at the next epoch
     exhausted    at the next epoch
 

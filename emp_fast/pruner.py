@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, ops
-from emp_fast._validation import checked_int, checked_integers
+from emp_fast._validation import checked_int, checked_integers, require_tensor
 from emp_fast._warnings import warn
 from emp_fast.backends.checks import check_index_range
 from emp_fast.distributed.ranks import ProcessGroup
@@ -65,7 +65,8 @@ class Pruner:
         balance: how labels divide the budget; see `ScoreStore.select`.
 
     Attributes:
-        sampler: for the loader; every iteration over it is the next epoch.
+        sampler: for the loader; every iteration over it is the next epoch, unless nothing of the
+            last one was trained (see `set_epoch`).
         store: the `ScoreStore`, with scores, memory and visits of every sample.
         schedule: how many samples each epoch uses, for trainers; see `emp_fast.schedule.Schedule`.
         progress: where the run stands, for trainers; see `emp_fast.progress.Progress`.
@@ -166,6 +167,7 @@ class Pruner:
             softcap=softcap,
             offsets=offsets,
         )
+        indices = _checked_indices(indices, stats.loss)
         self.store.update(indices, stats, **extra)
         return self.mean_loss(indices, stats)
 
@@ -182,12 +184,7 @@ class Pruner:
         """
         if not isinstance(stats, SampleStats):
             raise TypeError(f"stats must be SampleStats, got {stats!r}")
-        indices = checked_integers("indices", indices)
-        if indices.shape != stats.loss.shape:
-            raise ValueError(
-                f"indices must have shape {tuple(stats.loss.shape)} to go with stats, "
-                f"got {tuple(indices.shape)}"
-            )
+        indices = _checked_indices(indices, stats.loss)
         counted = stats.count.clamp_max(1).sum().clamp_min(1)
         loss = stats.loss
         if self._weighs():
@@ -221,7 +218,7 @@ class Pruner:
         if stats is not None and loss is None:
             given = by_name(stats)
         elif stats is None and loss is not None:
-            given = {"loss": loss}
+            given = {"loss": _one_each("loss", loss, indices)}
             if memory is None and "entropy" in self.store.rule.reads and "entropy" not in extra:
                 raise ValueError(
                     f"memory must be given with loss, got None: {self.store.rule!r} reads a memory "
@@ -233,7 +230,7 @@ class Pruner:
         if memory is not None:
             if "entropy" in extra:
                 raise ValueError("memory and entropy are the same term, got both")
-            given = {**given, "entropy": memory}
+            given = {**given, "entropy": _one_each("memory", memory, indices)}
         self.store.update(indices, given, **extra)
 
     def weights(self, indices: Tensor) -> Tensor:
@@ -484,3 +481,25 @@ def _loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[A
     entropy = torch.where(visited, store.memory, torch.nan)
     loss = (store.scores - recurrence.memory_scale * entropy) / recurrence.direct_scale
     return loss.cpu().numpy(), entropy.cpu().numpy()
+
+
+def _checked_indices(indices: Tensor, loss: Tensor) -> Tensor:
+    """The indices as a tensor, one for each loss."""
+    indices = checked_integers("indices", indices)
+    if indices.shape != loss.shape:
+        raise ValueError(
+            f"indices must have shape {tuple(loss.shape)} to go with stats, "
+            f"got {tuple(indices.shape)}"
+        )
+    return indices
+
+
+def _one_each(name: str, values: Tensor, indices: Tensor) -> Tensor:
+    """The values of the argument ``name``, after checking that there is one for each index."""
+    require_tensor(name, values)
+    if values.shape[:1] != (len(indices),):
+        raise ValueError(
+            f"{name} must have one value for each of {len(indices)} indices, "
+            f"got shape {tuple(values.shape)}"
+        )
+    return values

@@ -365,11 +365,12 @@ class RHO(Rule):
                 "irreducible must be floating point of shape [N], "
                 f"got {irreducible.dtype} {tuple(irreducible.shape)}"
             )
-        bad = ~torch.isfinite(irreducible)
+        bad = ~torch.isfinite(irreducible.float())
         if bool(bad.any()):
             index = int(bad.nonzero()[0])
             raise ValueError(
-                f"irreducible must be finite, got {float(irreducible[index])} for sample {index}"
+                f"irreducible must be finite float32, got {float(irreducible[index])} for sample "
+                f"{index}"
             )
         self.irreducible = irreducible.detach().to("cpu", torch.float32).clone()
         self.decay = decay

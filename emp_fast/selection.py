@@ -81,11 +81,15 @@ class Selection(NamedTuple):
         path = Path(path)
         indices, weights = read_vector(path, None, "index"), None
         if indices.dtype != np.int64 or indices[0] < 0 or (np.diff(indices) <= 0).any():
-            raise FileProblem(f"{path} must hold ascending int64 indices, got {indices!r}")
+            told = f"{len(indices)} of dtype {indices.dtype}, the first of them {indices[0]}"
+            raise FileProblem(f"{path} must hold ascending int64 indices, got {told}")
         if path.suffix == ".parquet" and "weight" in column_names(path):
             weights = read_columns(path, ["weight"])["weight"]
-            if weights.dtype != np.float32 or not np.isfinite(weights).all():
-                raise FileProblem(f"{path} must hold finite float32 weights, got {weights!r}")
+            if weights.dtype != np.float32:
+                raise FileProblem(f"{path} must hold float32 weights, got dtype {weights.dtype}")
+            infinite = weights[~np.isfinite(weights)]
+            if len(infinite):
+                raise FileProblem(f"{path} must hold finite float32 weights, got {infinite[0]}")
         return cls(
             torch.from_numpy(indices.copy()),
             None if weights is None else torch.from_numpy(weights.copy()),

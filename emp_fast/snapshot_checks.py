@@ -61,8 +61,9 @@ def require_state(state: object) -> None:
 def require_entries(where: str, state: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
     """Raises ValueError unless ``state`` has these entries with these values."""
     for name, value in wanted.items():
-        if state.get(name) != value:
-            raise ValueError(f"{where}[{name!r}] must be {value!r}, got {state.get(name)!r}")
+        found = state.get(name)
+        if type(found) is not type(value) or found != value:  # tensors do not compare to a bool
+            raise ValueError(f"{where}[{name!r}] must be {value!r}, got {found!r}")
 
 
 def checked_count(where: str, value: object) -> int:

@@ -437,13 +437,15 @@ def test_select_refuses_files_that_are_not_what_they_are_called(file):
     whole = file.read_bytes()
     for content in (b"", b"not numpy", whole[:100], whole[:-4]):
         file.write_bytes(content)
-        assert "is not a sound .npy file" in refused("select", file, output, "--k", 3)
+        told = refused("select", file, output, "--k", 3)
+        assert "is not a sound .npy file" in told
+        assert "pickle" not in told
     np.save(file, np.array([{}, 1], dtype=object), allow_pickle=True)
     assert "is not a sound .npy file" in refused("select", file, output, "--k", 3)
     with file.open("wb") as archive:
         np.savez(archive, a=np.zeros(3))
     assert "an archive of several arrays" in refused("select", file, output, "--k", 3)
-    for suffix, message in ((".csv", ".npy or .parquet files, got"), ("", "got")):
+    for suffix, message in ((".csv", "must be .npy or .parquet, got"), ("", "got")):
         other = file.with_suffix(suffix) if suffix else file.parent / "scores"
         assert message in refused("select", other, output, "--k", 3)
     folder = file.parent / "folder.npy"

@@ -567,6 +567,7 @@ def test_a_store_loaded_in_mid_epoch_gives_a_state_that_loads():
     ("damage", "message"),
     [
         ({"seed": 1}, r"state\['seed'\] must be 0, got 1"),
+        ({"seed": torch.zeros(2)}, r"state\['seed'\] must be 0, got tensor"),
         ({"policy": "Random()"}, r"state\['policy'\] must be 'TopK\(\)', got 'Random\(\)'"),
         ({"epoch": -1}, "epoch.*got -1"),
         ({"epoch": 2**32}, r"state\['epoch'\] must be below 2\*\*32, got 4294967296"),
@@ -690,6 +691,21 @@ def test_samplers_say_what_they_are_of():
             lambda: Pruner(N).update(torch.tensor([0]), torch.ones(1), memory=torch.ones(1)),
             TypeError,
             "stats must be SampleStats or a mapping",
+        ),
+        (
+            lambda: Pruner(N).update([0, 1], loss=torch.ones(2), memory=torch.ones(3)),
+            ValueError,
+            r"memory must have one value for each of 2 indices, got shape \(3,\)",
+        ),
+        (
+            lambda: Pruner(N).update([0, 1], loss=[1.0, 2.0], memory=torch.ones(2)),
+            TypeError,
+            "^loss must be a torch.Tensor, got list",
+        ),
+        (
+            lambda: Pruner(N).loss(torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), [0]),
+            ValueError,
+            r"indices must have shape \(2,\) to go with stats, got \(1,\)",
         ),
         (
             lambda: Pruner(N).mean_loss(torch.arange(2), torch.ones(2)),

@@ -76,7 +76,7 @@ def test_an_existing_file_is_replaced_on_request_alone(tmp_path, plain):
         (np.array([1, 1, 2]), "ascending int64"),
         (np.array([2, 1]), "ascending int64"),
         (np.array([-1, 2]), "ascending int64"),
-        (np.array([1.0, 2.0]), "ascending int64"),
+        (np.array([1.0, 2.0]), "ascending int64 indices, got 2 of dtype float64"),
         (np.zeros((2, 2), dtype=np.int64), r"vector \[N\]"),
         (np.zeros(0, dtype=np.int64), "is empty"),
     ],
@@ -89,7 +89,7 @@ def test_a_file_of_anything_else_is_refused(tmp_path, array, message):
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     Selection(torch.arange(2), torch.tensor([1.0, torch.nan])).save(tmp_path / "kept.parquet")
-    with pytest.raises(FileProblem, match="finite float32 weights"):
+    with pytest.raises(FileProblem, match="finite float32 weights, got nan"):
         Selection.load(tmp_path / "kept.parquet")
 
 

@@ -478,6 +478,11 @@ ONE = {"loss": torch.ones(1), "entropy": torch.ones(1)}
         (lambda: Loss(-0.1), ValueError, r"decay must lie in \[0, 1\), got -0.1"),
         (lambda: DynUnc(1), ValueError, "window must be an int of at least 2, got 1"),
         (lambda: RHO(torch.tensor([1.0, math.inf])), ValueError, "got inf for sample 1"),
+        (
+            lambda: RHO(torch.tensor([1.0, 1e300], dtype=torch.float64)),
+            ValueError,
+            r"must be finite float32, got 1e\+300 for sample 1",
+        ),
         (lambda: RHO([1.0]), TypeError, "irreducible must be a tensor, got list"),
         (
             lambda: ScoreStore(2).update(torch.tensor([0.0]), ONE),
