@@ -35,7 +35,7 @@ _QUICK_SHAPES = ((128, 10), (33, 1000))
 _SELECTION_SIZES = {"cpu": (50_000, 1_280_000, 20_000_000), "cuda": (10**6, 10**7, 10**8, 10**9)}
 _SELECTION_SHARES = {"cpu": (0.3,), "cuda": (0.1, 0.3, 0.7)}
 #: Rows, features and classes of `linear_cross_entropy`.
-_LINEAR_SHAPES = {"cpu": ((256, 128, 32000),), "cuda": ((8192, 2048, 128256),)}
+_LINEAR_SHAPES = {"cpu": ((256, 128, 32000), (2048, 128, 32000)), "cuda": ((8192, 2048, 128256),)}
 _QUICK_LINEAR = ((16, 8, 100),)
 _UPDATE_ROWS = (128, 1024, 16384)
 
