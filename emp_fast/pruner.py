@@ -12,7 +12,7 @@ from emp_fast import functional, ops
 from emp_fast._validation import checked_int, checked_integers, require_tensor
 from emp_fast._warnings import warn
 from emp_fast.backends.checks import check_index_range
-from emp_fast.distributed.ranks import ProcessGroup
+from emp_fast.distributed.ranks import ProcessGroup, require_group
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK, require_policy
 from emp_fast.progress import Progress, SavedProgress
@@ -95,6 +95,7 @@ class Pruner:
         self.store = ScoreStore(num_samples, rule, device=device)
         require_policy(policy)
         require_balance(balance)
+        require_group(process_group)
         seed = checked_int("seed", seed)
         self.schedule = Schedule(
             self.store.num_samples,

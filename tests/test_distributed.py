@@ -288,6 +288,8 @@ def merge_within_a_group_of_its_own(rank: int, size: int) -> None:
     sampler = pruner.distributed_sampler()
     assert (sampler.rank, sampler.num_replicas) == (members.index(rank), len(members))
     assert len(list(sampler)) == -(-502 // len(members))
+    with pytest.raises(TypeError, match=r"process_group must be a .*ProcessGroup or None, got 'x'"):
+        emp_fast.ScoreStore(N).merge("x")
     other = groups[1 - rank % 2]
     with pytest.raises(ValueError, match="process_group must contain this process"):
         store.merge(other)

@@ -678,6 +678,7 @@ def test_samplers_say_what_they_are_of():
         (lambda: Pruner(N, None), ValueError, "got None: a float, or a function of the epoch"),
         (lambda: Pruner(N, epochs=0), ValueError, "epochs must be at least 1, got 0"),
         (lambda: Pruner(N, balance="even"), ValueError, "balance must be.*got 'even'"),
+        (lambda: Pruner(N, process_group="x"), TypeError, "process_group must be a.*got 'x'"),
         (lambda: Pruner(N, device="gpu"), ValueError, "device must be.*got 'gpu'"),
         (lambda: Pruner(N).distributed_sampler(drop_last=1), TypeError, "drop_last.*got 1"),
         (lambda: Pruner(N).load_state_dict(None), TypeError, "state must be.*got None"),

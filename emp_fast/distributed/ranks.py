@@ -31,6 +31,7 @@ __all__ = [
     "ProcessGroup",
     "Ranks",
     "rank_of",
+    "require_group",
     "same_group",
     "together",
     "world_size_of",
@@ -44,6 +45,7 @@ def world_size_of(process_group: ProcessGroup | None = None) -> int:
     """Size of the group (None: the default one); 1 while torch.distributed is not initialised."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
+    require_group(process_group)
     size = dist.get_world_size(process_group)
     if size < 1:
         raise ValueError(
@@ -51,6 +53,18 @@ def world_size_of(process_group: ProcessGroup | None = None) -> int:
             f"group), got {process_group!r}"
         )
     return size
+
+
+def require_group(process_group: object) -> None:
+    """Raises TypeError unless this is a process group, or None for the default one."""
+    if process_group is None or not dist.is_available():
+        return
+    # What torch.distributed.new_group() returns to the processes that are not in the group.
+    outside: object = dist.GroupMember.NON_GROUP_MEMBER
+    if process_group != outside and not isinstance(process_group, ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup or None, got {process_group!r}"
+        )
 
 
 def rank_of(process_group: ProcessGroup | None = None) -> int:
