@@ -33,13 +33,13 @@ class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt, and records the outcome next to the module."""
 
     def build_extension(self, ext: Extension) -> None:
+        cuda = os.environ.get("EMP_FAST_CUDA") or "AUTO"
+        if cuda not in ("0", "1", "AUTO"):
+            raise ValueError(f"EMP_FAST_CUDA must be 0, 1 or unset, got {cuda!r}")
         # A file from an earlier build must not be taken for the result of this one.
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
         module.unlink(missing_ok=True)
-        cuda = os.environ.get("EMP_FAST_CUDA") or "AUTO"
-        if cuda not in ("0", "1", "AUTO"):
-            raise ValueError(f"EMP_FAST_CUDA must be 0 or 1, got {cuda!r}")
         reason, cuda_reason = self._failure(module, cuda), None
         with_cuda = cuda == "AUTO" and self._found_nvcc()
         if reason is not None and with_cuda and self._failure(module, "0") is None:

@@ -1,5 +1,5 @@
-// The Python bindings of the native code. They take pointers, sizes and a stream, allocate no tensors
-// and do not use libtorch.
+// The Python bindings of the native code. They take pointers, sizes and a stream, allocate no
+// tensors and do not use libtorch.
 #include "cpu/bindings.h"
 
 #include <pybind11/pybind11.h>

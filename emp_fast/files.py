@@ -34,6 +34,7 @@ __all__ = [
 
 _READABLE = (".npy", ".parquet")
 _MAGIC = np.lib.format.MAGIC_PREFIX
+_ARCHIVE = (b"PK\x03\x04", b"PK\x05\x06")  # how one begins, and one that is empty
 
 
 class FileProblem(ValueError):
@@ -174,7 +175,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
 def _load(path: Path) -> NDArray[Any]:
     def read() -> Any:
         with path.open("rb") as file:
-            if not file.read(len(_MAGIC)).startswith((_MAGIC, b"PK")):  # PK: an archive
+            if not file.read(len(_MAGIC)).startswith((_MAGIC, *_ARCHIVE)):
                 raise ValueError("it does not begin as one")  # NumPy would suspect a pickle
         return np.load(path, allow_pickle=False)
 

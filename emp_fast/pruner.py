@@ -18,7 +18,7 @@ from emp_fast.policies import Policy, TopK, require_policy
 from emp_fast.progress import Progress, SavedProgress
 from emp_fast.quotas import Balance, require_balance
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import by_name
+from emp_fast.sample_state import by_name, checked_indices
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
@@ -216,6 +216,7 @@ class Pruner:
             TypeError: as `ScoreStore.update`.
             IndexError: as `ScoreStore.update`.
         """
+        indices = checked_indices(indices)
         if stats is not None and loss is None:
             given = by_name(stats)
         elif stats is None and loss is not None:
@@ -498,9 +499,9 @@ def _checked_indices(indices: Tensor, loss: Tensor) -> Tensor:
 def _one_each(name: str, values: Tensor, indices: Tensor) -> Tensor:
     """The values of the argument ``name``, after checking that there is one for each index."""
     require_tensor(name, values)
-    if values.shape[:1] != (len(indices),):
+    if values.shape[:1] != indices.shape:
         raise ValueError(
-            f"{name} must have one value for each of {len(indices)} indices, "
+            f"{name} must have one value for each of {indices.shape[0]} indices, "
             f"got shape {tuple(values.shape)}"
         )
     return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,12 +119,14 @@ def score_dataset(
         shift = _checked_shift(shift_labels, score_batch, options, bare)
         if out is not None and rank_of(process_group) == 0:
             require_writable(out, _WRITABLE, overwrite=overwrite)
+        where = _partial_path(partial, out)
     run = {"num_samples": n, "passes": passes, "scoring": _scoring(score_batch, shift, options)}
     ranks = Ranks.open(process_group, scored_on, "score_dataset", {**run, "rule": repr(rule)})
     tally = Tally(n, scored_on)
+    # The digest is collective, and perhaps not all ranks were given an output.
+    saves = ranks.all_reduce(torch.tensor(int(where is not None), device="cpu"), "max")
     with together(process_group, "score_dataset, the partial result"):
-        where = _partial_path(partial, out)
-        facts = run if where is None else {**run, "model": _digest(bare)}
+        facts = {**run, "model": _digest(bare)} if int(saves) else run
         kept = PartialResults(where, tally, facts, ranks, save_every)
         kept.load()
     tally.merge(ranks)
@@ -134,17 +136,18 @@ def score_dataset(
             return score_batch(bare, moved(batch, scored_on))
         return score_by_logits(bare, batch, scored_on, shift, options)
 
-    with (
-        together(process_group, "score_dataset, scoring"),
-        _bar(progress and ranks.rank == 0) as bar,
-        _eval_mode(bare),
-        kept.saved_at_the_end(),
-    ):
+    with ExitStack() as stack:
+        with together(process_group, "score_dataset, the preparation"):
+            bar = stack.enter_context(_bar(progress and ranks.rank == 0))
+            stack.enter_context(_eval_mode(bare))
+        stack.enter_context(kept.saved_on_failure())
         for number in range(passes):
             with together(process_group, f"score_dataset, pass {number + 1}"):
                 _one_pass(loader, scored, number, ranks, kept, bar)
             # The next pass may share the samples out in another way: it must see all that are done.
             tally.merge(ranks)
+        with together(process_group, "score_dataset, the last partial result"):
+            kept.save()
     _require_complete(tally, passes)
     means = tally.means()
     with together(process_group, "score_dataset, the output"):

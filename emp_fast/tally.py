@@ -222,24 +222,31 @@ class PartialResults:
         if self._own is None or time.monotonic() < self._due:
             return
         began = time.monotonic()
-        self.tally.save(self._own, self._facts)
+        self.save()
         took = time.monotonic() - began
         self._due = time.monotonic() + (
             max(self._every, took / _SAVING_SHARE) if self._every else 0
         )
 
+    def save(self) -> None:
+        """Saves this rank's file.
+
+        Raises:
+            FileProblem: as `Tally.save`.
+        """
+        if self._own is not None:
+            self.tally.save(self._own, self._facts)
+
     @contextmanager
-    def saved_at_the_end(self) -> Iterator[None]:
-        """Saves once more when the block ends, even by an exception."""
+    def saved_on_failure(self) -> Iterator[None]:
+        """Saves if an exception ends the block. Not collective: other ranks may have none."""
         try:
             yield
         except BaseException:
-            if self._own is not None and self.tally.whole:
+            if self.tally.whole:
                 with suppress(Exception):  # the user must see the exception that ended the block
-                    self.tally.save(self._own, self._facts)
+                    self.save()
             raise
-        if self._own is not None:
-            self.tally.save(self._own, self._facts)
 
     def remove(self) -> None:
         """Removes the files that were read or written; the results are complete."""

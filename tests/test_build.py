@@ -253,3 +253,11 @@ def test_a_required_native_build_fails_the_install(environment, sources, tmp_pat
     )
     assert done.returncode != 0
     assert "the native build failed" in done.stdout + done.stderr
+
+
+def test_a_setting_that_means_nothing_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("EMP_FAST_CUDA", "off")
+    build = runpy.run_path(str(ROOT / "setup.py"))["CMakeBuild"]
+    with pytest.raises(ValueError, match="EMP_FAST_CUDA must be 0, 1 or unset, got 'off'"):
+        build.build_extension(build.__new__(build), None)

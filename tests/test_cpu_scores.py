@@ -365,6 +365,7 @@ def test_the_environment_chooses_the_instruction_set(name: str) -> None:
     else:
         assert "EMP_FAST_CPU_ISA: isa must be one of baseline" in done.stdout
         assert "got sse9" in done.stdout
+        assert done.stdout.startswith("None\n")
         assert done.stdout.endswith("False\n")  # nothing that the GPU's backends heed
 
 

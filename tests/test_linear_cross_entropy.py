@@ -284,7 +284,7 @@ def test_a_process_does_not_grow_by_the_logits(dtype: str) -> None:
     """Memory that is freed and cannot be reused counts too, unlike in the test above."""
     require("cpu")
     script = f"""
-import resource, torch
+import torch
 from emp_fast.functional import linear_cross_entropy
 
 def step(rows):
@@ -293,7 +293,9 @@ def step(rows):
     torch.autograd.grad(loss, (hidden, classifier, bias))
 
 def height():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage's ru_maxrss, which begins at the height of the process that started this one.
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 torch.set_num_threads(2)
 dtype = torch.{dtype}
@@ -310,6 +312,41 @@ print((height() - before) / (8192 * 32000 * dtype.itemsize))
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 0.5
+
+
+class _LinearOnly(Tensor):
+    """As quantised weights: a subclass that serves `linear` and little else."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.mm, torch.addmm):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("block", [4, 9])
+def test_a_classifier_of_a_subclass(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", block * 33)
+    given = inputs(Case("linear_subclass", 9, 33), bias=False)
+    classifier = given.classifier.detach()
+    made = []
+    for given.classifier in (classifier, classifier.as_subclass(_LinearOnly)):
+        loss = given.run().loss
+        made.append((loss, *torch.autograd.grad(loss.sum(), given.hidden)))
+    torch.testing.assert_close(*([x.as_subclass(Tensor) for x in pair] for pair in made))
+
+
+@pytest.mark.parametrize("block", [4, 9])
+def test_gradients_of_many_losses_at_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", block * 33)
+    given = inputs(Case("linear_batched", 9, 33))
+    loss = given.run().loss
+    batched = torch.autograd.grad(
+        loss, given.leaves, torch.eye(9), is_grads_batched=True, retain_graph=True
+    )
+    single = [torch.autograd.grad(loss[i], given.leaves, retain_graph=True) for i in range(9)]
+    for got, wanted in zip(batched, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(wanted))
 
 
 def test_a_gpu_takes_as_many_rows_at_a_time_as_there_are_features_but_2_to_the_27_logits() -> None:

@@ -699,6 +699,16 @@ def test_samplers_say_what_they_are_of():
             r"memory must have one value for each of 2 indices, got shape \(3,\)",
         ),
         (
+            lambda: Pruner(N, rule=Loss()).update(3, loss=torch.ones(1)),
+            ValueError,
+            r"indices must have shape \[S\], got \(\)",
+        ),
+        (
+            lambda: Pruner(N, rule=Loss()).update(None, loss=torch.ones(1)),
+            TypeError,
+            "indices must be integers, got",
+        ),
+        (
             lambda: Pruner(N).update([0, 1], loss=[1.0, 2.0], memory=torch.ones(2)),
             TypeError,
             "^loss must be a torch.Tensor, got list",

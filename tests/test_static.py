@@ -639,6 +639,7 @@ def a_sharded_model_goes_on(rank: int, size: int, folder: str):
     options = {"output": Path(folder) / "sharded.npy"}
     model = make_model()
     fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    whole = quiet(model, make_loader())
     calls = 0
 
     def score_batch(model, batch):
@@ -653,7 +654,9 @@ def a_sharded_model_goes_on(rank: int, size: int, folder: str):
         quiet(model, make_loader(), score_batch=score_batch, **options)
     torch.distributed.barrier()
     assert len(list(Path(folder).glob("sharded.npy.partial*"))) == size
-    quiet(model, make_loader(), score_batch=score_batch, **options)
+    rest = quiet(model, make_loader(), score_batch=score_batch, **options)
+    assert calls - 2 == math.ceil((math.ceil(N / 8) - size) / size)
+    assert all(torch.equal(*pair) for pair in zip(whole, rest, strict=True))
 
 
 def a_run_of_ranks_dies(rank: int, size: int, folder: str):
@@ -684,6 +687,11 @@ def an_error_of_one_rank_is_one_of_all(rank: int, size: int, folder: str):
 
     with raised_by(1, Interrupted, RuntimeError, ""):
         quiet(Counting(1 if rank == 1 else None), make_loader())
+    unwilling = make_model()
+    if rank == 1:
+        unwilling.train = None  # which eval() calls
+    with raised_by(1, TypeError, TypeError, "not callable"):
+        quiet(unwilling, make_loader())
     with raised_by(0, TypeError, TypeError, "model must return logits"):
         quiet(make_model() if rank else (lambda x: {}), make_loader())
     with raised_by(1, ValueError, ValueError, "passes must be at least 1"):

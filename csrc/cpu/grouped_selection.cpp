@@ -7,10 +7,10 @@
 // is narrowed by histograms instead. A last read of scores and groups marks the selected scores in
 // a bitmap.
 //
-// Traffic: 8 n bytes of groups read; 12 n of scores and groups read for each batch, of which
-// equal groups take four to six, and once more at the end; 4 n of keys written and read; 8 k written. Workspace: 5 n / 4
-// bytes of keys, n / 8 of bitmap, and per group 12 bytes and 8 per thread. From 32 scores per group
-// on, that is less than 2 n.
+// Traffic: 8 n bytes of groups read; 12 n of scores and groups read for each batch, of which equal
+// groups take four to six, and once more at the end; 4 n of keys written and read; 8 k written.
+// Workspace: 5 n / 4 bytes of keys, n / 8 of bitmap, and per group 12 bytes and 8 per thread. From
+// 32 scores per group on, that is less than 2 n.
 #include <algorithm>
 #include <utility>
 

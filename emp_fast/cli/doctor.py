@@ -151,9 +151,10 @@ def _verified() -> dict[str, dict[str, list[str]]]:
 
 
 def _instruction_set() -> str | None:
-    """The instruction set that the native CPU kernels use here; None without the native module."""
-    native = load_native().module
-    return None if native is None else str(native.isa())
+    """The instruction set that the native CPU kernels use here; None if they cannot be used."""
+    native = load_native()
+    unusable = native.module is None or native.cpu_reason is not None
+    return None if unusable else str(native.module.isa())
 
 
 # ---- tables -------------------------------------------------------------------------------------

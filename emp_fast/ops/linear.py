@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emp_fast.backends.base import LossOptions, RowTensors
 from emp_fast.ops.gradients import (
@@ -16,7 +16,7 @@ from emp_fast.ops.gradients import (
     mark_only_loss_differentiable,
     saved_tensors,
 )
-from emp_fast.ops.registry import is_watched
+from emp_fast.ops.registry import is_traced
 from emp_fast.ops.scoring import cross_entropy, cross_entropy_backward
 
 
@@ -39,7 +39,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         chunk: int,  # rows of a block
         options: LossOptions,
     ) -> RowTensors:
-        memory = _memory_of_a_block(hidden, classifier, chunk)
+        memory = _memory_of_a_block(chunk, hidden, classifier, bias)
         parts = [
             cross_entropy(_logits(h, classifier, bias, memory), t, weight, options)
             for h, t in _blocks(chunk, hidden, target)
@@ -61,7 +61,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden, classifier, bias = saved_tensors(ctx)[:3]
         # The forward pass has made all casts, but backward() may itself run under autocast.
         with torch.no_grad(), without_autocast(hidden.device):
-            grads = LinearCrossEntropy._gradients(ctx, grad_loss.detach())
+            grads = LinearCrossEntropy._gradients(ctx, grad_loss)
         inputs = (grad_loss, hidden, classifier, bias)
         guarded = [None if g is None else forbid_double_backward(g, *inputs) for g in grads]
         return (*guarded, *(None,) * 4)
@@ -70,7 +70,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, classifier, bias, target, weight, fields = saved_tensors(ctx)
         want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
-        memory = _memory_of_a_block(hidden, classifier, ctx.chunk)
+        memory = None
+        if not is_traced(grad_loss):
+            memory = _memory_of_a_block(ctx.chunk, hidden, classifier, bias)
         # Allocated before what the blocks free again, to leave no gaps in between.
         grad_hidden = hidden.new_empty(hidden.shape) if want_hidden and memory is not None else None
         places = repeat(None) if grad_hidden is None else grad_hidden.split(ctx.chunk)
@@ -90,7 +92,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 ctx.options,
             )
             if want_hidden:
-                parts.append(torch.mm(grad_logits, classifier, out=place))
+                if place is None:
+                    parts.append(grad_logits @ classifier)
+                else:
+                    torch.mm(grad_logits, classifier, out=place)
             if want_classifier:
                 grad_classifier = _added_product(grad_classifier, grad_logits.T, h, wide)
             if want_bias:
@@ -117,7 +122,7 @@ def _added_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtyp
     """Adds ``a @ b`` to the sum, in ``dtype``; the first needs no zeros to be written before."""
     if total is None:
         return (a @ b).to(dtype)
-    if a.dtype == dtype and not is_watched(a):
+    if a.dtype == dtype and not is_traced(a):
         return total.addmm_(a, b)
     return total.add_(a @ b)
 
@@ -127,13 +132,17 @@ def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def _memory_of_a_block(hidden: Tensor, classifier: Tensor, chunk: int) -> Tensor | None:
-    """Memory that the logits of all blocks share; None if there is one block, or under a transform.
+def _memory_of_a_block(
+    chunk: int, hidden: Tensor, classifier: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """Memory that the logits of all blocks share; None if there is one block, or it is impossible.
 
     The heap of glibc, from which host tensors of less than 32 MiB come, often cannot reuse the
     place of a freed one. A new tensor for each block would let a process grow by all logits.
     """
-    if hidden.shape[0] <= chunk or is_watched(hidden):  # transforms refuse `out`
+    # Transforms refuse `out`, and so may subclasses, such as quantised weights.
+    plain = {type(classifier), Tensor if bias is None else type(bias)} <= {Tensor, nn.Parameter}
+    if hidden.shape[0] <= chunk or not plain or is_traced(hidden):
         return None
     return hidden.new_empty(chunk, classifier.shape[0])
 
@@ -142,7 +151,7 @@ def _logits(
     hidden: Tensor, classifier: Tensor, bias: Tensor | None, memory: Tensor | None
 ) -> Tensor:
     if memory is None:
-        return torch.nn.functional.linear(hidden, classifier, bias)
+        return nn.functional.linear(hidden, classifier, bias)
     out = memory[: hidden.shape[0]]
     if bias is None:
         return torch.mm(hidden, classifier.T, out=out)
