@@ -32,18 +32,17 @@ from .softmax_stats import (
     EXP_IS_ZERO,
     RowSums,
     exp,
-    fold_target,
     join,
     log2_exp,
     rebase,
     softcap_slope,
-    weighted_difference,
+    weighted,
 )
-from .target import Options, capped, class_ids, class_weights, row_loss
+from .target import Options, capped, class_ids, class_weights, fold_raw_target, row_loss
 from .update_state import Rule, SampleState
 
 #: Statistics in the workspace of split rows: those of `RowSums`.
-PART_FIELDS = tl.constexpr(6)
+PART_FIELDS = tl.constexpr(7)
 
 #: Larger than every class.
 _NO_CLASS = tl.constexpr(0x7FFFFFFF)
@@ -218,16 +217,21 @@ def _sums(weight_ptr, target, walk, shape, options):
     q = tl.zeros([LANES], tl.float32)
     mass = tl.zeros([LANES], tl.float32)
     tilt = tl.zeros([LANES], tl.float32)
+    raw_peak = tl.full([LANES], float("-inf"), tl.float32)
     for i in range(walk.begin, tl.minimum(walk.stop, read_end), shape.SPAN):
         at = i + walk.lanes
         raw = _tile(walk.origin, i, head, read_end, float("-inf"), shape)
         x = capped(raw, options)
         if options.SOFTCAP:
             x = tl.where((at >= head) & (at < read_end), x, float("-inf"))
+            raw_others = tl.where(at == y_at, float("-inf"), raw)
+            raw_peak = tl.maximum(raw_peak, tl.max(tl.max(raw_others, axis=2), axis=0))
         if (y_at >= i) & (y_at < i + shape.SPAN):
             x = tl.where(at == y_at, float("-inf"), x)
         higher = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
-        peak, d, s, q, mass, tilt = rebase(RowSums(peak, d, s, q, mass, tilt), higher)
+        peak, d, s, q, mass, tilt, raw_peak = rebase(
+            RowSums(peak, d, s, q, mass, tilt, raw_peak), higher
+        )
         diff = x - peak[None, :, None]
         e = exp(diff)
         d += _lane_sums(e)
@@ -242,8 +246,8 @@ def _sums(weight_ptr, target, walk, shape, options):
             counts = (at >= head) & (at < end) & (at != y_at)
             c = tl.where(counts, c, 0.0)
             mass += _lane_sums(c)
-            tilt += _lane_sums(weighted_difference(c, diff))
-    return join(RowSums(peak, d, s, q, mass, tilt))
+            tilt += _lane_sums(weighted(c, diff))
+    return join(RowSums(peak, d, s, q, mass, tilt, raw_peak))
 
 
 @triton.jit
@@ -255,6 +259,7 @@ def _store_part(parts_ptr, row, num_rows, sums):
     tl.store(part + 3 * num_rows, sums.q)
     tl.store(part + 4 * num_rows, sums.mass)
     tl.store(part + 5 * num_rows, sums.tilt)
+    tl.store(part + 6 * num_rows, sums.raw)
 
 
 @triton.jit
@@ -268,7 +273,8 @@ def _load_parts(parts_ptr, row, num_rows, parts, PARTS: tl.constexpr):
     q = tl.load(at + 3 * num_rows, mask=here, other=0.0)
     mass = tl.load(at + 4 * num_rows, mask=here, other=0.0)
     tilt = tl.load(at + 5 * num_rows, mask=here, other=0.0)
-    return RowSums(peak, d, s, q, mass, tilt)
+    raw = tl.load(at + 6 * num_rows, mask=here, other=float("-inf"))
+    return RowSums(peak, d, s, q, mass, tilt, raw)
 
 
 @triton.jit
@@ -384,10 +390,9 @@ def _score(
         if PARTIAL:
             _store_part(parts_ptr, row, outputs.num_rows, sums)
         else:
-            x_y = tl.load(inputs.logits + walk.row_start + target.y, mask=valid, other=0.0)
-            x_y = capped(x_y.to(tl.float32), options)
+            raw_y = tl.load(inputs.logits + walk.row_start + target.y, mask=valid, other=0.0)
             c_y = class_weights(target.t_y, target.w_y, walk.num_classes, options)
-            folded = fold_target(x_y, sums)
+            folded = fold_raw_target(raw_y.to(tl.float32), sums, options)
             loss = row_loss(folded, sums.mass, target.w_y, c_y, options)
             largest, inv_sum, miss, el2n = folded.largest, folded.inv_sum, folded.miss, folded.el2n
     else:
@@ -445,7 +450,7 @@ def score_loop(
     variance_ptr,
     claims_ptr,
     counters_ptr,
-    parts_ptr,  # [parts, 6, R] float32, with PARTIAL
+    parts_ptr,  # [parts, 7, R] float32, with PARTIAL
     num_rows: tl.int64,
     class_units: tl.int32,
     row_units: tl.int64,
@@ -534,10 +539,9 @@ def _score_merged(sums, row, rows, outputs, options):
     w_y = 1.0
     if options.WEIGHTED:
         w_y = tl.load(rows.weight + y)
-    x_y = tl.load(rows.logits + row * rows.row_stride + y)
-    x_y = capped(x_y.to(tl.float32), options)
+    raw_y = tl.load(rows.logits + row * rows.row_stride + y)
     c_y = class_weights(0.0, w_y, rows.num_classes, options)
-    folded = fold_target(x_y, sums)
+    folded = fold_raw_target(raw_y.to(tl.float32), sums, options)
     loss = row_loss(folded, sums.mass, w_y, c_y, options)
     spoiled = is_spoiled(bad, loss, folded)
     store_scores(outputs, row, row_ok, valid, spoiled, loss, folded.el2n, folded)
@@ -552,7 +556,7 @@ def merge_parts(
     fields_ptr,
     correct_ptr,
     count_ptr,
-    parts_ptr,  # [parts, 6, R]
+    parts_ptr,  # [parts, 7, R]
     num_rows: tl.int64,
     num_classes: tl.int32,
     row_stride: tl.int64,

@@ -160,7 +160,8 @@ def score_rows(
             address = logits_ptr + tile_row * row_stride + tile_y
             x_y = tl.load(address, mask=tile_vectors > 0, other=0.0)
             sums = from_base2(peak, d, s, q, NARROW)
-            folded = fold_target(x_y.to(tl.float32), sums)
+            x_y = x_y.to(tl.float32)
+            folded = fold_target(x_y, x_y - peak, sums)
             tile_share = _of_step(share, step, ROWS)
             factor = _factor(tile_share, peak, folded, NARROW)
             value = (e * factor[None, :, None, None]).to(grad_ptr.dtype.element_ty)
@@ -175,7 +176,7 @@ def score_rows(
             tl.store(out, value.to(grad_ptr.dtype.element_ty), mask=out_ok)
 
     x_y = tl.load(logits_ptr + row * row_stride + y, mask=valid, other=0.0).to(tl.float32)
-    folded = fold_target(x_y, from_base2(peaks, ds, ss, qs, NARROW))
+    folded = fold_target(x_y, x_y - peaks, from_base2(peaks, ds, ss, qs, NARROW))
     outputs = Outputs(loss_ptr, fields_ptr, correct_ptr, count_ptr, num_rows)
     spoiled = is_spoiled(bad, folded.nll, folded)
     store_scores(outputs, row, row_ok, valid, spoiled, folded.nll, folded.el2n, folded)

@@ -29,10 +29,9 @@ from .softmax_stats import (
     EXP_IS_ZERO,
     RowSums,
     exp,
-    fold_target,
-    weighted_difference,
+    weighted,
 )
-from .target import Options, capped, class_ids, class_weights, row_loss
+from .target import Options, capped, class_ids, class_weights, fold_raw_target, row_loss
 from .update_state import Rule, SampleState
 
 
@@ -152,7 +151,7 @@ def _soft_target(target_ptr, tile, shape):
 
 
 @triton.jit
-def _sums(x, c, is_target, shape, options):
+def _sums(x, raw, c, is_target, shape, options):
     """The statistics of the classes other than the target, and the target's own c.
 
     Returns RowSums, c_y, and e^(x - peak) of the tile, 0 at the target.
@@ -167,16 +166,20 @@ def _sums(x, c, is_target, shape, options):
     mass = tl.zeros_like(d)
     tilt = tl.zeros_like(d)
     c_y = tl.zeros_like(d)
+    raw_peak = peak
+    if options.SOFTCAP:
+        raw_peak = _highest(tl.where(is_target, float("-inf"), raw))
     if options.SOFT or options.SMOOTH:
         others_c = tl.where(is_target, 0.0, c)
         c_y = _total(tl.where(is_target, c, 0.0))
         mass = _total(others_c)
-        tilt = _total(weighted_difference(others_c, diff))
+        tilt = _total(weighted(others_c, diff))
     if shape.ROWS > 1:
         peak, d, s, q = _per_thread(peak), _per_thread(d), _per_thread(s), _per_thread(q)
         if options.SOFT or options.SMOOTH:
             mass, tilt, c_y = _per_thread(mass), _per_thread(tilt), _per_thread(c_y)
-    return RowSums(peak, d, s, q, mass, tilt), c_y, e
+        raw_peak = _per_thread(raw_peak)
+    return RowSums(peak, d, s, q, mass, tilt, raw_peak), c_y, e
 
 
 @triton.jit
@@ -260,10 +263,9 @@ def _score(
         c = tl.where(tile.ok, c, 0.0)
 
     if STATS:
-        x_y = tl.load(inputs.logits + tile.row_start + y, mask=tile.row_ok, other=0.0)
-        x_y = capped(x_y.to(tl.float32), options)
-        sums, c_y, e = _sums(x, c, is_target, shape, options)
-        folded = fold_target(x_y, sums)
+        raw_y = tl.load(inputs.logits + tile.row_start + y, mask=tile.row_ok, other=0.0)
+        sums, c_y, e = _sums(x, raw, c, is_target, shape, options)
+        folded = fold_raw_target(raw_y.to(tl.float32), sums, options)
         loss = row_loss(folded, sums.mass, w_y, c_y, options)
         el2n = folded.el2n
         if options.SOFT:

@@ -10,6 +10,7 @@ The statistics of a *part* of a row, over its classes j other than the target, a
     q       sum_j e^(2 (x_j - peak))
     mass    sum_j c_j
     tilt    sum_j c_j (x_j - peak)
+    raw     max_j of the logits before the softcap; without one it is not used
 
 where c_j is the weight of class j in the loss beyond the plain term of the target: label smoothing
 or a soft target (`RowSums`). A part without a finite logit has d == 0 and affects no other part.
@@ -40,6 +41,7 @@ class RowSums(NamedTuple):
     q: tl.tensor
     mass: tl.tensor
     tilt: tl.tensor
+    raw: tl.tensor
 
 
 class Folded(NamedTuple):
@@ -97,13 +99,37 @@ def softcap_slope(x, softcap):
 
 
 @triton.jit
+def _decayed(u):
+    """e^(-2 |u|), which is taken as 0 where tanh u is +-1 even in double precision."""
+    u = tl.abs(u)
+    return tl.where(u > 19.0, 0.0, exp(-2.0 * u))
+
+
+@triton.jit
+def capped_difference(x, peak, softcap):
+    """The difference of two softcapped logits, from those before the softcap.
+
+    By tanh u - tanh v = tanh(u - v) (1 - tanh u tanh v), the second factor from e^(-2 |u|) and
+    e^(-2 |v|), without cancellation.
+    """
+    u = tl.div_rn(x, softcap)
+    v = tl.div_rn(peak, softcap)
+    e_u = _decayed(u)
+    e_v = _decayed(v)
+    rest = tl.where((u < 0) == (v < 0), e_u + e_v, 1.0 + e_u * e_v)
+    slope = 2.0 * rest / ((1.0 + e_u) * (1.0 + e_v))
+    difference = softcap * tanh((x - peak) / softcap) * slope
+    return tl.where(x == peak, 0.0, difference)  # inf - inf would be NaN
+
+
+@triton.jit
 def rebase(sums, new_peak):
     """A part's sums, rescaled to a peak that is at least as high."""
     delta = tl.where(sums.d == 0, 0.0, tl.maximum(sums.peak - new_peak, EMPTY_PEAK))
     factor = exp(delta)
     s = (sums.s + tl.maximum(delta, EXP_IS_ZERO) * sums.d) * factor
     d, q = sums.d * factor, sums.q * (factor * factor)
-    return RowSums(new_peak, d, s, q, sums.mass, sums.tilt + delta * sums.mass)
+    return RowSums(new_peak, d, s, q, sums.mass, sums.tilt + delta * sums.mass, sums.raw)
 
 
 @triton.jit
@@ -115,7 +141,8 @@ def join(sums):
     q = tl.sum(sums.q, axis=0)
     mass = tl.sum(sums.mass, axis=0)
     tilt = tl.sum(sums.tilt, axis=0)
-    return RowSums(sums.peak, d, s, q, mass, tilt)
+    raw = tl.max(sums.raw, axis=0)
+    return RowSums(sums.peak, d, s, q, mass, tilt, raw)
 
 
 @triton.jit
@@ -137,30 +164,33 @@ def log2_exp(x, peak, NARROW: tl.constexpr):
 
 @triton.jit
 def from_base2(peak, d, s, q, NARROW: tl.constexpr):
-    """A part's sums, with a mass of 0, from sums that took `log2_exp` for the difference."""
+    """A part's sums, with a mass of 0, from sums that took `log2_exp` for the difference.
+
+    There must be no softcap.
+    """
     excess = log2_exp(peak, peak, NARROW)
     factor = tl.exp2(-excess)
     none = tl.zeros_like(d)
-    return RowSums(
-        peak, d * factor, (s - excess * d) * (factor * LN_2), q * (factor * factor), none, none
-    )
+    s = (s - excess * d) * (factor * LN_2)
+    return RowSums(peak, d * factor, s, q * (factor * factor), none, none, peak)
 
 
 @triton.jit
-def weighted_difference(c, diff):
-    """The product c diff, but 0 for a class without weight, even if diff is -inf."""
-    return tl.where(c == 0, 0.0, c * diff)
+def weighted(c, value):
+    """The product, but 0 without weight, even of an infinite value."""
+    return tl.where(c == 0, 0.0, c * value)
 
 
 @triton.jit
-def fold_target(x_y, sums):
+def fold_target(x_y, margin, sums):
     """Folds the target's logit into the sums of all other classes; returns `Folded`.
 
-    mass * log_total - tilt is what the classes other than the target contribute to the smoothed or
-    soft loss.
+    ``margin`` is the difference of x_y to the peak, from the logits before the softcap if there is
+    one. mass * log_total - tilt is what the classes other than the target contribute to the
+    smoothed or soft loss.
     """
     alone = sums.d == 0
-    margin = tl.where(alone, x_y + float("inf"), x_y - sums.peak)
+    margin = tl.where(alone, x_y + float("inf"), margin)
     largest = tl.where(alone, x_y, tl.maximum(sums.peak, x_y))
     sums = rebase(sums, largest)
     d = sums.d
@@ -176,6 +206,8 @@ def fold_target(x_y, sums):
     el2n = tl.sqrt(miss * miss + sums.q * inv_sum * inv_sum)
     nll = log_total - t_y
     confidence = e_y * inv_sum
+    # For an unlikely target 1 - p_y has the smaller rounding error, for a likely one the miss.
+    miss = tl.where(confidence < 0.5, 1.0 - confidence, miss)
     return Folded(
         nll, log_total, sums.tilt, entropy, el2n, margin, confidence, largest, inv_sum, miss
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .softmax_stats import tanh, weighted_difference
+from .softmax_stats import capped_difference, fold_target, tanh, weighted
 
 
 class Options(NamedTuple):
@@ -31,6 +31,17 @@ def capped(raw, options):
     # unrounded product with the subtraction of the row's maximum, which is rounded, and the largest
     # logit would differ from its own maximum.
     return tl.fma(tanh(raw / options.softcap), options.softcap, 0.0) if options.SOFTCAP else raw
+
+
+@triton.jit
+def fold_raw_target(raw_y, sums, options):
+    """`fold_target`, for a target's logit before the softcap."""
+    x_y = capped(raw_y, options)
+    if options.SOFTCAP:
+        margin = capped_difference(raw_y, sums.raw, options.softcap)
+    else:
+        margin = x_y - sums.peak
+    return fold_target(x_y, margin, sums)
 
 
 @triton.jit
@@ -59,10 +70,10 @@ def class_weights(t, w, num_classes, options):
 def row_loss(folded, mass, w_y, c_y, options):
     """The loss from the target's own term and that of all other classes."""
     if options.SOFT:
-        loss = weighted_difference(c_y, folded.nll) + (mass * folded.log_total - folded.tilt)
+        loss = weighted(c_y, folded.nll) + (mass * folded.log_total - folded.tilt)
     else:
-        loss = w_y * folded.nll if options.WEIGHTED else folded.nll
+        loss = weighted(w_y, folded.nll) if options.WEIGHTED else folded.nll
         if options.SMOOTH:
-            others = weighted_difference(c_y, folded.nll) + (mass * folded.log_total - folded.tilt)
-            loss = (1.0 - options.smoothing) * loss + others
+            others = weighted(c_y, folded.nll) + (mass * folded.log_total - folded.tilt)
+            loss = weighted(1.0 - options.smoothing, loss) + others
     return loss

@@ -53,15 +53,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture(params=("reference", "cpu"))
-def exact_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """As `backend`, without the GPU's kernels; docs/numerics.md says where those are less exact."""
-    name: str = request.param
-    require(name)
-    with emp_fast.use_backend(name):
-        yield name
-
-
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Fills what torch.empty and its kin return with NaN or the largest integer.

@@ -178,6 +178,34 @@ def test_gradient_errs_at_most_twice_as_much_as_torch(
     test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "cuda", None)
 
 
+@pytest.mark.parametrize("classes", [1, 2, 10, 300, 2100])
+def test_the_margin_beyond_a_softcap_keeps_its_digits(
+    classes: int, emulated: EmulatedBackend
+) -> None:
+    test_functional.assert_margins_beyond_the_cap(classes)
+
+
+@each_choice
+@pytest.mark.parametrize("classes", [4, 300])
+def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
+    classes: int, kernels: str, emulated: EmulatedBackend
+) -> None:
+    emulated.row_kernels = kernels
+    emulated.set_device(1, 227 * 1024)
+    test_functional.test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
+        classes, "cuda"
+    )
+
+
+@each_choice
+def test_gradients_of_unlikely_targets_are_as_good_as_torchs(
+    kernels: str, emulated: EmulatedBackend
+) -> None:
+    emulated.row_kernels = kernels
+    emulated.set_device(1, 227 * 1024)
+    test_functional.test_gradients_of_unlikely_targets_are_as_good_as_torchs(100, "cuda")
+
+
 def close(got: Tensor, wanted: Tensor, rtol: float = RTOL, atol: float = ATOL) -> None:
     torch.testing.assert_close(got.double(), wanted.double(), rtol=rtol, atol=atol, equal_nan=True)
 
@@ -202,6 +230,7 @@ class Shape:
     offset: int = 0  # elements before the first row
     soft: bool = False
     softcap: float = 0.0
+    saturated: bool = False  # most logits lie beyond the softcap; the targets are near the maximum
     smoothing: float = 0.0
     weighted: bool = False
     cached: bool = True  # shared memory for the looped kernel's rows
@@ -217,8 +246,11 @@ class Shape:
         width = self.classes + self.padding
         held = torch.full((self.offset + self.rows * width,), torch.nan, dtype=self.dtype)
         logits = held[self.offset :].view(self.rows, width)[:, : self.classes]
-        logits.copy_(3 * torch.randn(self.rows, self.classes, generator=generator))
+        deviation = 2 * self.softcap if self.saturated else 3
+        logits.copy_(deviation * torch.randn(self.rows, self.classes, generator=generator))
         target = torch.randint(self.classes, (self.rows,), generator=generator)
+        if self.saturated:
+            target = logits.topk(3).indices[:, 2].contiguous()
         target[::5] = -100
         weight = torch.rand(self.classes, generator=generator) + 0.25 if self.weighted else None
         if self.soft:
@@ -274,6 +306,9 @@ SHAPES = [
     Shape(("looped", 512), 2, 4111, bf16, soft=True, softcap=3.0, cached=False),
     Shape(("split", 512), 2, 16500, offset=1),
     Shape(("split", 512), 3, 33001, bf16),
+    Shape(("looped", 32), 29, 100, softcap=50.0, saturated=True),
+    Shape(("looped", 512), 9, 2100, softcap=50.0, saturated=True),
+    Shape(("looped", 32), 9, 100, soft=True, softcap=50.0, saturated=True),
 ]
 # What is in shared memory there, in registers.
 ELSE_LANES = (8, 8, 8, 8, 8, 8, 32, 32, 64, 64, 256, 256)

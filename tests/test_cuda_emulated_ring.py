@@ -59,6 +59,10 @@ STREAMED = [
     Streamed("ring", (1, SMALL, 0), (1, 3, 2), long_rows(3, 17003)),
     Streamed("ring", (1, SMALL, 0), (1, 5, 2), long_rows(2, 65551, bf16, offset=5)),
     Streamed("ring", (1, LARGE, 0), (1, 2, 7), long_rows(3, 4200, smoothing=0.1)),
+    Streamed("ring", (1, LARGE, 0), (1, 2, 7), long_rows(3, 4200, softcap=50.0, saturated=True)),
+    Streamed(
+        "cluster", (6, LARGE, 8), (2, 2, 6), long_rows(3, 16500, softcap=50.0, saturated=True)
+    ),
     Streamed("cluster", (1, LARGE, 8), (1, 1, 6), long_rows(5, 8301, bf16, offset=7)),
     Streamed("cluster", (1, LARGE, 8), (1, 2, 6), long_rows(5, 8301)),
     Streamed("cluster", (1, SMALL, 1), (1, 3, 2), long_rows(3, 17003, padding=2, offset=2)),
@@ -134,7 +138,10 @@ def test_streamed_rows_equal_the_reference(
 
 
 #: A ring that goes round several times, and a cluster of two.
-BOTH = [STREAMED[2], STREAMED[9]]
+BOTH = [
+    Streamed("ring", (1, LARGE, 0), (1, 5, 5), long_rows(30, 4099, bf16, padding=1, offset=1)),
+    Streamed("cluster", (2, LARGE, 8), (2, 4, 6), long_rows(3, 50001, offset=3)),
+]
 
 
 @pytest.mark.parametrize("case", BOTH, ids=str)

@@ -236,7 +236,7 @@ def assert_margins_beyond_the_cap(classes: int) -> None:
 
 @pytest.mark.parametrize("classes", [4, 300])
 def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
-    classes: int, exact_backend: str
+    classes: int, backend: str
 ) -> None:
     logits = torch.linspace(-1, 1, classes)[None].clone()
     logits[0, 1], target = -math.inf, torch.tensor([1])
@@ -262,9 +262,7 @@ def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
 
 
 @pytest.mark.parametrize("classes", [100, 1000])
-def test_gradients_of_unlikely_targets_are_as_good_as_torchs(
-    classes: int, exact_backend: str
-) -> None:
+def test_gradients_of_unlikely_targets_are_as_good_as_torchs(classes: int, backend: str) -> None:
     """Most targets of random logits: d / D has two roundings near 1, and 1 - p_y has one."""
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
@@ -283,7 +281,7 @@ def test_gradients_of_unlikely_targets_are_as_good_as_torchs(
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 300, 5000])
-def test_the_margin_beyond_a_softcap_keeps_its_digits(classes: int, exact_backend: str) -> None:
+def test_the_margin_beyond_a_softcap_keeps_its_digits(classes: int, backend: str) -> None:
     assert_margins_beyond_the_cap(classes)
 
 

@@ -141,14 +141,6 @@ __device__ __forceinline__ void store_async(uint4* shared, const uint4& value, u
       "r"(shared_address_of_rank(barrier, rank))
       : "memory");
 }
-__device__ __forceinline__ void store_async(uint2* shared, const uint2& value, uint64_t* barrier,
-                                            unsigned rank) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-          shared_address_of_rank(shared, rank)),
-      "r"(value.x), "r"(value.y), "r"(shared_address_of_rank(barrier, rank))
-      : "memory");
-}
 
 #endif  // EMP_FAST_BULK_COPIES
 

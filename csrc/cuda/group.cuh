@@ -76,11 +76,12 @@ struct Group {
   }
 };
 
-// A row's sums, with those that label smoothing adds.
+// A row's sums, with what label smoothing and the softcap add.
 struct RowSums {
-  SoftmaxSums<float> sums;  // over the columns that are not the target
-  float tilt;               // sum w_j (x_j - sums.m) over them
-  float mass;               // sum w_j over them
+  SoftmaxSums<float> sums;    // over the columns that are not the target
+  float tilt;                 // sum w_j (x_j - sums.m) over them
+  float mass;                 // sum w_j over them
+  float raw_max = -INFINITY;  // with a softcap, their maximum before it
 
   __device__ __forceinline__ static RowSums empty() {
     return {SoftmaxSums<float>::empty(), 0.0f, 0.0f};
@@ -102,15 +103,20 @@ struct RowSums {
     sums.q += part.sums.q;
     tilt += part.tilt;
     mass += part.mass;
+    raw_max = max_or_nan(raw_max, part.raw_max);
   }
 
-  // Reduces over the group, relative to the group's maximum. kSmoothed: there may be label
-  // smoothing. Otherwise tilt and mass are left alone.
-  template <int kLanes, bool kSmoothed = true>
+  // Reduces over the group, relative to the group's maximum. kRare: there may be label smoothing or
+  // a softcap. Otherwise tilt, mass and raw_max are left alone.
+  template <int kLanes, bool kRare = true>
   __device__ __forceinline__ void reduce() {
-    raise_to(Group<kLanes>::reduce(sums.m, Max{}));
-    float values[kSmoothed ? 5 : 3] = {sums.d, sums.s, sums.q};
-    if constexpr (kSmoothed) {
+    float maxima[kRare ? 2 : 1] = {sums.m};
+    if constexpr (kRare) maxima[1] = raw_max;
+    Group<kLanes>::reduce(maxima, Max{});
+    raise_to(maxima[0]);
+    float values[kRare ? 5 : 3] = {sums.d, sums.s, sums.q};
+    if constexpr (kRare) {
+      raw_max = maxima[1];
       values[3] = tilt;
       values[4] = mass;
     }
@@ -118,19 +124,22 @@ struct RowSums {
     sums.d = values[0];
     sums.s = values[1];
     sums.q = values[2];
-    if constexpr (kSmoothed) {
+    if constexpr (kRare) {
       tilt = values[3];
       mass = values[4];
     }
   }
 
   // The same over `lanes` neighbouring lanes of a warp, a power of two.
-  template <bool kSmoothed>
+  template <bool kRare>
   __device__ __forceinline__ void reduce_lanes(int lanes) {
     float max = sums.m;
 #pragma unroll 1
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       max = max_or_nan(max, __shfl_xor_sync(kFullWarp, max, offset));
+      if constexpr (kRare) {
+        raw_max = max_or_nan(raw_max, __shfl_xor_sync(kFullWarp, raw_max, offset));
+      }
     }
     raise_to(max);
 #pragma unroll 1
@@ -138,7 +147,7 @@ struct RowSums {
       sums.d += __shfl_xor_sync(kFullWarp, sums.d, offset);
       sums.s += __shfl_xor_sync(kFullWarp, sums.s, offset);
       sums.q += __shfl_xor_sync(kFullWarp, sums.q, offset);
-      if constexpr (kSmoothed) {
+      if constexpr (kRare) {
         tilt += __shfl_xor_sync(kFullWarp, tilt, offset);
         mass += __shfl_xor_sync(kFullWarp, mass, offset);
       }

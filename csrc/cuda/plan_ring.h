@@ -29,7 +29,7 @@ constexpr int kRingBlocks = 2;  // of kRingThreads, per multiprocessor, if their
 // Behind the rings of a cluster's block lie two sets of sums, each with the sums of every warp of
 // the cluster, and then the barriers: one per slot of each warp and one per set.
 constexpr int kSumSets = 2;
-constexpr int64_t kSumBytes = 32;  // kPartialFloats, padded
+constexpr int64_t kSumBytes = 32;  // the seven floats of RowSums, padded
 constexpr int kSetSums = kMaxCluster * kRingWarps;
 constexpr int kRingBarriers = kRingWarps * kMaxSlots + kSumSets;
 constexpr int64_t kRingTail =

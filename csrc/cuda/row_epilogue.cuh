@@ -31,6 +31,38 @@ __device__ __forceinline__ int class_of(const Target& target) {
 }
 __device__ __forceinline__ Target target_of(int id) { return {max(id, 0), id != -1, id == -2}; }
 
+// ---- softcap ----
+
+// Adding zero in a fused multiply-add rounds the product. Otherwise the compiler may fuse the
+// unrounded product with the subtraction of the row's maximum, which is rounded, and the largest
+// logit would differ from its own maximum.
+__device__ __forceinline__ float capped(float x, float softcap) {
+  return softcap > 0.0f ? fmaf(softcap, tanhf(x / softcap), 0.0f) : x;
+}
+
+// capped(x) - capped(max), by the hyperbolic identity
+//
+//   tanh u - tanh v = tanh(u - v) (1 - tanh u tanh v)
+//
+// with the second factor from e^(-2 |u|) and e^(-2 |v|), without cancellation, as in cpu/logits.h.
+// From |u| = 19 on, tanh u is +-1 even in double precision, and here too.
+__device__ __forceinline__ float capped_difference(float x, float max, float softcap) {
+  if (x == max) return 0.0f;  // inf - inf would be NaN
+  const float u = x / softcap, v = max / softcap;
+  const float e_u = fabsf(u) > 19.0f ? 0.0f : expf(-2.0f * fabsf(u));
+  const float e_v = fabsf(v) > 19.0f ? 0.0f : expf(-2.0f * fabsf(v));
+  const float rest = (u < 0.0f) == (v < 0.0f) ? e_u + e_v : fmaf(e_u, e_v, 1.0f);
+  const float slope = 2.0f * rest / ((1.0f + e_u) * (1.0f + e_v));
+  return softcap * tanhf((x - max) / softcap) * slope;
+}
+
+__device__ __forceinline__ float cap_derivative(float x, float softcap) {
+  const float t = tanhf(x / softcap);
+  return 1.0f - t * t;
+}
+
+// ---- scores ----
+
 // The outputs of one row, with everything that its gradient needs.
 struct RowResult {
   float loss;
@@ -42,13 +74,15 @@ struct RowResult {
 __device__ __forceinline__ RowResult complete(const Scores<float>& scores, float loss, float el2n,
                                               const Target& target) {
   const bool spoiled = target.bad || is_nan(loss) || is_nan(scores.inv_sum);
+  // For an unlikely target 1 - p_y has the smaller rounding error, for a likely one the miss.
+  const bool unlikely = scores.confidence < 0.5f;
   const float field[kFields] = {fmaxf(scores.entropy, 0.0f),
                                 el2n,
                                 scores.margin,
                                 scores.confidence,
                                 scores.max,
                                 scores.inv_sum,
-                                scores.miss};
+                                unlikely ? 1.0f - scores.confidence : scores.miss};
   RowResult r;
   r.valid = target.valid;
   r.loss = !target.valid ? 0.0f : spoiled ? NAN : loss;
@@ -60,17 +94,36 @@ __device__ __forceinline__ RowResult complete(const Scores<float>& scores, float
   return r;
 }
 
-// Scores of a row whose target is a class id. x_y is the target's logit after the softcap.
+// The scores of a row with class id y. raw_y is the target's logit before the softcap. kCapped:
+// there may be a softcap.
+template <bool kCapped>
+__device__ __forceinline__ Scores<float> scores_of(const RowArgs& a, const RowSums& row,
+                                                   float raw_y) {
+  if (!kCapped || a.softcap <= 0.0f) return finish(row.sums, raw_y);
+  Scores<float> scores = finish(row.sums, capped(raw_y, a.softcap));
+  const bool alone = row.sums.d == 0.0f;  // a single class
+  if (!alone) scores.margin = capped_difference(raw_y, row.raw_max, a.softcap);
+  return scores;
+}
+
+// The product, but 0 without weight, even of an infinite loss.
+__device__ __forceinline__ float weighted(float weight, float loss) {
+  return weight == 0.0f ? 0.0f : weight * loss;
+}
+
+// The scores and the loss of a row whose target is a class id. raw_y and kCapped as in scores_of.
 // kSmoothed: there may be label smoothing.
-template <bool kSmoothed = true>
-__device__ __forceinline__ RowResult finish_row(const RowArgs& a, const RowSums& row, float x_y,
+template <bool kSmoothed, bool kCapped>
+__device__ __forceinline__ RowResult finish_row(const RowArgs& a, const RowSums& row, float raw_y,
                                                 const Target& target) {
-  const Scores<float> scores = finish(row.sums, x_y);
+  const Scores<float> scores = scores_of<kCapped>(a, row, raw_y);
   const float weight = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
-  float loss = a.weight == nullptr ? scores.nll : weight * scores.nll;
+  float loss = a.weight == nullptr ? scores.nll : weighted(weight, scores.nll);
   if (kSmoothed && a.smoothing > 0.0f) {
+    const float x_y = kCapped ? capped(raw_y, a.softcap) : raw_y;
     const float every = uniform_loss(row.sums, x_y, scores, row.tilt, weight, row.mass);
-    loss = (1.0f - a.smoothing) * loss + a.smoothing * (every / static_cast<float>(a.classes));
+    loss =
+        weighted(1.0f - a.smoothing, loss) + a.smoothing * (every / static_cast<float>(a.classes));
   }
   return complete(scores, loss, scores.el2n, target);
 }
@@ -232,20 +285,6 @@ struct SoftGradientRow {
     }
   }
 };
-
-// ---- softcap ----
-
-// Adding zero in a fused multiply-add rounds the product. Otherwise the compiler may fuse the
-// unrounded product with the subtraction of the row's maximum, which is rounded, and the largest
-// logit would differ from its own maximum.
-__device__ __forceinline__ float capped(float x, float softcap) {
-  return softcap > 0.0f ? fmaf(softcap, tanhf(x / softcap), 0.0f) : x;
-}
-
-__device__ __forceinline__ float cap_derivative(float x, float softcap) {
-  const float t = tanhf(x / softcap);
-  return 1.0f - t * t;
-}
 
 // ---- outputs ----
 

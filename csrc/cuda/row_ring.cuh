@@ -227,23 +227,24 @@ struct Ring {
 // A warp's sums in shared memory.
 struct alignas(kSumBytes) SharedSums {
   uint4 sums;
-  uint2 smoothing;
+  uint4 rare;
 
   __device__ __forceinline__ static SharedSums of(const RowSums& r) {
     return {{__float_as_uint(r.sums.m), __float_as_uint(r.sums.d), __float_as_uint(r.sums.s),
              __float_as_uint(r.sums.q)},
-            {__float_as_uint(r.tilt), __float_as_uint(r.mass)}};
+            {__float_as_uint(r.tilt), __float_as_uint(r.mass), __float_as_uint(r.raw_max), 0u}};
   }
 
-  // kSmoothed: `smoothing` was sent as well.
-  template <bool kSmoothed>
+  // kRare: `rare` was sent as well.
+  template <bool kRare>
   __device__ __forceinline__ RowSums value() const {
     RowSums r = RowSums::empty();
     r.sums = {__uint_as_float(sums.x), __uint_as_float(sums.y), __uint_as_float(sums.z),
               __uint_as_float(sums.w)};
-    if constexpr (kSmoothed) {
-      r.tilt = __uint_as_float(smoothing.x);
-      r.mass = __uint_as_float(smoothing.y);
+    if constexpr (kRare) {
+      r.tilt = __uint_as_float(rare.x);
+      r.mass = __uint_as_float(rare.y);
+      r.raw_max = __uint_as_float(rare.z);
     }
     return r;
   }
@@ -254,7 +255,7 @@ static_assert(sizeof(SharedSums) == kSumBytes);
 struct BlockTeam {
   __device__ __forceinline__ static unsigned rank() { return 0; }
   __device__ __forceinline__ static void start() {}
-  template <bool kSmoothed>
+  template <bool kRare>
   __device__ __forceinline__ static void gather(const SharedSums& mine, SharedSums* set, int,
                                                 unsigned) {
     if (threadIdx.x % 32 == 0) set[threadIdx.x / 32] = mine;
@@ -279,21 +280,20 @@ struct ClusterTeam {
     cluster_sync();
   }
 
-  template <bool kSmoothed>
+  template <bool kRare>
   __device__ __forceinline__ void gather(const SharedSums& mine, SharedSums* set, int turn,
                                          unsigned cluster) const {
     uint64_t* barrier = arrived + turn % kSumSets;
     __syncwarp();  // all lanes have read the other set, which another block may now overwrite
     if (threadIdx.x == 0) {
-      constexpr unsigned bytes =
-          kRingWarps * (sizeof(mine.sums) + (kSmoothed ? sizeof(mine.smoothing) : 0));
+      constexpr unsigned bytes = kRingWarps * (sizeof(mine.sums) + (kRare ? sizeof(mine.rare) : 0));
       mbarrier_arrive_expect_tx(barrier, cluster * bytes);
     }
     const unsigned to = threadIdx.x % 32;
     if (to < cluster) {
       SharedSums* place = set + rank() * kRingWarps + threadIdx.x / 32;
       store_async(&place->sums, mine.sums, barrier, to);
-      if constexpr (kSmoothed) store_async(&place->smoothing, mine.smoothing, barrier, to);
+      if constexpr (kRare) store_async(&place->rare, mine.rare, barrier, to);
     }
     mbarrier_wait_cluster(barrier, turn / kSumSets);
   }
@@ -307,20 +307,20 @@ constexpr int kTurns = 2 * kSumSets;
 
 // Merges the sums of a row's threads in the order of blocks and warps. Every thread gets the
 // result.
-template <bool kSmoothed, class Team>
+template <bool kRare, class Team>
 __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, SharedSums* sets,
                                                int turn, unsigned cluster) {
   const unsigned warps = cluster * (blockDim.x / 32);  // that share the row: a power of two
   SharedSums* set = sets + turn % kSumSets * warps;
-  sums.reduce<32, kSmoothed>();
-  team.template gather<kSmoothed>(SharedSums::of(sums), set, turn, cluster);
+  sums.reduce<32, kRare>();
+  team.template gather<kRare>(SharedSums::of(sums), set, turn, cluster);
   // Only as many lanes as there are warps load a sum; the remaining lanes duplicate theirs.
   const unsigned lanes = min(warps, 32u);
-  RowSums all = set[threadIdx.x % lanes].value<kSmoothed>();
+  RowSums all = set[threadIdx.x % lanes].value<kRare>();
   for (unsigned p = threadIdx.x % 32 + 32; p < warps; p += 32) {
-    all.merge(set[p].value<kSmoothed>());
+    all.merge(set[p].value<kRare>());
   }
-  all.reduce_lanes<kSmoothed>(static_cast<int>(lanes));
+  all.reduce_lanes<kRare>(static_cast<int>(lanes));
   return all;
 }
 
@@ -457,7 +457,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
     const int64_t y = __ldg(a.target + min(row + shape.teams, rows - 1));
     sums = gather_sums<kRare>(sums, team, sets, turn, cluster);
 
-    const RowResult result = finish_row<kRare>(a, sums, capped(to_float(logit), a.softcap), target);
+    const RowResult result = finish_row<kRare, kRare>(a, sums, to_float(logit), target);
     // Written before the gradient, which then needs only a few registers of the result.
     write_scores<kRingThreads>(a, row, rank == 0, result);
     id = class_of(Target::from_class(a, y));

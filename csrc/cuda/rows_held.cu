@@ -37,7 +37,7 @@ struct KeptRow {
       row.sums = {sums.m, 0.0f, 0.0f, 0.0f};
       quick.into(row.sums);
     }
-    return finish_row<false>(a, row, x_y, target);
+    return finish_row<false, false>(a, row, x_y, target);
   }
 
   // Writes the scores if `active`.

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     }
 
     if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the rest is for the first warp
-    const RowResult result = finish_row<kSmoothed>(a, sums, x_y, target);
+    const RowResult result = finish_row<kSmoothed, false>(a, sums, x_y, target);
     write_scores<kLanes>(a, row, active, result);
     if (kStep && active) {
       const auto gradient = GradientRow::of<kSmoothed>(

@@ -163,7 +163,7 @@ struct KeptRow {
   __device__ __forceinline__ void conclude(const RowArgs& a) const {
     const Target target{max(column, 0), column != -1, column == -2};
     const float mass = a.smoothing > 0.0f ? static_cast<float>(a.classes - 1) : 0.0f;
-    const RowResult result = finish_row(a, {sums, tilt, mass}, x_y, target);
+    const RowResult result = finish_row<true, false>(a, {sums, tilt, mass}, x_y, target);
     write_scores<1>(a, row, row >= 0, result);
   }
 };
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
       }
 
       if constexpr (kStep) {
-        const RowResult result = finish_row(a, sums, x_y, target);
+        const RowResult result = finish_row<true, false>(a, sums, x_y, target);
         const auto gradient =
             GradientRow::of(a, target, row_gradient(a, row), result.field[kMax],
                             result.field[kInvSum], result.field[kConfidence], result.field[kMiss]);

@@ -15,11 +15,11 @@ namespace {
 template <class T, int kLanes>
 __device__ __forceinline__ RowResult score_soft(const RowArgs& a, const T* logits,
                                                 const Window<kElements<T>>& window,
-                                                const float* soft, const RowSums& row, float x_y,
+                                                const float* soft, const RowSums& row, float raw_y,
                                                 const Target& target, const uint4* cache,
                                                 int cached, float& total) {
   constexpr int kCount = kElements<T>;
-  const Scores<float> scores = finish(row.sums, x_y);
+  const Scores<float> scores = scores_of<true>(a, row, raw_y);
   // The loss, the squared distance off the target, the total weight of the targets.
   float values[3] = {0.0f, 0.0f, 0.0f};
   for (int v = Group<kLanes>::lane(); v < window.vectors; v += kLanes) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
     const int64_t sample = kStep ? __ldg(a.update.indices + row) : 0;
     const Target target =
         kSoft ? Target{largest_class<kLanes>(soft, a.classes), true, false} : Target::of(a, row);
-    const float x_y = capped(to_float(logits[target.column]), a.softcap);
+    const float raw_y = to_float(logits[target.column]);
     if (kStep && active && Group<kLanes>::lane() == 0) claim_row(a, row, sample, target.valid);
 
     RowSums sums = RowSums::empty();
@@ -78,11 +78,11 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
     float total = 0.0f;
     RowResult result;
     if constexpr (kSoft) {
-      result = score_soft<T, kLanes>(a, logits, window, soft, sums, x_y, target, cache,
+      result = score_soft<T, kLanes>(a, logits, window, soft, sums, raw_y, target, cache,
                                      cached_vectors, total);
     } else {
       if (kLanes > 32 && !kStep && threadIdx.x >= 32) continue;  // the rest is for the first warp
-      result = finish_row(a, sums, x_y, target);
+      result = finish_row<true, true>(a, sums, raw_y, target);
     }
     // Written before the gradient, which then needs only a few registers of the result.
     write_scores<kLanes>(a, row, active, result);

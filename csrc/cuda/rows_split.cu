@@ -1,5 +1,5 @@
-// Scores of few long rows: several blocks per row, then one warp per row merges their sums in a
-// fixed order.
+// Scores of few long rows of class ids, without a softcap: several blocks per row, then one warp
+// per row merges their sums in a fixed order.
 //
 // Memory: logits read once; 24 bytes of sums per part.
 #include "cuda/batch_step.cuh"
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(128)
   }
   sums.reduce<32>();
   const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
-  const float x_y = capped(to_float(logits[target.column]), a.softcap);
-  write_scores<32>(a, row, active, finish_row(a, sums, x_y, target));
+  const float x_y = to_float(logits[target.column]);
+  write_scores<32>(a, row, active, finish_row<true, false>(a, sums, x_y, target));
   if constexpr (kStep) end_launch(a);
 }
 
