@@ -26,7 +26,7 @@ from emp_fast.testing.contest import (
 _PRUNE_RATE = 0.7
 
 
-def test_step(race: Race, workload: Workload, device: torch.device, quick: bool) -> None:
+def test_step(race: Race, workload: Workload, device: torch.device) -> None:
     """The total overhead of pruning: scores, update and the selection's share of a step."""
     batch, samples = workload.batch, workload.num_samples
     kept = round((1 - _PRUNE_RATE) * samples)

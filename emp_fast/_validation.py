@@ -214,6 +214,10 @@ def checked_options(
     ignore_index: int, label_smoothing: float, softcap: float | None
 ) -> LossOptions:
     """The options as the ops take them: the softcap is 0 for none."""
+    if isinstance(label_smoothing, float) and label_smoothing == 0.0:
+        # A constant. With dynamic=True, torch.compile makes the default argument symbolic, and
+        # fails at the second loss of a graph.
+        label_smoothing = 0.0
     if (
         softcap is None
         and type(ignore_index) is int

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Sampler
 
 from emp_fast import functional
+from emp_fast._transfer import to_device
 from emp_fast.data import SAMPLE_INDEX, IndexedDataset
 from emp_fast.functional import SampleStats
 
@@ -87,7 +88,7 @@ def moved(value: Any, device: torch.device) -> Any:
     Named tuples and mutable mappings stay what they are; others become tuples, lists and dicts.
     """
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return to_device(value, device)
     if isinstance(value, PackedSequence):
         return value.to(device)  # type: ignore[arg-type]
     if isinstance(value, Mapping):

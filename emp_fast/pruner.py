@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import functional, ops
+from emp_fast._transfer import to_device
 from emp_fast._validation import checked_int, checked_integers, require_tensor
 from emp_fast._warnings import warn
 from emp_fast.backends.checks import check_index_range
@@ -60,7 +61,7 @@ class Pruner:
         full_epochs_first: number of epochs at the start that use every sample.
         full_epochs_last: number of epochs at the end that use every sample.
         seed: keys selection and order; the global generators are neither read nor written.
-        device: where the scores live; None follows the first logits.
+        device: where the scores live; None: where the logits are. They then move with the logits.
         process_group: the ranks that train together; None is the default group, if one exists.
         balance: how labels divide the budget; see `ScoreStore.select`.
 
@@ -168,7 +169,7 @@ class Pruner:
             softcap=softcap,
             offsets=offsets,
         )
-        indices = _checked_indices(indices, stats.loss)
+        indices = _indices_of_rows(indices, stats.loss)
         self.store.update(indices, stats, **extra)
         return self.mean_loss(indices, stats)
 
@@ -185,7 +186,7 @@ class Pruner:
         """
         if not isinstance(stats, SampleStats):
             raise TypeError(f"stats must be SampleStats, got {stats!r}")
-        indices = _checked_indices(indices, stats.loss)
+        indices = _indices_of_rows(indices, stats.loss)
         counted = stats.count.clamp_max(1).sum().clamp_min(1)
         loss = stats.loss
         if self._weighs():
@@ -253,7 +254,7 @@ class Pruner:
             indices = indices.clamp(0, num_samples - 1)
         elif not ops.is_traced(indices):
             check_index_range(indices, num_samples)
-        return weights[indices.to(self.store.device, non_blocking=True)]
+        return weights[to_device(indices, self.store.device)]
 
     def _weighs(self) -> bool:
         """Whether any sample of this epoch has a weight other than 1."""
@@ -485,7 +486,7 @@ def _loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[A
     return loss.cpu().numpy(), entropy.cpu().numpy()
 
 
-def _checked_indices(indices: Tensor, loss: Tensor) -> Tensor:
+def _indices_of_rows(indices: Tensor, loss: Tensor) -> Tensor:
     """The indices as a tensor, one for each loss."""
     indices = checked_integers("indices", indices)
     if indices.shape != loss.shape:

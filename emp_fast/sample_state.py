@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 from emp_fast import ops
 from emp_fast._torch_internals import innermost_transform
+from emp_fast._transfer import to_device
 from emp_fast._validation import (
     checked_at_least,
     checked_device,
@@ -40,7 +41,7 @@ class SampleState:
     Args:
         num_samples: N; may be 0 for a rank that owns no samples.
         rule: how a visit changes a sample's state; a rule for these N samples.
-        device: where the state lives; None follows the stats of the first update.
+        device: where the state lives; None: where the stats are. It then moves with the stats.
 
     Attributes:
         state: the tensors that kernels write into.
@@ -53,7 +54,6 @@ class SampleState:
         TypeError: the rule's buffers are not a dict of tensors.
     """
 
-    @torch.inference_mode(False)  # a tensor made in inference mode cannot be updated outside it
     def __init__(self, num_samples: int, rule: Rule, device: torch.device | str | None) -> None:
         self.num_samples = num_samples
         self.rule = rule
@@ -62,16 +62,18 @@ class SampleState:
         self.recurrence = rule.recurrence()
         spreads = self.recurrence is not None and self.recurrence.kind == "variance"
         self._fusible = self.recurrence is not None and set(rule.reads) <= _FUSED_STATS
-        float32: dict[str, Any] = {"dtype": torch.float32, "device": state_device}
-        self.state = State(
-            scores=torch.full((num_samples,), torch.inf, **float32),
-            memory=torch.zeros(num_samples, **float32),
-            visits=torch.zeros(num_samples, dtype=torch.int32, device=state_device),
-            variance=torch.zeros(num_samples, **float32) if spreads else None,
-            claims=torch.zeros(num_samples, dtype=torch.int32, device=state_device),
-            counters=torch.zeros(2, dtype=torch.int64, device=state_device),
-        )
-        self.buffers = _checked_buffers(rule, num_samples, state_device)
+        # A tensor made in inference mode cannot be updated outside it.
+        with torch.inference_mode(False):
+            float32: dict[str, Any] = {"dtype": torch.float32, "device": state_device}
+            self.state = State(
+                scores=torch.full((num_samples,), torch.inf, **float32),
+                memory=torch.zeros(num_samples, **float32),
+                visits=torch.zeros(num_samples, dtype=torch.int32, device=state_device),
+                variance=torch.zeros(num_samples, **float32) if spreads else None,
+                claims=torch.zeros(num_samples, dtype=torch.int32, device=state_device),
+                counters=torch.zeros(2, dtype=torch.int64, device=state_device),
+            )
+            self.buffers = _checked_buffers(rule, num_samples, state_device)
 
     @property
     def device(self) -> torch.device:
@@ -145,9 +147,9 @@ class SampleState:
         if moves:
             self.move(device)
         if row_scale is not None:  # it was made on the state's device, which may have changed
-            row_scale = row_scale.to(device, non_blocking=True)
+            row_scale = to_device(row_scale, device)
         if indices.device != device:
-            indices = indices.to(device, non_blocking=True)
+            indices = to_device(indices, device)
         return ops.mean_step(
             logits, target, weight, options, row_scale, indices, self.state, recurrence
         )
@@ -237,9 +239,9 @@ class SampleState:
         device = next(iter(read.values())).device if read else indices.device
         if self._follows and device != self.device:
             self.move(device)
-        indices = indices.to(self.device, non_blocking=True)
-        read = {name: value.to(self.device, non_blocking=True) for name, value in read.items()}
-        count = None if count is None else count.to(self.device, non_blocking=True)
+        indices = to_device(indices, self.device)
+        read = {name: to_device(value, self.device) for name, value in read.items()}
+        count = None if count is None else to_device(count, self.device)
         return indices, read, count
 
     def _checked_stat(self, name: str, given: Mapping[str, Tensor], samples: int) -> Tensor:

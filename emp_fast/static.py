@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from emp_fast._validation import checked_at_least, checked_device
+from emp_fast._validation import checked_at_least, checked_device, checked_integers
 from emp_fast._warnings import warn
 from emp_fast.batches import moved, rebatched, score_by_logits
 from emp_fast.data import IndexedDataset
@@ -133,7 +133,7 @@ def score_dataset(
 
     def scored(batch: Any) -> tuple[Tensor, SampleStats]:
         if score_batch is not None:
-            return score_batch(bare, moved(batch, scored_on))
+            return _checked_scores(score_batch(bare, moved(batch, scored_on)))
         return score_by_logits(bare, batch, scored_on, shift, options)
 
     with ExitStack() as stack:
@@ -211,6 +211,17 @@ def _require_callables(model: Any, score_batch: Any) -> None:
         raise TypeError(f"model must be callable, got {model!r}")
     if score_batch is not None and not callable(score_batch):
         raise TypeError(f"score_batch must be a function or None, got {score_batch!r}")
+
+
+def _checked_scores(made: object) -> tuple[Tensor, SampleStats]:
+    """What ``score_batch`` returned."""
+    wanted = "score_batch must return (indices, SampleStats)"
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise TypeError(f"{wanted}, got {type(made).__name__}")
+    indices, stats = made
+    if not isinstance(stats, SampleStats):
+        raise TypeError(f"{wanted}, got stats of type {type(stats).__name__}")
+    return checked_integers("the indices that score_batch returns", indices), stats
 
 
 def _checked_shift(

@@ -38,7 +38,8 @@ class ScoreStore:
     Args:
         num_samples: N, at least 1.
         rule: how a visit changes a sample's state.
-        device: where the state lives; None follows the stats of the first update.
+        device: where the state lives; None: where the stats are. It then moves with the stats. The
+            host waits for stats from a GPU that update a state on the CPU.
 
     Attributes:
         num_samples: N.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emp_fast._transfer import to_device
 from emp_fast._validation import is_real
 from emp_fast.distributed.ranks import Ranks
 from emp_fast.files import FileProblem, write_atomically
@@ -74,8 +75,8 @@ class Tally:
         rows = fresh[::-1][place]
         tensors = self._tensors
         device = tensors["sums"].device
-        at = torch.from_numpy(samples).to(device, non_blocking=True)
-        row = torch.from_numpy(rows).to(device, non_blocking=True)
+        at = to_device(torch.from_numpy(samples), device)
+        row = to_device(torch.from_numpy(rows), device)
         columns = torch.stack([getattr(stats, name).float() for name in _SUMMED]).to(device)
         count = stats.count.to(device)[row].to(torch.int32)
         wrong = (~stats.correct.to(device)[row]).to(torch.int32)

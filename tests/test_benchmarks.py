@@ -536,7 +536,7 @@ def test_every_result_file_is_reported() -> None:
 
 
 def test_a_stale_page_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert committed.main(["--check"]) == 0
     path = committed.ROOT / "page.md"

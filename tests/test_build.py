@@ -255,7 +255,7 @@ def test_a_required_native_build_fails_the_install(environment, sources, tmp_pat
     assert "the native build failed" in done.stdout + done.stderr
 
 
-def test_a_setting_that_means_nothing_is_refused(monkeypatch, tmp_path):
+def test_a_setting_that_means_nothing_is_refused(monkeypatch):
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     monkeypatch.setenv("EMP_FAST_CUDA", "off")
     build = runpy.run_path(str(ROOT / "setup.py"))["CMakeBuild"]

@@ -228,7 +228,7 @@ def test_a_truncated_file_is_refused_and_nothing_changes(path, share):
     assert equal(states(fresh), before)
 
 
-def test_foreign_files_are_refused(path, tmp_path):
+def test_foreign_files_are_refused(path):
     with pytest.raises(FileProblem, match=r"cannot read .*run.*No such file"):
         load_checkpoint(path)
     path.write_text("hello")

@@ -419,6 +419,7 @@ def test_select_refuses_bad_options(file, options, message):
         (np.array(["a", "b"]), "must hold numbers, got dtype <U1"),
         (np.array([True, False]), "must hold numbers, got dtype bool"),
         (np.array([1j, 2]), "must hold numbers, got dtype complex128"),
+        (np.ones(2, dtype=np.longdouble), "must hold numbers of at most 64 bits, got dtype"),
         (np.array([2**60, 2**60 + 1]), "integers beyond 2**53"),
         (np.array([3, 2**53, 2**53 + 1]), "integers beyond 2**53"),
         (np.array([3, -(2**53) - 1]), "integers beyond 2**53"),

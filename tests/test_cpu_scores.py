@@ -381,3 +381,10 @@ def test_sums_keep_their_digits_however_many_classes_there_are(classes: int) -> 
     error = (got / exact.fields[at].double() - 1).abs()
     assert error.mean() < 1e-7
     assert error.max() < 6e-7
+
+
+def test_more_classes_than_the_kernels_count_are_refused() -> None:
+    logits = torch.empty(1, device="meta").expand(1, 2**31)
+    target = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="fewer than 2147483648 classes, got 2147483648"):
+        load("cpu").cross_entropy(logits, target, None, LossOptions())

@@ -139,6 +139,19 @@ def test_bad_arguments(arguments, options, error, message):
         select_in_batch(*arguments, **options)
 
 
+@pytest.mark.parametrize("rule", [EMP(0.5), Forgetting()], ids=repr)
+def test_a_step_that_selects_compiles_whole(rule):
+    def loss_of(x):
+        stats = cross_entropy(x, Y)
+        return stats.loss[select_in_batch(stats, 5, rule=rule)].mean()
+
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    got, wanted = (torch.autograd.grad(f(x), x)[0] for f in (compiled, loss_of))
+    assert wanted.count_nonzero() == 20
+    torch.testing.assert_close(got, wanted)
+
+
 def mined_gradient(rank: int, size: int) -> list[float]:
     """Of DDP, where each rank mines its own half of the batch."""
     model = nn.parallel.DistributedDataParallel(make_model())

@@ -107,7 +107,7 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(saved_at, tmp_path):
     assert torch.equal(second.model.weight, whole.model.weight)
 
 
-def test_a_plain_loader_beside_the_prepared_one_resumes_by_itself(tmp_path):
+def test_a_plain_loader_beside_the_prepared_one_resumes_by_itself():
     first = Run(Pruner(N, 0.5))
     first.train(epochs=1, steps=2)
     pruner = Pruner(N, 0.5)

@@ -288,6 +288,22 @@ def test_inductor_gives_the_same() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def _two_losses(x: Tensor, k: Tensor) -> Tensor:
+    target = torch.tensor([0, 1, 2, 3])
+    return cross_entropy(x, target).loss.sum() + cross_entropy(2 * x, target).loss.sum()
+
+
+@pytest.mark.parametrize("loss", [_two_losses, lambda x, k: info_nce(x, k).loss.sum()])
+def test_several_losses_compile_with_dynamic_shapes(loss: Callable[..., Tensor]) -> None:
+    """With dynamic=True, Dynamo makes float arguments symbolic, defaults among them."""
+    x, k = normal(4, C).requires_grad_(), normal(4, C, seed=1)
+    wanted = loss(x, k)
+    got = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")(x, k)
+    torch.testing.assert_close(got, wanted)
+    grads = (torch.autograd.grad(value, x)[0] for value in (got, wanted))
+    torch.testing.assert_close(*grads)
+
+
 def test_compiled_bad_values_raise_as_eager_ones(backend: str) -> None:
     compiled = {
         f: torch.compile(f, fullgraph=True, backend="aot_eager")

@@ -763,6 +763,22 @@ def test_ranks(tmp_path, size):
         ({"stats": None}, TypeError, "stats must be names of SampleStats fields, got None"),
         ({"shift_labels": "no"}, TypeError, "shift_labels must be a bool or None, got 'no'"),
         ({"score_batch": 3}, TypeError, "score_batch must be a function or None, got 3"),
+        ({"score_batch": lambda *_: None}, TypeError, "score_batch must return.*got NoneType"),
+        (
+            {"score_batch": lambda *_: (torch.arange(8), {"loss": torch.zeros(8)})},
+            TypeError,
+            r"score_batch must return \(indices, SampleStats\), got stats of type dict",
+        ),
+        (
+            {
+                "score_batch": lambda *_: (
+                    "ab",
+                    cross_entropy(torch.zeros(8, 4), torch.arange(8) % 4),
+                )
+            },
+            TypeError,
+            "the indices that score_batch returns must be integers, got 'ab'",
+        ),
         ({"device": "gpu"}, ValueError, "device must be.*got 'gpu'"),
     ],
 )

@@ -29,6 +29,7 @@ if not INTERPRETED:
 from machine_code.triton_variants import recorded
 
 from emp_fast.backends import load, triton
+from emp_fast.backends._triton_selection import grouped_topk_indices
 from emp_fast.kernels import bracket, plan
 
 TRITON = triton.TritonBackend()
@@ -405,3 +406,9 @@ def test_a_sample_that_missed_costs_another_read(
     kernels = launched(lambda: got.append(TRITON.topk_indices(torch.from_numpy(scores), 4000)))
     assert kernels == READ_AGAIN
     np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 4000))
+
+
+def test_groups_of_more_scores_than_their_keys_can_number_are_refused() -> None:
+    scores = torch.empty(1, device="meta").expand(2**32 + 1)
+    with pytest.raises(ValueError, match=r"at most 2\*\*32 elements with groups, got 4294967297"):
+        grouped_topk_indices(scores, scores, torch.tensor([1]))

@@ -240,7 +240,7 @@ __device__ __forceinline__ void claim_row(const RowArgs& a, int64_t row, int64_t
   const StateArgs& s = a.update.state;
   if (!claim_sample(s, row, sample, counted) || a.step != StepPart::kWhole) return;
   // Prefetches what the last block will wait for. With many rows, whose state another launch
-  // updates, this gained nothing: benchmarks/results/.
+  // updates, this cost time (docs/kernel-history.md).
   prefetch(s.memory + sample);
   prefetch(s.visits + sample);
   if (s.variance != nullptr) prefetch(s.variance + sample);

@@ -65,7 +65,7 @@ struct RowArgs {
   const int64_t* target;    // [R] class ids, or null
   const float* soft;        // [R, C] probabilities, or null
   const float* weight;      // [C] or null
-  const float* weight_sum;  // [1], with weight and smoothing
+  const float* weight_sum;  // [1], with weight and smoothing of class ids
   int64_t ignore_index;
   float smoothing;
   float softcap;  // 0: none

@@ -46,6 +46,8 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
 def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Tensor:
     """`Backend.grouped_topk_indices`."""
     n, k, device = scores.shape[0], int(group_k.sum()), scores.device
+    if n > 2**32:  # a key and an index share 64 bits
+        raise ValueError(f"scores must have at most 2**32 elements with groups, got {n}")
     if k == 0 or k == n:
         return torch.arange(k, dtype=torch.int64, device=device)
     index_bytes = plan.ceil_div((n - 1).bit_length(), 8)

@@ -31,6 +31,8 @@ from emp_fast.backends.native import (
 )
 from emp_fast.backends.winners import Winners
 
+_MAX_CLASSES = 2**31  # the kernels count classes in 32 bits
+
 
 class CpuBackend(Backend):
     """Serves CPU tensors."""
@@ -254,6 +256,10 @@ class CpuBackend(Backend):
 def _inputs(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
 ) -> tuple[int | float, ...]:
+    if logits.shape[1] >= _MAX_CLASSES:
+        raise ValueError(
+            f"logits must have fewer than {_MAX_CLASSES} classes, got {logits.shape[1]}"
+        )
     return (
         logits.data_ptr(),
         FORMATS[logits.dtype],

@@ -1,4 +1,4 @@
-"""The native CUDA C++ backend: one or two launches score a batch, make its gradient and update it.
+"""The native CUDA C++ backend: launches that score a batch, make its gradient and update it.
 
 It passes pointers, sizes and the current stream to ``emp_fast._native.cuda``; torch allocates
 outputs and workspace. Scoring and updating never synchronise and can be captured in CUDA graphs.
@@ -128,7 +128,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         """One launch."""
         grad = empty_gradient(logits)
         with on_device(logits.device):
-            weight_sum = _weight_sum(weight, options)
+            weight_sum = _weight_sum(target, weight, options)
             self._native.backward(
                 *_inputs(logits, target, weight, weight_sum, options),
                 fields.data_ptr(),
@@ -153,7 +153,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         """One launch for few rows, two for many or long rows, three if rows are split."""
         outputs, grad, device = empty_scores(logits), empty_gradient(logits), logits.device
         with on_device(device):
-            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+            weight_sum, workspace = _weight_sum(target, weight, options), self._workspace(logits)
             self._native.step(
                 self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
@@ -190,7 +190,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         factor = torch.empty_like(mean)
         scores = logits.new_empty(native.mean_step_workspace(logits.shape[0]), dtype=torch.uint8)
         with on_device(device):
-            weight_sum, workspace = _weight_sum(weight, options), self._workspace(logits)
+            weight_sum, workspace = _weight_sum(target, weight, options), self._workspace(logits)
             native.mean_step(
                 self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
@@ -349,9 +349,11 @@ def _stream(device: torch.device) -> int:
     return stream
 
 
-def _weight_sum(weight: Tensor | None, options: LossOptions) -> Tensor | None:
-    """The sum of the class weights, which the gradient of a smoothed, weighted loss needs."""
-    return weight.sum() if weight is not None and options.label_smoothing > 0 else None
+def _weight_sum(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor | None:
+    """The sum of the class weights, which the gradient of smoothed, weighted class ids needs."""
+    if weight is None or options.label_smoothing == 0 or target.is_floating_point():
+        return None
+    return weight.sum()
 
 
 def _inputs(

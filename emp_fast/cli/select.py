@@ -238,6 +238,8 @@ def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> tup
     array = read_vector(path, column, "score")
     if array.dtype.kind not in "fiu":
         raise InputError(f"{path} must hold numbers, got dtype {array.dtype}")
+    if array.dtype.itemsize > 8:
+        raise InputError(f"{path} must hold numbers of at most 64 bits, got dtype {array.dtype}")
     fits = array.dtype.kind == "f" and array.dtype.itemsize <= 4  # then half the memory suffices
     wide = array.astype(np.float32 if fits else np.float64)
     # Compared as integers: 2**53 + 1 becomes 2**53 as a float.

@@ -69,7 +69,7 @@ class ShardedScoreStore:
         rule: how a visit changes a sample's state.
         process_group: of torch.distributed; None is the default group. Without torch.distributed
             this process is the only rank.
-        device: where this rank's state lives; None follows the stats of its first update.
+        device: where this rank's state lives; None: where its stats are. It then moves with them.
 
     Raises:
         ValueError: num_samples is below 1, the rule does not fit it, there is no such device, or
