@@ -124,32 +124,10 @@ def linear_cross_entropy(
         TypeError: a dtype is invalid.
         IndexError: as `cross_entropy`.
     """
-    require_float("hidden", hidden)
-    require_float("classifier", classifier)
-    require_tensor("target", target)
-    if bias is not None:
-        require_float("bias", bias)
-    require_rows("hidden", hidden, "E", packed=offsets is not None)
-    if classifier.dim() != 2 or classifier.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"classifier must have shape [C, {hidden.shape[-1]}] to go with hidden, "
-            f"got {tuple(classifier.shape)}"
-        )
-    for name, parameter in (("classifier", classifier), ("bias", bias)):
-        if parameter is not None and parameter.device != hidden.device:
-            raise ValueError(
-                f"{name} must be on {hidden.device} like hidden, got {parameter.device}"
-            )
-    hidden, classifier, bias = _autocast(hidden, classifier, bias)
-    for name, parameter in (("classifier", classifier), ("bias", bias)):
-        if parameter is not None and parameter.dtype != hidden.dtype:
-            raise TypeError(f"{name} must be {hidden.dtype} like hidden, got {parameter.dtype}")
+    hidden, classifier, bias = _checked_head(hidden, classifier, bias, packed=offsets is not None)
     num_classes = classifier.shape[0]
-    if num_classes == 0:
-        raise ValueError(f"classifier must have at least one class, got {tuple(classifier.shape)}")
-    if bias is not None and bias.shape != (num_classes,):
-        raise ValueError(f"bias must have shape [{num_classes}], got {tuple(bias.shape)}")
     shape = (*hidden.shape[:-1], num_classes)
+    require_tensor("target", target)
     target = checked_target(shape, hidden.dtype, hidden.device, target)
     class_weight = checked_weight(weight, num_classes, hidden)
     options = checked_options(ignore_index, label_smoothing, softcap)
@@ -200,28 +178,8 @@ def info_nce(
         ValueError: a shape or the temperature is invalid.
         TypeError: a dtype is invalid.
     """
-    require_float("query", query)
-    require_float("key", key)
-    if query.dim() != 2 or query.shape[1] == 0:
-        raise ValueError(f"query must have shape [S, D] with D >= 1, got {tuple(query.shape)}")
-    if key.shape != query.shape:
-        raise ValueError(
-            f"key must have the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}"
-        )
-    if key.dtype != query.dtype:
-        raise TypeError(f"key must be {query.dtype} like query, got {key.dtype}")
-    if key.device != query.device:
-        raise ValueError(f"key must be on {query.device} like query, got {key.device}")
+    _require_pairs(query, key, hidden)
     temperature = checked_positive("temperature", temperature)
-    samples = query.shape[0]
-    if hidden is not None:
-        require_float("hidden", hidden)
-        if hidden.dim() != 2 or hidden.shape[0] != samples or hidden.shape[1] == 0:
-            raise ValueError(
-                f"hidden must have shape [{samples}, E] with E >= 1, got {tuple(hidden.shape)}"
-            )
-        if hidden.device != query.device:
-            raise ValueError(f"hidden must be on {query.device} like query, got {hidden.device}")
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be a bool, got {symmetric!r}")
     # In half precision, similarities divided by a small temperature would lose the digits that
@@ -241,7 +199,7 @@ def info_nce(
             stats = SampleStats(**halves, correct=correct, count=stats.count)
     if hidden is not None:
         features = hidden.detach()
-        none = torch.zeros(samples, dtype=torch.int64, device=hidden.device)
+        none = torch.zeros(query.shape[0], dtype=torch.int64, device=hidden.device)
         entropy = cross_entropy(features, none).entropy
         stats = SampleStats(stats.loss, entropy, *stats[2:])  # torch 2.11 cannot compile _replace
     return stats
@@ -291,11 +249,66 @@ def topk_indices(
     return ops.grouped_topk_indices(scores, groups, quotas, k)
 
 
+def _checked_head(
+    hidden: Tensor, classifier: Tensor, bias: Tensor | None, *, packed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The features and the linear layer, cast as under autocast."""
+    require_float("hidden", hidden)
+    require_float("classifier", classifier)
+    if bias is not None:
+        require_float("bias", bias)
+    require_rows("hidden", hidden, "E", packed=packed)
+    if classifier.dim() != 2 or classifier.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"classifier must have shape [C, {hidden.shape[-1]}] to go with hidden, "
+            f"got {tuple(classifier.shape)}"
+        )
+    for name, parameter in (("classifier", classifier), ("bias", bias)):
+        if parameter is not None and parameter.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on {hidden.device} like hidden, got {parameter.device}"
+            )
+    hidden, classifier, bias = _autocast(hidden, classifier, bias)
+    for name, parameter in (("classifier", classifier), ("bias", bias)):
+        if parameter is not None and parameter.dtype != hidden.dtype:
+            raise TypeError(f"{name} must be {hidden.dtype} like hidden, got {parameter.dtype}")
+    num_classes = classifier.shape[0]
+    if num_classes == 0:
+        raise ValueError(f"classifier must have at least one class, got {tuple(classifier.shape)}")
+    if bias is not None and bias.shape != (num_classes,):
+        raise ValueError(f"bias must have shape [{num_classes}], got {tuple(bias.shape)}")
+    return hidden, classifier, bias
+
+
 def _rows_at_a_time(hidden: Tensor, num_classes: int) -> int:
     rows = max(1, _CHUNK_ELEMENTS // num_classes)
     if hidden.is_cuda:
         rows = max(rows, min(hidden.shape[-1], _GPU_CHUNK_ELEMENTS // num_classes))
     return rows
+
+
+def _require_pairs(query: Tensor, key: Tensor, hidden: Tensor | None) -> None:
+    require_float("query", query)
+    require_float("key", key)
+    if query.dim() != 2 or query.shape[1] == 0:
+        raise ValueError(f"query must have shape [S, D] with D >= 1, got {tuple(query.shape)}")
+    if key.shape != query.shape:
+        raise ValueError(
+            f"key must have the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}"
+        )
+    if key.dtype != query.dtype:
+        raise TypeError(f"key must be {query.dtype} like query, got {key.dtype}")
+    if key.device != query.device:
+        raise ValueError(f"key must be on {query.device} like query, got {key.device}")
+    samples = query.shape[0]
+    if hidden is not None:
+        require_float("hidden", hidden)
+        if hidden.dim() != 2 or hidden.shape[0] != samples or hidden.shape[1] == 0:
+            raise ValueError(
+                f"hidden must have shape [{samples}, E] with E >= 1, got {tuple(hidden.shape)}"
+            )
+        if hidden.device != query.device:
+            raise ValueError(f"hidden must be on {query.device} like query, got {hidden.device}")
 
 
 def _in_batch(query: Tensor, key: Tensor) -> SampleStats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,11 @@ def score_dataset(
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     out = None if output is None else Path(output)
-    with together(process_group, "score_dataset, the arguments"):
+
+    def on_all(part: str) -> AbstractContextManager[None]:
+        return together(process_group, f"score_dataset, {part}")
+
+    with on_all("the arguments"):
         scored_on = _device_of(bare) if device is None else checked_device(device)
         _require_callables(model, score_batch)
         n = _checked_num_samples(num_samples, loader)
@@ -125,7 +129,7 @@ def score_dataset(
     tally = Tally(n, scored_on)
     # The digest is collective, and perhaps not all ranks were given an output.
     saves = ranks.all_reduce(torch.tensor(int(where is not None), device="cpu"), "max")
-    with together(process_group, "score_dataset, the partial result"):
+    with on_all("the partial result"):
         facts = {**run, "model": _digest(bare)} if int(saves) else run
         kept = PartialResults(where, tally, facts, ranks, save_every)
         kept.load()
@@ -137,20 +141,20 @@ def score_dataset(
         return score_by_logits(bare, batch, scored_on, shift, options)
 
     with ExitStack() as stack:
-        with together(process_group, "score_dataset, the preparation"):
+        with on_all("the preparation"):
             bar = stack.enter_context(_bar(progress and ranks.rank == 0))
             stack.enter_context(_eval_mode(bare))
         stack.enter_context(kept.saved_on_failure())
         for number in range(passes):
-            with together(process_group, f"score_dataset, pass {number + 1}"):
+            with on_all(f"pass {number + 1}"):
                 _one_pass(loader, scored, number, ranks, kept, bar)
             # The next pass may share the samples out in another way: it must see all that are done.
             tally.merge(ranks)
-        with together(process_group, "score_dataset, the last partial result"):
+        with on_all("the last partial result"):
             kept.save()
     _require_complete(tally, passes)
     means = tally.means()
-    with together(process_group, "score_dataset, the output"):
+    with on_all("the output"):
         if out is not None and ranks.rank == 0:
             _write(out, means, rule, columns, overwrite)
     kept.remove()

@@ -39,7 +39,7 @@ from .softmax_stats import (
     weighted,
 )
 from .target import Options, capped, class_ids, class_weights, fold_raw_target, row_loss
-from .update_state import Rule, SampleState
+from .update_state import Recurrence, SampleState
 
 #: Statistics in the workspace of split rows: those of `RowSums`.
 PART_FIELDS = tl.constexpr(7)
@@ -517,7 +517,7 @@ def score_loop(
         state = SampleState(
             scores_ptr, memory_ptr, visits_ptr, variance_ptr, claims_ptr, counters_ptr, num_samples
         )
-        rule = Rule(mean, decay, gain, direct_scale, memory_scale, variance_scale)
+        rule = Recurrence(mean, decay, gain, direct_scale, memory_scale, variance_scale)
         update_if_last(outputs, indices_ptr, signal_row, direct_row, state, rule, LANES)
 
 

@@ -32,7 +32,7 @@ from .softmax_stats import (
     weighted,
 )
 from .target import Options, capped, class_ids, class_weights, fold_raw_target, row_loss
-from .update_state import Rule, SampleState
+from .update_state import Recurrence, SampleState
 
 
 class Inputs(NamedTuple):
@@ -370,5 +370,5 @@ def score_tile(
         state = SampleState(
             scores_ptr, memory_ptr, visits_ptr, variance_ptr, claims_ptr, counters_ptr, num_samples
         )
-        rule = Rule(mean, decay, gain, direct_scale, memory_scale, variance_scale)
+        rule = Recurrence(mean, decay, gain, direct_scale, memory_scale, variance_scale)
         update_if_last(outputs, indices_ptr, signal_row, direct_row, state, rule, LANES)

@@ -56,7 +56,7 @@ class SampleState(NamedTuple):
     num_samples: tl.tensor
 
 
-class Rule(NamedTuple):
+class Recurrence(NamedTuple):
     """How a visit updates the state: the scalars of `update_state`."""
 
     mean: tl.tensor
@@ -173,7 +173,7 @@ def update_state(
     state = SampleState(
         scores_ptr, memory_ptr, visits_ptr, variance_ptr, claims_ptr, counters_ptr, num_samples
     )
-    rule = Rule(mean, decay, gain, direct_scale, memory_scale, variance_scale)
+    rule = Recurrence(mean, decay, gain, direct_scale, memory_scale, variance_scale)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)

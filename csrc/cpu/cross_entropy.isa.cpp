@@ -57,15 +57,14 @@ EMP_FAST_INLINE Floats weighted(Floats weight, Floats value) {
 // last digits.
 constexpr int64_t kApart = 16;
 
-template <class Rows>
 struct Gathered {
   Accumulated accumulated;
   Floats raw_y;  // the target's logit before the softcap
 };
 
 template <class Rows, class Format>
-EMP_FAST_INLINE Gathered<Rows> accumulate_columns(const Rows& logits, int64_t first, int64_t count,
-                                                  const GroupTarget& target, Format) {
+EMP_FAST_INLINE Gathered accumulate_columns(const Rows& logits, int64_t first, int64_t count,
+                                            const GroupTarget& target, Format) {
   const Problem& problem = logits.problem;
   const typename Rows::Element* rows[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) rows[i] = logits.row(first + std::min(i, count - 1));
@@ -582,8 +581,9 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
     const Floats max = broadcast(field(kMax));
     const Floats scale = broadcast(g * (a + total) * field(kInvSum));
     const Floats even = broadcast(problem.target ? g * share : g);
-    const auto gradient = [&](Floats raw, Floats slope_of, int64_t j, int64_t size) {
-      const Floats e = exp_nonpositive(floored_difference(raw, max));
+    const auto compute = [&](Floats raw, int64_t j, int64_t size) {
+      const CappedLogits x = logits.capped_with_slope(raw);
+      const Floats e = exp_nonpositive(floored_difference(x.value, max));
       Floats u = even;
       const float* weight = problem.weight ? problem.weight + j : nullptr;
       if (t_row) {
@@ -592,11 +592,7 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       } else if (weight) {
         u = u * (size == kLanes ? load(weight) : read_some<Float32>(weight, size));
       }
-      return (e * scale - u) * slope_of;
-    };
-    const auto compute = [&](Floats raw, int64_t j, int64_t size) {
-      const CappedLogits x = logits.capped_with_slope(raw);
-      return gradient(x.value, x.slope, j, size);
+      return (e * scale - u) * x.slope;
     };
     int64_t j = 0;
     for (; j + kLanes <= classes; j += kLanes) {

@@ -19,7 +19,8 @@ void parallel_ranges(int64_t count, int64_t grain, int threads, const Body& body
     if (count > 0) body(int64_t{0}, count);
     return;
   }
-  // Dynamic schedule: ignored rows cost nothing, and another process may occupy a core.
+  // Dynamic schedule: ignored rows cost little if they are long, and another process may occupy a
+  // core.
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team)
   for (int64_t range = 0; range < ranges; ++range) {
     body(range * grain, std::min(count, (range + 1) * grain));

@@ -58,7 +58,7 @@ struct SelectState {
   uint64_t countdown;
   uint32_t key;
   SelectStatus status;
-  uint64_t unused;  // pads to kStateBytes
+  uint64_t unused;  // pads to kStateBytes, a sector of memory
 
   EMP_FAST_HD static SelectState start(uint64_t k) {
     return {k, 0, 0, k == 0 ? SelectStatus::kNothing : SelectStatus::kOpen, 0};

@@ -149,19 +149,18 @@ struct Walk {
 // The sums of the row whose scores a lane will compute, in few registers.
 struct KeptRow {
   int64_t row;  // -1: none
-  int column;   // of the target; -1: ignored, -2: neither a class nor ignored
+  int id;       // of the target, as from class_of
   float x_y, tilt;
   SoftmaxSums<float> sums;
 
   __device__ __forceinline__ static KeptRow of(int64_t row, const Target& target, float x_y,
                                                const RowSums& sums) {
-    const int column = target.bad ? -2 : target.valid ? target.column : -1;
-    return {row, column, x_y, sums.tilt, sums.sums};
+    return {row, class_of(target), x_y, sums.tilt, sums.sums};
   }
 
   // Writes the scores.
   __device__ __forceinline__ void conclude(const RowArgs& a) const {
-    const Target target{max(column, 0), column != -1, column == -2};
+    const Target target = target_of(id);
     const float mass = a.smoothing > 0.0f ? static_cast<float>(a.classes - 1) : 0.0f;
     const RowResult result = finish_row<true, false>(a, {sums, tilt, mass}, x_y, target);
     write_scores<1>(a, row, row >= 0, result);

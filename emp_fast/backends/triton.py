@@ -236,7 +236,7 @@ class TritonBackend(RowKernelsChoice, Backend):
         if num_rows == 0:
             return
         pointers = (indices, signal, direct, count, *_state_pointers(state, recurrence))
-        numbers = (num_rows, state.scores.shape[0], *_rule(recurrence))
+        numbers = (num_rows, state.scores.shape[0], *_recurrence_numbers(recurrence))
         single = num_rows <= plan.ONE_PROGRAM_ROWS
         grid = (1 if single else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
         phases = (state_kernels.BOTH,) if single else (state_kernels.CLAIM, state_kernels.APPLY)
@@ -475,7 +475,7 @@ def _state_pointers(state: State, recurrence: Recurrence) -> tuple[Tensor | None
     return state._replace(variance=variance_of(state, recurrence))
 
 
-def _rule(recurrence: Recurrence) -> tuple[int | float, ...]:
+def _recurrence_numbers(recurrence: Recurrence) -> tuple[int | float, ...]:
     return (
         int(recurrence.kind == "mean"),
         recurrence.decay,
@@ -495,5 +495,5 @@ def _update_arguments(
     indices, state, recurrence = update
     direct = recurrence.direct
     direct_row = row_epilogue.NO_ROW.value if direct is None else _FIELD_ROWS[direct]
-    rule = (_FIELD_ROWS[recurrence.signal], direct_row, *_rule(recurrence))
+    rule = (_FIELD_ROWS[recurrence.signal], direct_row, *_recurrence_numbers(recurrence))
     return indices, _state_pointers(state, recurrence), rule, state.scores.shape[0]

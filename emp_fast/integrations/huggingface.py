@@ -149,7 +149,7 @@ class PrunerMixin(_Base):
         # Unused columns are removed before they are read. The Trainer does not recognise the
         # wrapped set as one of `datasets`, and would drop them sample by sample.
         kept = self._remove_unused_columns(bare) if hasattr(bare, "column_names") else bare
-        self.train_dataset, self.data_collator = with_indices(kept), _IndexedCollate(collate)
+        self.train_dataset, self.data_collator = with_indices(kept), _SplittingCollate(collate)
         try:
             yield
         finally:
@@ -308,7 +308,7 @@ def _shift(labels: Tensor) -> Tensor:
     return pad(labels, (0, 1), value=_IGNORED)[..., 1:]
 
 
-class _IndexedCollate:
+class _SplittingCollate:
     """Removes the index from the samples and adds all indices to the batch.
 
     If the samples are packed into one row, it also adds where each of them starts. It does so here,

@@ -34,8 +34,10 @@ def define(
 ) -> _Kernel:
     """Registers an op; returns a function that calls it like ``kernel``.
 
-    The function takes positional arguments, of which the first must be a tensor. Without ``vmap``,
-    `torch.vmap` calls the op once per example.
+    The function takes positional arguments, of which the first must be a tensor. A kernel that
+    takes or returns named tuples, which no schema has, is called by a function of its own, so that
+    they are taken apart only where something watches. Without ``vmap``, `torch.vmap` calls the op
+    once per example.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)

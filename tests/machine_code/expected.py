@@ -158,7 +158,7 @@ EXPECTED = (
     Expected("", r"^tl\.store\(grad_row", 16, "rows of the gradient off the 16-byte grid, or ends"),
     Expected("", r"^tl\.store\(state\.scores \+ index, score, mask=won", 32, "one sample's state"),
     Expected("", r"^near = tl\.load|^tl\.store\(out, value\.to", 16, "the target's vector"),
-    Expected("", r"^x_y = tl\.load", 16, "one logit a row"),
+    Expected("", r"^(x_y|raw_y) = tl\.load", 16, "one logit a row"),
     Expected(
         r"^selection\.mark_scores\(.*ALIGN_BYTES=16",
         r"^score = tl\.load\(address\)",
