@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -45,6 +46,29 @@ def test_imports_make_no_circle() -> None:
     assert graph["emp_fast.samplers"] >= {"emp_fast.progress", "emp_fast.distributed.ranks"}
     assert any(graph[name] for name in graph if name.startswith("emp_fast.kernels."))
     TopologicalSorter(graph).prepare()  # a CycleError names the circle
+
+
+def test_nothing_reaches_up_directly_or_through_others() -> None:
+    """The order that docs/contributing.md states."""
+    page = (PACKAGE.parent / "docs" / "contributing.md").read_text()
+    stated = re.findall(r"`(pruner -> .*?)`", page, re.DOTALL)
+    assert len(stated) == 1
+    order = [f"emp_fast.{part}" for part in re.split(r"\s*->\s*", stated[0].partition(", ")[0])]
+    assert order[-3:] == ["emp_fast.ops", "emp_fast.backends", "emp_fast.kernels"]
+
+    def layer(name: str) -> int | None:
+        at = [i for i, part in enumerate(order) if f"{name}.".startswith(f"{part}.")]
+        return at[0] if at else None
+
+    known = modules()
+    highest: dict[str, int] = {}  # the highest layer that a module reaches
+    graph = {name: imported_by(name, known) for name in known}
+    for name in TopologicalSorter(graph).static_order():
+        reached = [highest[used] for used in graph[name] if used != "emp_fast"]
+        own = layer(name)
+        assert own is None or all(own <= below for below in reached), name
+        highest[name] = min(reached if own is None else [own, *reached], default=len(order))
+    assert highest["emp_fast.integrations.lightning"] == 0
 
 
 OPS = "emp_fast.ops"

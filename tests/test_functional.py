@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from serving import CPU
 from torch import Tensor
 
 from emp_fast import SampleStats
@@ -24,11 +25,12 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 def assert_stats(got: SampleStats, wanted: Any, rtol: float = RTOL, atol: float = ATOL) -> None:
     """Every field agrees with the oracle's, in dtype and in value."""
+    got = SampleStats(*(field.detach().cpu() for field in got))
     for name in FLOAT_FIELDS:
         field = getattr(got, name)
         assert field.dtype == torch.float32, name
         np.testing.assert_allclose(
-            field.detach().double().numpy(), getattr(wanted, name), rtol, atol, err_msg=name
+            field.double().numpy(), getattr(wanted, name), rtol, atol, err_msg=name
         )
     assert got.correct.dtype == torch.bool
     assert got.count.dtype == torch.int32
@@ -218,7 +220,7 @@ def test_a_softcap_adds_no_more_error_to_the_gradient_than_in_torch(
     assert float(error) <= 2 * float(torch_error)
 
 
-def assert_margins_beyond_the_cap(classes: int) -> None:
+def assert_margins_beyond_the_cap(classes: int, device: torch.device = CPU) -> None:
     """Most logits are so far beyond the cap that their capped values hardly differ in float32."""
     generator = torch.Generator().manual_seed(classes)
     rows = 60 if classes > 1000 else 500  # the oracle takes long
@@ -230,19 +232,17 @@ def assert_margins_beyond_the_cap(classes: int) -> None:
         logits[::3] = -logits[::3]
         logits[1::3] = cap * noise[1::3]
         logits[7], logits[11, 0], logits[17, -1] = math.inf, math.inf, -math.inf
-        got = cross_entropy(logits, target, softcap=cap)
+        got = cross_entropy(logits.to(device), target.to(device), softcap=cap)
         assert_stats(got, oracle(logits, target, softcap=cap)[0])
 
 
-@pytest.mark.parametrize("classes", [4, 300])
-def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
-    classes: int, backend: str
-) -> None:
-    logits = torch.linspace(-1, 1, classes)[None].clone()
-    logits[0, 1], target = -math.inf, torch.tensor([1])
+def assert_no_loss_without_weight(classes: int, device: torch.device = CPU) -> None:
+    """Of a target at -inf, where the plain loss is infinite."""
+    logits = torch.linspace(-1, 1, classes, device=device)[None].clone()
+    logits[0, 1], target = -math.inf, torch.tensor([1], device=device)
     plain = cross_entropy(logits, target)
     assert plain.loss.tolist() == [math.inf]
-    weight = torch.ones(classes)
+    weight = torch.ones(classes, device=device)
     weight[1] = 0
     options: list[tuple[dict[str, Any], float | None]] = [
         ({"weight": weight}, 0.0),
@@ -258,26 +258,40 @@ def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
         for field in FLOAT_FIELDS[1:]:
             assert torch.equal(getattr(stats, field), getattr(plain, field)), field
         (grad,) = torch.autograd.grad(stats.loss.sum(), leaf)
-        torch.testing.assert_close(grad.double(), torch.from_numpy(wanted_grad))
+        torch.testing.assert_close(grad.double().cpu(), torch.from_numpy(wanted_grad))
 
 
-@pytest.mark.parametrize("classes", [100, 1000])
-def test_gradients_of_unlikely_targets_are_as_good_as_torchs(classes: int, backend: str) -> None:
-    """Most targets of random logits: d / D has two roundings near 1, and 1 - p_y has one."""
+def assert_gradients_of_unlikely_targets(classes: int, device: torch.device = CPU) -> None:
+    """They err at most twice as much as torch's: d / D has two roundings near 1, 1 - p_y has one.
+
+    Most targets of random logits are unlikely.
+    """
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
-        leaf = torch.randn(64, classes, generator=generator).requires_grad_()
-        target = torch.randint(0, classes, (64,), generator=generator)
+        leaf = torch.randn(64, classes, generator=generator).to(device).requires_grad_()
+        target = torch.randint(0, classes, (64,), generator=generator).to(device)
         wanted = torch.from_numpy(oracle(leaf.detach(), target)[1])
         losses = (
             cross_entropy(leaf, target).loss,
             torch.nn.functional.cross_entropy(leaf, target, reduction="none"),
         )
         error, torchs = (
-            float((torch.autograd.grad(loss.sum(), leaf)[0].double() - wanted).abs().max())
+            float((torch.autograd.grad(loss.sum(), leaf)[0].double().cpu() - wanted).abs().max())
             for loss in losses
         )
         assert error <= 2 * torchs
+
+
+@pytest.mark.parametrize("classes", [4, 300])
+def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
+    classes: int, backend: str
+) -> None:
+    assert_no_loss_without_weight(classes)
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_gradients_of_unlikely_targets_are_as_good_as_torchs(classes: int, backend: str) -> None:
+    assert_gradients_of_unlikely_targets(classes)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 300, 5000])

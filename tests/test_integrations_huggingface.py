@@ -549,9 +549,9 @@ def test_batches_without_an_index_are_refused(tmp_path):
 
 
 def _collate(fields):
-    from emp_fast.integrations.huggingface import _IndexedCollate
+    from emp_fast.integrations.huggingface import _SplittingCollate
 
-    return _IndexedCollate(lambda features: dict(fields))
+    return _SplittingCollate(lambda features: dict(fields))
 
 
 def test_packed_samples_are_told_apart_by_positions_or_lengths():

@@ -276,7 +276,8 @@ class Ranks:
 def together(process_group: ProcessGroup | None, operation: str) -> Iterator[None]:
     """Raises an error of one rank in the block on all ranks. The end of the block is collective.
 
-    Without this, the other ranks would wait for the failed one in their next operation.
+    Without this, the other ranks would wait for the failed one in their next operation. What is not
+    an Exception, such as Ctrl-C, ends this rank alone.
 
     Args:
         process_group: of torch.distributed; None is the default group.

@@ -143,7 +143,7 @@ class ShardedScoreStore:
         If a sample has several rows, the last one of the highest rank is applied and counts as one
         visit. A rank that has run out of batches passes empty indices, with any stats or none.
 
-        It takes three collectives, four if a rank has no rows, of O(S + R) bytes per rank: 8 bytes
+        It takes three collectives, five if a rank has no rows, of O(S + R) bytes per rank: 8 bytes
         per row for the index, and the stats that the rule reads. The host reads the sizes, so the
         call waits for the device.
 

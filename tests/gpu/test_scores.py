@@ -12,12 +12,22 @@ import pytest
 import torch
 from expected import assert_gradient, reference_rows
 from sizes import SIZES
-from test_functional import assert_stats, incoming, torch_loss
+from test_functional import (
+    assert_gradients_of_unlikely_targets,
+    assert_margins_beyond_the_cap,
+    assert_no_loss_without_weight,
+    assert_stats,
+    incoming,
+    torch_loss,
+)
 from torch import Tensor
 
 from emp_fast import Pruner, SampleStats
 from emp_fast.functional import cross_entropy, info_nce, linear_cross_entropy
 from emp_fast.testing import ATOL, CASES, RTOL, Case, make, oracle, strange_rows
+
+#: Classes whose rows go to different kernels.
+FEW_TO_MANY = (4, 100, 1000, 5000)
 
 HALVES = (torch.float16, torch.bfloat16)
 EVERY_CASE = [
@@ -72,6 +82,27 @@ def test_values_and_gradients_agree_with_the_oracle(
     if target.is_floating_point():
         terms = float(grad_loss.abs().max() * target.nan_to_num(0.0).abs().max())
     assert_gradient(grad.cpu(), torchs.cpu(), expected, terms)
+
+
+@pytest.mark.parametrize("classes", FEW_TO_MANY)
+def test_the_margin_beyond_a_softcap_keeps_its_digits(
+    classes: int, backend: str, device: torch.device
+) -> None:
+    assert_margins_beyond_the_cap(classes, device)
+
+
+@pytest.mark.parametrize("classes", FEW_TO_MANY)
+def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
+    classes: int, backend: str, device: torch.device
+) -> None:
+    assert_no_loss_without_weight(classes, device)
+
+
+@pytest.mark.parametrize("classes", [100, 1000, 8200])
+def test_gradients_of_unlikely_targets_are_as_good_as_torchs(
+    classes: int, backend: str, device: torch.device
+) -> None:
+    assert_gradients_of_unlikely_targets(classes, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

@@ -247,6 +247,21 @@ def test_state_and_weights_follow_the_first_batch_to_its_device(backend, device)
         assert torch.equal(got, wanted)
 
 
+def test_a_state_on_the_cpu_waits_for_stats_from_the_device(backend, cuda) -> None:
+    """The device is still busy with what makes them when the update is called."""
+    n = 4_000_000
+    values = torch.rand(2, n, generator=torch.Generator().manual_seed(0))
+    indices = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    stores = [ScoreStore(n, device="cpu") for _ in range(2)]
+    stores[0].update(indices, {"loss": values[0], "entropy": values[1]})
+    on_device = [tensor.to(cuda) for tensor in (indices, *values)]
+    torch.cuda._sleep(100_000_000)  # about 50 ms
+    late = [tensor.clone() for tensor in on_device]
+    stores[1].update(late[0], {"loss": late[1], "entropy": late[2]})
+    assert stores[1].device.type == "cpu"
+    assert torch.equal(stores[1].scores, stores[0].scores)
+
+
 @pytest.mark.parametrize(
     "rule", [rules.EMP(0.5, 0.9), rules.AUM(), rules.UCB(), rules.Forgetting()], ids=repr
 )
