@@ -220,7 +220,7 @@ def _require_callables(model: Any, score_batch: Any) -> None:
 def _checked_scores(made: object) -> tuple[Tensor, SampleStats]:
     """What ``score_batch`` returned."""
     wanted = "score_batch must return (indices, SampleStats)"
-    if not isinstance(made, tuple) or len(made) != 2:
+    if not isinstance(made, (tuple, list)) or len(made) != 2:
         raise TypeError(f"{wanted}, got {type(made).__name__}")
     indices, stats = made
     if not isinstance(stats, SampleStats):

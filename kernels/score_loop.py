@@ -247,11 +247,11 @@ def _sums(weight_ptr, target, walk, shape, options):
             c = tl.where(counts, c, 0.0)
             mass += _lane_sums(c)
             tilt += _lane_sums(weighted(c, diff))
-    return join(RowSums(peak, d, s, q, mass, tilt, raw_peak))
+    return join(RowSums(peak, d, s, q, mass, tilt, raw_peak), options.SOFTCAP)
 
 
 @triton.jit
-def _store_part(parts_ptr, row, num_rows, sums):
+def _store_part(parts_ptr, row, num_rows, sums, options):
     part = parts_ptr + tl.program_id(1).to(tl.int64) * PART_FIELDS * num_rows + row
     tl.store(part, sums.peak)
     tl.store(part + num_rows, sums.d)
@@ -259,11 +259,12 @@ def _store_part(parts_ptr, row, num_rows, sums):
     tl.store(part + 3 * num_rows, sums.q)
     tl.store(part + 4 * num_rows, sums.mass)
     tl.store(part + 5 * num_rows, sums.tilt)
-    tl.store(part + 6 * num_rows, sums.raw)
+    if options.SOFTCAP:
+        tl.store(part + 6 * num_rows, sums.raw)
 
 
 @triton.jit
-def _load_parts(parts_ptr, row, num_rows, parts, PARTS: tl.constexpr):
+def _load_parts(parts_ptr, row, num_rows, parts, PARTS: tl.constexpr, CAPPED: tl.constexpr):
     part = tl.arange(0, PARTS)
     here = part < parts
     at = parts_ptr + part.to(tl.int64) * PART_FIELDS * num_rows + row
@@ -273,7 +274,9 @@ def _load_parts(parts_ptr, row, num_rows, parts, PARTS: tl.constexpr):
     q = tl.load(at + 3 * num_rows, mask=here, other=0.0)
     mass = tl.load(at + 4 * num_rows, mask=here, other=0.0)
     tilt = tl.load(at + 5 * num_rows, mask=here, other=0.0)
-    raw = tl.load(at + 6 * num_rows, mask=here, other=float("-inf"))
+    raw = peak
+    if CAPPED:
+        raw = tl.load(at + 6 * num_rows, mask=here, other=float("-inf"))
     return RowSums(peak, d, s, q, mass, tilt, raw)
 
 
@@ -388,7 +391,7 @@ def _score(
     if STATS:
         sums = _sums(inputs.weight, target, walk, shape, options)
         if PARTIAL:
-            _store_part(parts_ptr, row, outputs.num_rows, sums)
+            _store_part(parts_ptr, row, outputs.num_rows, sums, options)
         else:
             raw_y = tl.load(inputs.logits + walk.row_start + target.y, mask=valid, other=0.0)
             c_y = class_weights(target.t_y, target.w_y, walk.num_classes, options)
@@ -571,7 +574,7 @@ def merge_parts(
     """Merges the parts of one row of class ids. Grid: R; PARTS is a power of two >= parts."""
     row = tl.program_id(0).to(tl.int64)
     _score_merged(
-        join(_load_parts(parts_ptr, row, num_rows, parts, PARTS)),
+        join(_load_parts(parts_ptr, row, num_rows, parts, PARTS, SOFTCAP), SOFTCAP),
         row,
         SplitRows(logits_ptr, row_stride, target_ptr, weight_ptr, num_classes),
         Outputs(loss_ptr, fields_ptr, correct_ptr, count_ptr, num_rows),

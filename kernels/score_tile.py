@@ -178,7 +178,7 @@ def _sums(x, raw, c, is_target, shape, options):
         peak, d, s, q = _per_thread(peak), _per_thread(d), _per_thread(s), _per_thread(q)
         if options.SOFT or options.SMOOTH:
             mass, tilt, c_y = _per_thread(mass), _per_thread(tilt), _per_thread(c_y)
-        raw_peak = _per_thread(raw_peak)
+        raw_peak = _per_thread(raw_peak) if options.SOFTCAP else peak
     return RowSums(peak, d, s, q, mass, tilt, raw_peak), c_y, e
 
 

@@ -100,7 +100,7 @@ def softcap_slope(x, softcap):
 
 @triton.jit
 def _decayed(u):
-    """e^(-2 |u|), which is taken as 0 where tanh u is +-1 even in double precision."""
+    """e^(-2 |u|), but 0 where tanh u is within a unit of double precision of +-1."""
     u = tl.abs(u)
     return tl.where(u > 19.0, 0.0, exp(-2.0 * u))
 
@@ -133,15 +133,15 @@ def rebase(sums, new_peak):
 
 
 @triton.jit
-def join(sums):
-    """Merges the statistics of all parts [P]."""
+def join(sums, CAPPED: tl.constexpr):
+    """Merges the statistics of all parts [P]. CAPPED: there is a softcap."""
     sums = rebase(sums, tl.max(sums.peak, axis=0))
     d = tl.sum(sums.d, axis=0)
     s = tl.sum(sums.s, axis=0)
     q = tl.sum(sums.q, axis=0)
     mass = tl.sum(sums.mass, axis=0)
     tilt = tl.sum(sums.tilt, axis=0)
-    raw = tl.max(sums.raw, axis=0)
+    raw = tl.max(sums.raw, axis=0) if CAPPED else sums.peak
     return RowSums(sums.peak, d, s, q, mass, tilt, raw)
 
 

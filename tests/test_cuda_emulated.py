@@ -248,6 +248,7 @@ class Shape:
         logits.copy_(deviation * torch.randn(self.rows, self.classes, generator=generator))
         target = torch.randint(self.classes, (self.rows,), generator=generator)
         if self.saturated:
+            logits[:, -2] = 9 * self.softcap  # beyond all others: the last block of a row has it
             target = logits.topk(3).indices[:, 2].contiguous()
         target[::5] = -100
         weight = torch.rand(self.classes, generator=generator) + 0.25 if self.weighted else None

@@ -63,6 +63,9 @@ STREAMED = [
     Streamed(
         "cluster", (6, LARGE, 8), (2, 2, 6), long_rows(3, 16500, softcap=50.0, saturated=True)
     ),
+    Streamed(
+        "cluster", (8, LARGE, 8), (4, 2, 6), long_rows(2, 40001, softcap=50.0, saturated=True)
+    ),
     Streamed("cluster", (1, LARGE, 8), (1, 1, 6), long_rows(5, 8301, bf16, offset=7)),
     Streamed("cluster", (1, LARGE, 8), (1, 2, 6), long_rows(5, 8301)),
     Streamed("cluster", (1, SMALL, 1), (1, 3, 2), long_rows(3, 17003, padding=2, offset=2)),

@@ -1,4 +1,4 @@
-"""The step in one launch equals the step in three, on every backend that composes or fuses it."""
+"""A step equals torch's loss and a plain update, on every backend that composes or fuses it."""
 
 import gc
 import weakref

@@ -54,7 +54,7 @@ struct Logits {
   //
   // with the second factor from e^(-2 |u|) and e^(-2 |v|), without cancellation. Far beyond the
   // cap, where capped logits are equal in float32, their difference keeps its digits. From |u| = 19
-  // on, tanh u is +-1 even in double precision, and here too.
+  // on, tanh u is taken as +-1, which is within a unit of double precision.
   EMP_FAST_INLINE Floats capped_difference(Floats x, Floats max) const {
     const Floats zero = broadcast(0.0f), one = broadcast(1.0f);
     const Floats cap = broadcast(problem.softcap);

@@ -106,17 +106,18 @@ struct RowSums {
     raw_max = max_or_nan(raw_max, part.raw_max);
   }
 
-  // Reduces over the group, relative to the group's maximum. kRare: there may be label smoothing or
-  // a softcap. Otherwise tilt, mass and raw_max are left alone.
-  template <int kLanes, bool kRare = true>
+  // Reduces over the group, relative to the group's maximum. kSmoothed: there may be label
+  // smoothing. Otherwise tilt and mass are left alone, as raw_max is without kCapped: there may be
+  // a softcap.
+  template <int kLanes, bool kSmoothed, bool kCapped>
   __device__ __forceinline__ void reduce() {
-    float maxima[kRare ? 2 : 1] = {sums.m};
-    if constexpr (kRare) maxima[1] = raw_max;
+    float maxima[kCapped ? 2 : 1] = {sums.m};
+    if constexpr (kCapped) maxima[1] = raw_max;
     Group<kLanes>::reduce(maxima, Max{});
     raise_to(maxima[0]);
-    float values[kRare ? 5 : 3] = {sums.d, sums.s, sums.q};
-    if constexpr (kRare) {
-      raw_max = maxima[1];
+    if constexpr (kCapped) raw_max = maxima[1];
+    float values[kSmoothed ? 5 : 3] = {sums.d, sums.s, sums.q};
+    if constexpr (kSmoothed) {
       values[3] = tilt;
       values[4] = mass;
     }
@@ -124,13 +125,13 @@ struct RowSums {
     sums.d = values[0];
     sums.s = values[1];
     sums.q = values[2];
-    if constexpr (kRare) {
+    if constexpr (kSmoothed) {
       tilt = values[3];
       mass = values[4];
     }
   }
 
-  // The same over `lanes` neighbouring lanes of a warp, a power of two.
+  // The same over `lanes` neighbouring lanes of a warp, a power of two. kRare: both.
   template <bool kRare>
   __device__ __forceinline__ void reduce_lanes(int lanes) {
     float max = sums.m;

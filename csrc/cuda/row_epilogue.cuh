@@ -45,10 +45,11 @@ __device__ __forceinline__ float capped(float x, float softcap) {
 //   tanh u - tanh v = tanh(u - v) (1 - tanh u tanh v)
 //
 // with the second factor from e^(-2 |u|) and e^(-2 |v|), without cancellation, as in cpu/logits.h.
-// From |u| = 19 on, tanh u is +-1 even in double precision, and here too.
+// From |u| = 19 on, tanh u is taken as +-1, which is within a unit of double precision.
 __device__ __forceinline__ float capped_difference(float x, float max, float softcap) {
   if (x == max) return 0.0f;  // inf - inf would be NaN
-  const float u = x / softcap, v = max / softcap;
+  // Rounded once: the exponentials multiply its error.
+  const float u = __fdiv_rn(x, softcap), v = __fdiv_rn(max, softcap);
   const float e_u = fabsf(u) > 19.0f ? 0.0f : expf(-2.0f * fabsf(u));
   const float e_v = fabsf(v) > 19.0f ? 0.0f : expf(-2.0f * fabsf(v));
   const float rest = (u < 0.0f) == (v < 0.0f) ? e_u + e_v : fmaf(e_u, e_v, 1.0f);

@@ -18,7 +18,7 @@ __device__ __forceinline__ void absorb_vector(const RowArgs& a, const uint4& raw
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
     const bool counts = window.holds(column + e) && column + e != target;
-    if (counts) row.raw_max = max_or_nan(row.raw_max, x[e]);
+    if (counts && a.softcap > 0.0f) row.raw_max = max_or_nan(row.raw_max, x[e]);
     x[e] = counts ? capped(x[e], a.softcap) : -INFINITY;
     max = max_or_nan(max, x[e]);
   }

@@ -312,7 +312,7 @@ __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, S
                                                int turn, unsigned cluster) {
   const unsigned warps = cluster * (blockDim.x / 32);  // that share the row: a power of two
   SharedSums* set = sets + turn % kSumSets * warps;
-  sums.reduce<32, kRare>();
+  sums.reduce<32, kRare, kRare>();
   team.template gather<kRare>(SharedSums::of(sums), set, turn, cluster);
   // Only as many lanes as there are warps load a sum; the remaining lanes duplicate theirs.
   const unsigned lanes = min(warps, 32u);

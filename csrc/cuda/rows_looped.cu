@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
     RowSums sums = RowSums::empty();
     absorb<T, kLanes>(a, logits, window, 0, window.vectors, target.column, sums, cache,
                       cached_vectors);
-    sums.reduce<kLanes>();
+    sums.reduce<kLanes, true, true>();
     float total = 0.0f;
     RowResult result;
     if constexpr (kSoft) {

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kLoopedThreads)
   const int end = min(begin + vectors_per_part, window.vectors);
   RowSums sums = RowSums::empty();
   absorb<T, kLoopedThreads>(a, logits, window, begin, end, target.column, sums, nullptr, 0);
-  sums.reduce<kLoopedThreads>();
+  sums.reduce<kLoopedThreads, true, false>();
   if (threadIdx.x != 0) return;
   float* out = partials + (row * gridDim.y + blockIdx.y) * kPartialFloats;
   out[0] = sums.sums.m;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(128)
     const float* in = partials + (row * parts + p) * kPartialFloats;
     sums.merge({{in[0], in[1], in[2], in[3]}, in[4], in[5]});
   }
-  sums.reduce<32>();
+  sums.reduce<32, true, false>();
   const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
   const float x_y = to_float(logits[target.column]);
   write_scores<32>(a, row, active, finish_row<true, false>(a, sums, x_y, target));

@@ -341,7 +341,7 @@ def _capped_difference(x: Tensor, y: Tensor, softcap: float) -> Tensor:
     """``_capped(x) - _capped(y)`` without cancellation.
 
     tanh u - tanh v = tanh(u - v) (1 - tanh u tanh v), the second factor from e^(-2 |u|) and
-    e^(-2 |v|). From |u| = 19 on, tanh u is +-1 even in float64, and here too.
+    e^(-2 |v|). From |u| = 19 on, tanh u is taken as +-1, which is within a unit of float64.
     """
     u, v = x / softcap, y / softcap
     e_u, e_v = (torch.where(z.abs() > 19, 0.0, torch.exp(-2 * z.abs())) for z in (u, v))

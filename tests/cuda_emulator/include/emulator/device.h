@@ -285,5 +285,6 @@ inline unsigned __brev(unsigned x) {
   return reversed;
 }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
