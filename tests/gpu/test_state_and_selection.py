@@ -247,7 +247,7 @@ def test_state_and_weights_follow_the_first_batch_to_its_device(backend, device)
         assert torch.equal(got, wanted)
 
 
-def test_a_state_on_the_cpu_waits_for_stats_from_the_device(backend, cuda) -> None:
+def test_a_state_on_the_cpu_waits_for_stats_from_the_device(cuda) -> None:
     """The device is still busy with what makes them when the update is called."""
     n = 4_000_000
     values = torch.rand(2, n, generator=torch.Generator().manual_seed(0))
