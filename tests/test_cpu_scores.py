@@ -19,6 +19,7 @@ import torch
 from serving import require
 from test_functional import (
     FLOAT_FIELDS,
+    assert_gradients_beyond_the_cap,
     assert_margins_beyond_the_cap,
     assert_stats,
     gradient,
@@ -172,8 +173,11 @@ def test_options(name: str, classes: int, isa: str, poison: None) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 300])
-def test_the_margin_beyond_a_softcap_keeps_its_digits(classes: int, isa: str) -> None:
+def test_the_margin_and_the_gradient_beyond_a_softcap_keep_their_digits(
+    classes: int, isa: str
+) -> None:
     assert_margins_beyond_the_cap(classes)
+    assert_gradients_beyond_the_cap(classes)
 
 
 @pytest.mark.parametrize("classes", [3, 100, 1000])

@@ -185,6 +185,13 @@ def test_the_margin_beyond_a_softcap_keeps_its_digits(
     test_functional.assert_margins_beyond_the_cap(classes)
 
 
+@pytest.mark.parametrize("classes", [2, 40, 300, 2100])
+def test_the_gradient_beyond_a_softcap_keeps_its_digits(
+    classes: int, emulated: EmulatedBackend
+) -> None:
+    test_functional.assert_gradients_beyond_the_cap(classes)
+
+
 @each_choice
 @pytest.mark.parametrize("classes", [4, 300])
 def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(

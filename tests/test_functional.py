@@ -220,6 +220,19 @@ def test_a_softcap_adds_no_more_error_to_the_gradient_than_in_torch(
     assert float(error) <= 2 * float(torch_error)
 
 
+def assert_gradients_beyond_the_cap(classes: int, device: torch.device = CPU) -> None:
+    """All mass on one wrong class: its gradient is the slope of the cap, 1 / cosh^2, to the end."""
+    cap = 30.0
+    logits = torch.full((64, classes), -1000.0)
+    logits[:, 0] = torch.linspace(0, 12 * cap, 64)
+    target = torch.ones(64, dtype=torch.int64)
+    leaf = logits.to(device).requires_grad_()
+    loss = cross_entropy(leaf, target.to(device), softcap=cap).loss
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    wanted = (logits[:, 0].double() / cap).cosh().square().reciprocal()
+    torch.testing.assert_close(grad[:, 0].double().cpu(), wanted, rtol=1e-5, atol=0)
+
+
 def assert_margins_beyond_the_cap(classes: int, device: torch.device = CPU) -> None:
     """Most logits are so far beyond the cap that their capped values hardly differ in float32."""
     generator = torch.Generator().manual_seed(classes)
@@ -305,6 +318,11 @@ def test_gradients_of_unlikely_targets_are_as_good_as_torchs(classes: int, backe
 @pytest.mark.parametrize("classes", [1, 2, 10, 300, 5000])
 def test_the_margin_beyond_a_softcap_keeps_its_digits(classes: int, backend: str) -> None:
     assert_margins_beyond_the_cap(classes)
+
+
+@pytest.mark.parametrize("classes", [2, 40, 300, 5000])
+def test_the_gradient_beyond_a_softcap_keeps_its_digits(classes: int, backend: str) -> None:
+    assert_gradients_beyond_the_cap(classes)
 
 
 @pytest.mark.parametrize("target", ["ids", "soft"])

@@ -57,9 +57,11 @@ __device__ __forceinline__ float capped_difference(float x, float max, float sof
   return softcap * tanhf((x - max) / softcap) * slope;
 }
 
-__device__ __forceinline__ float cap_derivative(float x, float softcap) {
-  const float t = tanhf(x / softcap);
-  return 1.0f - t * t;
+// The derivative of capped(x): 1 - tanh^2 u = 4 e / (1 + e)^2 with e = e^(-2 |u|), which does not
+// cancel far from 0.
+__device__ __forceinline__ float cap_slope(float x, float softcap) {
+  const float e = expf(-2.0f * fabsf(x / softcap));
+  return 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
 // ---- scores ----

@@ -113,7 +113,7 @@ __device__ __forceinline__ void emit_vector(const RowArgs& a, const uint4& raw, 
     float slope[kCount];
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      slope[e] = cap_derivative(x[e], a.softcap);
+      slope[e] = cap_slope(x[e], a.softcap);
       x[e] = capped(x[e], a.softcap);
     }
     to_gradient(column, x);

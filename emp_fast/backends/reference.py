@@ -131,7 +131,8 @@ class ReferenceBackend(Backend):
             )
         grad = grad.scatter(1, y, at_target) * grad_loss[:, None]
         if options.softcap > 0:
-            grad = grad * (1 - torch.tanh(raw / options.softcap).square())
+            # 1 - tanh^2 = 1 / cosh^2, without its cancellation far from 0.
+            grad = grad / torch.cosh(raw / options.softcap).square()
         if valid is not None:
             grad = torch.where(valid[:, None], grad, 0)
         return grad.to(logits.dtype)

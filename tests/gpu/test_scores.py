@@ -13,6 +13,7 @@ import torch
 from expected import assert_gradient, reference_rows
 from sizes import SIZES
 from test_functional import (
+    assert_gradients_beyond_the_cap,
     assert_gradients_of_unlikely_targets,
     assert_margins_beyond_the_cap,
     assert_no_loss_without_weight,
@@ -89,6 +90,13 @@ def test_the_margin_beyond_a_softcap_keeps_its_digits(
     classes: int, backend: str, device: torch.device
 ) -> None:
     assert_margins_beyond_the_cap(classes, device)
+
+
+@pytest.mark.parametrize("classes", FEW_TO_MANY)
+def test_the_gradient_beyond_a_softcap_keeps_its_digits(
+    classes: int, backend: str, device: torch.device
+) -> None:
+    assert_gradients_beyond_the_cap(classes, device)
 
 
 @pytest.mark.parametrize("classes", FEW_TO_MANY)
