@@ -11,13 +11,13 @@ from torch import Tensor
 
 from emp_fast.backends.base import (
     ROW_FIELDS,
-    SCORE_FIELDS,
     Backend,
     LossOptions,
     MeanStep,
     Recurrence,
     RowScores,
     State,
+    empty_values,
 )
 from emp_fast.backends.checks import check_index_range, check_target_range
 from emp_fast.backends.native import (
@@ -65,12 +65,10 @@ class CpuBackend(Backend):
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> tuple[Tensor, ...]:
         """Omits the fields that a backward pass needs; see `Backend.scores`."""
-        rows = logits.shape[0]
-        values = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
-        loss = values.data_ptr()
-        pointers = loss, loss + 4 * rows
+        values = empty_values(logits)
+        pointers = values[0].data_ptr(), values[1].data_ptr()
         flags = self._score(logits, target, weight, options, *pointers, for_backward=False)
-        return (*values.unbind(), *flags)
+        return (*values, *flags)
 
     def _score(
         self,

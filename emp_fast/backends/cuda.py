@@ -15,13 +15,13 @@ from torch import Tensor
 from emp_fast._torch_internals import current_stream
 from emp_fast.backends._gpu import empty_gradient, empty_scores, on_device, why_not_gpu
 from emp_fast.backends.base import (
-    SCORE_FIELDS,
     Backend,
     LossOptions,
     MeanStep,
     Recurrence,
     RowScores,
     State,
+    empty_values,
 )
 from emp_fast.backends.native import (
     FORMATS,
@@ -84,13 +84,12 @@ class CudaBackend(RowKernelsChoice, Backend):
     ) -> tuple[Tensor, ...]:
         """Omits the fields that a backward pass needs; see `Backend.scores`."""
         rows = logits.shape[0]
-        values = logits.new_empty(1 + len(SCORE_FIELDS), rows, dtype=torch.float32)
+        values = empty_values(logits)
         correct = logits.new_empty(rows, dtype=torch.bool)
         count = logits.new_empty(rows, dtype=torch.int32)
-        loss = values.data_ptr()
-        outputs = loss, loss + 4 * rows, correct.data_ptr(), count.data_ptr()
+        outputs = pointers(*values[:2], correct, count)
         self._score(logits, target, weight, options, outputs, for_backward=False)
-        return (*values.unbind(), correct, count)
+        return (*values, correct, count)
 
     def _score(
         self,
