@@ -6,6 +6,9 @@
 
 namespace emp_fast {
 
+// Why a row was refused: the index of its counter in the state's `counters`.
+enum Refused : int { kNonfinite, kOutOfRange };
+
 enum class RecurrenceKind : int32_t { kEma = 0, kMean = 1, kVariance = 2 };
 
 struct Recurrence {

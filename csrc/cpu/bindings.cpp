@@ -48,21 +48,22 @@ bool update(const py::args& args) {
   const float* direct = in.pointer<const float>();
   const int32_t* count = in.pointer<const int32_t>();
   const auto num_rows = in.next<int64_t>();
-  const StateArguments moved = StateArguments::of(in);
+  const StateArguments given = StateArguments::of(in);
   const int threads = in.next<int>();
   in.done();
 
   const py::gil_scoped_release released;
-  return update_state(indices, signal, direct, count, num_rows, moved.state, moved.recurrence,
+  return update_state(indices, signal, direct, count, num_rows, given.state, given.recurrence,
                       threads);
 }
 
-int64_t find_winners(Address indices, Address usable, Address count, int64_t num_rows,
-                     int64_t num_samples, Address claims, Address counters, Address rows,
-                     Address samples) {
-  return winners(pointer<const int64_t>(indices), pointer<const bool>(usable),
-                 pointer<const int32_t>(count), num_rows, num_samples, pointer<uint32_t>(claims),
-                 pointer<int64_t>(counters), pointer<int64_t>(rows), pointer<int64_t>(samples));
+int64_t winners_of(Address indices, Address usable, Address count, int64_t num_rows,
+                   int64_t num_samples, Address claims, Address counters, Address rows,
+                   Address samples) {
+  return find_winners(pointer<const int64_t>(indices), pointer<const bool>(usable),
+                      pointer<const int32_t>(count), num_rows, num_samples,
+                      pointer<uint32_t>(claims), pointer<int64_t>(counters), pointer<int64_t>(rows),
+                      pointer<int64_t>(samples));
 }
 
 void philox(Address out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,
@@ -93,7 +94,7 @@ void bind(py::module_& m) {
   bind_scores(m);
   bind_selection(m);
   m.def("update_state", &update);
-  m.def("winners", &find_winners, Released());
+  m.def("find_winners", &winners_of, Released());
   m.def("philox", &philox, Released());
 }
 

@@ -14,27 +14,6 @@
 
 namespace emp_fast::cpu {
 
-namespace baseline {
-extern const ScoreKernels kScoreKernels;
-}
-#ifdef EMP_FAST_X86
-namespace avx2 {
-extern const ScoreKernels kScoreKernels;
-}
-namespace avx512 {
-extern const ScoreKernels kScoreKernels;
-}
-#endif
-
-const ScoreKernels& score_kernels(Isa isa) {
-#ifdef EMP_FAST_X86
-  if (isa == Isa::kAvx512) return avx512::kScoreKernels;
-  if (isa == Isa::kAvx2) return avx2::kScoreKernels;
-#endif
-  (void)isa;
-  return baseline::kScoreKernels;
-}
-
 namespace {
 
 namespace py = pybind11;
@@ -119,9 +98,8 @@ struct Inputs {
   std::vector<double> weight_before_;
 };
 
-// Returns the first row with an invalid class id, or -1. If there is one, the outputs are
-// undefined.
-int64_t cross_entropy(const py::args& args) {
+// Returns false, with undefined outputs, if a class id is neither a class nor ignored.
+bool cross_entropy(const py::args& args) {
   Arguments in(args);
   Inputs inputs(in);
   ScoreOutputs out{};
@@ -135,18 +113,14 @@ int64_t cross_entropy(const py::args& args) {
 
   const py::gil_scoped_release released;
   const Problem& problem = inputs.sum_weights();
-  const ScoreKernels& kernels = score_kernels(active_isa());
-  std::atomic<int64_t> wrong{kNone};
+  const ScoreKernels& kernels = score_kernels();
+  std::atomic<bool> valid{true};
   parallel_ranges(problem.rows, rows_per_range(problem, kernels, threads), threads,
                   [&](int64_t begin, int64_t end) {
                     const FlushToZero flush;
-                    const int64_t found = kernels.forward(problem, out, begin, end);
-                    int64_t lowest = wrong.load(std::memory_order_relaxed);
-                    while (found < lowest && !wrong.compare_exchange_weak(lowest, found)) {
-                    }
+                    if (!kernels.forward(problem, out, begin, end)) valid = false;
                   });
-  const int64_t first = wrong.load();
-  return first == kNone ? -1 : first;
+  return valid;
 }
 
 void cross_entropy_backward(const py::args& args) {
@@ -161,7 +135,7 @@ void cross_entropy_backward(const py::args& args) {
 
   const py::gil_scoped_release released;
   const Problem& problem = inputs.sum_weights();
-  const ScoreKernels& kernels = score_kernels(active_isa());
+  const ScoreKernels& kernels = score_kernels();
   parallel_ranges(problem.rows, rows_per_range(problem, kernels, threads), threads,
                   [&](int64_t begin, int64_t end) {
                     const FlushToZero flush;
@@ -169,13 +143,13 @@ void cross_entropy_backward(const py::args& args) {
                   });
 }
 
-// See emp_fast.backends.base.Backend.mean_step. The scores go to a workspace of
-// mean_step_workspace(rows) floats, because the caller does not need them. Returns kNoError, or
-// kWrongTarget or kWrongIndex with the state unchanged.
 enum StepError { kNoError, kWrongTarget, kWrongIndex };
 
+// In floats.
 int64_t mean_step_workspace(int64_t rows) { return (kFields + 3) * rows + (rows + 3) / 4; }
 
+// See emp_fast.backends.base.Backend.mean_step. The scores go to a workspace, because the caller
+// does not need them. Returns a StepError; if there is one, the state is unchanged.
 int mean_step(const py::args& args) {
   Arguments in(args);
   Inputs inputs(in);
@@ -183,7 +157,7 @@ int mean_step(const py::args& args) {
   const int64_t* indices = in.pointer<const int64_t>();
   const int signal = in.next<int>();
   const int direct = in.next<int>();
-  const StateArguments moved = StateArguments::of(in);
+  const StateArguments given = StateArguments::of(in);
   float* mean = in.pointer<float>();
   void* grad = in.pointer<void>();
   // Row 0 is the loss, the fields follow: `signal` and `direct` are numbered in this order.
@@ -206,24 +180,24 @@ int mean_step(const py::args& args) {
   const float share = static_cast<float>(1 / divisor);
   for (int64_t r = 0; r < rows; ++r) grad_loss[r] = scale ? share * scale[r] : share;
 
-  const ScoreKernels& kernels = score_kernels(active_isa());
+  const ScoreKernels& kernels = score_kernels();
   const int64_t block = rows_per_block(problem.classes, kernels);
-  std::atomic<bool> wrong{false};
+  std::atomic<bool> valid{true};
   parallel_ranges(rows, rows_per_range(problem, kernels, threads), threads,
                   [&](int64_t begin, int64_t end) {
                     const FlushToZero flush;
-                    for (; begin < end && !wrong; begin += block) {
+                    for (; begin < end && valid; begin += block) {
                       const int64_t stop = std::min(begin + block, end);
-                      if (kernels.forward(problem, out, begin, stop) != kNone) wrong = true;
-                      if (wrong) return;
+                      if (!kernels.forward(problem, out, begin, stop)) valid = false;
+                      if (!valid) return;
                       kernels.backward(problem, {grad_loss, out.fields}, grad, begin, stop);
                     }
                   });
-  if (wrong) return kWrongTarget;
+  if (!valid) return kWrongTarget;
 
   const bool applied =
       update_state(indices, values + signal * rows, direct < 0 ? nullptr : values + direct * rows,
-                   count, rows, moved.state, moved.recurrence, threads);
+                   count, rows, given.state, given.recurrence, threads);
   if (!applied) return kWrongIndex;
 
   *mean = static_cast<float>(weighted_sum(values, scale, rows) / divisor);

@@ -8,6 +8,7 @@
 
 namespace emp_fast::cpu {
 
+// Classes between two entries of Problem::weight_before.
 constexpr int64_t kWeightStep = 1024;
 
 struct Problem {
@@ -41,18 +42,15 @@ struct GradientInputs {
   const float* fields;     // [kFields, rows] of the scores
 };
 
-constexpr int64_t kNone = INT64_MAX;
-
 struct ScoreKernels {
-  // Scores the rows [begin, end). Returns the first of them whose class id is neither a class nor
-  // ignored, or kNone.
-  int64_t (*forward)(const Problem&, const ScoreOutputs&, int64_t begin, int64_t end);
+  // Scores the rows [begin, end). Returns false if a class id is neither a class nor ignored.
+  bool (*forward)(const Problem&, const ScoreOutputs&, int64_t begin, int64_t end);
   // Writes the gradient of the rows [begin, end). `grad` is [rows, classes], contiguous, in the
   // format of the logits.
   void (*backward)(const Problem&, const GradientInputs&, void* grad, int64_t begin, int64_t end);
   int64_t lanes;  // rows per vector: ranges that are a multiple of it are cheapest
 };
 
-const ScoreKernels& score_kernels(Isa isa);
+EMP_FAST_FOR_EACH_ISA(ScoreKernels, score_kernels)
 
 }  // namespace emp_fast::cpu

@@ -334,29 +334,23 @@ EMP_FAST_INLINE Scores<Floats> finish_group(const Rows& logits, const Accumulate
 
 // ---- class ids ----
 
+// Returns false if a class id is neither a class nor ignored.
 template <class Rows, class Format>
-int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t begin, int64_t end,
-                        Format format) {
+bool score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t begin, int64_t end,
+                     Format format) {
   const Problem& problem = logits.problem;
-  int64_t wrong = kNone;
+  bool valid = true;
   for (int64_t first = begin; first < end; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, end - first);
     GroupTarget target;
-    int32_t impossible = 0;
     for_each_row(count, [&](int64_t i) {
       const int64_t id = problem.target[first + i];
       const bool is_class = static_cast<uint64_t>(id) < static_cast<uint64_t>(problem.classes);
       const bool ignored = id == problem.ignore_index;
-      impossible |= !is_class & !ignored;
+      valid &= is_class | ignored;
       target.valid[i] = !ignored;
       target.id[i] = is_class & !ignored ? static_cast<int32_t>(id) : 0;
     });
-    if (impossible && wrong == kNone) {
-      const auto fits = [&](int64_t id) {
-        return id == problem.ignore_index || (id >= 0 && id < problem.classes);
-      };
-      wrong = std::find_if_not(problem.target + first, problem.target + end, fits) - problem.target;
-    }
 
     Accumulated group;
     Floats raw_y;
@@ -395,7 +389,7 @@ int64_t score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t beg
     }
     write_scores(problem, out, first, count, target.valid, scores, loss);
   }
-  return wrong;
+  return valid;
 }
 
 // ---- soft targets ----
@@ -472,8 +466,7 @@ EMP_FAST_INLINE float effective_total(const Problem& problem, const float* t_row
 }
 
 template <class Rows>
-int64_t score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t begin,
-                            int64_t end) {
+void score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t begin, int64_t end) {
   const Problem& problem = logits.problem;
   const Floats zero = broadcast(0.0f);
   for (int64_t first = begin; first < end; first += kLanes) {
@@ -524,13 +517,13 @@ int64_t score_probabilities(const Rows& logits, const ScoreOutputs& out, int64_t
     scores.el2n = square_root(reduce_rows(distances, Add{}));
     write_scores(problem, out, first, count, target.valid, scores, reduce_rows(losses, Add{}));
   }
-  return kNone;
 }
 
-int64_t forward(const Problem& problem, const ScoreOutputs& out, int64_t begin, int64_t end) {
+bool forward(const Problem& problem, const ScoreOutputs& out, int64_t begin, int64_t end) {
   return with_logits(problem, [&](auto logits, auto format) {
-    return problem.target ? score_class_ids(logits, out, begin, end, format)
-                          : score_probabilities(logits, out, begin, end);
+    if (problem.target) return score_class_ids(logits, out, begin, end, format);
+    score_probabilities(logits, out, begin, end);
+    return true;
   });
 }
 
@@ -622,6 +615,6 @@ void backward(const Problem& problem, const GradientInputs& in, void* grad, int6
 
 }  // namespace
 
-extern const ScoreKernels kScoreKernels{forward, backward, kLanes};
+const ScoreKernels score_kernels{forward, backward, kLanes};
 
 }  // namespace emp_fast::cpu::EMP_FAST_ISA

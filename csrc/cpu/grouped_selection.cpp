@@ -2,7 +2,7 @@
 //
 // Groups are processed in batches, as many at a time as fit in a pool of keys. A counting sort puts
 // the keys of each group side by side in the pool, in index order. Each group's threshold is found
-// in its own segment. Each thread's share of the ties at the threshold is settled at the same time,
+// in its own segment. Each thread's share of the ties at the threshold is found at the same time,
 // so that ties are taken in index order for any number of threads. A group too large for the pool
 // is narrowed by histograms instead. A last read of scores and groups marks the selected scores in
 // a bitmap.
@@ -136,7 +136,7 @@ void collect_batch(const Workspace& work, const Input& in, int64_t first, int64_
 // Distributes the ties at a group's threshold over the threads, lowest indices first.
 // `held(thread)` is the number of ties among the thread's scores.
 template <typename Held>
-void settle_group(const Workspace& work, int64_t group, Threshold found, const Held& held) {
+void share_ties(const Workspace& work, int64_t group, Threshold found, const Held& held) {
   work.thresholds[group] = found.key;
   for (int thread = 0; thread < work.threads; ++thread) {
     const int64_t taken = std::min(found.ties, held(thread));
@@ -145,21 +145,22 @@ void settle_group(const Workspace& work, int64_t group, Threshold found, const H
   }
 }
 
-void settle_batch(const Workspace& work, const int64_t* group_k, int64_t first, int64_t last) {
+void find_batch_thresholds(const Workspace& work, const int64_t* group_k, int64_t first,
+                           int64_t last) {
 #pragma omp parallel for num_threads(work.threads) schedule(dynamic, 16)
   for (int64_t group = first; group < last; ++group) {
     const uint32_t* keys = work.pool + work.starts[group];
     const int64_t members = work.starts[group + 1] - work.starts[group];
     const Threshold found =
         find_threshold(keys, members, {kNanKey, kHighestKey}, group_k[group], 1);
-    settle_group(work, group, found, [&](int thread) {
+    share_ties(work, group, found, [&](int thread) {
       const uint32_t* end = work.pool + work.cursor(thread, group);
       return std::count(std::exchange(keys, end), end, found.key);
     });
   }
 }
 
-void settle_large_group(const Workspace& work, const Input& in, int64_t group, int64_t k) {
+void find_large_group_threshold(const Workspace& work, const Input& in, int64_t group, int64_t k) {
   const Threshold found = find_group_threshold(in.scores, in.groups, in.n, group, k, work.threads);
   for_each_run(work, in.n, [&](int thread, int64_t begin, int64_t end) {
     int64_t held = 0;
@@ -168,7 +169,7 @@ void settle_large_group(const Workspace& work, const Input& in, int64_t group, i
     });
     work.cursor(thread, group) = held;
   });
-  settle_group(work, group, found, [&](int thread) { return work.cursor(thread, group); });
+  share_ties(work, group, found, [&](int thread) { return work.cursor(thread, group); });
 }
 
 // Marks the selected scores in the bitmap and counts them per thread.
@@ -212,12 +213,12 @@ void grouped_topk(const float* scores, const int64_t* groups, int64_t n, const i
   for (int64_t first = 0; first < num_groups;) {
     const int64_t last = place_batch(work, first);
     if (last == first) {
-      settle_large_group(work, in, first, group_k[first]);
+      find_large_group_threshold(work, in, first, group_k[first]);
       ++first;
       continue;
     }
     collect_batch(work, in, first, last);
-    settle_batch(work, group_k, first, last);
+    find_batch_thresholds(work, group_k, first, last);
     first = last;
   }
   mark_selected(work, in);

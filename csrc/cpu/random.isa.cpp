@@ -15,7 +15,6 @@ void fill(uint32_t* out, int64_t n, uint64_t start, uint32_t epoch, uint32_t str
 
 }  // namespace
 
-extern const FillBits fill_bits;
 const FillBits fill_bits = fill;
 
 }  // namespace emp_fast::cpu::EMP_FAST_ISA

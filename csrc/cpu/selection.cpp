@@ -3,7 +3,7 @@
 // A sample of the scores gives a bracket of keys that very likely contains the threshold. One pass
 // over the scores marks those above the bracket in one bitmap and those inside it in another, and
 // collects the keys of the latter, a few per cent of all. The threshold is found among those keys.
-// The ties are then settled and the bitmaps expanded to indices in order. The pass counts what the
+// The ties are then divided and the bitmaps expanded to indices in order. The pass counts what the
 // bracket holds instead of trusting the sample: if the threshold lies outside, or the keys do not
 // fit in the pool, histograms of the scores narrow the bracket and the pass runs again. The result
 // does not depend on the sample or the number of threads.
@@ -229,7 +229,7 @@ Totals classify(const float* scores, int64_t n, Bracket bracket, const Workspace
 }
 
 // Marks the first `ties` scores of the bracket, all of which equal the threshold.
-void settle_ties(const uint64_t* bracket, int ties, int num_words, uint64_t* words) {
+void mark_ties(const uint64_t* bracket, int ties, int num_words, uint64_t* words) {
   for (int w = 0; w < num_words && ties > 0; ++w) {
     uint64_t taken = bracket[w], rest = taken;
     for (int remaining = ties; rest != 0 && remaining > 0; --remaining) rest &= rest - 1;
@@ -313,11 +313,11 @@ void expand_tiles(const Found& found, Threshold threshold, int64_t n, const Work
     uint64_t* words = work.above + t * kTileWords;
     const uint64_t* in_bracket = work.bracket + t * kTileWords;
     if (found.single()) {
-      settle_ties(in_bracket, tile.ties, num_words, words);
+      mark_ties(in_bracket, tile.ties, num_words, words);
     } else {
       uint32_t* keys = work.pool + tile.first_key;
       raise_ties(keys, threshold.key, tile.ties);
-      kernels.settle(in_bracket, keys, threshold.key + 1, num_words, words);
+      kernels.mark_from(in_bracket, keys, threshold.key + 1, num_words, words);
     }
     kernels.expand(words, num_words, t * kTile, out + tile.first_out,
                    out + tile.first_out + tile.above + tile.ties);

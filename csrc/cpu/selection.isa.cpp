@@ -126,8 +126,8 @@ KeyCounts count(const uint32_t* keys, int n, uint32_t threshold) {
   return counts;
 }
 
-void settle(const uint64_t* bracket, const uint32_t* keys, uint32_t cutoff, int num_words,
-            uint64_t* words) {
+void mark_from(const uint64_t* bracket, const uint32_t* keys, uint32_t cutoff, int num_words,
+               uint64_t* words) {
   for (int w = 0; w < num_words; ++w) {
     uint64_t selected = 0;
     for (uint64_t rest = bracket[w]; rest != 0; rest &= rest - 1) {
@@ -169,7 +169,6 @@ int64_t* expand(const uint64_t* words, int num_words, int64_t base, int64_t* out
 
 }  // namespace
 
-extern const SelectionKernels selection_kernels;
-const SelectionKernels selection_kernels = {order_keys, classify, count, settle, expand};
+const SelectionKernels selection_kernels = {order_keys, classify, count, mark_from, expand};
 
 }  // namespace emp_fast::cpu::EMP_FAST_ISA

@@ -36,8 +36,8 @@ struct SelectionKernels {
 
   // Marks in `words` the bracket's scores whose key is at least `cutoff`; the keys are in index
   // order.
-  void (*settle)(const uint64_t* bracket, const uint32_t* keys, uint32_t cutoff, int num_words,
-                 uint64_t* words);
+  void (*mark_from)(const uint64_t* bracket, const uint32_t* keys, uint32_t cutoff, int num_words,
+                    uint64_t* words);
 
   // Writes base + the position of every set bit to [out, out_end); returns the end of what it
   // wrote.
@@ -45,24 +45,6 @@ struct SelectionKernels {
                      int64_t* out_end);
 };
 
-namespace baseline {
-extern const SelectionKernels selection_kernels;
-}
-#ifdef EMP_FAST_X86
-namespace avx2 {
-extern const SelectionKernels selection_kernels;
-}
-namespace avx512 {
-extern const SelectionKernels selection_kernels;
-}
-#endif
-
-inline const SelectionKernels& selection_kernels() {
-#ifdef EMP_FAST_X86
-  if (active_isa() == Isa::kAvx512) return avx512::selection_kernels;
-  if (active_isa() == Isa::kAvx2) return avx2::selection_kernels;
-#endif
-  return baseline::selection_kernels;
-}
+EMP_FAST_FOR_EACH_ISA(SelectionKernels, selection_kernels)
 
 }  // namespace emp_fast::cpu

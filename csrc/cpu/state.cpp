@@ -102,13 +102,13 @@ bool update_state(const int64_t* indices, const float* signal, const float* dire
     });
   }
   for (int64_t row = 0; row < num_rows; ++row) state.seen[indices[row] / 32] = 0;
-  state.counters[0] += refused;
+  state.counters[kNonfinite] += refused;
   return true;
 }
 
-int64_t winners(const int64_t* indices, const bool* usable, const int32_t* count, int64_t num_rows,
-                int64_t num_samples, uint32_t* seen, int64_t* counters, int64_t* rows,
-                int64_t* samples) {
+int64_t find_winners(const int64_t* indices, const bool* usable, const int32_t* count,
+                     int64_t num_rows, int64_t num_samples, uint32_t* seen, int64_t* counters,
+                     int64_t* rows, int64_t* samples) {
   if (!in_range(indices, num_rows, num_samples)) return -1;
   int64_t refused = 0, found = 0;
   for (int64_t row = num_rows; row-- > 0;) {
@@ -128,7 +128,7 @@ int64_t winners(const int64_t* indices, const bool* usable, const int32_t* count
     samples[i] = indices[rows[i]];
     seen[samples[i] / 32] = 0;
   }
-  counters[0] += refused;
+  counters[kNonfinite] += refused;
   return found;
 }
 

@@ -10,9 +10,9 @@ struct StateView {
   float* scores;
   float* memory;
   int32_t* visits;
-  float* variance;  // null unless the recurrence is kVariance
-  uint32_t* seen;   // a bit per sample, all zero between calls
-  int64_t* counters;
+  float* variance;    // null unless the recurrence is kVariance
+  uint32_t* seen;     // State.claims as a bitmap: a bit per sample, all zero between calls
+  int64_t* counters;  // of refused rows, see Refused
   int64_t num_samples;
 };
 
@@ -25,8 +25,8 @@ bool update_state(const int64_t* indices, const float* signal, const float* dire
 // Of each sample's rows finds the last that counts and is usable: writes those rows, in rising
 // order, and their samples. `count` may be null; `seen` is StateView's. Returns how many there are,
 // or -1, with nothing counted, when an index lies outside [0, num_samples).
-int64_t winners(const int64_t* indices, const bool* usable, const int32_t* count, int64_t num_rows,
-                int64_t num_samples, uint32_t* seen, int64_t* counters, int64_t* rows,
-                int64_t* samples);
+int64_t find_winners(const int64_t* indices, const bool* usable, const int32_t* count,
+                     int64_t num_rows, int64_t num_samples, uint32_t* seen, int64_t* counters,
+                     int64_t* rows, int64_t* samples);
 
 }  // namespace emp_fast::cpu

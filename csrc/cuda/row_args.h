@@ -8,9 +8,6 @@
 
 namespace emp_fast::cuda {
 
-// Why a row was refused: the index of its counter in StateArgs::counters.
-enum Refused : int { kNonfinite, kOutOfRange };
-
 // During a launch the counters also hold the number of blocks that have arrived, above any count of
 // rows, and a flag that a sample is left to `settle`.
 constexpr int kArrivedBit = 40;                        // in counters[kNonfinite]

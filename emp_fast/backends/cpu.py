@@ -85,7 +85,7 @@ class CpuBackend(Backend):
         rows, classes = logits.shape
         correct = logits.new_empty(rows, dtype=torch.bool)
         count = logits.new_empty(rows, dtype=torch.int32)
-        wrong = self._native.cross_entropy(
+        valid = self._native.cross_entropy(
             *_inputs(logits, target, weight, options),
             loss,
             fields,
@@ -94,7 +94,7 @@ class CpuBackend(Backend):
             for_backward,
             torch.get_num_threads(),
         )
-        if wrong >= 0:
+        if not valid:
             check_target_range(target, classes, options.ignore_index)
         return correct, count
 
@@ -185,7 +185,7 @@ class CpuBackend(Backend):
         """Returns only the rows to apply, with no sample twice."""
         rows = indices.new_empty(indices.shape[0])
         samples = torch.empty_like(rows)
-        number = self._native.winners(
+        number = self._native.find_winners(
             indices.data_ptr(),
             usable.data_ptr(),
             pointer(count),
