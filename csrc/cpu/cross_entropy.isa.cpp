@@ -343,14 +343,16 @@ bool score_class_ids(const Rows& logits, const ScoreOutputs& out, int64_t begin,
   for (int64_t first = begin; first < end; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, end - first);
     GroupTarget target;
+    int32_t wrong = 0;  // a bool carried from group to group would slow the loop down
     for_each_row(count, [&](int64_t i) {
       const int64_t id = problem.target[first + i];
       const bool is_class = static_cast<uint64_t>(id) < static_cast<uint64_t>(problem.classes);
       const bool ignored = id == problem.ignore_index;
-      valid &= is_class | ignored;
+      wrong |= !is_class & !ignored;
       target.valid[i] = !ignored;
       target.id[i] = is_class & !ignored ? static_cast<int32_t>(id) : 0;
     });
+    valid &= wrong == 0;
 
     Accumulated group;
     Floats raw_y;
