@@ -18,8 +18,8 @@ from emp_fast.functional import cross_entropy, linear_cross_entropy, topk_indice
 from emp_fast.testing import baselines
 from emp_fast.testing.benchmark_cases import (
     ONLY_LOSS,
+    by_name,
     compiled,
-    five,
     only_loss,
     our_scores,
     our_selection,
@@ -134,10 +134,10 @@ def linear(device: torch.device, bound: Bound, *, compile: bool) -> list[Contend
         return lambda hidden, classifier, target: score(hidden @ classifier.T, target)
 
     mine = with_gradients(Contender("emp_fast", linear_cross_entropy, our_stats, bound))
-    others = [Contender("eager", of_logits(baselines.five_scores), five, bound)]
+    others = [Contender("eager", of_logits(baselines.loss_and_scores), by_name, bound)]
     if compile:
-        scored = compiled(of_logits(baselines.five_scores_to_compile))
-        others.append(Contender("torch.compile", scored, five, bound))
+        scored = compiled(of_logits(baselines.loss_and_scores_to_compile))
+        others.append(Contender("torch.compile", scored, by_name, bound))
     alone = {"F.cross_entropy": of_logits(torch_loss)}
     if device.type == "cuda":
         alone |= {"cut-cross-entropy": peers.cut_cross_entropy, "Liger": peers.liger_linear}

@@ -8,11 +8,20 @@ from typing import Any, NamedTuple
 
 from benchmarks.markdown import table
 from benchmarks.result import BadResult, read_json
+from emp_fast.testing.benchmark_cases import (
+    BACKWARD_BYTES,
+    SCORE_BYTES,
+    STATE_BYTES,
+    UPDATE_BYTES,
+)
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 #: Bytes per row besides its logits, and how often the logits are read or written.
-_ROW_BYTES = {"scores": (28, 1), "step": (56, 2), "backward": (28, 2)}
-_UPDATE_BYTES = 36  # per row
+_ROW_BYTES = {
+    "scores": (SCORE_BYTES, 1),
+    "step": (SCORE_BYTES + STATE_BYTES, 2),
+    "backward": (BACKWARD_BYTES, 2),
+}
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -84,7 +93,7 @@ def floor_bytes(case: str) -> int:
         n = int(float(number))
         return 4 * n + 8 * int(int(share.removesuffix("%")) / 100 * n)
     if work == "update":
-        return _UPDATE_BYTES * int(rest[0])
+        return UPDATE_BYTES * int(rest[0])
     rows, _, classes, dtype = rest
     beside, moves = _ROW_BYTES[work]
     return int(rows) * (moves * int(classes) * _ITEM_BYTES[dtype] + beside)

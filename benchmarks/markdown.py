@@ -17,6 +17,7 @@ from benchmarks.result import (
     Run,
     names,
 )
+from emp_fast.testing.benchmark_cases import ONLY_LOSS
 
 _PLAIN = "F.cross_entropy"
 
@@ -236,7 +237,7 @@ def _listed(words: Sequence[str]) -> str:
 
 def _scores_nothing(result: Result, peer: str) -> bool:
     forward = [case.contenders for case in result.suite("forward")]
-    return any(peer in them and "loss alone" in them[peer].note for them in forward)
+    return any(peer in them and them[peer].note == ONLY_LOSS for them in forward)
 
 
 def rewrite(text: str, marker: str, block: str) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 SUITES = {
-    "forward": "Loss and five scores",
-    "forward + backward": "Loss, five scores and the gradient",
-    "forward + backward + state": "Loss, five scores, gradient and state update",
+    "forward": "Loss and four scores",
+    "forward + backward": "Loss, four scores and the gradient",
+    "forward + backward + state": "Loss, four scores, gradient and state update",
     "linear": "Loss, scores and gradients of hidden @ classifier.T",
     "state update": "State update alone",
     "selection": "Selection of the highest scores",

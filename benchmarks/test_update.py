@@ -16,11 +16,12 @@ from emp_fast.testing.benchmark_cases import (
     NUM_SAMPLES,
     OUR_GRADIENT_BOUND,
     RULE,
+    STATE_BYTES,
     TensorState,
-    checked_rows,
     compiled,
     expected_scores,
     logits_and_targets,
+    rows_to_check,
     sample_batches,
     score_bytes,
     store_updates,
@@ -41,7 +42,7 @@ def test_update(race: Race, rows: int, device: torch.device, quick: bool) -> Non
 def test_score_gradient_state(
     race: Race, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, quick: bool
 ) -> None:
-    narrow = checked_rows(shape, device)
+    narrow = rows_to_check(shape, device)
     scored = logits_and_targets(shape, dtype, device, "random", requires_grad=True)
     batches = sample_batches(shape[0], len(scored), device)
     inputs = [(*pair, at) for pair, at in zip(scored, batches, strict=True)]
@@ -70,7 +71,7 @@ def test_score_gradient_state(
 
         return call
 
-    def torch_loss(logits: Tensor, target: Tensor, at: Tensor) -> tuple[Tensor, Tensor, None]:
+    def of_torch(logits: Tensor, target: Tensor, at: Tensor) -> tuple[Tensor, Tensor, None]:
         loss = torch.nn.functional.cross_entropy(logits, target)
         return loss, torch.autograd.grad(loss, logits)[0], None
 
@@ -84,9 +85,9 @@ def test_score_gradient_state(
         # On the first visit the memory is the entropy itself.
         return wanted | {"scores": wanted["loss"] + RULE.beta * wanted["entropy"]}
 
-    peers = [Contender("eager", by_hand(baselines.five_scores, baselines.update_emp), outputs)]
+    peers = [Contender("eager", by_hand(baselines.loss_and_scores, baselines.update_emp), outputs)]
     if not quick:
-        score = compiled(baselines.five_scores_to_compile)
+        score = compiled(baselines.loss_and_scores_to_compile)
         update = compiled(baselines.update_emp, reset=False)
         peers.append(Contender("torch.compile", by_hand(score, update), outputs))
     case = BenchmarkCase(
@@ -95,7 +96,7 @@ def test_score_gradient_state(
         + ("" if device.type == "cpu" else f" {str(dtype).removeprefix('torch.')}"),
         inputs=inputs,
         expected=expected,
-        floor_bytes=score_bytes(shape, dtype, gradient=True) + shape[0] * 28,
+        floor_bytes=score_bytes(shape, dtype, gradient=True) + shape[0] * STATE_BYTES,
         narrow=narrow,
         facts={"shape": list(shape), "dtype": str(dtype), "logits": "random"},
     )
@@ -104,6 +105,6 @@ def test_score_gradient_state(
         [
             *contenders.ours(pruned, device, every_row_kernel=True),
             *peers,
-            Contender("F.cross_entropy", torch_loss, outputs, note="neither scores nor state"),
+            Contender("F.cross_entropy", of_torch, outputs, note="neither scores nor state"),
         ],
     )

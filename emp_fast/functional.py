@@ -26,16 +26,17 @@ from emp_fast._validation import (
     require_rows,
     require_tensor,
 )
+from emp_fast.backends.base import FLOAT_STATS
 from emp_fast.backends.checks import check_target_range
 from emp_fast.rows import SampleStats, checked_rows, per_sample
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
 
 #: Logits that `linear_cross_entropy` holds at a time: 32 MiB of float32.
-_CHUNK_ELEMENTS = 1 << 23
+_BLOCK_LOGITS = 1 << 23
 #: The limit on a GPU, where a block needs as many rows as there are features. With fewer, reading
 #: the classifier and adding to its gradient for every block takes longer than the products.
-_GPU_CHUNK_ELEMENTS = 1 << 27
+_GPU_BLOCK_LOGITS = 1 << 27
 
 
 def cross_entropy(
@@ -140,11 +141,11 @@ def linear_cross_entropy(
     if ids_on_cpu and not ops.is_traced(target):
         # The op would check this too, but its error would give the position within the block.
         check_target_range(target, num_classes, options.ignore_index)
-    rows_at_a_time = _rows_at_a_time(hidden, num_classes)
+    block_rows = _rows_of_a_block(hidden, num_classes)
     # Without a gradient torch.compile cannot trace the autograd function.
     wants_gradient = any(_wants_gradient(x) for x in (hidden, classifier, bias) if x is not None)
     score = ops.LinearCrossEntropy.apply if wants_gradient else ops.LinearCrossEntropy.forward
-    scored = score(hidden, classifier, bias, target, class_weight, rows_at_a_time, options)
+    scored = score(hidden, classifier, bias, target, class_weight, block_rows, options)
     return per_sample(scored, sequences, starts)
 
 
@@ -188,19 +189,17 @@ def info_nce(
         dtype = carried_type(query.dtype)
         q = torch.nn.functional.normalize(query.to(dtype), dim=1)
         k = torch.nn.functional.normalize(key.to(dtype), dim=1)
-        stats = _in_batch(q / temperature, k)
+        stats = _one_direction(q / temperature, k)
         if symmetric:
-            back = _in_batch(k / temperature, q)
-            halves = {
-                name: (getattr(stats, name) + getattr(back, name)) / 2
-                for name in ("loss", "entropy", "el2n", "margin", "confidence")
-            }
+            back = _one_direction(k / temperature, q)
+            means = {name: (getattr(stats, name) + getattr(back, name)) / 2 for name in FLOAT_STATS}
             correct = stats.correct & back.correct
-            stats = SampleStats(**halves, correct=correct, count=stats.count)
+            stats = SampleStats(**means, correct=correct, count=stats.count)
     if hidden is not None:
         features = hidden.detach()
-        none = torch.zeros(query.shape[0], dtype=torch.int64, device=hidden.device)
-        entropy = cross_entropy(features, none).entropy
+        # Any class ids: the entropy does not depend on them.
+        target = torch.zeros(query.shape[0], dtype=torch.int64, device=hidden.device)
+        entropy = cross_entropy(features, target).entropy
         stats = SampleStats(stats.loss, entropy, *stats[2:])  # torch 2.11 cannot compile _replace
     return stats
 
@@ -280,10 +279,10 @@ def _checked_head(
     return hidden, classifier, bias
 
 
-def _rows_at_a_time(hidden: Tensor, num_classes: int) -> int:
-    rows = max(1, _CHUNK_ELEMENTS // num_classes)
+def _rows_of_a_block(hidden: Tensor, num_classes: int) -> int:
+    rows = max(1, _BLOCK_LOGITS // num_classes)
     if hidden.is_cuda:
-        rows = max(rows, min(hidden.shape[-1], _GPU_CHUNK_ELEMENTS // num_classes))
+        rows = max(rows, min(hidden.shape[-1], _GPU_BLOCK_LOGITS // num_classes))
     return rows
 
 
@@ -311,7 +310,7 @@ def _require_pairs(query: Tensor, key: Tensor, hidden: Tensor | None) -> None:
             raise ValueError(f"hidden must be on {query.device} like query, got {hidden.device}")
 
 
-def _in_batch(query: Tensor, key: Tensor) -> SampleStats:
+def _one_direction(query: Tensor, key: Tensor) -> SampleStats:
     """Scores each query against every key; the key with its own index is the positive."""
     positives = torch.arange(query.shape[0], device=query.device)
     if query.shape[0] == 0:  # then there are no classes either

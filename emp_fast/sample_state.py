@@ -18,7 +18,7 @@ from emp_fast._validation import (
     checked_integers,
     require_tensor,
 )
-from emp_fast.backends.base import MOST_VISITS, NONFINITE, SCORE_FIELDS, State
+from emp_fast.backends.base import FLOAT_STATS, MOST_VISITS, NONFINITE, State
 from emp_fast.backends.winners import Winners
 from emp_fast.rows import SampleStats, checked_rows
 from emp_fast.rules import Rule, require_rule
@@ -30,9 +30,6 @@ __all__ = [
     "checked_indices",
     "checked_store_arguments",
 ]
-
-#: The stats that `SampleState.try_mean_step` can pass to a rule.
-_FUSED_STATS = {"loss", *SCORE_FIELDS}
 
 
 class SampleState:
@@ -61,7 +58,7 @@ class SampleState:
         state_device = checked_device(device)
         self.recurrence = rule.recurrence()
         spreads = self.recurrence is not None and self.recurrence.kind == "variance"
-        self._fusible = self.recurrence is not None and set(rule.reads) <= _FUSED_STATS
+        self._fusible = self.recurrence is not None and set(rule.reads) <= set(FLOAT_STATS)
         # A tensor made in inference mode cannot be updated outside it.
         with torch.inference_mode(False):
             float32: dict[str, Any] = {"dtype": torch.float32, "device": state_device}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emp_fast._transfer import to_device
 from emp_fast._validation import is_real
+from emp_fast.backends.base import FLOAT_STATS
 from emp_fast.distributed.ranks import Ranks
 from emp_fast.files import FileProblem, write_atomically
 from emp_fast.functional import SampleStats
@@ -24,7 +25,6 @@ __all__ = ["PartialResults", "Tally"]
 
 _FORMAT = 1
 _SAVING_SHARE = 0.05  # largest share of the time that goes into saving partial results
-_SUMMED = ("loss", "entropy", "el2n", "margin", "confidence")
 
 
 class Tally:
@@ -39,7 +39,7 @@ class Tally:
         #: Completed passes of each sample; on the host, so that reading it never waits.
         self.done = torch.zeros(num_samples, dtype=torch.int32, device="cpu")
         self._tensors = {
-            "sums": torch.zeros(len(_SUMMED), num_samples, dtype=torch.float32, device=device),
+            "sums": torch.zeros(len(FLOAT_STATS), num_samples, dtype=torch.float32, device=device),
             "wrong": torch.zeros(num_samples, dtype=torch.int32, device=device),
             "count": torch.zeros(num_samples, dtype=torch.int32, device=device),
             "visits": torch.zeros(num_samples, dtype=torch.int32, device=device),
@@ -77,7 +77,7 @@ class Tally:
         device = tensors["sums"].device
         at = to_device(torch.from_numpy(samples), device)
         row = to_device(torch.from_numpy(rows), device)
-        columns = torch.stack([getattr(stats, name).float() for name in _SUMMED]).to(device)
+        columns = torch.stack([getattr(stats, name).float() for name in FLOAT_STATS]).to(device)
         count = stats.count.to(device)[row].to(torch.int32)
         wrong = (~stats.correct.to(device)[row]).to(torch.int32)
         added = {
@@ -100,7 +100,7 @@ class Tally:
         passes.
         """
         visits = self._tensors["visits"].clamp_min(1)
-        fields = dict(zip(_SUMMED, self._tensors["sums"] / visits, strict=True))
+        fields = dict(zip(FLOAT_STATS, self._tensors["sums"] / visits, strict=True))
         return SampleStats(
             **fields, correct=self._tensors["wrong"] == 0, count=self._tensors["count"].clone()
         )

@@ -75,18 +75,21 @@ def mean_loss(
 @kernel
 def scale_gradient(
     grad_ptr,  # [n] contiguous
-    factor_ptr,  # [] float32
-    also_ptr,  # [] float32 or None
+    grad_mean_ptr,  # [] float32
+    factor_ptr,  # [] float32 or None
     num_units: tl.int64,  # n / ALIGN
     ALIGN: tl.constexpr,
     ALIGN_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Address and n are multiples of `ALIGN` elements, which decides the width of the loads."""
-    factor = tl.load(factor_ptr)
-    if also_ptr is not None:
-        factor *= tl.load(also_ptr)
-    if factor != 1.0:
+    """Multiplies the gradient by both factors; does not touch it if their product is 1.
+
+    Grid: any. Address and n are multiples of `ALIGN` elements, which decides the width of loads.
+    """
+    scale = tl.load(grad_mean_ptr)
+    if factor_ptr is not None:
+        scale *= tl.load(factor_ptr)
+    if scale != 1.0:
         n = num_units * ALIGN
         first = tl.program_id(0).to(tl.int64) * BLOCK
         step = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -94,4 +97,4 @@ def scale_gradient(
             i = start + tl.arange(0, BLOCK)
             address = tl.multiple_of(grad_ptr + i, ALIGN_BYTES)
             grad = tl.load(address, mask=i < n)
-            tl.store(address, grad.to(tl.float32) * factor, mask=i < n)
+            tl.store(address, grad.to(tl.float32) * scale, mask=i < n)

@@ -13,6 +13,14 @@ import triton.language as tl
 
 from .update_state import Visits, apply_rows, claim_rows
 
+#: The rows of `RowScores.fields`.
+ENTROPY = tl.constexpr(0)
+EL2N = tl.constexpr(1)
+MARGIN = tl.constexpr(2)
+CONFIDENCE = tl.constexpr(3)
+MAX = tl.constexpr(4)
+INV_SUM = tl.constexpr(5)
+MISS = tl.constexpr(6)
 #: Values of direct_row and signal_row besides the rows of RowScores.fields.
 LOSS_ROW = tl.constexpr(-1)
 NO_ROW = tl.constexpr(-2)
@@ -29,7 +37,7 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def settle(value, valid, spoiled):
+def masked_score(value, valid, spoiled):
     """NaN in every score of a spoiled row, 0 in every score of an ignored one."""
     return tl.where(valid, tl.where(spoiled, float("nan"), value), 0.0)
 
@@ -41,19 +49,27 @@ def is_spoiled(bad, loss, folded):
 
 
 @triton.jit
+def _store_field(outputs, field: tl.constexpr, row, row_ok, value):
+    tl.store(outputs.fields + field * outputs.num_rows + row, value, mask=row_ok)
+
+
+@triton.jit
+def _load_field(outputs, field: tl.constexpr, row, mask, other):
+    return tl.load(outputs.fields + field * outputs.num_rows + row, mask=mask, other=other)
+
+
+@triton.jit
 def store_scores(outputs, row, row_ok, valid, spoiled, loss, el2n, folded):
     """Writes every score of the rows; all but the loss and el2n are those of `fold_target`."""
-    fields_ptr, num_rows = outputs.fields, outputs.num_rows
-    margin = settle(folded.margin, valid, spoiled)
-    tl.store(outputs.loss + row, settle(loss, valid, spoiled), mask=row_ok)
-    tl.store(fields_ptr + row, settle(folded.entropy, valid, spoiled), mask=row_ok)
-    tl.store(fields_ptr + num_rows + row, settle(el2n, valid, spoiled), mask=row_ok)
-    tl.store(fields_ptr + 2 * num_rows + row, margin, mask=row_ok)
-    confidence = fields_ptr + 3 * num_rows + row
-    tl.store(confidence, settle(folded.confidence, valid, spoiled), mask=row_ok)
-    tl.store(fields_ptr + 4 * num_rows + row, settle(folded.largest, valid, spoiled), mask=row_ok)
-    tl.store(fields_ptr + 5 * num_rows + row, settle(folded.inv_sum, valid, spoiled), mask=row_ok)
-    tl.store(fields_ptr + 6 * num_rows + row, settle(folded.miss, valid, spoiled), mask=row_ok)
+    margin = masked_score(folded.margin, valid, spoiled)
+    tl.store(outputs.loss + row, masked_score(loss, valid, spoiled), mask=row_ok)
+    _store_field(outputs, ENTROPY, row, row_ok, masked_score(folded.entropy, valid, spoiled))
+    _store_field(outputs, EL2N, row, row_ok, masked_score(el2n, valid, spoiled))
+    _store_field(outputs, MARGIN, row, row_ok, margin)
+    _store_field(outputs, CONFIDENCE, row, row_ok, masked_score(folded.confidence, valid, spoiled))
+    _store_field(outputs, MAX, row, row_ok, masked_score(folded.largest, valid, spoiled))
+    _store_field(outputs, INV_SUM, row, row_ok, masked_score(folded.inv_sum, valid, spoiled))
+    _store_field(outputs, MISS, row, row_ok, masked_score(folded.miss, valid, spoiled))
     tl.store(outputs.correct + row, margin >= 0, mask=row_ok)
     tl.store(outputs.count + row, valid.to(tl.int32), mask=row_ok)
 
@@ -61,9 +77,9 @@ def store_scores(outputs, row, row_ok, valid, spoiled, loss, el2n, folded):
 @triton.jit
 def load_kept(outputs, row, mask, other):
     """Returns largest, inv_sum and miss, which a forward pass wrote for the backward pass."""
-    largest = tl.load(outputs.fields + 4 * outputs.num_rows + row, mask=mask, other=other)
-    inv_sum = tl.load(outputs.fields + 5 * outputs.num_rows + row, mask=mask, other=other)
-    miss = tl.load(outputs.fields + 6 * outputs.num_rows + row, mask=mask, other=other)
+    largest = _load_field(outputs, MAX, row, mask, other)
+    inv_sum = _load_field(outputs, INV_SUM, row, mask, other)
+    miss = _load_field(outputs, MISS, row, mask, other)
     return largest, inv_sum, miss
 
 

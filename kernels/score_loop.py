@@ -39,7 +39,7 @@ from .softmax_stats import (
     weighted,
 )
 from .target import Options, capped, class_ids, class_weights, fold_raw_target, row_loss
-from .update_state import Recurrence, SampleState
+from .update_state import Recurrence, State
 
 #: Statistics in the workspace of split rows: those of `RowSums`.
 PART_FIELDS = tl.constexpr(7)
@@ -517,7 +517,7 @@ def score_loop(
         SHIFTED_ALIKE or not SHIFTED,
     )
     if UPDATE:
-        state = SampleState(
+        state = State(
             scores_ptr, memory_ptr, visits_ptr, variance_ptr, claims_ptr, counters_ptr, num_samples
         )
         rule = Recurrence(mean, decay, gain, direct_scale, memory_scale, variance_scale)

@@ -32,7 +32,7 @@ from .softmax_stats import (
     weighted,
 )
 from .target import Options, capped, class_ids, class_weights, fold_raw_target, row_loss
-from .update_state import Recurrence, SampleState
+from .update_state import Recurrence, State
 
 
 class Inputs(NamedTuple):
@@ -367,7 +367,7 @@ def score_tile(
         GRAD,
     )
     if UPDATE:
-        state = SampleState(
+        state = State(
             scores_ptr, memory_ptr, visits_ptr, variance_ptr, claims_ptr, counters_ptr, num_samples
         )
         rule = Recurrence(mean, decay, gain, direct_scale, memory_scale, variance_scale)

@@ -200,7 +200,7 @@ def fold_target(x_y, margin, sums):
     log_total = tl.where(e_y == 1.0, log1p(d), tl.log(total))
     inv_sum = 1.0 / total
     s = sums.s + tl.where(e_y == 0, 0.0, t_y * e_y)
-    # The clamp drops a NaN; `settle` puts it back.
+    # The clamp drops a NaN; `masked_score` puts it back.
     entropy = tl.maximum(log_total - s * inv_sum, 0.0)
     miss = d * inv_sum
     el2n = tl.sqrt(miss * miss + sums.q * inv_sum * inv_sum)

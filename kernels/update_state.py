@@ -30,6 +30,9 @@ BOTH = tl.constexpr(0)
 CLAIM = tl.constexpr(1)
 APPLY = tl.constexpr(2)
 
+#: Where `State.counters` counts a refused row.
+NONFINITE = tl.constexpr(0)
+OUT_OF_RANGE = tl.constexpr(1)
 #: Where the count of visits saturates.
 MOST_VISITS = tl.constexpr(2**31 - 1)
 
@@ -44,7 +47,7 @@ class Visits(NamedTuple):
     counted: tl.tensor
 
 
-class SampleState(NamedTuple):
+class State(NamedTuple):
     """The state of all samples: the pointers of `update_state`, and the number of samples."""
 
     scores: tl.tensor
@@ -86,9 +89,9 @@ def claim_rows(visits, state):
     at = state.claims + visits.index
     tl.atomic_max(at, (visits.row + 1).to(tl.int32), mask=valid, sem="relaxed")
     refused = tl.sum(non_finite.to(tl.int64), axis=0)
-    tl.atomic_add(state.counters, refused, mask=refused > 0, sem="relaxed")
+    tl.atomic_add(state.counters + NONFINITE, refused, mask=refused > 0, sem="relaxed")
     refused = tl.sum(outside.to(tl.int64), axis=0)
-    tl.atomic_add(state.counters + 1, refused, mask=refused > 0, sem="relaxed")
+    tl.atomic_add(state.counters + OUT_OF_RANGE, refused, mask=refused > 0, sem="relaxed")
 
 
 @triton.jit
@@ -170,7 +173,7 @@ def update_state(
     BLOCK: tl.constexpr,
 ):
     """One launch of `BOTH` by one program, or a launch of `CLAIM` and then of `APPLY` by many."""
-    state = SampleState(
+    state = State(
         scores_ptr, memory_ptr, visits_ptr, variance_ptr, claims_ptr, counters_ptr, num_samples
     )
     rule = Recurrence(mean, decay, gain, direct_scale, memory_scale, variance_scale)

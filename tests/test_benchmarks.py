@@ -26,6 +26,7 @@ from benchmarks.models import ResNet18  # noqa: E402
 from benchmarks.peak_memory import PeakMemory  # noqa: E402
 from benchmarks.result import SUITES, BadResult, load  # noqa: E402
 from emp_fast import ScoreStore, use_backend  # noqa: E402
+from emp_fast.backends.base import FLOAT_STATS  # noqa: E402
 from emp_fast.cli.bench import bench as bench_command  # noqa: E402
 from emp_fast.functional import cross_entropy  # noqa: E402
 from emp_fast.rules import EMP  # noqa: E402
@@ -265,9 +266,9 @@ def test_the_baselines_score_as_the_reference_does(peaked: bool, dtype: torch.dt
     with use_backend("reference"):
         wanted = cross_entropy(wide, target)
     (wanted_grad,) = torch.autograd.grad(wanted.loss.sum(), wide)
-    for five in (baselines.five_scores, baselines.five_scores_to_compile):
-        found = five(logits, target)
-        for name, got in zip(baselines.FIVE, found, strict=True):
+    for score in (baselines.loss_and_scores, baselines.loss_and_scores_to_compile):
+        found = score(logits, target)
+        for name, got in zip(FLOAT_STATS, found, strict=True):
             want = getattr(wanted, name).detach().float()
             torch.testing.assert_close(got.detach(), want, rtol=1e-4, atol=1e-5)
         (grad,) = torch.autograd.grad(found[0].sum(), logits)
@@ -301,13 +302,13 @@ def test_the_baseline_updates_as_a_store_does(rule: EMP) -> None:
 def test_the_command_and_the_suites_have_one_baseline(
     gradient: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, seen = baselines.five_scores, []
+    right, seen = baselines.loss_and_scores, []
 
     def recorded(*arguments: Tensor) -> tuple[Tensor, ...]:
         seen.append(arguments)
         return right(*arguments)
 
-    monkeypatch.setattr(baselines, "five_scores", recorded)
+    monkeypatch.setattr(baselines, "loss_and_scores", recorded)
     command = sys.modules[bench_command.__module__]
     listed = {name: who for name, _, who in command._contests([(2, 3)], [], CPU, compiled=False)}
     for compared in (
@@ -419,7 +420,7 @@ def test_kernel_times_with_the_hosts_pauses_in_them_are_not_reported(tmp_path: P
     unsteady = "its 80 percentile is more than 1.5 times its 20 percentile"
     assert f"- Liger (forward a): {unsteady}" in text
     assert f"- every contender (forward b): of emp_fast cuda {unsteady}" in text
-    assert "| Loss and five scores, 1 of 2 cases |" in readme_block(result, "r.md", None)
+    assert "| Loss and four scores, 1 of 2 cases |" in readme_block(result, "r.md", None)
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
@@ -437,7 +438,7 @@ def test_a_page_changes_between_its_markers_alone(tmp_path: Path) -> None:
     assert once.startswith("before\n<!-- bench:cpu -->\n")
     assert once.endswith("\n<!-- /bench:cpu -->\nafter\n")
     assert "old" not in once
-    assert "| Loss and five scores, 2 cases | 4.00x (2.00x) |  |" in once
+    assert "| Loss and four scores, 2 cases | 4.00x (2.00x) |  |" in once
     assert "](cpu.png)" in once
     assert "[cpu.md](cpu.md)" in once
     assert rewrite(once, "bench:cpu", block) == once
@@ -496,7 +497,7 @@ def test_results_of_several_commits_join_suite_by_suite(
     assert "| All numbers, fedcba987654 | `other.json` |" in text
     told = readme_block(load([first, other]), "cpu.md", None)
     assert "Row *State update alone*: measured 2026-11-24 at fedcba987654." in told
-    rows = "Rows *Loss and five scores* and *Selection of the highest scores*"
+    rows = "Rows *Loss and four scores* and *Selection of the highest scores*"
     at = "measured 2026-11-24 at 0123456789ab with uncommitted changes."
     assert f"{rows}, and the training steps below: {at}" in told
     # The same suite of two commits would be compared with itself.

@@ -261,7 +261,7 @@ def test_good_arguments_raise_nothing(function: str, backend: str) -> None:
 def test_the_position_of_a_bad_class_is_that_in_the_whole_target(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", 2 * C)  # blocks of two rows
+    monkeypatch.setattr(functional, "_BLOCK_LOGITS", 2 * C)  # blocks of two rows
     bad = IDS.clone()
     bad[5] = C
     with pytest.raises(IndexError, match="got 10 at position 5"):

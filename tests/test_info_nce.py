@@ -207,7 +207,7 @@ class _LargestTensor(TorchDispatchMode):
 
 def test_the_similarity_is_never_stored(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, width, block = 60, 4, 8
-    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", block * samples)
+    monkeypatch.setattr(functional, "_BLOCK_LOGITS", block * samples)
     query, key = embeddings(samples, width)
     with _LargestTensor() as seen:
         loss = info_nce(query, key).loss.sum()

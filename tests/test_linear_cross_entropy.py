@@ -107,7 +107,7 @@ CASES = [
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
     """How many rows of logits there are at a time."""
     if request.param is not None:
-        monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", _Rows(request.param))
+        monkeypatch.setattr(functional, "_BLOCK_LOGITS", _Rows(request.param))
     chosen: int | None = request.param
     return chosen
 
@@ -140,7 +140,7 @@ def test_blocks_change_no_bit_of_a_row(backend: str, monkeypatch: pytest.MonkeyP
     given = inputs(Case("linear_bits", 11, 33, label_smoothing=0.1))
     whole = given.run()
     for rows in (1, 2, 5, 10, 11, 12):
-        monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", rows * 33)
+        monkeypatch.setattr(functional, "_BLOCK_LOGITS", rows * 33)
         for name, a, b in zip(whole._fields, whole, given.run(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=f"{name}, {rows} rows")
 
@@ -266,14 +266,14 @@ class _LargestTensor(TorchDispatchMode):
 
 def test_the_logits_never_exist(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, classes, block = 60, 100, 8
-    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", block * classes)
+    monkeypatch.setattr(functional, "_BLOCK_LOGITS", block * classes)
     given = inputs(Case("linear_memory", rows, classes))
     with _LargestTensor() as seen:
         loss = given.run().loss.sum()
         torch.autograd.grad(loss, given.leaves)
     assert block * classes <= seen.elements  # it sees the blocks
     assert seen.elements <= block * classes
-    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", rows * classes)
+    monkeypatch.setattr(functional, "_BLOCK_LOGITS", rows * classes)
     with _LargestTensor() as whole:
         given.run()
     assert whole.elements == rows * classes  # and would have seen the logits
@@ -326,7 +326,7 @@ class _LinearOnly(Tensor):
 
 @pytest.mark.parametrize("block", [4, 9])
 def test_a_classifier_of_a_subclass(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", block * 33)
+    monkeypatch.setattr(functional, "_BLOCK_LOGITS", block * 33)
     given = inputs(Case("linear_subclass", 9, 33), bias=False)
     classifier = given.classifier.detach()
     made = []
@@ -338,7 +338,7 @@ def test_a_classifier_of_a_subclass(block: int, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("block", [4, 9])
 def test_gradients_of_many_losses_at_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_CHUNK_ELEMENTS", block * 33)
+    monkeypatch.setattr(functional, "_BLOCK_LOGITS", block * 33)
     given = inputs(Case("linear_batched", 9, 33))
     loss = given.run().loss
     batched = torch.autograd.grad(
@@ -352,7 +352,7 @@ def test_gradients_of_many_losses_at_once(block: int, monkeypatch: pytest.Monkey
 def test_a_gpu_takes_as_many_rows_at_a_time_as_there_are_features_but_2_to_the_27_logits() -> None:
     def rows(shape: tuple[int, ...], classes: int, is_cuda: bool) -> int:
         hidden = types.SimpleNamespace(shape=shape, is_cuda=is_cuda)
-        return functional._rows_at_a_time(hidden, classes)  # type: ignore[arg-type]
+        return functional._rows_of_a_block(hidden, classes)  # type: ignore[arg-type]
 
     assert rows((8192, 2048), 32000, is_cuda=True) == 2048
     assert rows((8192, 2048), 128256, is_cuda=True) == 1046

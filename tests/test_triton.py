@@ -19,7 +19,7 @@ import torch
 from emp_fast import Pruner, use_backend
 from emp_fast.backends import resolve
 from emp_fast.backends._triton_launch import INTERPRETED
-from emp_fast.backends.base import Backend, LossOptions, Recurrence, State
+from emp_fast.backends.base import ROW_FIELDS, Backend, LossOptions, Recurrence, State
 from emp_fast.backends.reference import ReferenceBackend
 from emp_fast.testing import CASES, Case, make, shrunk
 
@@ -30,7 +30,7 @@ from machine_code.triton_variants import recorded
 
 from emp_fast.backends import load, triton
 from emp_fast.backends._triton_selection import grouped_topk_indices
-from emp_fast.kernels import bracket, plan
+from emp_fast.kernels import bracket, plan, row_epilogue
 
 TRITON = triton.TritonBackend()
 
@@ -47,6 +47,11 @@ def launched(call: object) -> list[str]:
     with recorded(then=triton.launch) as seen:
         call()  # type: ignore[operator]
     return list(dict.fromkeys(variant.kernel.split(".")[1] for variant in seen))
+
+
+def test_kernels_and_host_number_the_fields_alike() -> None:
+    numbers = [getattr(row_epilogue, name.upper()).value for name in ROW_FIELDS]
+    assert numbers == list(range(len(ROW_FIELDS)))
 
 
 @pytest.fixture

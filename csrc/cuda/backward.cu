@@ -29,14 +29,14 @@ struct FlatRow {
 
   __device__ __forceinline__ static FlatRow of(const RowArgs& a, int64_t row) {
     const Target target = Target::of(a, row);
-    const float g = row_gradient(a, row);
+    const float g = loss_gradient(a, row);
     const float max = __ldg(a.fields + kMax * a.rows + row);
     const float inv_sum = __ldg(a.fields + kInvSum * a.rows + row);
     const float miss = __ldg(a.fields + kMiss * a.rows + row);
     const int column = target.valid ? target.column : kIgnored;
     if constexpr (kSmooth) {
       const float confidence = __ldg(a.fields + kConfidence * a.rows + row);
-      const auto r = GradientRow::of(a, target, g, max, inv_sum, confidence, miss);
+      const auto r = GradientRow::of<true>(a, target, g, max, inv_sum, confidence, miss);
       return {max, r.slope, r.at_target, column, r.even};
     }
     const float weight = a.weight == nullptr ? 1.0f : __ldg(a.weight + target.column);
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
     const auto window = Window<kCount>::of(reinterpret_cast<uintptr_t>(logits), a.classes);
     const int begin = static_cast<int>(blockIdx.y) * vectors_per_part;
     const int end = active ? min(begin + vectors_per_part, window.vectors) : 0;
-    const float g = row_gradient(a, row);
+    const float g = loss_gradient(a, row);
     const float max = __ldg(a.fields + kMax * a.rows + row);
     const float inv_sum = __ldg(a.fields + kInvSum * a.rows + row);
     const float miss = __ldg(a.fields + kMiss * a.rows + row);
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
     } else {
       const float confidence = __ldg(a.fields + kConfidence * a.rows + row);
       const auto gradient =
-          GradientRow::of(a, Target::of(a, row), g, max, inv_sum, confidence, miss);
+          GradientRow::of<true>(a, Target::of(a, row), g, max, inv_sum, confidence, miss);
       emit<T, kLanes>(
           a, logits, out, window, begin, end, nullptr, 0,
           [&](int column, float (&x)[kCount]) { gradient.template apply<true>(a, column, x); });
@@ -221,10 +221,10 @@ __global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
 
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads)
-    scale_elements(T* grad, int64_t elements, const float* factor, const float* also) {
+    scale_elements(T* grad, int64_t elements, const float* grad_mean, const float* factor) {
   constexpr int kCount = kElements<T>;
   constexpr int64_t kStride = kScaleThreads * kCount;
-  const float scale = also == nullptr ? __ldg(factor) : __ldg(factor) * __ldg(also);
+  const float scale = factor == nullptr ? __ldg(grad_mean) : __ldg(grad_mean) * __ldg(factor);
   if (scale == 1.0f) return;
   // Explicit 16-byte accesses (__ldcg, __stcg): assignments become 4-byte accesses in some kernels.
   const auto times = [scale](const uint4& raw) {
@@ -264,8 +264,8 @@ __global__ void __launch_bounds__(kScaleThreads)
 
 }  // namespace
 
-void scale_gradient(Dtype dtype, void* grad, int64_t elements, const float* factor,
-                    const float* also, cudaStream_t stream) {
+void scale_gradient(Dtype dtype, void* grad, int64_t elements, const float* grad_mean,
+                    const float* factor, cudaStream_t stream) {
   if (elements == 0) return;
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
@@ -273,7 +273,7 @@ void scale_gradient(Dtype dtype, void* grad, int64_t elements, const float* fact
         ceil_div(elements, int64_t{kScaleThreads} * kScaleVectors * kElements<T>);
     launch("scale_elements", scale_elements<T>,
            static_cast<unsigned>(std::min(blocks, kScaleBlocks)), kScaleThreads, 0, stream,
-           static_cast<T*>(grad), elements, factor, also);
+           static_cast<T*>(grad), elements, grad_mean, factor);
   });
 }
 

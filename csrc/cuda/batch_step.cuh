@@ -127,7 +127,7 @@ struct ThreadRows {
 
   // Updates the states of the rows that won, after all rows have claimed. Returns whether a sample
   // is left to `settle`.
-  __device__ __forceinline__ bool move(const UpdateArgs& a) const {
+  __device__ __forceinline__ bool update_winners(const UpdateArgs& a) const {
     const StateArgs& s = a.state;
     bool won[kRows];
 #pragma unroll
@@ -160,47 +160,41 @@ struct ThreadRows {
   }
 };
 
-// Called by all threads of one block after all rows have moved. Samples whose winner was not finite
-// go to their last finite row. A thread takes kRows rows at a time.
+// Called by all threads of one block after the winners have updated their samples. Samples whose
+// winner was not finite go to their last finite row. A thread takes kRows rows at a time.
 template <int kRows>
 __device__ __forceinline__ void settle(const UpdateArgs& a) {
   const StateArgs& s = a.state;
-  const auto claim_of = [&](const RowValues& v) {
-    return v.may_claim(s) ? __ldcg(s.claims + v.sample) : 0;
+  // Calls visit(values, claim, own) with the values of every row, the claim of its sample or 0, and
+  // the claim that would be the row's own.
+  const auto for_each_row = [&](const auto& visit) {
+    const int64_t step = int64_t{kRows} * blockDim.x;
+#pragma unroll 1
+    for (int64_t row = threadIdx.x; row < a.rows; row += step) {
+      const auto rows = ThreadRows<kRows>::of(a, row, blockDim.x);
+      int claims[kRows];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        const RowValues& v = rows.values[u];
+        claims[u] = v.may_claim(s) ? __ldcg(s.claims + v.sample) : 0;
+      }
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        visit(rows.values[u], claims[u], static_cast<int>(rows.row(u) + 1));
+      }
+    }
   };
-  const int64_t step = int64_t{kRows} * blockDim.x;
-#pragma unroll 1
-  for (int64_t row = threadIdx.x; row < a.rows; row += step) {
-    const auto rows = ThreadRows<kRows>::of(a, row, blockDim.x);
-    int claims[kRows];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) claims[u] = claim_of(rows.values[u]);
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const RowValues& v = rows.values[u];
-      if (claims[u] != 0 && v.finite()) {
-        atomicMax(s.claims + v.sample, static_cast<int>(rows.row(u) + 1));
-      }
-    }
-  }
+  for_each_row([&](const RowValues& v, int claim, int own) {
+    if (claim != 0 && v.finite()) atomicMax(s.claims + v.sample, own);
+  });
   __syncthreads();
-#pragma unroll 1
-  for (int64_t row = threadIdx.x; row < a.rows; row += step) {
-    const auto rows = ThreadRows<kRows>::of(a, row, blockDim.x);
-    int claims[kRows];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) claims[u] = claim_of(rows.values[u]);
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const RowValues& v = rows.values[u];
-      const bool won = claims[u] == static_cast<int>(rows.row(u) + 1);
-      if (won) {
-        const SampleState state = read_state(s, v.sample);
-        write_visit(s, v.sample, state, v.signal, a.direct != nullptr, v.direct);
-      }
-      if (won || claims[u] == kLeftClaim) __stcg(s.claims + v.sample, 0);
+  for_each_row([&](const RowValues& v, int claim, int own) {
+    if (claim == own) {
+      const SampleState state = read_state(s, v.sample);
+      write_visit(s, v.sample, state, v.signal, a.direct != nullptr, v.direct);
     }
-  }
+    if (claim == own || claim == kLeftClaim) __stcg(s.claims + v.sample, 0);
+  });
 }
 
 // The losses of the same rows, loaded before the thread waits for its samples.
@@ -258,7 +252,7 @@ __device__ __forceinline__ void end_launch(const RowArgs& a) {
   for (int row = threadIdx.x; row < update.rows; row += kRowsAtOnce * apart) {
     const auto rows = ThreadRows<kRowsAtOnce>::of(update, row, apart);
     const auto losses = ThreadLosses<kRowsAtOnce>::of(update, a.mean, rows);
-    left = rows.move(update) || left;
+    left = rows.update_winners(update) || left;
     losses.add_to(sums, rows);
   }
   if (a.mean.mean != nullptr) {

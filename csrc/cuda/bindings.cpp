@@ -292,10 +292,11 @@ void bind(py::module_& m) {
   cuda.def("mean_step_workspace", &mean_step_workspace);
   cuda.def("mean_step", &mean_step);
   cuda.def("update_state", &update);
-  cuda.def("scale", [](int dtype, Address grad, int64_t elements, Address factor, Address also,
+  cuda.def("scale", [](int dtype, Address grad, int64_t elements, Address grad_mean, Address factor,
                        Address stream) {
     scale_gradient(static_cast<Dtype>(dtype), pointer<void>(grad), elements,
-                   pointer<const float>(factor), pointer<const float>(also), stream_of(stream));
+                   pointer<const float>(grad_mean), pointer<const float>(factor),
+                   stream_of(stream));
   });
   cuda.def("philox", [](Address out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream_id,
                         uint64_t start, Address stream) {

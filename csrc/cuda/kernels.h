@@ -42,10 +42,10 @@ void score_split(Dtype, const RowPlan&, const RowArgs&, float* partials, cudaStr
 // scale * row_scale[r].
 void gradient(Dtype, const BackwardPlan&, const RowArgs&, cudaStream_t);
 
-// Multiplies a gradient in place by *factor, and by *also unless that is null. Leaves the
+// Multiplies a gradient in place by *grad_mean, and by *factor unless that is null. Leaves the
 // gradient's memory alone if the product is 1.
-void scale_gradient(Dtype, void* grad, int64_t elements, const float* factor, const float* also,
-                    cudaStream_t);
+void scale_gradient(Dtype, void* grad, int64_t elements, const float* grad_mean,
+                    const float* factor, cudaStream_t);
 
 void update_state(const UpdateArgs&, cudaStream_t);
 // The rest of a step after StepPart::kClaims. mean.parts holds step_parts(rows) pairs.

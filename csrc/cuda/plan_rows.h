@@ -82,7 +82,8 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   plan.parts = 1;
   plan.tile_rows = at_once * static_cast<int>(std::max<int64_t>(most, 1));
   const int64_t tile = (plan.tile_rows * row_bytes / kVectorBytes + 2) * kVectorBytes;
-  const auto warps = static_cast<int>(std::clamp<int64_t>(kSharedBytes / tile, 1, 4));
+  const auto warps =
+      static_cast<int>(std::clamp<int64_t>(kSharedBytes / tile, 1, kSharedRowThreads / 32));
   plan.path = RowPath::kShared;
   plan.lanes = lanes;
   plan.threads = 32 * warps;

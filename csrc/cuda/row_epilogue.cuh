@@ -1,8 +1,7 @@
 // From a row's sums to its outputs: scores and gradient coefficients.
 #pragma once
-#include "core/softmax_sums.h"
-#include "cuda/group.cuh"
 #include "cuda/row_args.h"
+#include "cuda/row_sums.cuh"
 #include "cuda/vector.cuh"
 
 namespace emp_fast::cuda {
@@ -24,12 +23,14 @@ struct Target {
   }
 };
 
-// A target as one int: its column, or -1 if it is ignored, or -2 if it is neither a class nor
-// ignored.
+// A target as one int: its column, or one of these.
+constexpr int kIgnored = -1, kBad = -2;
 __device__ __forceinline__ int class_of(const Target& target) {
-  return target.bad ? -2 : target.valid ? target.column : -1;
+  return target.bad ? kBad : target.valid ? target.column : kIgnored;
 }
-__device__ __forceinline__ Target target_of(int id) { return {max(id, 0), id != -1, id == -2}; }
+__device__ __forceinline__ Target target_of(int id) {
+  return {max(id, 0), id != kIgnored, id == kBad};
+}
 
 // ---- softcap ----
 
@@ -160,7 +161,7 @@ struct GradientRow {
   float quick_slope;
 
   // kSmoothed: there may be label smoothing.
-  template <bool kSmoothed = true>
+  template <bool kSmoothed>
   __device__ __forceinline__ static GradientRow of(const RowArgs& a, const Target& target, float g,
                                                    float max, float inv_sum, float confidence,
                                                    float miss) {
@@ -181,6 +182,13 @@ struct GradientRow {
     r.base = max * kLog2E;
     r.quick_slope = r.slope * exp2_flushed(-fmaf(max, kLog2E, -r.base));
     return r;
+  }
+
+  template <bool kSmoothed>
+  __device__ __forceinline__ static GradientRow of(const RowArgs& a, const Target& target, float g,
+                                                   const RowResult& result) {
+    return of<kSmoothed>(a, target, g, result.field[kMax], result.field[kInvSum],
+                         result.field[kConfidence], result.field[kMiss]);
   }
 
   // The gradient off the target, for a row that is `quick`.
@@ -231,7 +239,8 @@ struct GradientRow {
   __device__ __forceinline__ float value_at_target() const { return valid ? at_target : 0.0f; }
 };
 
-__device__ __forceinline__ float row_gradient(const RowArgs& a, int64_t row) {
+// The gradient with respect to the loss of a row.
+__device__ __forceinline__ float loss_gradient(const RowArgs& a, int64_t row) {
   return a.row_scale == nullptr ? a.scale : a.scale * __ldg(a.row_scale + row);
 }
 

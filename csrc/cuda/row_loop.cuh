@@ -47,7 +47,7 @@ struct WalkedSums {
   }
 
   // Moves everything into `sums`.
-  __device__ __forceinline__ void settle() {
+  __device__ __forceinline__ void flush() {
     if (d != 0.0f) QuickSums{sums.m * kLog2E, d, s, q}.into(sums);
     d = s = q = 0.0f;
   }
@@ -59,7 +59,7 @@ struct WalkedSums {
   __device__ __forceinline__ void add(const uint4 (&raw)[kVectors], uint32_t zero) {
     const float max = max_or_nan(sums.m, largest<T>(raw));
     if (!(max <= sums.m)) {
-      settle();
+      flush();
       raise(sums, max);
     }
     if (is_quick(max)) {
@@ -182,7 +182,7 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
     }
     walked.add<T, false>(raw, 0);
   }
-  walked.settle();
+  walked.flush();
   row.sums = walked.sums;
 }
 

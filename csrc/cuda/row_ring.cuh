@@ -438,7 +438,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
   for (int turn = 0; row < rows; row += shape.teams, turn = (turn + 1) % kTurns) {
     const auto part = RowPart<T>::of(a, shape, rank, row);
     if (a.step != StepPart::kNone && rank == 0 && threadIdx.x == 0) {
-      claim_row(a, row, __ldg(a.update.indices + row), id != -1);
+      claim_row(a, row, __ldg(a.update.indices + row), id != kIgnored);
     }
     RowSums sums = RowSums::empty();
     auto walked = WalkedSums::of(sums.sums);
@@ -448,7 +448,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
       if (round < shape.passing) ring.release(a, shape, rank);
     }
     if constexpr (!kRare) {
-      walked.settle();
+      walked.flush();
       sums.sums = walked.sums;
     }
     const Target target = target_of(id);
@@ -463,9 +463,7 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
     id = class_of(Target::from_class(a, y));
     if (a.grad == nullptr) continue;
     T* out = static_cast<T*>(a.grad) + int64_t{row} * a.classes;
-    const auto gradient = GradientRow::of<kRare>(a, target, row_gradient(a, row),
-                                                 result.field[kMax], result.field[kInvSum],
-                                                 result.field[kConfidence], result.field[kMiss]);
+    const auto gradient = GradientRow::of<kRare>(a, target, loss_gradient(a, row), result);
     const bool quick = gradient.quick && lies_alike(out, part.window);
     const int kept = shape.rounds - shape.again;
     for (int i = 0; i < shape.rounds; ++i) {

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
       y = __ldg(a.target + row);
       if constexpr (kStep) {
         sample = __ldg(a.update.indices + row);
-        scale = row_gradient(a, row);
+        scale = loss_gradient(a, row);
       }
     }
     cp_async_commit();
@@ -209,9 +209,7 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
     if constexpr (kStep) {
       const Target target = Target::from_class(a, y_now);
       const RowResult result = made.finish(a, target);
-      const auto gradient =
-          GradientRow::of<false>(a, target, scale_now, result.field[kMax], result.field[kInvSum],
-                                 result.field[kConfidence], result.field[kMiss]);
+      const auto gradient = GradientRow::of<false>(a, target, scale_now, result);
       if (active) {
         const uint32_t zero = static_cast<uint32_t>(a.classes) >> 31;
 #pragma unroll

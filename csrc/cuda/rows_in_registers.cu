@@ -103,9 +103,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     const RowResult result = finish_row<kSmoothed, false>(a, sums, x_y, target);
     write_scores<kLanes>(a, row, active, result);
     if (kStep && active) {
-      const auto gradient = GradientRow::of<kSmoothed>(
-          a, target, row_gradient(a, row), result.field[kMax], result.field[kInvSum],
-          result.field[kConfidence], result.field[kMiss]);
+      const auto gradient = GradientRow::of<kSmoothed>(a, target, loss_gradient(a, row), result);
       T* out = static_cast<T*>(a.grad) + row * a.classes;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {

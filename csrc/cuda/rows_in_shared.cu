@@ -319,9 +319,7 @@ __global__ void __launch_bounds__(kSharedRowThreads,
 
       if constexpr (kStep) {
         const RowResult result = finish_row<true, false>(a, sums, x_y, target);
-        const auto gradient =
-            GradientRow::of(a, target, row_gradient(a, row), result.field[kMax],
-                            result.field[kInvSum], result.field[kConfidence], result.field[kMiss]);
+        const auto gradient = GradientRow::of<true>(a, target, loss_gradient(a, row), result);
         __syncwarp();  // groups past the end have read the row
         if (active) {
           walk.each([&](int at) {

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
     write_scores<kLanes>(a, row, active, result);
     if (kStep && active) {
       T* out = static_cast<T*>(a.grad) + row * a.classes;
-      const float g = row_gradient(a, row);
+      const float g = loss_gradient(a, row);
       if constexpr (kSoft) {
         const auto gradient =
             SoftGradientRow::of(a, soft, target.column, g, result.field[kMax],
@@ -97,9 +97,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
             a, logits, out, window, 0, window.vectors, cache, cached_vectors,
             [&](int column, float (&x)[kCount]) { gradient.apply(a, soft, column, x); });
       } else {
-        const auto gradient =
-            GradientRow::of(a, target, g, result.field[kMax], result.field[kInvSum],
-                            result.field[kConfidence], result.field[kMiss]);
+        const auto gradient = GradientRow::of<true>(a, target, g, result);
         emit_classes<T, kLanes>(a, logits, out, window, 0, window.vectors, cache, cached_vectors,
                                 gradient);
       }

@@ -1,10 +1,9 @@
-// The update of the per-sample state outside the scoring launch, and random bits.
+// The update of the per-sample state outside the scoring launch.
 //
 // Memory: 12 to 24 bytes read and 12 to 16 written per row, at the samples' places; 4 to 8 more for
 // the mean of a fused step. If there are few rows, each one scans the later rows for one that
 // replaces it. Otherwise all rows claim their samples and the winners then update them
 // (batch_step.cuh).
-#include "core/philox.h"
 #include "cuda/batch_step.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/plan_step.h"
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(kStateThreads)
     step_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {
   const auto rows = ThreadRows<kRows>::of(a, first_row<kRows>(), kStateThreads);
   const auto losses = ThreadLosses<kRows>::of(a, mean, rows);
-  if (rows.move(a)) atomicOr(a.state.counters + kOutOfRange, kUnsettled);
+  if (rows.update_winners(a)) atomicOr(a.state.counters + kOutOfRange, kUnsettled);
   const bool has_mean = mean.mean != nullptr;
   LossSums sums{0.0, 0.0};
   if (has_mean) {
@@ -107,16 +106,6 @@ __global__ void __launch_bounds__(kStateThreads)
   if (threadIdx.x == 0) atomicAnd(a.state.counters + kOutOfRange, ~kUnsettled);
 }
 
-__global__ void __launch_bounds__(kStateThreads)
-    sample_bits_of(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream,
-                   uint64_t start) {
-  const int64_t step = int64_t{gridDim.x} * kStateThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kStateThreads + threadIdx.x; i < n; i += step) {
-    out[i] =
-        static_cast<int32_t>(sample_bits(start + static_cast<uint64_t>(i), epoch, stream, seed));
-  }
-}
-
 unsigned blocks_of(int64_t items) {
   return static_cast<unsigned>(std::min(ceil_div(items, kStateThreads), kMaxGridX));
 }
@@ -138,12 +127,6 @@ void step_claimed(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t str
   const auto step = args.rows < kManyUpdateRows ? step_rows<1> : step_rows<kRowsOfMany>;
   launch("step_rows", step, static_cast<unsigned>(step_parts(args.rows)), kStateThreads, 0, stream,
          args, mean);
-}
-
-void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream_id,
-            uint64_t start, cudaStream_t stream) {
-  launch("sample_bits_of", sample_bits_of, blocks_of(n), kStateThreads, 0, stream, out, n, seed,
-         epoch, stream_id, start);
 }
 
 }  // namespace emp_fast::cuda

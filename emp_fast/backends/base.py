@@ -20,6 +20,8 @@ from emp_fast.backends.winners import Winners, find_winners
 
 #: The scores in `RowScores.fields`, in order; the values that the backward pass needs follow them.
 SCORE_FIELDS = ("entropy", "el2n", "margin", "confidence")
+#: The float fields of SampleStats, in order.
+FLOAT_STATS = ("loss", *SCORE_FIELDS)
 ROW_FIELDS = (*SCORE_FIELDS, "max", "inv_sum", "miss")
 #: The count of a sample's visits saturates here.
 MOST_VISITS = 2**31 - 1
@@ -63,12 +65,12 @@ def stats_of_rows(
 
 
 def empty_values(logits: Tensor) -> Sequence[Tensor]:
-    """Uninitialised float fields of SampleStats, one after another in one block of memory."""
+    """Uninitialised `FLOAT_STATS` of every row, one after another in one block of memory."""
     rows = logits.shape[0]
-    block = logits.new_empty((1 + len(SCORE_FIELDS)) * rows, dtype=torch.float32)
+    block = logits.new_empty(len(FLOAT_STATS) * rows, dtype=torch.float32)
     # Views that autograd does not know as such, which is harmless without a gradient; those of
     # unbind cost the host a quarter more.
-    values: Sequence[Tensor] = block.unsafe_split_with_sizes((rows,) * (1 + len(SCORE_FIELDS)))
+    values: Sequence[Tensor] = block.unsafe_split_with_sizes((rows,) * len(FLOAT_STATS))
     return values
 
 

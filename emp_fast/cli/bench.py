@@ -59,7 +59,7 @@ def bench(
         str, typer.Option("--device", metavar="NAME", help="Where to measure: cpu, cuda, ...")
     ] = "cpu",
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Add torch.compile of the five scores; needs minutes.")
+        bool, typer.Option("--compile", help="Add torch.compile of loss and scores; needs minutes.")
     ] = False,
     quick: Annotated[
         bool,
@@ -194,7 +194,7 @@ def _print(report: dict[str, Any]) -> None:
         "Medians of interleaved rounds (20 to 80 percentile). Copy: "
         f"{report['copy_gigabytes_per_second']:.1f} GB/s; small cases stay in a cache and may "
         "exceed it. eager: the same work in plain PyTorch, for an update without any check. "
-        "F.cross_entropy gives one number per row, the others all five scores.",
+        "F.cross_entropy gives the loss alone, the others four scores too.",
         soft_wrap=True,
     )
     if report["load_before"] is not None and report["load_before"] >= 1:

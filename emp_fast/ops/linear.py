@@ -36,20 +36,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,  # [C]
         target: Tensor,
         weight: Tensor | None,
-        chunk: int,  # rows of a block
+        block_rows: int,
         options: LossOptions,
     ) -> RowTensors:
-        memory = _memory_of_a_block(chunk, hidden, classifier, bias)
+        memory = _memory_of_a_block(block_rows, hidden, classifier, bias)
         parts = [
             cross_entropy(_logits(h, classifier, bias, memory), t, weight, options)
-            for h, t in _blocks(chunk, hidden, target)
+            for h, t in _blocks(block_rows, hidden, target)
         ]
         loss, fields, correct, count = (_joined(part, -1) for part in zip(*parts, strict=True))
         return loss, fields, correct, count
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, classifier, bias, target, weight, ctx.chunk, ctx.options = inputs
+        hidden, classifier, bias, target, weight, ctx.block_rows, ctx.options = inputs
         _, fields, correct, count = output
         ctx.save_for_backward(hidden, classifier, bias, target, weight, fields)
         mark_only_loss_differentiable(ctx, fields, correct, count)
@@ -72,16 +72,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
         memory = None
         if not is_traced(grad_loss):
-            memory = _memory_of_a_block(ctx.chunk, hidden, classifier, bias)
+            memory = _memory_of_a_block(ctx.block_rows, hidden, classifier, bias)
         # Allocated before what the blocks free again, to leave no gaps in between.
         grad_hidden = hidden.new_empty(hidden.shape) if want_hidden and memory is not None else None
-        places = repeat(None) if grad_hidden is None else grad_hidden.split(ctx.chunk)
+        places = repeat(None) if grad_hidden is None else grad_hidden.split(ctx.block_rows)
         parts = []
         # Sums over many blocks are carried in at least float32, whatever the parameters' dtype.
         wide = torch.promote_types(classifier.dtype, torch.float32)
         grad_classifier: Tensor | None = None
         grad_bias: Tensor | None = None
-        blocks = _blocks(ctx.chunk, hidden, target, fields.T, grad_loss)
+        blocks = _blocks(ctx.block_rows, hidden, target, fields.T, grad_loss)
         for (h, t, f, g), place in zip(blocks, places, strict=False):
             grad_logits = cross_entropy_backward(
                 g.contiguous(),
@@ -133,7 +133,7 @@ def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _memory_of_a_block(
-    chunk: int, hidden: Tensor, classifier: Tensor, bias: Tensor | None
+    block_rows: int, hidden: Tensor, classifier: Tensor, bias: Tensor | None
 ) -> Tensor | None:
     """Memory that the logits of all blocks share; None if there is one block, or it is impossible.
 
@@ -142,9 +142,9 @@ def _memory_of_a_block(
     """
     # Transforms refuse `out`, and so may subclasses, such as quantised weights.
     plain = {type(classifier), Tensor if bias is None else type(bias)} <= {Tensor, nn.Parameter}
-    if hidden.shape[0] <= chunk or not plain or is_traced(hidden):
+    if hidden.shape[0] <= block_rows or not plain or is_traced(hidden):
         return None
-    return hidden.new_empty(chunk, classifier.shape[0])
+    return hidden.new_empty(block_rows, classifier.shape[0])
 
 
 def _logits(
@@ -158,6 +158,6 @@ def _logits(
     return torch.addmm(bias, hidden, classifier.T, out=out)
 
 
-def _blocks(chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def _blocks(block_rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Splits all tensors along their first axis; one empty block if there are no rows."""
-    return list(zip(*(tensor.split(chunk) for tensor in tensors), strict=True))
+    return list(zip(*(tensor.split(block_rows) for tensor in tensors), strict=True))

@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-#: The order in which `five_scores` returns them.
-FIVE = ("loss", "entropy", "el2n", "margin", "confidence")
 
-
-def five_scores(
+def loss_and_scores(
     logits: Tensor,  # [S, C]
     target: Tensor,  # [S]
 ) -> tuple[Tensor, ...]:  # five times [S]
-    """The five scores in eager PyTorch; only the loss carries a gradient.
+    """`FLOAT_STATS` in eager PyTorch; only the loss carries a gradient.
 
     EL2N subtracts at the target: 1 - 2 p_y + sum p^2 saves a pass but is wrong for easy samples.
     """
@@ -34,7 +31,7 @@ def five_scores(
     return -log_p_y, entropy, el2n, margin, log_p_y.detach().exp()
 
 
-def five_scores_to_compile(
+def loss_and_scores_to_compile(
     logits: Tensor,  # [S, C]
     target: Tensor,  # [S]
 ) -> tuple[Tensor, ...]:  # five times [S]

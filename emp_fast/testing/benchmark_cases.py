@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from emp_fast.backends import use_backend
+from emp_fast.backends.base import FLOAT_STATS
 from emp_fast.functional import SampleStats, cross_entropy, topk_indices
 from emp_fast.rules import EMP
 from emp_fast.store import ScoreStore
@@ -34,6 +35,14 @@ OUR_BOUND = Bound(RTOL, ATOL)
 #: For the gradient of a mean, which `and_gradient` rescales to a single sample.
 OUR_GRADIENT_BOUND = Bound(1e-4, 2e-6)
 EXACT = Bound(0.0, 0.0)
+#: Bytes of a row besides its logits: a class id read; a loss and four scores written.
+SCORE_BYTES = 8 + 5 * 4
+#: Of a row in a fused step: an index, memory and visits read; these two and the score written.
+STATE_BYTES = 8 + 5 * 4
+#: Of a row in an update by itself: its loss and entropy are read too.
+UPDATE_BYTES = STATE_BYTES + 2 * 4
+#: Of a row in a backward pass by itself: a class id, the incoming gradient and four fields read.
+BACKWARD_BYTES = 8 + 5 * 4
 ONLY_LOSS = "computes the loss alone"
 #: The number of training images in ImageNet-1k.
 NUM_SAMPLES = 1_281_167
@@ -89,7 +98,7 @@ def score_case(
     gradient: bool = False,
 ) -> BenchmarkCase:
     """Loss and all scores of logits [S, C], and the gradient if wanted; `logits_and_targets`."""
-    narrow = checked_rows(shape, device)
+    narrow = rows_to_check(shape, device)
     precision = "" if device.type == "cpu" else f" {str(dtype).removeprefix('torch.')}"
     return BenchmarkCase(
         suite="forward + backward" if gradient else "forward",
@@ -110,10 +119,10 @@ def our_scores(score: Callable[..., SampleStats], *, gradient: bool) -> Contende
 
 def score_peers(*, gradient: bool, compile: bool) -> list[Contender]:
     """Plain PyTorch for a `score_case`; ``compile`` adds torch.compile of it."""
-    peers = [Contender("eager", baselines.five_scores, five)]
+    peers = [Contender("eager", baselines.loss_and_scores, by_name)]
     if compile:
-        scores = compiled(baselines.five_scores_to_compile)
-        peers.append(Contender("torch.compile", scores, five))
+        scores = compiled(baselines.loss_and_scores_to_compile)
+        peers.append(Contender("torch.compile", scores, by_name))
     peers.append(Contender("F.cross_entropy", torch_loss, only_loss, note=ONLY_LOSS))
     return [with_gradients(peer) for peer in peers] if gradient else peers
 
@@ -149,12 +158,12 @@ def logits_and_targets(
 
 
 def score_bytes(shape: tuple[int, int], dtype: torch.dtype, *, gradient: bool) -> int:
-    """The logits read once and the gradient written once; a row's target and its five scores."""
+    """The logits read once and the gradient written once, and what each row has besides."""
     samples, classes = shape
-    return samples * ((2 if gradient else 1) * classes * dtype.itemsize + 8 + 5 * 4)
+    return samples * ((2 if gradient else 1) * classes * dtype.itemsize + SCORE_BYTES)
 
 
-def checked_rows(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], Tensor]:
+def rows_to_check(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], Tensor]:
     """Selects the rows to check: all of a small case, evenly spaced ones of a large case."""
     samples, classes = shape
     count = min(samples, max(8, _CHECKED_LOGITS // classes))
@@ -213,13 +222,13 @@ def torch_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def our_stats(stats: SampleStats) -> Mapping[str, Tensor]:
-    """The five scores of `emp_fast.functional.cross_entropy`, by name."""
-    return {name: getattr(stats, name) for name in baselines.FIVE}
+    """The loss and scores of `emp_fast.functional.cross_entropy`, by name."""
+    return {name: getattr(stats, name) for name in FLOAT_STATS}
 
 
-def five(scores: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
-    """The five scores of a baseline, by name."""
-    return dict(zip(baselines.FIVE, scores, strict=True))
+def by_name(stats: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+    """The loss and scores of a baseline, by name."""
+    return dict(zip(FLOAT_STATS, stats, strict=True))
 
 
 def only_loss(loss: Tensor) -> Mapping[str, Tensor]:
@@ -347,8 +356,7 @@ def update_case(rows: int, device: torch.device) -> BenchmarkCase:
         name=f"{rows:,} of {NUM_SAMPLES:,}",
         inputs=inputs,
         expected=expected,
-        # Reads index, loss and entropy; writes score, memory and visits, the last two also read.
-        floor_bytes=rows * (16 + 20),
+        floor_bytes=rows * UPDATE_BYTES,
         facts={"rows": rows, "num_samples": NUM_SAMPLES},
     )
 

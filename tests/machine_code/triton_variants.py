@@ -254,9 +254,9 @@ def _mean_calls() -> Iterator[_Call]:
         loss, count = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
         for row_scale in (None, loss):
             yield _Call(1, "mean_loss", (loss, count, row_scale))
-    for dtype, also in itertools.product(_DTYPES, (None, factor)):
+    for dtype, missing in itertools.product(_DTYPES, (None, factor)):
         for align in _alignments(dtype):
-            yield _Call(1, "scale_", (torch.empty(align, dtype=dtype), factor, also))
+            yield _Call(1, "scale_", (torch.empty(align, dtype=dtype), factor, missing))
 
 
 #: Recurrences that need different binaries: without and with a variance.
