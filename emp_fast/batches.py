@@ -16,7 +16,7 @@ from emp_fast._transfer import to_device
 from emp_fast.data import SAMPLE_INDEX, IndexedDataset
 from emp_fast.functional import SampleStats
 
-__all__ = ["Batch", "moved", "rebatched", "score_by_logits", "unpacked"]
+__all__ = ["Batch", "nested_to_device", "rebatched", "score_by_logits", "unpacked"]
 
 _TARGET_NAMES = ("labels", "label", "targets", "target")
 
@@ -72,7 +72,7 @@ def score_by_logits(
 ) -> tuple[Tensor, SampleStats]:
     """The indices of a batch, and the stats of the logits that the model returns for it."""
     inputs, target, indices = unpacked(batch)
-    inputs, target = moved(inputs, device), moved(target, device)
+    inputs, target = nested_to_device(inputs, device), nested_to_device(target, device)
     output = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     logits = _logits(output)
     if shift_labels:
@@ -82,7 +82,7 @@ def score_by_logits(
     return indices, functional.cross_entropy(logits, target, **options)
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def nested_to_device(value: Any, device: torch.device) -> Any:
     """Moves every tensor in nested mappings and sequences to the device.
 
     Named tuples and mutable mappings stay what they are; others become tuples, lists and dicts.
@@ -92,7 +92,7 @@ def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, PackedSequence):
         return value.to(device)  # type: ignore[arg-type]
     if isinstance(value, Mapping):
-        parts = {name: moved(part, device) for name, part in value.items()}
+        parts = {name: nested_to_device(part, device) for name, part in value.items()}
         if type(value) is dict or not isinstance(value, MutableMapping):
             return parts
         made = copy.copy(value)  # a BatchEncoding has more than its entries
@@ -100,7 +100,7 @@ def moved(value: Any, device: torch.device) -> Any:
             made[name] = part
         return made
     if isinstance(value, (tuple, list)):
-        items = [moved(part, device) for part in value]
+        items = [nested_to_device(part, device) for part in value]
         if hasattr(value, "_fields"):
             return type(value)(*items)
         return tuple(items) if isinstance(value, tuple) else items

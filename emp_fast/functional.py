@@ -27,7 +27,7 @@ from emp_fast._validation import (
     require_tensor,
 )
 from emp_fast.backends.base import FLOAT_STATS
-from emp_fast.backends.checks import check_target_range
+from emp_fast.backends.checks import require_target_range
 from emp_fast.rows import SampleStats, checked_rows, per_sample
 
 __all__ = ["SampleStats", "cross_entropy", "info_nce", "linear_cross_entropy", "topk_indices"]
@@ -140,7 +140,7 @@ def linear_cross_entropy(
     ids_on_cpu = hidden.device.type == "cpu" and not target.is_floating_point()
     if ids_on_cpu and not ops.is_traced(target):
         # The op would check this too, but its error would give the position within the block.
-        check_target_range(target, num_classes, options.ignore_index)
+        require_target_range(target, num_classes, options.ignore_index)
     block_rows = _rows_of_a_block(hidden, num_classes)
     # Without a gradient torch.compile cannot trace the autograd function.
     wants_gradient = any(_wants_gradient(x) for x in (hidden, classifier, bias) if x is not None)

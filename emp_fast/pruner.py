@@ -12,7 +12,7 @@ from emp_fast import functional, ops
 from emp_fast._transfer import to_device
 from emp_fast._validation import checked_int, checked_integers, require_tensor
 from emp_fast._warnings import warn
-from emp_fast.backends.checks import check_index_range
+from emp_fast.backends.checks import require_index_range
 from emp_fast.distributed.ranks import ProcessGroup, require_group
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK, require_policy
@@ -253,7 +253,7 @@ class Pruner:
         if indices.device.type != "cpu":  # there, a bad index would make the device unusable
             indices = indices.clamp(0, num_samples - 1)
         elif not ops.is_traced(indices):
-            check_index_range(indices, num_samples)
+            require_index_range(indices, num_samples)
         return weights[to_device(indices, self.store.device)]
 
     def _weighs(self) -> bool:

@@ -22,7 +22,7 @@ from emp_fast._validation import (
     require_tensor,
 )
 from emp_fast.backends.base import SCORE_FIELDS, LossOptions, RowTensors, stats_of_rows
-from emp_fast.backends.checks import check_target_range
+from emp_fast.backends.checks import require_target_range
 
 __all__ = ["LogitRows", "SampleStats", "checked_rows", "per_sample"]
 
@@ -121,7 +121,7 @@ def _with_gaps(
         return logits, target
     # The op would check this too, but its error would give the position among the rows with gaps.
     if target.device.type == "cpu":
-        check_target_range(target.flatten(), classes, ignore_index)
+        require_target_range(target.flatten(), classes, ignore_index)
     filled = target.new_full((samples, positions + between), ignore_index)
     filled.narrow(1, front, positions).copy_(target)
     rows: Tensor = ops.WithGaps.apply(logits, front)  # type: ignore[no-untyped-call]

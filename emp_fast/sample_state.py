@@ -166,10 +166,10 @@ class SampleState:
         if "correct" in stats:
             stats["correct"] = stats["correct"].bool()
         # Copies, because a rule may write to its rows in place, but refused rows stay as they were.
-        moved = self.rule.step(stats, {name: held.clone() for name, held in before.items()})
-        self._check_moved(moved, before)
-        chosen = self._without_nan(chosen, moved["score"])
-        for name, values in moved.items():
+        new_rows = self.rule.step(stats, {name: held.clone() for name, held in before.items()})
+        self._require_new_rows(new_rows, before)
+        chosen = self._without_nan(chosen, new_rows["score"])
+        for name, values in new_rows.items():
             chosen.write(targets[name], values.to(targets[name].dtype), before[name])
         visits = before["visits"].clamp_max(MOST_VISITS - 1) + 1
         chosen.write(self.state.visits, visits, before["visits"])
@@ -188,18 +188,20 @@ class SampleState:
         self.state.counters[NONFINITE] += (chosen.applied & nan & once).sum()
         return chosen._replace(applied=chosen.applied & ~nan)
 
-    def _check_moved(self, moved: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def _require_new_rows(
+        self, new_rows: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> None:
         """Raises unless a rule's ``step`` returned rows that can replace those of ``state``."""
         step = f"{type(self.rule).__name__}.step()"
-        if not isinstance(moved, Mapping):
-            raise TypeError(f"{step} must return a dict of tensors, got {type(moved).__name__}")
-        unknown = set(moved) - {"score", "memory", *self.buffers}
-        if unknown or "score" not in moved:
+        if not isinstance(new_rows, Mapping):
+            raise TypeError(f"{step} must return a dict of tensors, got {type(new_rows).__name__}")
+        unknown = set(new_rows) - {"score", "memory", *self.buffers}
+        if unknown or "score" not in new_rows:
             raise ValueError(
                 f"{step} must return 'score', and of 'memory' and its buffers "
-                f"{sorted(self.buffers)} what changed; got {sorted(moved)}"
+                f"{sorted(self.buffers)} what changed; got {sorted(new_rows)}"
             )
-        for name, rows in moved.items():
+        for name, rows in new_rows.items():
             require_tensor(f"{step}[{name!r}]", rows)
             if rows.shape != state[name].shape:  # otherwise it would broadcast over the samples
                 raise ValueError(

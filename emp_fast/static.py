@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emp_fast._validation import checked_at_least, checked_device, checked_integers
 from emp_fast._warnings import warn
-from emp_fast.batches import moved, rebatched, score_by_logits
+from emp_fast.batches import nested_to_device, rebatched, score_by_logits
 from emp_fast.data import IndexedDataset
 from emp_fast.distributed.ranks import ProcessGroup, Ranks, rank_of, together
 from emp_fast.files import FileProblem, require_writable, write_columns
@@ -120,44 +120,45 @@ def score_dataset(
         columns = _checked_columns(stats)
         passes = checked_at_least("passes", passes, 1)
         _require_usable(rule, n)
+        _require_options(options)
         shift = _checked_shift(shift_labels, score_batch, options, bare)
         if out is not None and rank_of(process_group) == 0:
             require_writable(out, _WRITABLE, overwrite=overwrite)
-        where = _partial_path(partial, out)
+        partial_path = _partial_path(partial, out)
     run = {"num_samples": n, "passes": passes, "scoring": _scoring(score_batch, shift, options)}
     ranks = Ranks.open(process_group, scored_on, "score_dataset", {**run, "rule": repr(rule)})
     tally = Tally(n, scored_on)
     # The digest is collective, and perhaps not all ranks were given an output.
-    saves = ranks.all_reduce(torch.tensor(int(where is not None), device="cpu"), "max")
+    saves = ranks.all_reduce(torch.tensor(int(partial_path is not None), device="cpu"), "max")
     with on_all("the partial result"):
         facts = {**run, "model": _digest(bare)} if int(saves) else run
-        kept = PartialResults(where, tally, facts, ranks, save_every)
-        kept.load()
+        results = PartialResults(partial_path, tally, facts, ranks, save_every)
+        results.load()
     tally.merge(ranks)
 
     def scored(batch: Any) -> tuple[Tensor, SampleStats]:
         if score_batch is not None:
-            return _checked_scores(score_batch(bare, moved(batch, scored_on)))
+            return _checked_scores(score_batch(bare, nested_to_device(batch, scored_on)))
         return score_by_logits(bare, batch, scored_on, shift, options)
 
     with ExitStack() as stack:
         with on_all("the preparation"):
             bar = stack.enter_context(_bar(progress and ranks.rank == 0))
             stack.enter_context(_eval_mode(bare))
-        stack.enter_context(kept.saved_on_failure())
+        stack.enter_context(results.saved_on_failure())
         for number in range(passes):
             with on_all(f"pass {number + 1}"):
-                _one_pass(loader, scored, number, ranks, kept, bar)
+                _one_pass(loader, scored, number, ranks, results, bar)
             # The next pass may share the samples out in another way: it must see all that are done.
             tally.merge(ranks)
         with on_all("the last partial result"):
-            kept.save()
+            results.save()
     _require_complete(tally, passes)
     means = tally.means()
     with on_all("the output"):
         if out is not None and ranks.rank == 0:
             _write(out, means, rule, columns, overwrite)
-    kept.remove()
+    results.remove()
     return means
 
 
@@ -166,10 +167,10 @@ def _one_pass(
     scored: Callable[[Any], tuple[Tensor, SampleStats]],
     number: int,
     ranks: Ranks,
-    kept: PartialResults,
+    results: PartialResults,
     bar: Progress | None,
 ) -> None:
-    tally = kept.tally
+    tally = results.tally
 
     def wanted(indices: Tensor) -> Tensor:
         return tally.done[indices] <= number
@@ -185,7 +186,7 @@ def _one_pass(
     for batch in batches:
         indices, stats = scored(batch)
         tally.add(indices, stats, number)
-        kept.save_if_due()
+        results.save_if_due()
         if bar is not None and task is not None:
             bar.advance(task)
 
@@ -228,15 +229,18 @@ def _checked_scores(made: object) -> tuple[Tensor, SampleStats]:
     return checked_integers("the indices that score_batch returns", indices), stats
 
 
+def _require_options(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in _OPTIONS:
+            raise TypeError(f"unexpected argument {name!r}: the options are {', '.join(_OPTIONS)}")
+
+
 def _checked_shift(
     shift_labels: bool | None,
     score_batch: ScoreBatch | None,
     options: dict[str, Any],
     model: Any,
 ) -> bool:
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"unexpected argument {name!r}: the options are {', '.join(_OPTIONS)}")
     if not isinstance(shift_labels, bool | None):
         raise TypeError(f"shift_labels must be a bool or None, got {shift_labels!r}")
     given = [*options, *([] if shift_labels is None else ["shift_labels"])]
@@ -378,11 +382,12 @@ def _write(
     path: Path, stats: SampleStats, rule: Rule, columns: Sequence[str], overwrite: bool
 ) -> None:
     scores = single_visit_scores(rule, stats)
-    none = torch.isnan(scores).nonzero()[:, 0]
-    if len(none):
+    unscored = torch.isnan(scores).nonzero()[:, 0]
+    if len(unscored):
         warn(
-            f"{len(none)} of {len(scores)} samples have no score, the first of them {int(none[0])}:"
-            f" a stat is not finite, or no position is valid; they are NaN in {path}"
+            f"{len(unscored)} of {len(scores)} samples have no score, the first of them "
+            f"{int(unscored[0])}: a stat is not finite, or no position is valid; they are NaN in "
+            f"{path}"
         )
     fields = {name: getattr(stats, name).cpu().numpy() for name in columns}
     write_columns(path, {"score": scores.cpu().numpy(), **fields}, overwrite=overwrite)

@@ -34,7 +34,7 @@ from typer.testing import CliRunner
 
 import emp_fast
 from emp_fast import EmpFastWarning, FileProblem, Pruner, SampleStats, ScoreStore, with_indices
-from emp_fast.batches import moved
+from emp_fast.batches import nested_to_device
 from emp_fast.cli import app
 from emp_fast.functional import cross_entropy
 from emp_fast.rules import AUM, EMP, RHO, GraNd, Loss
@@ -456,7 +456,7 @@ def test_batches_keep_their_types():
 
     given = {"pair": Pair(torch.ones(2), torch.zeros(2)), "encoded": Encoded(x=torch.ones(1))}
     given["encoded"].encodings = "kept"
-    got = moved(given, torch.device("meta"))
+    got = nested_to_device(given, torch.device("meta"))
     assert type(got["pair"]) is Pair
     assert got["pair"].x.is_meta
     assert type(got["encoded"]) is Encoded
@@ -476,11 +476,12 @@ def test_batches_keep_their_types():
 
     output = Output()
     output["x"] = torch.ones(1)
-    assert moved(output, torch.device("meta"))["x"].is_meta
-    assert [x.is_meta for x in moved(Listed(torch.ones(1), torch.ones(1)), torch.device("meta"))]
-    assert type(moved((torch.ones(1),), torch.device("meta"))) is tuple
+    assert nested_to_device(output, torch.device("meta"))["x"].is_meta
+    listed = Listed(torch.ones(1), torch.ones(1))
+    assert [x.is_meta for x in nested_to_device(listed, torch.device("meta"))]
+    assert type(nested_to_device((torch.ones(1),), torch.device("meta"))) is tuple
     packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
-    assert torch.equal(moved(packed, torch.device("cpu")).data, packed.data)
+    assert torch.equal(nested_to_device(packed, torch.device("cpu")).data, packed.data)
 
 
 def test_a_run_goes_on_with_another_batch_size_and_any_iterable(tmp_path):

@@ -61,7 +61,7 @@ def use_backend(name: str) -> Iterator[None]:
         BackendError: raised by the operations inside, if the backend cannot serve their tensors.
     """
     global _explicit
-    _check_name(name, "name")
+    _require_name(name, "name")
     before, _explicit = _explicit, name
     try:
         yield
@@ -150,7 +150,7 @@ def _status_or_bad_setting(name: str, device: torch.device) -> BackendStatus:
 
 @functools.cache
 def _choose(name: str, device: torch.device) -> Backend:
-    _check_name(name, _ENVIRONMENT)
+    _require_name(name, _ENVIRONMENT)
     if name != "auto":
         status = _status(name, device)
         if not status.available:
@@ -168,6 +168,6 @@ def _choose(name: str, device: torch.device) -> Backend:
     return load(candidate)
 
 
-def _check_name(name: str, argument: str) -> None:
+def _require_name(name: str, argument: str) -> None:
     if name != "auto" and name not in _CLASSES:
         raise ValueError(f"{argument} must be one of {['auto', *_CLASSES]}, got {name!r}")

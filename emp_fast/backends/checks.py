@@ -1,6 +1,7 @@
 """Checks of the values in tensors, so that every backend raises the same errors.
 
-All but `check_quotas` are for CPU tensors: scoring and updating on a GPU never wait for the device.
+All but `require_quotas` are for CPU tensors: scoring and updating on a GPU never wait for the
+device.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
+def require_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raises IndexError for the first class id of a CPU tensor that is out of range."""
     bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if bool(bad.any()):
@@ -20,7 +21,7 @@ def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> N
         )
 
 
-def check_index_range(indices: Tensor, num_samples: int) -> None:
+def require_index_range(indices: Tensor, num_samples: int) -> None:
     """Raises IndexError for the first sample index of a CPU tensor outside [0, num_samples)."""
     bad = (indices < 0) | (indices >= num_samples)
     if bool(bad.any()):
@@ -30,7 +31,7 @@ def check_index_range(indices: Tensor, num_samples: int) -> None:
         )
 
 
-def check_offsets(offsets: Tensor, total: int) -> None:
+def require_offsets(offsets: Tensor, total: int) -> None:
     """Raises ValueError unless a CPU tensor's offsets never decrease and go from 0 to ``total``."""
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != total:
@@ -47,7 +48,7 @@ def check_offsets(offsets: Tensor, total: int) -> None:
         )
 
 
-def check_quotas(groups: Tensor, group_k: Tensor, k: int) -> None:
+def require_quotas(groups: Tensor, group_k: Tensor, k: int) -> None:
     """Raises ValueError unless ``group_k`` sums to ``k`` and no quota exceeds its group's size.
 
     Args:

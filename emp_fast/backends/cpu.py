@@ -19,9 +19,9 @@ from emp_fast.backends.base import (
     State,
     empty_values,
 )
-from emp_fast.backends.checks import check_index_range, check_target_range
+from emp_fast.backends.checks import require_index_range, require_target_range
 from emp_fast.backends.native import (
-    FORMATS,
+    DTYPES,
     MASK32,
     MASK64,
     load_native,
@@ -95,7 +95,7 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
         )
         if not valid:
-            check_target_range(target, classes, options.ignore_index)
+            require_target_range(target, classes, options.ignore_index)
         return correct, count
 
     def cross_entropy_backward(
@@ -146,9 +146,9 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
         )
         if error == self._native.WRONG_TARGET:
-            check_target_range(target, classes, options.ignore_index)
+            require_target_range(target, classes, options.ignore_index)
         elif error:
-            check_index_range(indices, state.scores.shape[0])
+            require_index_range(indices, state.scores.shape[0])
         return MeanStep(mean, grad, None)
 
     def scale_(self, grad: Tensor, grad_mean: Tensor, factor: Tensor | None) -> None:
@@ -177,7 +177,7 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
         )
         if not applied:
-            check_index_range(indices, state.scores.shape[0])
+            require_index_range(indices, state.scores.shape[0])
 
     def find_winners(
         self, indices: Tensor, usable: Tensor, count: Tensor | None, state: State
@@ -197,7 +197,7 @@ class CpuBackend(Backend):
             samples.data_ptr(),
         )
         if number < 0:
-            check_index_range(indices, state.scores.shape[0])
+            require_index_range(indices, state.scores.shape[0])
         return Winners(rows[:number], samples[:number], None)
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
@@ -260,7 +260,7 @@ def _inputs(
         )
     return (
         logits.data_ptr(),
-        FORMATS[logits.dtype],
+        DTYPES[logits.dtype],
         logits.stride()[0],
         *logits.shape,
         target.data_ptr(),

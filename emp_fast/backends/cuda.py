@@ -24,7 +24,7 @@ from emp_fast.backends.base import (
     empty_values,
 )
 from emp_fast.backends.native import (
-    FORMATS,
+    DTYPES,
     MASK32,
     MASK64,
     build_failure,
@@ -213,7 +213,7 @@ class CudaBackend(RowKernelsChoice, Backend):
             return
         with on_device(grad.device):
             self._native.scale(
-                FORMATS[grad.dtype],
+                DTYPES[grad.dtype],
                 grad.data_ptr(),
                 grad.numel(),
                 grad_mean.data_ptr(),
@@ -335,7 +335,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         size = native.score_workspace(
             self._row_kernels,
             logits.device.index,
-            FORMATS[logits.dtype],
+            DTYPES[logits.dtype],
             rows,
             classes,
             logits.stride(0),
@@ -366,7 +366,7 @@ def _inputs(
     targets, soft = target.data_ptr(), target.is_floating_point()
     return (
         logits.device.index,
-        FORMATS[logits.dtype],
+        DTYPES[logits.dtype],
         logits.data_ptr(),
         logits.stride()[0],
         *logits.shape,

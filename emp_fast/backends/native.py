@@ -18,7 +18,7 @@ _BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 _ISA_ENVIRONMENT = "EMP_FAST_CPU_ISA"
 
 #: Numbered like Dtype in csrc/core/row_fields.h.
-FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: The values that a recurrence may read, in the order in which the fused steps number them.
 VALUES = ("loss", *ROW_FIELDS)
 _KINDS = get_args(RecurrenceKind)  # numbered in this order by csrc/core/recurrence.h

@@ -22,7 +22,7 @@ from emp_fast.backends.base import (
     State,
     variance_of,
 )
-from emp_fast.backends.checks import check_target_range
+from emp_fast.backends.checks import require_target_range
 from emp_fast.backends.winners import find_winners
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -365,7 +365,7 @@ def _class_ids(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows count, which of them have an invalid class id, and ids safe to index with."""
     if target.device.type == "cpu":
-        check_target_range(target, num_classes, ignore_index)
+        require_target_range(target, num_classes, ignore_index)
     valid = target != ignore_index
     bad = valid & ((target < 0) | (target >= num_classes))
     return valid, bad, torch.where(valid & ~bad, target, 0)

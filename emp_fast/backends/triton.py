@@ -28,7 +28,7 @@ from emp_fast.backends.base import (
     State,
     variance_of,
 )
-from emp_fast.backends.checks import check_index_range, check_target_range
+from emp_fast.backends.checks import require_index_range, require_target_range
 from emp_fast.backends.row_kernels import RowKernelsChoice
 from emp_fast.kernels import mean_loss as mean_kernels
 from emp_fast.kernels import philox as philox_kernels
@@ -448,7 +448,7 @@ def _plan_loop(rows: _Rows, *, grad: bool) -> plan.LoopPlan:
 
 def _check_target(logits: Tensor, target: Tensor, options: LossOptions) -> None:
     if target.device.type == "cpu" and not target.is_floating_point():
-        check_target_range(target, logits.shape[1], options.ignore_index)
+        require_target_range(target, logits.shape[1], options.ignore_index)
 
 
 def _sum_losses(loss: Tensor, count: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -468,7 +468,7 @@ def _sum_losses(loss: Tensor, count: Tensor, row_scale: Tensor | None) -> tuple[
 
 def _check_indices(indices: Tensor, state: State) -> None:
     if indices.device.type == "cpu":
-        check_index_range(indices, state.scores.shape[0])
+        require_index_range(indices, state.scores.shape[0])
 
 
 def _state_pointers(state: State, recurrence: Recurrence) -> tuple[Tensor | None, ...]:

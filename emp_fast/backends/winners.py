@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emp_fast.backends.checks import check_index_range
+from emp_fast.backends.checks import require_index_range
 
 __all__ = ["Winners", "find_winners"]
 
@@ -51,7 +51,7 @@ def find_winners(
         IndexError: an index of a CPU tensor is out of range.
     """
     if indices.device.type == "cpu":
-        check_index_range(indices, num_samples)
+        require_index_range(indices, num_samples)
     in_range = (indices >= 0) & (indices < num_samples)
     counted = in_range if count is None else in_range & (count > 0)
     outside = ~in_range if count is None else ~in_range & (count > 0)

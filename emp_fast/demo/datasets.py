@@ -96,7 +96,7 @@ def _idx_pair(folder: Path, part: str) -> tuple[NDArray[np.float32], NDArray[np.
     images = read_idx(_idx_file(folder, f"{part}-images-idx3-ubyte"), dimensions=3)
     label_file = _idx_file(folder, f"{part}-labels-idx1-ubyte")
     labels = read_idx(label_file, dimensions=1)
-    _check_labels(label_file, labels, len(images), 10)
+    _require_labels(label_file, labels, len(images), 10)
     return images[:, None].astype(np.float32), labels.astype(np.int64)
 
 
@@ -205,7 +205,7 @@ def read_cifar_batch(path: Path, layout: _Cifar) -> tuple[NDArray[np.float32], N
             f"{path} must hold uint8 images of shape [n, 3072], "
             f"got {images.dtype} of shape {list(images.shape)}"
         )
-    _check_labels(path, labels, len(images), layout.num_classes)
+    _require_labels(path, labels, len(images), layout.num_classes)
     return images.reshape(-1, 3, 32, 32).astype(np.float32), labels.astype(np.int64)
 
 
@@ -242,7 +242,7 @@ def _latin1(text: str, encoding: object) -> bytes:
 # ---- common -------------------------------------------------------------------------------------
 
 
-def _check_labels(path: Path, labels: NDArray[Any], images: int, num_classes: int) -> None:
+def _require_labels(path: Path, labels: NDArray[Any], images: int, num_classes: int) -> None:
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != images:
         raise ValueError(
             f"{path} must hold {images} integer labels, "

@@ -13,7 +13,7 @@ from torch import Tensor
 from emp_fast._validation import checked_integers
 from emp_fast._warnings import warn
 from emp_fast.backends.base import NONFINITE
-from emp_fast.backends.checks import check_index_range
+from emp_fast.backends.checks import require_index_range
 from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
 from emp_fast.distributed.ranks import (
     BatchHeader,
@@ -189,7 +189,7 @@ class ShardedScoreStore:
         if given == 0:
             return _Outgoing(0, {}, [0] * self._size)
         indices, rows, count = self._shard.checked_batch(indices, stats, extra)
-        check_index_range(indices, self.num_samples)
+        require_index_range(indices, self.num_samples)
         if self._shard.recurrence is not None:  # it reads float32; other rules get stats as given
             rows = {name: values.float() for name, values in rows.items()}
         if count is not None:

@@ -124,11 +124,11 @@ class PrunerMixin(_Base):
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's own loader, over samples with their indices in the pruner's order."""
-        self._check_train_set()
+        self._require_train_set()
         with self._indexed_train_set():
             return super().get_train_dataloader()
 
-    def _check_train_set(self) -> None:
+    def _require_train_set(self) -> None:
         if not isinstance(self.train_dataset, Sized):
             raise ValueError(
                 f"train_dataset must have the {self.pruner.store.num_samples} samples of the "

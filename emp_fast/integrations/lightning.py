@@ -58,7 +58,7 @@ class PrunerCallback(Callback):
         self._log = log
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._check_sampler(trainer)
+        self._require_sampler(trainer)
         if trainer.reload_dataloaders_every_n_epochs != 1:
             require_one_length(
                 self.pruner,
@@ -66,7 +66,7 @@ class PrunerCallback(Callback):
                 "give the Trainer reload_dataloaders_every_n_epochs=1",
             )
 
-    def _check_sampler(self, trainer: Any) -> None:
+    def _require_sampler(self, trainer: Any) -> None:
         loaders = [one for one in tree_leaves(trainer.train_dataloader) if hasattr(one, "sampler")]
         sharded = (DistributedEpochSampler,)
         wanted = sharded if trainer.world_size > 1 else (*sharded, EpochSampler)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast.backends.checks import check_offsets
+from emp_fast.backends.checks import require_offsets
 from emp_fast.ops.gradients import mark_only_loss_differentiable, saved_tensors
 from emp_fast.ops.registry import define, per_example_arguments
 
@@ -15,7 +15,7 @@ from emp_fast.ops.registry import define, per_example_arguments
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     rows = values.shape[1]
     if offsets.device.type == "cpu":
-        check_offsets(offsets, rows)
+        require_offsets(offsets, rows)
     else:  # the host cannot check them without waiting, but they must not leave the rows
         offsets = offsets.clamp(0, rows).cummax(0).values
     # Each segment has its own sum, instead of differences of a running sum, so that a NaN in one

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from emp_fast.backends import resolve
-from emp_fast.backends.checks import check_quotas
+from emp_fast.backends.checks import require_quotas
 from emp_fast.ops.registry import define
 
 
@@ -22,7 +22,7 @@ topk_indices = define(
 
 
 def _grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor, k: int) -> Tensor:
-    check_quotas(groups, group_k, k)
+    require_quotas(groups, group_k, k)
     return resolve(scores.device, scores.dtype).grouped_topk_indices(scores, groups, group_k)
 
 
