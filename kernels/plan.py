@@ -90,7 +90,7 @@ SAMPLES = 2**18
 #: one in 128, at most.
 CANDIDATE_SHARE = 112
 
-MAX_CLASSES = 2**31 - 2**17
+MAX_CLASSES = 2**31 - 2**23
 
 
 class TilePlan(NamedTuple):

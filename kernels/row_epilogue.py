@@ -90,7 +90,7 @@ def _row_values(outputs, which, row, row_ok):
     from_loss = tl.load(outputs.loss + row, mask=is_loss, other=0.0, cache_modifier=".cg")
     at = outputs.fields + tl.maximum(which, 0).to(tl.int64) * outputs.num_rows + row
     from_fields = tl.load(at, mask=row_ok & (which >= 0), other=0.0, cache_modifier=".cg")
-    return from_loss + from_fields
+    return tl.where(which == LOSS_ROW, from_loss, from_fields)
 
 
 @triton.jit

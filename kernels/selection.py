@@ -163,7 +163,7 @@ def histogram(
 
 
 @kernel
-def mark_more(
+def mark_candidates(
     indices_ptr,  # [n] int64
     keys_ptr,  # [n] int32: keys as bits of a uint32
     marked_ptr,  # [words] int32, changed
@@ -213,7 +213,7 @@ def group_histogram(
     scores_ptr,  # [N] float32
     groups_ptr,  # [N] int64
     prefix_ptr,  # [G] int64: the bytes of each group's threshold found so far
-    bins_ptr,  # [G, 256] int32, zero before
+    bins_ptr,  # [G, 256] int64, zero before
     n: tl.int64,
     shift: tl.int32,
     index_bits: tl.int32,
@@ -231,21 +231,21 @@ def group_histogram(
     prefix = tl.load(prefix_ptr + group, mask=mask, other=0).to(tl.uint64, bitcast=True)
     counts = mask & ((digits >> 8) == prefix)
     at = group * BINS + (digits & 255).to(tl.int64)
-    tl.atomic_add(bins_ptr + at, tl.full([BLOCK], 1, tl.int32), mask=counts, sem="relaxed")
+    tl.atomic_add(bins_ptr + at, tl.full([BLOCK], 1, tl.int64), mask=counts, sem="relaxed")
 
 
 @kernel
-def mark_groups(
+def mark_grouped(
     scores_ptr,  # [N] float32
     groups_ptr,  # [N] int64
     threshold_ptr,  # [G] int64: the lowest composite key to keep, as bits of a uint64
-    above_ptr,  # [words] int32
+    marked_ptr,  # [words] int32
     counts_ptr,  # [blocks] int32
     n: tl.int64,
     index_bits: tl.int32,
     WORDS: tl.constexpr,
 ):
-    """Grid: blocks."""
+    """Marks the scores whose composite key reaches their group's threshold. Grid: blocks."""
     block = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)[None, :]
@@ -255,5 +255,5 @@ def mark_groups(
     score = tl.load(scores_ptr + index, mask=mask, other=0.0)
     threshold = tl.load(threshold_ptr + group, mask=mask, other=0).to(tl.uint64, bitcast=True)
     keep = _pack(mask & (_composite_key(score, index, index_bits) >= threshold), bit)
-    tl.store(above_ptr + block * WORDS + word, keep)
+    tl.store(marked_ptr + block * WORDS + word, keep)
     tl.store(counts_ptr + block, tl.sum(_count(keep), axis=0))

@@ -28,9 +28,10 @@ if not INTERPRETED:
 
 from machine_code.triton_variants import recorded
 
-from emp_fast.backends import load, triton
+from emp_fast.backends import _triton_selection, load, triton
 from emp_fast.backends._triton_selection import grouped_topk_indices
 from emp_fast.kernels import bracket, plan, row_epilogue
+from emp_fast.kernels import update_state as state_kernels
 
 TRITON = triton.TritonBackend()
 
@@ -325,6 +326,29 @@ def test_every_path_takes_the_step_of_the_reference(
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+def test_an_update_interrupted_between_its_launches_leaves_no_claims(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C while the second kernel is being compiled; a later update would lose to the claims."""
+    monkeypatch.setattr(plan, "ONE_PROGRAM_ROWS", 2)
+    state, values = make_state(6), torch.linspace(1, 2, 5)
+
+    def interrupted(*arguments: object) -> None:
+        if arguments[4][0] == state_kernels.APPLY.value:  # type: ignore[index]
+            raise KeyboardInterrupt
+        launch(*arguments)  # type: ignore[arg-type]
+
+    launch = triton.launch
+    update = (torch.tensor([5, 1, 2, 1, 4]), values, values, None, state, RULES["ema"])
+    with monkeypatch.context() as during:
+        during.setattr(triton, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            TRITON.update_state(*update)
+    assert not state.claims.any()
+    TRITON.update_state(torch.tensor([4, 5, 0]), *(values[:3],) * 2, None, state, RULES["ema"])
+    assert state.visits.tolist() == [1, 0, 0, 0, 1, 1]
+
+
 def test_a_training_step_is_three_launches() -> None:
     logits = torch.randn(9, 37, dtype=torch.bfloat16, requires_grad=True)
     pruner, target = Pruner(9), torch.arange(9)
@@ -371,7 +395,7 @@ def test_sampled_selection_is_the_stable_sort(distribution: str, sampled: None) 
 
 
 MARKED = ["philox", "mark_scores"]
-SOLVED = [*MARKED, "histogram", "mark_more", "expand_marked"]
+SOLVED = [*MARKED, "histogram", "mark_candidates", "expand_marked"]
 READ_AGAIN = [*MARKED, "histogram", "expand_marked"]
 
 
@@ -411,6 +435,12 @@ def test_a_sample_that_missed_costs_another_read(
     kernels = launched(lambda: got.append(TRITON.topk_indices(torch.from_numpy(scores), 4000)))
     assert kernels == READ_AGAIN
     np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 4000))
+
+
+def test_a_selection_that_would_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton_selection, "is_capturing", lambda _: True)
+    with pytest.raises(RuntimeError, match="a CUDA graph cannot capture a selection by the triton"):
+        TRITON.topk_indices(torch.randn(5), 2)
 
 
 def test_groups_of_more_scores_than_their_keys_can_number_are_refused() -> None:

@@ -35,6 +35,11 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on that device is being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def empty_scores(logits: Tensor) -> RowScores:
     """Uninitialised `RowScores` for the rows of ``logits``."""
     rows = logits.shape[0]

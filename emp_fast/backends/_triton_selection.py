@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emp_fast.backends._gpu import is_capturing
 from emp_fast.backends._triton_launch import DEFAULT_WARPS, launch, multiprocessors
 from emp_fast.backends.reference import order_keys
 from emp_fast.kernels import bracket, plan, selection
 from emp_fast.kernels import philox as philox_kernels
 
 _BINS = selection.BINS.value
+#: An index before all scores: no score that equals the end of a bracket is marked.
+_NO_TIES = -1
 
 
 class _Marks(NamedTuple):
@@ -29,17 +32,22 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     n = scores.shape[0]
     if k == 0 or k == n:
         return torch.arange(k, dtype=torch.int64, device=scores.device)
+    if is_capturing(scores.device):
+        raise RuntimeError(
+            "a CUDA graph cannot capture a selection by the triton backend, which reads numbers "
+            "back; it can capture one by the cuda backend"
+        )
     found = bracket.EVERY_KEY
     if n >= plan.SAMPLE_FROM:
         found, selected = _sampled(scores, k)
         if selected is not None:
             return _expand(selected, k)
     found = _narrow(scores, found, k)
-    marks, marked, ties = _mark(scores, found, n, 0)
+    marks, marked, ties = _mark(scores, found, last_tie=n, capacity=0)
     if marked > k:
         last = _last_tie(scores, marks, found.low, ties - (marked - k))
         del marks  # holds only one bitmap at a time
-        marks, _, _ = _mark(scores, found, last, 0)
+        marks, _, _ = _mark(scores, found, last_tie=last, capacity=0)
     return _expand(marks, k)
 
 
@@ -54,7 +62,7 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
     remaining = group_k.to(device)
     prefix = torch.zeros_like(remaining)
     for shift in range(8 * (3 + index_bytes), -1, -8):
-        bins = torch.zeros((len(group_k), _BINS), dtype=torch.int32, device=device)
+        bins = torch.zeros((len(group_k), _BINS), dtype=torch.int64, device=device)
         launch(
             selection.group_histogram,
             (plan.ceil_div(n, plan.HISTOGRAM_BLOCK), 1, 1),
@@ -74,7 +82,7 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
     bits = torch.empty(blocks * plan.MARK_WORDS, dtype=torch.int32, device=device)
     counts = torch.empty((1, blocks), dtype=torch.int32, device=device)
     launch(
-        selection.mark_groups,
+        selection.mark_grouped,
         (blocks, 1, 1),
         (scores, groups, prefix, bits, counts),
         (n, 8 * index_bytes),
@@ -92,7 +100,8 @@ def _sampled(scores: Tensor, k: int) -> tuple[bracket.Bracket, _Marks | None]:
         if the scores must be read again.
     """
     found = _sampled_bracket(scores, k)
-    marks, above, inside = _mark(scores, found, -1, scores.shape[0] // plan.CANDIDATE_SHARE)
+    capacity = scores.shape[0] // plan.CANDIDATE_SHARE
+    marks, above, inside = _mark(scores, found, last_tie=_NO_TIES, capacity=capacity)
     if not above < k <= above + inside:
         # The sample missed the k-th score, which happens about once in 16 thousand times.
         return bracket.EVERY_KEY, None
@@ -101,7 +110,7 @@ def _sampled(scores: Tensor, k: int) -> tuple[bracket.Bracket, _Marks | None]:
         # Many scores are equal: there are more candidates than were collected.
         return found, None
     found = _narrow(marks.keys, found, k)
-    _mark_more(marks, marks.keys, marks.indices, found, k)
+    _mark_candidates(marks, marks.keys, marks.indices, found, k)
     return found, marks
 
 
@@ -116,9 +125,8 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
     constants = (plan.PHILOX_BLOCK,)
     launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
     starts = torch.arange(samples, device=scores.device) * stratum
-    keys = order_keys(scores[starts + bits.long().remainder(stratum)]).long()
-    keys -= ((keys < 0) & (keys > -(2**31))).long()  # in kernels, keys of negative scores differ
-    keys = keys.sort(descending=True).values + 2**31
+    sample = scores[starts + bits.long().remainder(stratum)]
+    keys = _kernel_keys(sample).sort(descending=True).values
     ends = keys[[max(upper, 0), min(lower, samples - 1)]].tolist()
     high = ends[0] if upper >= 0 else bracket.EVERY_KEY.high
     low = ends[1] if lower < samples else bracket.EVERY_KEY.low
@@ -142,11 +150,11 @@ def _narrow(scores: Tensor, found: bracket.Bracket, k: int) -> bracket.Bracket:
 def _mark(
     scores: Tensor, found: bracket.Bracket, last_tie: int, capacity: int
 ) -> tuple[_Marks, int, int]:
-    """Marks scores in one read.
+    """Marks scores in one read: those above the bracket, and ties with its end up to ``last_tie``.
 
     Returns:
-        The marks, with the candidates if there are at most ``capacity``; the number of scores that
-        are marked; and the number inside the bracket.
+        The marks, with the candidates (the scores inside the bracket) if there are at most
+        ``capacity``, which may be 0; the number of scores that are marked; and the number inside.
     """
     n, device = scores.shape[0], scores.device
     blocks = plan.ceil_div(n, plan.MARK_SCORES)
@@ -175,13 +183,11 @@ def _last_tie(scores: Tensor, marks: _Marks, threshold: int, wanted: int) -> int
     block = int(torch.searchsorted(reached, wanted))
     before = int(reached[block - 1]) if block > 0 else 0
     start = block * plan.MARK_SCORES
-    keys = order_keys(scores[start : start + plan.MARK_SCORES])
-    # In the kernels, the keys of negative scores are one less.
-    key = threshold - 2**31 + (0 < threshold < 2**31)
-    return start + int((keys == key).nonzero()[wanted - before - 1])
+    keys = _kernel_keys(scores[start : start + plan.MARK_SCORES])
+    return start + int((keys == threshold).nonzero()[wanted - before - 1])
 
 
-def _mark_more(
+def _mark_candidates(
     marks: _Marks, keys: Tensor, indices: Tensor, found: bracket.Bracket, k: int
 ) -> None:
     """Marks the candidates above the threshold and the first of those equal to it."""
@@ -191,7 +197,7 @@ def _mark_more(
     wanted = k - found.above
     last_tie = int(ties.max() if wanted == ties.shape[0] else ties.sort().values[wanted - 1])
     launch(
-        selection.mark_more,
+        selection.mark_candidates,
         (plan.ceil_div(n, plan.HISTOGRAM_BLOCK), 1, 1),
         (indices, keys, marks.bits, marks.counts),
         (n, found.low, last_tie),
@@ -200,12 +206,20 @@ def _mark_more(
     )
 
 
+def _kernel_keys(scores: Tensor) -> Tensor:
+    """`order_keys` as the kernels have them: from 0 on, and one less for negative scores."""
+    keys = order_keys(scores).long()
+    keys -= ((keys < 0) & (keys > -(2**31))).long()
+    return keys + 2**31
+
+
 def _align_bytes(scores: Tensor) -> int:
     """How wide the kernels may load scores; a slice may not start at a multiple of 16 bytes."""
     return 4 if scores.data_ptr() % plan.VECTOR_BYTES else plan.VECTOR_BYTES
 
 
 def _expand(marks: _Marks, k: int) -> Tensor:
+    """The indices of the k marked scores, ascending."""
     indices = torch.empty(k, dtype=torch.int64, device=marks.bits.device)
     counts = marks.counts[0]
     before = counts.cumsum(0) - counts

@@ -296,7 +296,7 @@ class Backend(ABC):
         """Indices of the ``k`` highest of [N] float32 scores, 0 <= k <= N: int64 [k], ascending.
 
         Ties go to the lowest index, -0.0 equals 0.0, +inf is highest, NaN is lowest and equal to
-        NaN. May synchronise with the host, except while a CUDA graph is captured.
+        NaN. May synchronise with the host; while a CUDA graph is captured it does not, or raises.
         """
 
     @abstractmethod

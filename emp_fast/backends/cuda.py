@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from emp_fast._torch_internals import current_stream
-from emp_fast.backends._gpu import empty_gradient, empty_scores, on_device, why_not_gpu
+from emp_fast.backends._gpu import (
+    empty_gradient,
+    empty_scores,
+    is_capturing,
+    on_device,
+    why_not_gpu,
+)
 from emp_fast.backends.base import (
     Backend,
     LossOptions,
@@ -256,7 +262,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         with on_device(device):
             # The check reads a number back, which is not possible during a capture.
             many = n >= self._native.SAMPLED_FROM
-            sampled = many and not torch.cuda.is_current_stream_capturing()
+            sampled = many and not is_capturing(device)
             if not sampled or int(self._select(scores, k, selected, self._native.SAMPLE_BITS)):
                 self._select(scores, k, selected, 0)
         return selected

@@ -240,11 +240,17 @@ class TritonBackend(RowKernelsChoice, Backend):
         single = num_rows <= plan.ONE_PROGRAM_ROWS
         grid = (1 if single else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
         phases = (state_kernels.BOTH,) if single else (state_kernels.CLAIM, state_kernels.APPLY)
+        if num_rows >= 2**31 - 1:
+            raise ValueError(f"indices must have fewer than {2**31 - 1} entries, got {num_rows}")
         with on_device(indices.device):
-            for phase in phases:
-                constants = (phase.value, plan.UPDATE_BLOCK)
-                kernel = state_kernels.update_state
-                launch(kernel, grid, pointers, numbers, constants, DEFAULT_WARPS)
+            try:
+                for phase in phases:
+                    constants = (phase.value, plan.UPDATE_BLOCK)
+                    kernel = state_kernels.update_state
+                    launch(kernel, grid, pointers, numbers, constants, DEFAULT_WARPS)
+            except BaseException:  # Ctrl-C too, while the second phase is being compiled
+                state.claims.zero_()  # later updates would lose to what the first has left there
+                raise
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
         with on_device(scores.device):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -37,7 +37,6 @@ __all__ = [
     "world_size_of",
 ]
 
-_WORDS = 4  # int64 words of a SHA-256
 _SHARED_ERRORS = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
 
 
@@ -85,6 +84,23 @@ class BatchHeader(NamedTuple):
 
     rows: int = 0
     layout: int = 0  #: a hash of how its rows are laid out; ranks compare it
+
+
+class _Record(NamedTuple):
+    """What a rank tells the others as a collective operation begins."""
+
+    digest: tuple[int, ...]  # of the facts that all ranks must agree on: a SHA-256 as four int64
+    direct: bool  # whether it can send from the device of its data
+    failed: bool
+    batch: BatchHeader
+
+    def words(self) -> list[int]:
+        return [*self.digest, self.direct, self.failed, *self.batch]
+
+    @classmethod
+    def of_words(cls, words: Sequence[int]) -> _Record:
+        *digest, direct, failed, rows, layout = words
+        return cls(tuple(digest), bool(direct), bool(failed), BatchHeader(rows, layout))
 
 
 class Ranks:
@@ -222,17 +238,17 @@ class Ranks:
         served = _device_types(self._group)
         self._device = neutral = _neutral_device(served)
         digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
-        words = struct.unpack(f"<{_WORDS}q", digest)
         direct = device.type in served and device.type != neutral.type
-        record = torch.tensor([*words, direct, error is not None, *batch], device="cpu")
-        records = [other.tolist() for other in self.all_gather(record)]
-        if any(other[_WORDS + 1] for other in records):
+        record = _Record(struct.unpack("<4q", digest), direct, error is not None, batch)
+        gathered = self.all_gather(torch.tensor(record.words(), device="cpu"))
+        records = [_Record.of_words(words.tolist()) for words in gathered]
+        if any(other.failed for other in records):
             self._fail(error)
-        if any(other[:_WORDS] != records[0][:_WORDS] for other in records):
+        if any(other.digest != records[0].digest for other in records):
             self._disagree(facts)
-        if all(other[_WORDS] for other in records):
+        if all(other.direct for other in records):
             self._device = device
-        self.batches = [BatchHeader(*other[_WORDS + 2 :]) for other in records]
+        self.batches = [other.batch for other in records]
 
     def _fail(self, error: Exception | None) -> NoReturn:
         """Raises on all ranks because one cannot take part: its own error or the first rank's."""
