@@ -11,8 +11,7 @@ unless `Progress.set_epoch` names another epoch:
     under way    at the next epoch
     exhausted    at the next epoch
 
-The rows that the store has counted tell what has been trained on, so a training step need not call
-anything here.
+The rows of the pruner's losses and updates tell what has been trained on (`Progress.count`).
 """
 
 from __future__ import annotations
@@ -27,10 +26,13 @@ import torch
 from torch import Tensor
 
 from emp_fast import random
+from emp_fast._transfer import to_device
 from emp_fast._validation import checked_epoch
+from emp_fast._warnings import warn
 from emp_fast.distributed.ranks import ProcessGroup, world_size_of
 from emp_fast.quotas import Balance
 from emp_fast.random import Stream
+from emp_fast.row_count import RowCount
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels
@@ -122,7 +124,7 @@ class Progress:
     """The current epoch of a run, its samples, and how many of them have been trained on.
 
     Args:
-        store: selects samples, and counts those trained on.
+        store: selects samples.
         schedule: the schedule for the same samples.
         seed: keys selection and order.
         labels: [N] class ids, or None.
@@ -157,6 +159,7 @@ class Progress:
         self._balance = balance
         self._digest: str | None = None  # of the labels
         self.plan: Plan | None = None
+        self._trained = RowCount()
         self._epoch = 0  # the epoch that began last, or that will begin first
         self._requested: int | None = None  # the epoch that set_epoch named
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
@@ -165,6 +168,9 @@ class Progress:
         self._cached_plan: tuple[tuple[int, int], Plan] | None = None
         #: The plan of the previous epoch, if nothing of that was trained on.
         self._previous_untouched_plan: Plan | None = None
+        #: The last epoch that was yielded to its end although nothing of it was trained on.
+        self._skipped_epoch: int | None = None
+        self._told_skipped = self._told_unscored = False
 
     # ---- where the run stands -------------------------------------------------------------------
 
@@ -237,11 +243,23 @@ class Progress:
 
         Returns:
             The plan of the epoch, and the position in it at which to start.
+
+        Warns:
+            EmpFastWarning: once, of an epoch that was yielded to its end and not trained on; once,
+                of a finished epoch most of whose samples were never scored.
         """
         epoch, position = self.next_start()
+        before, finished = self.plan, self._is_finished()
+        plan = self.plan_of(epoch)
+        self._warn_of_skipped_epoch()
         if not self._continues(epoch):
-            self._previous_untouched_plan = None if self._has_trained() else self.plan
-        self.plan = self.plan_of(epoch)
+            if before is not None and finished:
+                self._warn_of_unscored_samples(before)
+            trained = self._has_trained()
+            self._previous_untouched_plan = None if trained else before
+            if self._requested is None and self._state is _State.EXHAUSTED and not trained:
+                self._skipped_epoch = self._epoch
+        self.plan = plan
         self._iteration = _Iteration(iterator, announced=self._requested is not None)
         self._epoch, self._cached_plan = epoch, None
         self._requested = self._resume_at = None
@@ -295,10 +313,43 @@ class Progress:
         plan, self._previous_untouched_plan = self._previous_untouched_plan, None
         if plan is None or plan.epoch != epoch or self._has_trained():
             return None
-        self.plan, self._epoch = plan, epoch
+        self.plan, self._epoch, self._skipped_epoch = plan, epoch, None
         if self._iteration is not None:
             self._iteration.exhausted_at = None
         return plan
+
+    def _warn_of_skipped_epoch(self) -> None:
+        """Warns once if a later epoch than the skipped one has been trained on.
+
+        A loop that scores nothing at all is left alone: it has no other way to begin its epochs.
+        """
+        skipped = self._skipped_epoch
+        if skipped is None or self._told_skipped or not self._has_trained():
+            return
+        self._told_skipped, self._skipped_epoch = True, None
+        warn(
+            f"nothing of epoch {skipped} was trained on: a loader had fetched all of it, for a "
+            "look at the data or an evaluation, when the next iteration began. Call "
+            "pruner.set_epoch(epoch) before each epoch, and only those that you train on count"
+        )
+
+    def _warn_of_unscored_samples(self, plan: Plan) -> None:
+        """Warns once if most samples of a finished epoch have never been scored."""
+        if self._told_unscored:
+            return
+        visits = self.store.visits
+        unscored = int((visits[to_device(plan.selection.indices, visits.device)] == 0).sum())
+        if 2 * unscored > len(plan):
+            self._told_unscored = True
+            warn(
+                f"{unscored} of the {len(plan)} samples of epoch {plan.epoch} were never scored, "
+                "although as many rows were given: the indices must be those that "
+                "emp_fast.with_indices yields"
+            )
+
+    def count(self, rows: int) -> None:
+        """Counts rows that the loop has trained on and the store has been updated with."""
+        self._trained.add(rows, self.store.visits)
 
     # ---- the state ------------------------------------------------------------------------------
 
@@ -369,14 +420,20 @@ class Progress:
         left = len(self.plan) - self.position()
         # Less than a batch is left if drop_last dropped it or if it has yet to be trained on. The
         # whole plan is left after an epoch that scored nothing.
-        batch = self.store.largest_update * self._world_size()
+        batch = self._trained.largest * self._world_size()
         scored_nothing = not sizing_is_collective and not self._has_trained()
         return left >= max(batch, 1) and not scored_nothing
 
     def _estimated_rows(self) -> int:
-        """Rows given to all ranks, assuming that each got as many as this one since the merge."""
-        merged = self.store.replicas.merged_rows if self._world_size() > 1 else 0
-        return merged + (self.store.rows_seen - merged) * self._world_size()
+        """Rows that all ranks have trained on, up to a constant.
+
+        Each rank is assumed to have got as many as this one since the last merge, and ever as many
+        that were not trained on, by `ScoreStore.update`.
+        """
+        store, ranks = self.store, self._world_size()
+        merged = store.replicas.merged_rows if ranks > 1 else 0
+        untrained = store.rows_given - self._trained.given
+        return merged + (store.rows_seen - merged - untrained) * ranks
 
     # ---- plans ----------------------------------------------------------------------------------
 

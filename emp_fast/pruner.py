@@ -159,6 +159,7 @@ class Pruner:
                 logits, target, weight, ignore_index, label_smoothing, softcap, row_scale, indices
             )
             if mean is not None:
+                self.progress.count(logits.shape[0])
                 return mean
         stats = functional.cross_entropy(
             logits,
@@ -171,6 +172,7 @@ class Pruner:
         )
         indices = _indices_of_rows(indices, stats.loss)
         self.store.update(indices, stats, **extra)
+        self.progress.count(indices.shape[0])
         return self.mean_loss(indices, stats)
 
     def mean_loss(self, indices: Tensor, stats: SampleStats) -> Tensor:
@@ -235,6 +237,7 @@ class Pruner:
                 raise ValueError("memory and entropy are the same term, got both")
             given = {**given, "entropy": _one_each("memory", memory, indices)}
         self.store.update(indices, given, **extra)
+        self.progress.count(indices.shape[0])
 
     def weights(self, indices: Tensor) -> Tensor:
         """[S] float32 loss weights that the policy gives these samples in this epoch; usually 1.
@@ -348,7 +351,10 @@ class Pruner:
         store, plan = self.store, self.progress.plan
         visited = store.visits > 0
         scores = store.scores[visited & torch.isfinite(store.scores)]
-        kept = len(plan) if plan is not None else 0
+        if plan is not None and plan.epoch == self.epoch:
+            kept = len(plan)
+        else:  # it has not begun; some policies find its number only then
+            kept = self.schedule.budget(self.epoch) or 0
         summary = {
             "epoch": float(self.epoch),
             "kept": float(kept),

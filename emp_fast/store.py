@@ -95,14 +95,14 @@ class ScoreStore:
         return self._rows.total
 
     @property
+    def rows_given(self) -> int:
+        """Rows given to `update` on this rank, whatever was merged or loaded."""
+        return self._rows.given
+
+    @property
     def revision(self) -> tuple[int, int]:
         """Changes with every update, every merge that brought updates, and every loaded state."""
         return self.rows_seen, self._loads
-
-    @property
-    def largest_update(self) -> int:
-        """Number of rows in the largest update given to this rank."""
-        return self._rows.largest
 
     @property
     def num_nonfinite(self) -> int:
@@ -134,7 +134,8 @@ class ScoreStore:
             IndexError: on the CPU, an index lies outside [0, N), and nothing of the update is
                 applied. On a GPU that row is refused and the next `select` raises.
         """
-        self._rows.add(self._samples.update(indices, stats, extra))
+        rows = self._samples.update(indices, stats, extra)
+        self._rows.add(rows, self.visits)
 
     def try_mean_step(
         self,
@@ -159,7 +160,7 @@ class ScoreStore:
             logits, target, weight, ignore_index, label_smoothing, softcap, row_scale, indices
         )
         if mean is not None:
-            self._rows.add(logits.shape[0])
+            self._rows.add(logits.shape[0], self.visits)
         return mean
 
     # ---- selecting ------------------------------------------------------------------------------

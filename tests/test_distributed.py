@@ -494,9 +494,8 @@ def test_data_travels_from_a_device_that_serves_every_rank(
 
     def gather(ranks: collectives.Ranks, record: Tensor) -> list[Tensor]:
         met_on.append(str(ranks._device))
-        theirs = record.clone()
-        theirs[collectives._WORDS] = others_direct
-        return [record, theirs]
+        theirs = collectives._Record.of_words(record.tolist())._replace(direct=others_direct)
+        return [record, torch.tensor(theirs.words())]
 
     monkeypatch.setattr(collectives, "world_size_of", lambda group: 2)
     monkeypatch.setattr(collectives, "rank_of", lambda group: 0)

@@ -20,7 +20,7 @@ from emp_fast import ops
 from emp_fast.backends.base import LossOptions, Recurrence, State
 from emp_fast.functional import cross_entropy, info_nce, linear_cross_entropy, topk_indices
 from emp_fast.policies import BelowMean
-from emp_fast.rules import EMP, UCB, Forgetting
+from emp_fast.rules import EMP, UCB, Forgetting, Loss
 from emp_fast.testing import Case, make
 
 N, R, C = 9, 6, 10
@@ -109,7 +109,7 @@ ARGUMENTS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (torch.tensor([3, 3, 0]), normal(3) > 0, None, N, torch.zeros(2, dtype=torch.int64)),
         (torch.arange(R), normal(R) > 0, torch.arange(R).int(), N, torch.zeros(2).long()),
     ],
-    "count_rows": lambda: [(torch.tensor([5, 3]), 4)],
+    "count_rows": lambda: [(torch.tensor([5, 3]), 4, torch.zeros(2))],
     "segment_sum": lambda: [
         (normal(3, R), torch.tensor([0, 2, 2, R])),
         (normal(1, R).double(), torch.tensor([0, R])),
@@ -379,7 +379,24 @@ def test_a_compiled_step_trains_and_scores_as_the_eager_one(rule: emp_fast.Rule)
     torch.testing.assert_close(got.scores, wanted.scores, rtol=1e-5, atol=1e-6)
     assert torch.equal(got.visits, wanted.visits)
     assert got.rows_seen == wanted.rows_seen == sum(sizes)
-    assert got.largest_update == wanted.largest_update == max(sizes)
+
+
+@pytest.mark.parametrize("rule", [Loss(), Forgetting()], ids=lambda r: type(r).__name__)
+def test_a_compiled_update_that_raises_counts_no_rows(rule: emp_fast.Rule) -> None:
+    """Inductor would count them first, and a resumed run would not train on them."""
+    module = Module(emp_fast.Pruner(120, 0.5, rule=rule, seed=3))
+    step = torch.compile(module, fullgraph=True)
+    order = torch.tensor(list(module.pruner.sampler))
+    inputs, target = normal(6, 5), torch.arange(6) % C
+    step(inputs, target, order[:6]).backward()
+    with pytest.raises(IndexError, match="target must lie in"):
+        step(inputs, torch.full((6,), C), order[6:12])
+    with pytest.raises(IndexError, match="indices must lie in"):
+        step(inputs, target, order[6:12] + 120)
+    assert module.pruner.store.rows_seen == 6
+    resumed = emp_fast.Pruner(120, 0.5, rule=rule, seed=3)
+    resumed.load_state_dict(module.pruner.state_dict())
+    assert list(resumed.sampler) == order[6:].tolist()
 
 
 def test_a_step_of_globals_compiles_twice_at_most() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 import emp_fast
-from emp_fast import Pruner, with_indices
+from emp_fast import EmpFastWarning, Pruner, with_indices
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, EpsilonGreedy, Random, TopK, Window
 from emp_fast.rules import EMP, GraNd, Loss
@@ -817,3 +817,67 @@ def test_a_whole_resumed_epoch_for_loaders_that_skip_by_themselves():
     resumed.sampler.whole = True
     assert list(resumed.sampler) == order
     assert resumed.state_dict()["position"] == 16
+
+
+# ---- mistakes that would be silent ---------------------------------------------------------------
+
+
+def test_updates_of_the_store_alone_move_no_position():
+    """As to refresh the scores of all samples by `score_dataset` within an epoch."""
+    pruner = Pruner(N, 0.5, rule=Loss())
+    iterator = iter(pruner.sampler)
+    head = torch.tensor([next(iterator) for _ in range(8)])
+    pruner.store.update(torch.arange(N), {"loss": torch.rand(N)})
+    assert pruner.progress.position() == 0
+    pruner.update(head, loss=loss_of(head))
+    pruner.store.update(torch.arange(N), {"loss": torch.rand(N)})
+    assert pruner.store.rows_seen == 2 * N + 8
+    resumed = Pruner(N, 0.5, rule=Loss())
+    resumed.load_state_dict(pruner.state_dict())
+    assert list(resumed.sampler) == list(iterator)
+    resumed.store.update(torch.arange(N), {"loss": torch.rand(N)})
+    assert resumed.progress.position() == 8
+
+
+def test_an_epoch_that_prefetching_uses_up_is_told():
+    """Workers fetch a short epoch to its end while the user only looks at a batch."""
+    pruner = Pruner(N, 0.5, rule=Loss())
+    loader = make_loader(pruner, num_workers=1, prefetch_factor=8)
+    run_epoch(pruner, loader)
+    next(iter(loader))
+    run_epoch(pruner, loader)
+    assert pruner.epoch == 2
+    with pytest.warns(EmpFastWarning, match=r"nothing of epoch 1 was trained on.*set_epoch"):
+        run_epoch(pruner, loader)
+    next(iter(loader))
+    for _ in range(2):
+        run_epoch(pruner, loader)  # once is enough
+
+
+def test_an_epoch_that_is_announced_is_not_used_up():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    loader = make_loader(pruner, num_workers=1, prefetch_factor=8)
+    for epoch in range(3):
+        pruner.set_epoch(epoch)
+        next(iter(loader))
+        pruner.set_epoch(epoch)
+        run_epoch(pruner, loader)
+        assert pruner.epoch == epoch
+
+
+def test_positions_in_the_batch_in_place_of_indices_are_told():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    for _ in make_loader(pruner):
+        pruner.update(torch.arange(8), loss=torch.rand(8))
+    with pytest.warns(EmpFastWarning, match=r"2\d of the 30 samples of epoch 0 were never scored"):
+        iter(pruner.sampler).__next__()
+
+
+def test_stats_are_of_one_epoch():
+    pruner = Pruner(N, 0.5, rule=Loss(), full_epochs_first=1)
+    assert pruner.stats()["kept"] == N
+    run_epoch(pruner, make_loader(pruner))
+    assert pruner.stats()["kept"] == N
+    pruner.set_epoch(1)
+    assert (pruner.stats()["epoch"], pruner.stats()["kept"]) == (1, N / 2)
+    assert pruner.stats()["kept_fraction"] == 0.5

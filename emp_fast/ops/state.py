@@ -88,11 +88,14 @@ def find_winners(
     return winners.Winners(*op(indices, usable, count, num_samples, state.counters))
 
 
-def _count_rows(counted: Tensor, rows: int) -> None:
+def _count_rows(counted: Tensor, rows: int, written: Tensor) -> None:
+    """``written`` is what an update has written to; a compiler then cannot count its rows first."""
     counted[0] += rows
     counted[1].clamp_(min=rows)
 
 
 count_rows = define(
-    "count_rows(Tensor(a!) counted, SymInt rows) -> ()", _count_rows, lambda *_: None
+    "count_rows(Tensor(a!) counted, SymInt rows, Tensor written) -> ()",
+    _count_rows,
+    lambda *_: None,
 )
