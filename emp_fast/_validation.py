@@ -7,6 +7,7 @@ a bool.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -18,6 +19,15 @@ from emp_fast.backends.base import LossOptions
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def shown(value: object) -> str:
+    """The repr of a value that a user passed, short even for long lists."""
+    return _SHORT.repr(value)
 
 
 def plain_number(value: object) -> object:
@@ -76,7 +86,8 @@ def are_rows_and_ids(logits: object, target: object) -> bool:
 def require_tensor(name: str, value: object) -> None:
     """Raises TypeError unless ``value`` is a dense tensor and not distributed over processes."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: {value!r}")
+        got = f"{type(value).__name__}: {shown(value)}"
+        raise TypeError(f"{name} must be a torch.Tensor, got {got}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     # Not isinstance, because that would import torch.distributed.tensor.
@@ -99,12 +110,16 @@ def checked_integers(name: str, values: object) -> Tensor:
     """An integer tensor, converted from a sequence or array if necessary."""
     if not isinstance(values, Tensor):
         try:
-            if isinstance(values, np.ndarray) and any(stride < 0 for stride in values.strides):
-                values = values.copy()  # torch takes no negative strides
+            if isinstance(values, np.ndarray) and (
+                not values.flags.writeable or any(stride < 0 for stride in values.strides)
+            ):
+                values = values.copy()  # torch warns of the former and does not take the latter
             none = isinstance(values, (list, tuple)) and not values  # torch would make floats
             values = torch.as_tensor(values, dtype=torch.int64 if none else None)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} must be integers, got {values!r}") from error
+            raise TypeError(f"{name} must be integers, got {shown(values)}") from error
+    if values.dtype in (torch.uint16, torch.uint32):  # torch computes little with them
+        values = values.to(torch.int64)
     if values.dtype not in INTEGERS:
         raise TypeError(f"{name} must be integers, got {values.dtype}")
     return values
@@ -122,7 +137,7 @@ def require_rows(name: str, tensor: Tensor, axis: str, packed: bool) -> None:
 def checked_int(name: str, value: object) -> int:
     """A Python int, converted from NumPy's if necessary; bools are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     return int(value)
 
 
@@ -159,7 +174,7 @@ def is_real(value: object) -> TypeGuard[float]:
 
 def _checked_real(name: str, value: object) -> float:
     if not is_real(value):
-        raise TypeError(f"{name} must be a float, got {value!r}")
+        raise TypeError(f"{name} must be a float, got {shown(value)}")
     return float(value)
 
 
@@ -270,7 +285,7 @@ def checked_groups(
     try:
         quotas = torch.as_tensor(group_k, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"group_k must be integers of shape [G], got {group_k!r}") from error
+        raise TypeError(f"group_k must be integers of shape [G], got {shown(group_k)}") from error
     if quotas.dim() != 1 or (quotas.numel() and quotas.dtype not in INTEGERS):
         raise ValueError(f"group_k must be integers of shape [G], got {group_k!r}")
     return groups.to(scores.device, torch.int64).contiguous(), quotas.to(torch.int64).contiguous()

@@ -52,7 +52,7 @@ class Candidates:
         self.groups = groups
         self.num_groups = num_groups
         self._seed = seed
-        self._epoch = epoch
+        self.epoch = epoch
         self._start = start
 
     def __len__(self) -> int:
@@ -144,7 +144,7 @@ class Candidates:
         return random.random_keys(
             len(self),
             seed=self._seed,
-            epoch=self._epoch,
+            epoch=self.epoch,
             stream=stream,
             start=self._start,
             device=self.scores.device,
@@ -155,7 +155,7 @@ class Candidates:
         return random.gumbel(
             len(self),
             seed=self._seed,
-            epoch=self._epoch,
+            epoch=self.epoch,
             stream=Stream.GUMBEL,
             start=self._start,
             device=self.scores.device,

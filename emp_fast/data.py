@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from emp_fast._validation import shown
+
 __all__ = ["SAMPLE_INDEX", "IndexedDataset", "collate_with_indices", "with_indices"]
 
 #: The key under which a mapping sample carries its index.
@@ -31,6 +33,12 @@ class IndexedDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        if isinstance(index, (slice, list, tuple)):
+            raise TypeError(
+                f"index must be an int, got {shown(index)}: with_indices(dataset) gives one sample "
+                "at a time. Wrap a torch.utils.data.Subset; give a DataLoader a batch_sampler in "
+                "place of a BatchSampler as its sampler"
+            )
         return _indexed(self.dataset[index], self._position(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:

@@ -153,7 +153,7 @@ def info_nce(
     query: Tensor,  # [S, D]
     key: Tensor,  # [S, D]
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     hidden: Tensor | None = None,  # [S, E]
     symmetric: bool = True,
 ) -> SampleStats:
@@ -166,21 +166,22 @@ def info_nce(
     Args:
         query: embeddings; both are normalised to unit length here.
         key: embeddings of the other view.
-        temperature: divides the cosine similarities, > 0.
+        temperature: divides the cosine similarities, > 0. A tensor of one value may be learnt.
         hidden: features of the base encoder. If given, ``entropy`` is that of softmax(hidden_i),
             EMP's memory term for contrastive learning. (The paper says "from the hidden layer"; the
             softmax is ours.)
         symmetric: average both directions, as CLIP and SimCLR do.
 
     Returns:
-        SampleStats of S samples; gradients flow to ``query`` and ``key``.
+        SampleStats of S samples; gradients flow to ``query``, ``key`` and ``temperature``.
 
     Raises:
-        ValueError: a shape or the temperature is invalid.
+        ValueError: a shape or the temperature is invalid; of a tensor on a GPU only the shape is
+            checked.
         TypeError: a dtype is invalid.
     """
     _require_pairs(query, key, hidden)
-    temperature = checked_positive("temperature", temperature)
+    temperature = _checked_temperature(temperature, query.device)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be a bool, got {symmetric!r}")
     # In half precision, similarities divided by a small temperature would lose the digits that
@@ -308,6 +309,20 @@ def _require_pairs(query: Tensor, key: Tensor, hidden: Tensor | None) -> None:
             )
         if hidden.device != query.device:
             raise ValueError(f"hidden must be on {query.device} like query, got {hidden.device}")
+
+
+def _checked_temperature(temperature: float | Tensor, device: torch.device) -> float | Tensor:
+    if not isinstance(temperature, Tensor):
+        return checked_positive("temperature", temperature)
+    require_float("temperature", temperature)
+    if temperature.numel() != 1 or temperature.device != device:
+        raise ValueError(
+            f"temperature must be a float, or a tensor of one value on {device} like query, got "
+            f"shape {tuple(temperature.shape)} on {temperature.device}"
+        )
+    if device.type == "cpu" and not ops.is_traced(temperature):
+        checked_positive("temperature", temperature.item())
+    return temperature.view(())
 
 
 def _one_direction(query: Tensor, key: Tensor) -> SampleStats:

@@ -251,8 +251,9 @@ class Stratified(Policy):
     def _cover(self, candidates: Candidates, quotas: list[int]) -> Tensor:
         if sum(quotas) == 0:
             return torch.zeros_like(candidates.visited)
+        cutoff = Fraction(str(float(self.cutoff)))  # 0.29 of 100 is 29, and not 28.999...
         dropped = [
-            min(int(self.cutoff * visited), visited - quota)
+            min(int(cutoff * visited), visited - quota)
             for visited, quota in zip(candidates.num_visited, quotas, strict=True)
         ]
         hardest = candidates.top(candidates.scores, candidates.visited, dropped)

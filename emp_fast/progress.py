@@ -153,7 +153,8 @@ class Progress:
         self.store = store
         self.schedule = schedule
         self.seed = seed
-        self.labels = None if labels is None else checked_labels(labels, store.num_samples)
+        # A copy, so that nothing written to the user's tensor changes later selections.
+        self.labels = None if labels is None else checked_labels(labels, store.num_samples).clone()
         self.process_group = process_group
         store.replicas.process_group = process_group
         self._balance = balance

@@ -59,7 +59,8 @@ class Pruner:
         labels: [N] class ids; every class then keeps its own quota.
         epochs: length of the training run; required by ``full_epochs_last``.
         full_epochs_first: number of epochs at the start that use every sample.
-        full_epochs_last: number of epochs at the end that use every sample.
+        full_epochs_last: number of epochs at the end that use every sample; so do any after
+            ``epochs``.
         seed: keys selection and order; the global generators are neither read nor written.
         device: where the scores live; None: where the logits are. They then move with the logits.
         process_group: the ranks that train together; None is the default group, if one exists.
@@ -452,7 +453,7 @@ class Pruner:
         store = state.get("store")
         if not isinstance(store, Mapping):
             raise ValueError(f"state['store'] must be a mapping, got {store!r}")
-        self.store.check_state_dict(store)
+        self.store.check_state_dict(store, "state['store']")
         return saved, store
 
     def _warn_if_unused(self) -> None:

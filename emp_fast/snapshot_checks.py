@@ -100,4 +100,8 @@ def checked_tensors(where: str, saved: object, forms: Mapping[str, Form]) -> Map
         raise ValueError(f"{where} must hold {sorted(forms)}, got {names!r}")
     for name, form in forms.items():
         require_form(f"{where}[{name!r}]", saved[name], form)
+    for name in ("visits", "counters"):
+        if name in forms and bool((saved[name] < 0).any()):
+            least = int(saved[name].min())
+            raise ValueError(f"{where}[{name!r}] must hold counts, got {least} among them")
     return saved

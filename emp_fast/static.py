@@ -389,5 +389,11 @@ def _write(
             f"{int(unscored[0])}: a stat is not finite, or no position is valid; they are NaN in "
             f"{path}"
         )
+    first = scores[:1]
+    if len(scores) > 1 and bool((scores == first).all()):
+        warn(
+            f"all {len(scores)} scores are {float(first)}: {rule!r} tells nothing of a single "
+            f"visit; {path} orders no samples"
+        )
     fields = {name: getattr(stats, name).cpu().numpy() for name in columns}
     write_columns(path, {"score": scores.cpu().numpy(), **fields}, overwrite=overwrite)

@@ -11,7 +11,7 @@ from torch import Tensor
 from emp_fast._warnings import warn
 from emp_fast.backends.base import NONFINITE, OUT_OF_RANGE
 from emp_fast.candidates import Candidates, groups_of
-from emp_fast.distributed.ranks import ProcessGroup
+from emp_fast.distributed.ranks import ProcessGroup, require_group
 from emp_fast.distributed.replicas import Replicas
 from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK, choose
@@ -247,6 +247,7 @@ class ScoreStore:
             RuntimeError: a rank died or did not take part within the group's time-out; or a
                 snapshot was loaded before torch.distributed was initialised, and updated since.
         """
+        require_group(process_group)
         self.replicas.process_group = process_group
         self.replicas.merge({})
 
@@ -281,18 +282,25 @@ class ScoreStore:
         self._warned = self.num_nonfinite
         self.replicas.restore(unmerged)
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises what `load_state_dict` would raise; changes nothing."""
-        self._checked_state(state)
+    def check_state_dict(self, state: Mapping[str, Any], where: str = "state") -> None:
+        """Raises what `load_state_dict` would raise; changes nothing.
 
-    def _checked_state(self, state: Mapping[str, Any]) -> tuple[int, Any, Mapping[str, Tensor]]:
+        Args:
+            state: the snapshot.
+            where: what errors call it.
+        """
+        self._checked_state(state, where)
+
+    def _checked_state(
+        self, state: Mapping[str, Any], where: str = "state"
+    ) -> tuple[int, Any, Mapping[str, Tensor]]:
         """Rows seen, the argument of `Replicas.restore`, and the tensors by name."""
         require_state(state)
-        require_entries("state", state, store_facts(self.num_samples, repr(self.rule)))
-        rows_seen = checked_count("state['rows_seen']", state.get("rows_seen"))
-        unmerged = self.replicas.checked_unmerged(state.get("unmerged"))
+        require_entries(where, state, store_facts(self.num_samples, repr(self.rule)))
+        rows_seen = checked_count(f"{where}['rows_seen']", state.get("rows_seen"))
+        unmerged = self.replicas.checked_unmerged(state.get("unmerged"), where)
         forms = self._samples.forms(self.num_samples)
-        saved = checked_tensors("state['tensors']", state.get("tensors"), forms)
+        saved = checked_tensors(f"{where}['tensors']", state.get("tensors"), forms)
         return rows_seen, unmerged, saved
 
     def __repr__(self) -> str:

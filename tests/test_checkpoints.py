@@ -376,5 +376,5 @@ def test_what_a_pruner_would_refuse_can_be_asked_before():
     pruner = Pruner(20, 0.5, seed=1)
     state = pruner.state_dict()
     pruner.check_state_dict(state)
-    with pytest.raises(ValueError, match=r"state\['num_samples'\] must be 20, got 7"):
+    with pytest.raises(ValueError, match=r"state\['store'\]\['num_samples'\] must be 20, got 7"):
         pruner.check_state_dict({**state, "store": {**state["store"], "num_samples": 7}})

@@ -273,6 +273,21 @@ def test_select_ranks_every_dtype_exactly(tmp_path, values):
     assert np.load(tmp_path / "kept.npy").tolist() == expected(values.astype(np.float64), 9)
 
 
+def test_select_can_prefer_the_lowest(tmp_path):
+    values = np.array([0.5, np.nan, -1.0, 3.0, -1.0, 0.25], dtype=np.float32)
+    np.save(tmp_path / "margin.npy", values)
+    arguments = (
+        "select",
+        tmp_path / "margin.npy",
+        tmp_path / "kept.npy",
+        "--lowest",
+        "--allow-nan",
+    )
+    for k, wanted in ((1, [2]), (3, [2, 4, 5]), (5, [0, 2, 3, 4, 5])):
+        run(*arguments, "--k", k, "--overwrite")
+        assert np.load(tmp_path / "kept.npy").tolist() == wanted
+
+
 def test_select_reads_parquet_columns(tmp_path, scores):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path, kept = tmp_path / "scores.parquet", tmp_path / "kept.npy"

@@ -43,6 +43,12 @@ def test_a_negative_index_is_scored_as_the_sample_that_it_means():
     assert with_indices([10, 11, 12])[-1] == (12, 2)
 
 
+@pytest.mark.parametrize("index", [slice(0, 3), [1, 2]])
+def test_one_sample_at_a_time(index):
+    with pytest.raises(TypeError, match="index must be an int, got .*Subset"):
+        with_indices([4, 5, 6])[index]
+
+
 def test_mapping_samples_get_a_key_and_stay_mappings():
     dataset = with_indices(Mappings())
     assert dataset[3] == {"x": torch.tensor(3.0), "label": 1, "sample_index": 3}

@@ -75,7 +75,7 @@ def elsewhere(function: str, argument: str, good: torch.Tensor) -> Bad:
 def not_numbers(function: str, argument: str, *outside: float) -> Iterator[Bad]:
     for value in outside:
         yield Bad(function, argument, value, ValueError, f"got {value!r}")
-    for value in ("a", True, torch.tensor(0.5), [0.5]):
+    for value in ("a", True, [0.5], *([] if argument == "temperature" else [torch.tensor(0.5)])):
         yield Bad(function, argument, value, TypeError, f"got {value!r}")
 
 
@@ -171,6 +171,10 @@ def contrastive() -> Iterator[Bad]:
     yield elsewhere(function, "hidden", good)
     yield from not_numbers(function, "temperature", 0, -0.1, math.nan, math.inf)
     yield Bad(function, "temperature", None, TypeError, "got None")
+    yield Bad(function, "temperature", torch.tensor(1), TypeError, "got torch.int64")
+    yield Bad(function, "temperature", torch.ones(2), ValueError, r"got shape (2,) on cpu")
+    yield Bad(function, "temperature", torch.tensor(-0.5), ValueError, "got -0.5")
+    yield elsewhere(function, "temperature", torch.tensor(0.5))
     for value in (None, 1, "no"):
         yield Bad(function, "symmetric", value, TypeError, f"got {value!r}")
 

@@ -103,6 +103,27 @@ def test_both_directions_are_the_mean_of_each(backend: str) -> None:
         torch.testing.assert_close(getattr(both, name), getattr(swapped, name))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_temperature_may_be_learnt(symmetric: bool, backend: str) -> None:
+    """As CLIP's: the logarithm of its inverse is a parameter."""
+    generator = torch.Generator().manual_seed(4)
+    query, key = (torch.randn(9, 6, generator=generator) for _ in range(2))
+    log_scale = torch.tensor([1.5], requires_grad=True)
+    loss = info_nce(query, key, temperature=(-log_scale).exp(), symmetric=symmetric).loss
+    (grad,) = torch.autograd.grad(loss.sum(), log_scale)
+
+    q, k = (torch.nn.functional.normalize(x.double(), dim=1) for x in (query, key))
+    exact = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
+    similarity, target = exact.exp() * (q @ k.T), torch.arange(9)
+    wanted = torch.nn.functional.cross_entropy(similarity, target, reduction="none")
+    if symmetric:
+        back = torch.nn.functional.cross_entropy(similarity.T, target, reduction="none")
+        wanted = (wanted + back) / 2
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
+    (wanted_grad,) = torch.autograd.grad(wanted.sum(), exact)
+    torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-5, atol=1e-6)
+
+
 def test_the_length_of_an_embedding_does_not_matter(backend: str) -> None:
     query, key = (x.detach() for x in embeddings(9, 4))
     scale = torch.logspace(-3, 3, 9)[:, None]

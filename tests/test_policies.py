@@ -292,6 +292,13 @@ def test_stratified_drops_the_hardest_first():
     assert kept(store.select(95, Stratified(bins=5, cutoff=0.1))) == set(range(95))
 
 
+def test_a_cutoff_is_the_decimal_that_was_written():
+    """0.29 * 100 is 28.999... in binary."""
+    store = ScoreStore(100, Loss())
+    store.update(torch.arange(100), {"loss": torch.arange(100.0)})
+    assert kept(store.select(71, Stratified(cutoff=0.29))) == set(range(71))
+
+
 def plain_coverage(scores, k, bins, cutoff):
     """How many samples of each bin coverage-centric selection takes, straight from the paper.
 

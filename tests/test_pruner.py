@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -881,3 +882,27 @@ def test_stats_are_of_one_epoch():
     pruner.set_epoch(1)
     assert (pruner.stats()["epoch"], pruner.stats()["kept"]) == (1, N / 2)
     assert pruner.stats()["kept_fraction"] == 0.5
+
+
+def test_labels_may_be_a_file_that_is_mapped_into_memory(tmp_path):
+    np.save(tmp_path / "labels.npy", (np.arange(N) % 3).astype(np.uint16))
+    labels = np.load(tmp_path / "labels.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner = Pruner(N, 0.5, labels=labels)
+    assert torch.bincount(pruner.progress.labels[pruner.selection.indices]).tolist() == [10] * 3
+
+
+def test_labels_that_the_user_changes_later_change_nothing():
+    labels = torch.arange(N) % 3
+    pruner = Pruner(N, 0.5, labels=labels)
+    labels.zero_()
+    assert pruner.progress.labels.tolist() == [i % 3 for i in range(N)]
+
+
+def test_a_long_list_is_not_repeated_in_the_error():
+    with pytest.raises(
+        TypeError, match=r"labels must be integers, got \['cat', 'cat', .*\]"
+    ) as told:
+        Pruner(50_000, labels=["cat"] * 50_000)
+    assert len(str(told.value)) < 200

@@ -37,7 +37,7 @@ from emp_fast import EmpFastWarning, FileProblem, Pruner, SampleStats, ScoreStor
 from emp_fast.batches import nested_to_device
 from emp_fast.cli import app
 from emp_fast.functional import cross_entropy
-from emp_fast.rules import AUM, EMP, RHO, GraNd, Loss
+from emp_fast.rules import AUM, EMP, RHO, DynUnc, GraNd, Loss
 from emp_fast.single_visit import single_visit_scores
 from emp_fast.static import score_dataset
 from emp_fast.tally import Tally
@@ -157,6 +157,11 @@ def test_several_inputs_go_to_the_model_in_order():
     loader = DataLoader(with_indices(TensorDataset(x, 2 * x, y)), batch_size=8)
     inner = make_model().eval()
     assert_close(quiet(lambda a, b: inner(b - a), loader), wanted_stats(inner, make_data()))
+
+
+def test_a_rule_that_tells_nothing_of_one_visit_is_told(tmp_path):
+    with pytest.warns(EmpFastWarning, match=r"all \d+ scores are 0.0: DynUnc\(window=10\) tells"):
+        quiet(make_model(), make_loader(), rule=DynUnc(), output=tmp_path / "scores.npy")
 
 
 def test_options_of_the_loss():

@@ -615,6 +615,8 @@ def test_a_checkpoint_is_a_snapshot():
         (lambda s: s["tensors"].update(memory=torch.zeros(3)), r"memory.*got torch.float32 \(3,\)"),
         (lambda s: s["tensors"].update(visits=torch.zeros(4)), "visits.*got torch.float32"),
         (lambda s: s["tensors"].update(scores=[1.0] * 4), "scores.*got "),
+        (lambda s: s["tensors"]["visits"].fill_(-5), r"\['visits'\] must hold counts, got -5"),
+        (lambda s: s["tensors"]["counters"].fill_(-4), r"\['counters'\] must hold counts, got -4"),
     ],
 )
 def test_a_foreign_checkpoint_is_refused_and_nothing_changes(damage, message):

@@ -60,6 +60,9 @@ def select(
             "--column", metavar="NAME", help='Column of a .parquet with several; else "score".'
         ),
     ] = None,
+    lowest: Annotated[
+        bool, typer.Option("--lowest", help="Prefer the lowest values: a margin, a confidence.")
+    ] = False,
     labels: Annotated[
         Path | None,
         typer.Option("--labels", metavar="FILE", help="Class ids: every class gets a quota."),
@@ -118,7 +121,8 @@ def select(
 ) -> None:
     """Select the samples to keep from a file of scores, exactly and reproducibly.
 
-    Ties go to the lowest index. With below-mean, --keep is the share kept of the samples below the
+    The highest scores are the first to be kept, --lowest turns that round. Ties go to the lowest
+    index. With below-mean, --keep is the share kept of the samples below the
     mean, and a .parquet or data set output gets the column "weight". With window and neither --keep
     nor --k, everything between the quantiles is kept.
     """
@@ -148,7 +152,7 @@ def select(
         "high": high,
     }
     chosen = _policy(policy, numbers, keep, k)
-    values, rounded = _scores(scores, column, policy, allow_nan)
+    values, rounded = _scores(scores, column, policy, lowest=lowest, allow_nan=allow_nan)
     budget = _budget(len(values), keep, k, chosen) if chosen.budget != "none" else None
     groups, num_groups = (None, 1) if labels is None else _labels(labels, label_column, len(values))
     candidates = Candidates(
@@ -230,8 +234,10 @@ def _budget(num_samples: int, keep: float | None, k: int | None, policy: Policy)
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> tuple[Tensor, bool]:
-    """[N] scores without NaN, and whether they were rounded.
+def _scores(
+    path: Path, column: str | None, policy: str, *, lowest: bool, allow_nan: bool
+) -> tuple[Tensor, bool]:
+    """[N] scores without NaN, and whether they were rounded; negated for the ``lowest``.
 
     They are float32, or float64 if only that can hold them and the policy supports it.
     """
@@ -245,6 +251,8 @@ def _scores(path: Path, column: str | None, policy: str, allow_nan: bool) -> tup
     # Compared as integers: 2**53 + 1 becomes 2**53 as a float.
     if array.dtype.kind in "iu" and max(int(array.max()), -int(array.min())) > _EXACT_INTEGERS:
         raise InputError(f"{path} holds integers beyond 2**53, which scores cannot tell apart")
+    if lowest:
+        wide = -wide
     nans = np.isnan(wide)
     count = int(nans.sum())
     if count and not allow_nan:

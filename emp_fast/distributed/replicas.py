@@ -121,8 +121,8 @@ class Replicas:
             "counters": list(self._counters),
         }
 
-    def checked_unmerged(self, unmerged: object) -> Mapping[str, Any] | None:
-        """Reads what `unmerged` returned; changes nothing.
+    def checked_unmerged(self, unmerged: object, where: str = "state") -> Mapping[str, Any] | None:
+        """Reads what `unmerged` returned, of the snapshot ``where``; changes nothing.
 
         Raises:
             ValueError: it is damaged, or was saved by another rank.
@@ -130,7 +130,7 @@ class Replicas:
         if unmerged is None:
             return None
         if not isinstance(unmerged, Mapping):
-            raise ValueError(f"state['unmerged'] must be a mapping or None, got {unmerged!r}")
+            raise ValueError(f"{where}['unmerged'] must be a mapping or None, got {unmerged!r}")
         here = rank_of(self.process_group), world_size_of(self.process_group)
         there = unmerged.get("rank"), unmerged.get("world_size")
         if there != here:
@@ -148,7 +148,7 @@ class Replicas:
             and is_plain_int(unmerged.get("merged_rows"))
         )
         if not fits:
-            raise ValueError(f"state['unmerged'] is damaged: {unmerged!r}")
+            raise ValueError(f"{where}['unmerged'] is damaged: {unmerged!r}")
         return unmerged
 
     @torch.inference_mode(False)  # as for all state
