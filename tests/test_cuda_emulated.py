@@ -866,6 +866,35 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
     assert_same_state(got, wanted)
 
 
+@pytest.mark.parametrize("part", ["step", "update"])
+def test_a_launch_that_fails_leaves_no_claims(
+    part: str, emulated: EmulatedBackend, module: Any
+) -> None:
+    """Later updates of samples that a failed call has claimed would lose to it."""
+    rows = 4200  # so many that a second launch updates the state
+    state, values = make_state(rows), torch.linspace(1, 2, rows)
+    logits, indices = torch.randn(rows, 3), torch.arange(rows).flip(0)
+    target, recurrence = torch.zeros(rows, dtype=torch.int64), RECURRENCES["ema"]
+
+    def call() -> None:
+        if part == "step":
+            options = LossOptions()
+            emulated.mean_step(logits, target, None, options, None, indices, state, recurrence)
+        else:
+            emulated.update_state(indices, values, values, None, state, recurrence)
+
+    module.emulator.fail_launches("step_rows")
+    try:
+        with pytest.raises(RuntimeError, match="step_rows: out of memory"):
+            call()
+    finally:
+        module.emulator.fail_launches("")
+    assert not state.claims.any()
+    assert not state.visits.any()
+    call()
+    assert (state.visits == 1).all()
+
+
 def test_a_step_of_samples_that_do_not_exist(emulated: EmulatedBackend) -> None:
     """Of a state without a sample every row is out of range."""
     state, logits = make_state(0), torch.randn(5, 3)

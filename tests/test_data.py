@@ -45,7 +45,7 @@ def test_a_negative_index_is_scored_as_the_sample_that_it_means():
 
 @pytest.mark.parametrize("index", [slice(0, 3), [1, 2]])
 def test_one_sample_at_a_time(index):
-    with pytest.raises(TypeError, match="index must be an int, got .*Subset"):
+    with pytest.raises(TypeError, match=r"index must be an int, got .*Subset"):
         with_indices([4, 5, 6])[index]
 
 

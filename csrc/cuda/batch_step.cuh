@@ -60,18 +60,20 @@ __device__ __forceinline__ bool claim_sample(const StateArgs& s, int64_t row, in
 struct RowValues {
   int64_t sample;
   float signal, direct;
-  bool counted;
+  int count;  // not compared yet: that would wait for the load
+
+  __device__ __forceinline__ bool counted() const { return count > 0; }
 
   // Bypasses the L1 cache, because other blocks of this launch may have written the values.
   __device__ __forceinline__ static RowValues of(const UpdateArgs& a, int64_t row) {
     return {__ldg(a.indices + row), __ldcg(a.signal + row),
             a.direct == nullptr ? 0.0f : __ldcg(a.direct + row),
-            a.count == nullptr || __ldcg(a.count + row) > 0};
+            a.count == nullptr ? 1 : __ldcg(a.count + row)};
   }
 
   __device__ __forceinline__ bool finite() const { return is_finite(signal) && is_finite(direct); }
   __device__ __forceinline__ bool may_claim(const StateArgs& s) const {
-    return counted && in_range(s, sample);
+    return counted() && in_range(s, sample);
   }
 };
 
@@ -117,8 +119,12 @@ struct ThreadRows {
     ThreadRows rows{first, apart, {}};
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      rows.values[u] =
-          rows.row(u) < a.rows ? RowValues::of(a, rows.row(u)) : RowValues{-1, 0.0f, 0.0f, false};
+      // Of any row: a branch would wait for one row's loads before it starts the next row's.
+      rows.values[u] = RowValues::of(a, min(rows.row(u), a.rows - 1));
+    }
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if (rows.row(u) >= a.rows) rows.values[u] = {-1, 0.0f, 0.0f, 0};
     }
     return rows;
   }
@@ -129,13 +135,18 @@ struct ThreadRows {
   // is left to `settle`.
   __device__ __forceinline__ bool update_winners(const UpdateArgs& a) const {
     const StateArgs& s = a.state;
+    int claims[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const int64_t sample = values[u].sample;
+      claims[u] = in_range(s, sample) ? __ldcg(s.claims + sample) : 0;
+    }
     bool won[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       // Only the winner finds its own number: a losing row reads the winner's number, or the value
       // that the winner has left there.
-      const int64_t sample = values[u].sample;
-      won[u] = in_range(s, sample) && __ldcg(s.claims + sample) == static_cast<int>(row(u) + 1);
+      won[u] = claims[u] == static_cast<int>(row(u) + 1);
     }
     bool left = false;
     SampleState states[kRows];
@@ -219,7 +230,7 @@ struct ThreadLosses {
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       sums.loss += static_cast<double>(scale[u]) * loss[u];
-      sums.counted += rows.values[u].counted;
+      sums.counted += rows.values[u].counted();
     }
   }
 };

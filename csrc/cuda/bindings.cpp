@@ -206,8 +206,13 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const Visit
               a.rows,
               visits.state};
   a.step = plan_step(plan, a.rows);
-  run_scores(type, plan, a, workspace, stream);
-  if (a.step != StepPart::kWhole) step_claimed(a.update, a.mean, stream);
+  try {
+    run_scores(type, plan, a, workspace, stream);
+    if (a.step != StepPart::kWhole) step_claimed(a.update, a.mean, stream);
+  } catch (...) {
+    clear_claims(visits.state, stream);
+    throw;
+  }
   if (plan.path == RowPath::kSplit) {
     gradient(type, plan_backward(shape, properties), a, stream);
   }

@@ -1,5 +1,6 @@
 // Finds out which block of a launch is the last to reach a point.
 #pragma once
+#include "cuda/ptx.cuh"
 
 namespace emp_fast::cuda {
 
@@ -13,10 +14,12 @@ __device__ __forceinline__ bool last_block(Count* arrived) {
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
-    __threadfence();
+    fence_device();
     last = static_cast<unsigned>(atomicAdd(arrived, kOne) >> kBit) == gridDim.x - 1;
-    __threadfence();
-    if (last) atomicAdd(arrived, Count{0} - kOne * static_cast<Count>(gridDim.x));
+    if (last) {
+      fence_device();
+      atomicAdd(arrived, Count{0} - kOne * static_cast<Count>(gridDim.x));
+    }
   }
   return __syncthreads_or(last) != 0;
 }

@@ -48,6 +48,9 @@ void scale_gradient(Dtype, void* grad, int64_t elements, const float* grad_mean,
                     const float* factor, cudaStream_t);
 
 void update_state(const UpdateArgs&, cudaStream_t);
+// Sets all claims to 0. Called where a launch that would have done so has failed: later updates
+// would lose to the claims of this one.
+void clear_claims(const StateArgs&, cudaStream_t) noexcept;
 // The rest of a step after StepPart::kClaims. mean.parts holds step_parts(rows) pairs.
 void step_claimed(const UpdateArgs&, const MeanArgs&, cudaStream_t);
 

@@ -20,6 +20,11 @@ __device__ __forceinline__ float exp2_flushed(float x) {
 // A compiler barrier for memory accesses; it emits no instruction.
 __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 
+// Orders this thread's earlier memory accesses, and those of other threads that it knows of by a
+// barrier, before its later ones, for all threads of the device. __threadfence() also orders all
+// fences among one another, which takes longer.
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // Prefetches the cache line at `p` into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

@@ -26,6 +26,12 @@ void check(cudaError_t error, const char* what) {
 
 void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
+void clear_claims(const StateArgs& state, cudaStream_t stream) noexcept {
+  cudaMemsetAsync(state.claims, 0, static_cast<size_t>(state.samples) * sizeof(*state.claims),
+                  stream);
+  cudaGetLastError();  // the failed launch is what the caller reports
+}
+
 Device device_properties(int device) {
   static std::mutex mutex;
   static std::unordered_map<int, Device> known;

@@ -16,7 +16,7 @@ constexpr int kScanned = 4;  // indices in flight per thread
 
 // Whether a row may update the state. A counted row that may not is added to the refused ones.
 __device__ __forceinline__ bool admit(const StateArgs& s, const RowValues& v) {
-  if (!v.counted) return false;
+  if (!v.counted()) return false;
   const bool inside = in_range(s, v.sample);
   if (inside && v.finite()) return true;
   atomicAdd(s.counters + (inside ? kNonfinite : kOutOfRange), 1ull);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kStateThreads, 6)
     for (int r = first; same != 0; same >>= 1, r += 32) {
       if ((same & 1) == 0) continue;
       const RowValues later = RowValues::of(a, r);
-      beaten = beaten || (later.counted && later.finite());
+      beaten = beaten || (later.counted() && later.finite());
     }
   }
   beaten = __any_sync(kFullWarp, beaten) != 0;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constan
   for (int u = 0; u < kRows; ++u) {
     const RowValues& v = rows.values[u];
     const bool refused = in_range(a.state, v.sample) && !v.finite();  // step_rows counts it
-    if (!refused) claim_sample(a.state, rows.row(u), v.sample, v.counted);
+    if (!refused) claim_sample(a.state, rows.row(u), v.sample, v.counted());
   }
 }
 
@@ -120,7 +120,12 @@ void update_state(const UpdateArgs& args, cudaStream_t stream) {
   const auto claim = args.rows < kManyUpdateRows ? claim_rows<1> : claim_rows<kRowsOfMany>;
   launch("claim_rows", claim, static_cast<unsigned>(step_parts(args.rows)), kStateThreads, 0,
          stream, args);
-  step_claimed(args, {}, stream);
+  try {
+    step_claimed(args, {}, stream);
+  } catch (...) {
+    clear_claims(args.state, stream);
+    throw;
+  }
 }
 
 void step_claimed(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t stream) {

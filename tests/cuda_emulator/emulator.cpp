@@ -264,6 +264,7 @@ uint32_t last_tag = 0;
 uint64_t random_state = 1;
 std::unordered_map<const void*, int> opted_in;
 std::map<std::string, unsigned> most_blocks;  // along x, by kernel
+std::string failing_kernel;
 
 constexpr int kSpinsBeforeSwitch = 16;
 constexpr uint64_t kMostFruitless = 200000;
@@ -869,6 +870,9 @@ void check_launch_limits(const Launch& launch) {
 }  // namespace
 
 void run(const Launch& wanted) {
+  if (wanted.name == failing_kernel) {
+    throw std::runtime_error(failing_kernel + ": out of memory");
+  }
   check_launch_limits(wanted);
   Launch launch = wanted;
   const auto limit = most_blocks.find(launch.name);
@@ -1225,6 +1229,8 @@ void forget_memory() {
 }
 
 void limit_blocks(const std::string& kernel, unsigned most) { most_blocks[kernel] = most; }
+
+void fail_launches(const std::string& kernel) { failing_kernel = kernel; }
 
 void set_device(int index, int multiprocessors, int shared_bytes, int max_cluster) {
   devices[index] = {multiprocessors, shared_bytes, max_cluster};

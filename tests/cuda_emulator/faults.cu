@@ -6,6 +6,7 @@
 
 #include "cuda/async_copy.cuh"
 #include "cuda/launcher.cuh"
+#include "cuda/ptx.cuh"
 #include "faults.h"
 
 namespace emp_fast::cuda {
@@ -131,9 +132,9 @@ __global__ void last_block_without_fence(int* data, bool wrong) {
   __syncthreads();
   __shared__ bool last;
   if (threadIdx.x == 0) {
-    if (!wrong) __threadfence();
+    if (!wrong) fence_device();
     last = atomicAdd(data, 1) == 1;
-    if (!wrong) __threadfence();
+    if (!wrong) fence_device();
   }
   __syncthreads();
   if (last && threadIdx.x < 62) data[2 + threadIdx.x] += data[66 + threadIdx.x];

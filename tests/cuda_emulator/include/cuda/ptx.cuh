@@ -24,6 +24,8 @@ inline float exp2_flushed(float x) {
 
 inline void keep_order() { asm volatile("" ::: "memory"); }
 
+inline void fence_device() { emulator::fence(); }
+
 inline void prefetch(const void* p) { __ldcg(static_cast<const unsigned char*>(p)); }
 
 }  // namespace emp_fast::cuda

@@ -95,6 +95,8 @@ void mark_initialised(uintptr_t address, size_t size);
 void forget_memory();
 // Launches a kernel with fewer blocks than asked, so that those that loop over tiles must do so.
 void limit_blocks(const std::string& kernel, unsigned most);
+// Makes every launch of that kernel fail; "" makes none fail.
+void fail_launches(const std::string& kernel);
 // The device that kernels run on from now on. max_cluster: 0 for one without clusters.
 void set_device(int index, int multiprocessors, int shared_bytes, int max_cluster);
 
