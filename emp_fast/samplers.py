@@ -20,7 +20,8 @@ _BLOCK = 1 << 16  # indices turned into Python ints at a time
 class EpochSampler(Sampler[int]):
     """Yields the selected samples of each epoch in the global order.
 
-    Every iteration is the next epoch. ``len`` is right before an epoch starts and until its loop is
+    Every iteration is the next epoch, unless nothing of the last one was trained on (see
+    docs/training.md). ``len`` is right before an epoch starts and until its loop is
     over. If worker processes have prefetched to the end, it is right only while a whole batch is
     left to train on. On several ranks, use this sampler with a library that shards it, such as
     Accelerate; plain DDP and Lightning need `Pruner.distributed_sampler`.

@@ -252,7 +252,7 @@ class CudaBackend(RowKernelsChoice, Backend):
             )
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
-        """Four reads of the scores; one if they are many, with a check on the host at the end."""
+        """Four reads of the scores, more for ties; one if they are many, which the host checks."""
         n, device = scores.shape[0], scores.device
         if k == n:
             return torch.arange(n, device=device)
