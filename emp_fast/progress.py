@@ -82,7 +82,7 @@ class SavedProgress(NamedTuple):
 
     epoch: int
     position: int
-    plan: Plan | None  # None if the epoch had not begun
+    selection: Selection | None  # None if the epoch had not begun
 
 
 class _State(Enum):
@@ -541,15 +541,14 @@ class Progress:
             if name not in state:
                 raise ValueError(f"state[{name!r}] is missing")
         selection = self._checked_selection(state["indices"], state["weights"], position)
-        if selection is None:
-            return SavedProgress(epoch, position, None)
-        plan = Plan(epoch, selection, self.store.num_samples, self.seed)
-        return SavedProgress(epoch, position, plan)
+        return SavedProgress(epoch, position, selection)
 
     def restore(self, saved: SavedProgress) -> None:
         """Makes the next iteration continue there. Restore the store's own state first."""
-        self._epoch, self.plan = saved.epoch, saved.plan
-        self._resume_at = None if saved.plan is None else saved.position
+        self._epoch, self.plan, self._resume_at = saved.epoch, None, None
+        if saved.selection is not None:
+            self.plan = Plan(saved.epoch, saved.selection, self.store.num_samples, self.seed)
+            self._resume_at = saved.position
         self._requested = self._iteration = None
         self._cached_plan = self._previous_untouched_plan = None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emp_fast._torch_internals import current_device
-from emp_fast.backends.base import ROW_FIELDS, RowScores
+from emp_fast.backends.base import ROW_FIELDS, LossOptions, RowScores
 
 _OLDEST = (8, 0)
 _HERE = nullcontext()
@@ -50,6 +50,13 @@ def empty_scores(logits: Tensor) -> RowScores:
         logits.new_empty(rows, dtype=torch.bool),
         logits.new_empty(rows, dtype=torch.int32),
     )
+
+
+def weight_sum_of(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor | None:
+    """The sum of the class weights, which the gradient of smoothed, weighted class ids needs."""
+    if weight is None or options.label_smoothing == 0 or target.is_floating_point():
+        return None
+    return weight.sum()
 
 
 def empty_gradient(logits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from emp_fast.backends._gpu import (
     empty_scores,
     is_capturing,
     on_device,
+    weight_sum_of,
     why_not_gpu,
 )
 from emp_fast.backends.base import (
@@ -133,7 +134,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         """One launch."""
         grad = empty_gradient(logits)
         with on_device(logits.device):
-            weight_sum = _weight_sum(target, weight, options)
+            weight_sum = weight_sum_of(target, weight, options)
             self._native.backward(
                 *_inputs(logits, target, weight, weight_sum, options),
                 fields.data_ptr(),
@@ -158,7 +159,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         """One launch for few rows, two for many or long rows, three if rows are split."""
         outputs, grad, device = empty_scores(logits), empty_gradient(logits), logits.device
         with on_device(device):
-            weight_sum, workspace = _weight_sum(target, weight, options), self._workspace(logits)
+            weight_sum, workspace = weight_sum_of(target, weight, options), self._workspace(logits)
             self._native.step(
                 self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
@@ -195,7 +196,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         factor = torch.empty_like(mean)
         scores = logits.new_empty(native.mean_step_workspace(logits.shape[0]), dtype=torch.uint8)
         with on_device(device):
-            weight_sum, workspace = _weight_sum(target, weight, options), self._workspace(logits)
+            weight_sum, workspace = weight_sum_of(target, weight, options), self._workspace(logits)
             native.mean_step(
                 self._row_kernels,
                 *_inputs(logits, target, weight, weight_sum, options),
@@ -352,13 +353,6 @@ class CudaBackend(RowKernelsChoice, Backend):
 def _stream(device: torch.device) -> int:
     stream: int = current_stream(device.index)
     return stream
-
-
-def _weight_sum(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor | None:
-    """The sum of the class weights, which the gradient of smoothed, weighted class ids needs."""
-    if weight is None or options.label_smoothing == 0 or target.is_floating_point():
-        return None
-    return weight.sum()
 
 
 def _inputs(

@@ -11,7 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emp_fast.backends._gpu import empty_gradient, empty_scores, on_device, why_not_gpu
+from emp_fast.backends._gpu import (
+    empty_gradient,
+    empty_scores,
+    on_device,
+    weight_sum_of,
+    why_not_gpu,
+)
 from emp_fast.backends._triton_launch import (
     DEFAULT_WARPS,
     INTERPRETED,
@@ -70,11 +76,10 @@ class _Wanted(NamedTuple):
     update: tuple[Tensor, State, Recurrence] | None = None  # indices, state and how it changes
 
     def weight_sum(self, rows: _Rows) -> Tensor | None:
-        """The sum of the class weights, which the gradient of a smoothed, weighted loss needs."""
-        soft, smooth, _ = rows.flags
-        if rows.weight is None or self.grad is None or not smooth or soft:
+        """See `weight_sum_of`; None without a gradient."""
+        if self.grad is None:
             return None
-        return rows.weight.sum()
+        return weight_sum_of(rows.target, rows.weight, rows.options)
 
 
 class TritonBackend(RowKernelsChoice, Backend):
