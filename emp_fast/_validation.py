@@ -201,7 +201,11 @@ def checked_target(
     if target.dtype not in INTEGERS:
         raise TypeError(f"target must be integer class ids or probabilities, got {target.dtype}")
     if target.shape != shape[:-1]:
-        hint = "; probabilities must be floating point" if target.shape == shape else ""
+        hint = ""
+        if target.shape == shape:
+            hint = "; probabilities must be floating point"
+        elif len(shape) == 3 and target.shape == (shape[0], shape[2]):
+            hint = "; logits [S, C, T] fit as logits.mT"
         raise ValueError(
             f"target must have shape {tuple(shape[:-1])} to go with logits {tuple(shape)}, "
             f"got {tuple(target.shape)}{hint}"

@@ -250,6 +250,13 @@ def test_logits_of_images_get_a_hint():
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target))
 
 
+def test_logits_of_sequences_in_torchs_order_get_a_hint():
+    logits, target = torch.randn(2, 3, 7), torch.randint(3, (2, 7))
+    with pytest.raises(ValueError, match=r"\[S, C, T\] fit as logits.mT"):
+        cross_entropy(logits, target)
+    assert cross_entropy(logits.mT, target).count.tolist() == [7, 7]
+
+
 def test_epochs_that_score_nothing_have_the_right_length_too():
     """A baseline that never looks at the scores, or a dry run of the loader."""
     pruner = Pruner(N, lambda epoch: [0.5, 0.75, 0.0][epoch], policy=Random(), epochs=3)
