@@ -25,6 +25,14 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "emp_fast"])
 Outcome = tuple[Any, str | None]  # what the function returned, or the traceback of its error
 
 
+def assert_passed(outcomes: Sequence[dict[str, Outcome]], name: str) -> None:
+    """Fails with the traceback of the first rank on which the function of that name failed."""
+    for rank, outcome in enumerate(outcomes):
+        assert name in outcome, f"rank {rank} ended before"
+        error = outcome[name][1]
+        assert error is None, f"rank {rank} of {len(outcomes)}:\n{error}"
+
+
 def run_ranks(
     size: int,
     functions: Sequence[Callable[..., Any]],

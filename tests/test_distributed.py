@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_cases import RULES, N, bytes_on_the_wire, counted_bytes, stats_of
-from ranks import Outcome, run_ranks
+from ranks import Outcome, assert_passed, run_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -34,12 +34,8 @@ def ranks_check(function: Callable[[int, int], Any]) -> Callable[..., None]:
 
     @pytest.mark.parametrize("size", SIZES)
     def test(size: int, outcomes: Callable[[int], list[dict[str, Outcome]]]) -> None:
-        told = outcomes(size)
-        assert len(told) == size
-        for rank, outcome in enumerate(told):
-            assert function.__name__ in outcome, f"rank {rank} ended before"
-            error = outcome[function.__name__][1]
-            assert error is None, f"rank {rank} of {size}:\n{error}"
+        assert len(outcomes(size)) == size
+        assert_passed(outcomes(size), function.__name__)
 
     test.__name__ = test.__qualname__ = f"test_{function.__name__}"
     test.__doc__ = function.__doc__

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from test_functional import FLOAT_FIELDS, assert_stats
 from test_selection import grouped_oracle
 from test_selection import oracle as stable_sort
 from torch import Tensor
+from watching import threads
 
 from emp_fast import SampleStats, use_backend
 from emp_fast.backends import backend_status
@@ -52,16 +51,6 @@ def assert_close(got: SampleStats, wanted: SampleStats) -> None:
         torch.testing.assert_close(
             a, b, rtol=1e-5, atol=2e-6, msg=lambda said, name=name: f"{name}: {said}"
         )
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- scores -------------------------------------------------------------------------------------

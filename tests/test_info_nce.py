@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_functional import FLOAT_FIELDS, incoming
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import LargestTensor
 
 from emp_fast import SampleStats, functional
 from emp_fast.functional import cross_entropy, info_nce
@@ -215,22 +215,11 @@ def test_a_batch_of_equal_pairs_is_uniform(backend: str) -> None:
     assert (got.margin == 0).all()
 
 
-class _LargestTensor(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 def test_the_similarity_is_never_stored(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, width, block = 60, 4, 8
     monkeypatch.setattr(functional, "_BLOCK_LOGITS", block * samples)
     query, key = embeddings(samples, width)
-    with _LargestTensor() as seen:
+    with LargestTensor() as seen:
         loss = info_nce(query, key).loss.sum()
         torch.autograd.grad(loss, (query, key))
     assert seen.elements == block * samples

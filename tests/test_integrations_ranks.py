@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
-from ranks import Outcome, run_ranks
+from ranks import Outcome, assert_passed, run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -42,10 +42,7 @@ def ranks_check(library: str | None = None) -> Callable[[Callable[..., Any]], Ca
 
         @pytest.mark.skipif(not present, reason=f"needs {library}: pip install '{library}'")
         def test(outcomes: list[dict[str, Outcome]]) -> None:
-            for rank, outcome in enumerate(outcomes):
-                assert function.__name__ in outcome, f"rank {rank} died before"
-                error = outcome[function.__name__][1]
-                assert error is None, f"rank {rank} of {SIZE}:\n{error}"
+            assert_passed(outcomes, function.__name__)
 
         test.__name__ = test.__qualname__ = f"test_{function.__name__}"
         test.__doc__ = function.__doc__

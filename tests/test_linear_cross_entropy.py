@@ -15,7 +15,7 @@ import torch
 from serving import require
 from test_functional import assert_stats, incoming
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import LargestTensor
 
 from emp_fast import SampleStats, functional
 from emp_fast.functional import cross_entropy, linear_cross_entropy
@@ -251,30 +251,17 @@ def test_a_nan_feature_spoils_its_sample_alone(backend: str) -> None:
         assert torch.equal(field[others], getattr(clean, name)[others]), name
 
 
-class _LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 def test_the_logits_never_exist(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, classes, block = 60, 100, 8
     monkeypatch.setattr(functional, "_BLOCK_LOGITS", block * classes)
     given = inputs(Case("linear_memory", rows, classes))
-    with _LargestTensor() as seen:
+    with LargestTensor() as seen:
         loss = given.run().loss.sum()
         torch.autograd.grad(loss, given.leaves)
     assert block * classes <= seen.elements  # it sees the blocks
     assert seen.elements <= block * classes
     monkeypatch.setattr(functional, "_BLOCK_LOGITS", rows * classes)
-    with _LargestTensor() as whole:
+    with LargestTensor() as whole:
         given.run()
     assert whole.elements == rows * classes  # and would have seen the logits
 

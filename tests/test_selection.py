@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from watching import threads
 
 import emp_fast.functional as F
 from emp_fast.backends import load
@@ -93,16 +93,6 @@ DISTRIBUTIONS = {
 def make(distribution: str, n: int) -> np.ndarray:
     scores = DISTRIBUTIONS[distribution](np.random.default_rng(n), n)
     return np.ascontiguousarray(scores, dtype=np.float32)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_cases import RULES, N, counted_bytes, stats_of
-from ranks import Outcome, run_ranks
+from ranks import Outcome, assert_passed, run_ranks
 from torch import Tensor
 
 import emp_fast
@@ -75,11 +75,7 @@ def group_check(*sizes: int) -> Callable[[Callable[[int, int, Any], None]], Any]
 
         @pytest.mark.parametrize("size", sizes)
         def test(size: int, outcomes: list[dict[str, Outcome]]) -> None:
-            for rank, outcome in enumerate(outcomes):
-                name = f"{check.__name__}[{size}]"
-                assert name in outcome, f"rank {rank} ended before"
-                error = outcome[name][1]
-                assert error is None, f"rank {rank} of {size}:\n{error}"
+            assert_passed(outcomes, f"{check.__name__}[{size}]")
 
         test.__name__ = test.__qualname__ = f"test_{check.__name__}"
         test.__doc__ = check.__doc__
