@@ -210,13 +210,22 @@ class Progress:
         """Samples of the epoch in progress, or of the next epoch once this one is over."""
         if self.plan is not None and self._loop_is_running():
             return len(self.plan)
-        epoch = self._next_epoch()
-        if self.schedule.epochs is not None:  # loaders ask even after the last epoch
-            epoch = min(epoch, self.schedule.epochs - 1)
+        epoch = self._last_if_beyond(self._next_epoch())
         budget = self.schedule.budget(epoch)
         if self.plan is not None and self.plan.epoch == epoch:
             return len(self.plan)
         return len(self.plan_of(epoch)) if budget is None else budget
+
+    def known_length(self) -> int:
+        """Samples of `epoch`; 0 before it begins if its policy finds their number only then."""
+        if self.plan is not None and self.plan.epoch == self.epoch:
+            return len(self.plan)
+        return self.schedule.budget(self._last_if_beyond(self.epoch)) or 0
+
+    def _last_if_beyond(self, epoch: int) -> int:
+        """The epoch, or the last one: loaders ask even after that."""
+        last = self.schedule.epochs
+        return epoch if last is None else min(epoch, last - 1)
 
     def settings(self) -> str:
         """N, schedule, rule and epoch, for the repr of a `Pruner` and its samplers."""
@@ -549,7 +558,7 @@ class Progress:
         if saved.selection is not None:
             self.plan = Plan(saved.epoch, saved.selection, self.store.num_samples, self.seed)
             self._resume_at = saved.position
-        self._requested = self._iteration = None
+        self._requested = self._iteration = self._skipped_epoch = None
         self._cached_plan = self._previous_untouched_plan = None
 
     def _checked_selection(self, indices: Any, weights: Any, position: int) -> Selection | None:

@@ -349,13 +349,9 @@ class Pruner:
                 never used. The loader was then made without it.
         """
         self._warn_if_unused()
-        store, plan = self.store, self.progress.plan
+        store, kept = self.store, self.progress.known_length()
         visited = store.visits > 0
         scores = store.scores[visited & torch.isfinite(store.scores)]
-        if plan is not None and plan.epoch == self.epoch:
-            kept = len(plan)
-        else:  # it has not begun; some policies find its number only then
-            kept = self.schedule.budget(self.epoch) or 0
         summary = {
             "epoch": float(self.epoch),
             "kept": float(kept),
