@@ -392,7 +392,8 @@ class Pruner:
         """
         from emp_fast.plots import selection_figure
 
-        store = self.store
+        store, plan = self.store, self.progress.plan
+        epoch = self.epoch if plan is None else plan.epoch  # that of the selection
         loss, entropy = _loss_and_entropy(store)
         labels = self.progress.labels
         return selection_figure(
@@ -402,7 +403,7 @@ class Pruner:
             labels=None if labels is None else labels.cpu().numpy(),
             loss=loss,
             entropy=entropy,
-            title=title or f"{store.rule}, {self.policy}, epoch {self.epoch}",
+            title=title or f"{store.rule}, {self.policy}, epoch {epoch}",
         )
 
     # ---- checkpoints ----------------------------------------------------------------------------
