@@ -8,6 +8,10 @@ from torch import Tensor
 from emp_fast.backends.base import SCORE_FIELDS, Backend, LossOptions, Recurrence, State
 from emp_fast.backends.reference import ReferenceBackend
 
+#: Of five rows of logits: class ids, one of them ignored; of two rows of sample 4 the last counts.
+_TARGET = (3, 36, -100, 0, 17)
+_INDICES = (4, 1, 2, 3, 4)
+_OPTIONS = LossOptions(label_smoothing=0.1)
 _RECURRENCE = Recurrence("ema", "entropy", 0.5, "loss", direct_scale=1.0, memory_scale=0.3)
 
 
@@ -58,26 +62,25 @@ def _logits(device: torch.device) -> Tensor:
 
 def _cross_entropy(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     logits = _logits(device)
-    target = torch.tensor([3, 36, -100, 0, 17], device=device)
-    options = LossOptions(label_smoothing=0.1)
-    scores = backend.cross_entropy(logits, target, None, options)
+    target = torch.tensor(_TARGET, device=device)
+    scores = backend.cross_entropy(logits, target, None, _OPTIONS)
     grad_loss = torch.linspace(0.5, 1.5, 5, dtype=torch.float32, device=device)
-    grad = backend.cross_entropy_backward(grad_loss, logits, target, None, scores.fields, options)
+    grad = backend.cross_entropy_backward(grad_loss, logits, target, None, scores.fields, _OPTIONS)
     return {**scores._asdict(), "fields": scores.fields[: len(SCORE_FIELDS)], "gradient": grad}
 
 
 def _scores(backend: Backend, device: torch.device) -> dict[str, Tensor]:
-    target = torch.tensor([3, 36, -100, 0, 17], device=device)
-    scores = backend.scores(_logits(device), target, None, LossOptions(label_smoothing=0.1))
+    target = torch.tensor(_TARGET, device=device)
+    scores = backend.scores(_logits(device), target, None, _OPTIONS)
     return {str(position): field for position, field in enumerate(scores)}
 
 
 def _mean_step(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     logits, state = _logits(device), _state(device)
-    target = torch.tensor([3, 36, -100, 0, 17], device=device)
+    target = torch.tensor(_TARGET, device=device)
     row_scale = torch.linspace(0.5, 1.5, 5, dtype=torch.float32, device=device)
-    indices = torch.tensor([4, 1, 2, 3, 4], device=device)
-    step = logits, target, None, LossOptions(label_smoothing=0.1), row_scale, indices, state
+    indices = torch.tensor(_INDICES, device=device)
+    step = logits, target, None, _OPTIONS, row_scale, indices, state
     mean, grad, factor = backend.mean_step(*step, _RECURRENCE)
     backend.scale_(grad, torch.full_like(mean, -3.0), factor)
     return {"mean": mean, "gradient": grad, **_tensors(state)}
@@ -88,7 +91,7 @@ def _update_state(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     signal = torch.tensor([0.5, 1.5, torch.nan, 2.5, 3.5], dtype=torch.float32, device=device)
     direct = signal.nan_to_num(1.0) * 2
     count = torch.tensor([1, 1, 1, 0, 1], dtype=torch.int32, device=device)
-    indices = torch.tensor([4, 1, 2, 3, 4], device=device)
+    indices = torch.tensor(_INDICES, device=device)
     for _ in range(2):
         backend.update_state(indices, signal, direct, count, state, _RECURRENCE)
     return _tensors(state)
@@ -97,7 +100,7 @@ def _update_state(backend: Backend, device: torch.device) -> dict[str, Tensor]:
 def _find_winners(backend: Backend, device: torch.device) -> dict[str, Tensor]:
     """What is written by the winners: the rows that they repeat or leave out are the backend's."""
     state, written = _state(device), torch.zeros(6, dtype=torch.float32, device=device)
-    indices = torch.tensor([4, 1, 2, 3, 4], device=device)
+    indices = torch.tensor(_INDICES, device=device)
     usable = torch.tensor([True, True, False, True, True], device=device)
     count = torch.tensor([1, 1, 1, 0, 1], dtype=torch.int32, device=device)
     chosen = backend.find_winners(indices, usable, count, state)
