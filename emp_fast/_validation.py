@@ -234,8 +234,8 @@ def checked_options(
 ) -> LossOptions:
     """The options as the ops take them: the softcap is 0 for none."""
     if isinstance(label_smoothing, float) and label_smoothing == 0.0:
-        # A constant. With dynamic=True, torch.compile makes the default argument symbolic, and
-        # fails at the second loss of a graph.
+        # A constant. With dynamic=True, torch.compile makes default arguments symbolic, and fails
+        # at the second loss of a graph.
         label_smoothing = 0.0
     if (
         softcap is None
@@ -244,7 +244,7 @@ def checked_options(
         and 0.0 <= label_smoothing <= 1.0
         and -(2**63) <= ignore_index < 2**63
     ):
-        return LossOptions(ignore_index, label_smoothing)  # the usual case: nothing to convert
+        return LossOptions(ignore_index, label_smoothing, 0.0)  # the usual case
     ignore_index = checked_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must lie in [-2**63, 2**63), got {ignore_index}")
