@@ -291,7 +291,7 @@ def checked_groups(
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"group_k must be integers of shape [G], got {shown(group_k)}") from error
     if quotas.dim() != 1 or (quotas.numel() and quotas.dtype not in INTEGERS):
-        raise ValueError(f"group_k must be integers of shape [G], got {group_k!r}")
+        raise ValueError(f"group_k must be integers of shape [G], got {shown(group_k)}")
     return groups.to(scores.device, torch.int64).contiguous(), quotas.to(torch.int64).contiguous()
 
 

@@ -320,8 +320,9 @@ def _checked_temperature(temperature: float | Tensor, device: torch.device) -> f
             f"temperature must be a float, or a tensor of one value on {device} like query, got "
             f"shape {tuple(temperature.shape)} on {temperature.device}"
         )
-    if device.type == "cpu" and not ops.is_traced(temperature):
-        checked_positive("temperature", temperature.item())
+    value = temperature.detach()  # a Parameter would count as traced
+    if device.type == "cpu" and not ops.is_traced(value):
+        checked_positive("temperature", value.item())
     return temperature.view(())
 
 

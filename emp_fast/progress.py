@@ -171,7 +171,8 @@ class Progress:
         self._previous_untouched_plan: Plan | None = None
         #: The last epoch that was yielded to its end although nothing of it was trained on.
         self._skipped_epoch: int | None = None
-        self._told_skipped = self._told_unscored = False
+        self._told_skipped = self._told_wrong = False
+        self._visits_before = 0  # of all samples, when the epoch in progress began
 
     # ---- where the run stands -------------------------------------------------------------------
 
@@ -217,9 +218,11 @@ class Progress:
         return len(self.plan_of(epoch)) if budget is None else budget
 
     def known_length(self) -> int:
-        """Samples of `epoch`; 0 before it begins if its policy finds their number only then."""
+        """Samples of `epoch`; 0 before it begins if their number is not certain before."""
         if self.plan is not None and self.plan.epoch == self.epoch:
             return len(self.plan)
+        if callable(self.schedule.rate) and self.schedule.epochs is None:
+            return 0  # the function may not know epochs after the last one
         return self.schedule.budget(self._last_if_beyond(self.epoch)) or 0
 
     def _last_if_beyond(self, epoch: int) -> int:
@@ -255,16 +258,18 @@ class Progress:
             The plan of the epoch, and the position in it at which to start.
 
         Warns:
-            EmpFastWarning: once, of an epoch that was yielded to its end and not trained on; once,
-                of a finished epoch most of whose samples were never scored.
+            EmpFastWarning: once, of an epoch that was yielded to its end and not scored; once, of
+                one whose rows had the indices of other samples.
         """
         epoch, position = self.next_start()
-        before, finished = self.plan, self._is_finished()
+        before = self.plan
         plan = self.plan_of(epoch)
         self._warn_of_skipped_epoch()
         if not self._continues(epoch):
-            if before is not None and finished:
-                self._warn_of_unscored_samples(before)
+            visits = int(self.store.visits.sum())
+            if before is not None and self.position() >= len(before):
+                self._warn_of_wrong_indices(before, visits - self._visits_before)
+            self._visits_before = visits
             trained = self._has_trained()
             self._previous_untouched_plan = None if trained else before
             if self._requested is None and self._state is _State.EXHAUSTED and not trained:
@@ -338,23 +343,30 @@ class Progress:
             return
         self._told_skipped, self._skipped_epoch = True, None
         warn(
-            f"nothing of epoch {skipped} was trained on: a loader had fetched all of it, for a "
-            "look at the data or an evaluation, when the next iteration began. Call "
-            "pruner.set_epoch(epoch) before each epoch, and only those that you train on count"
+            f"nothing of epoch {skipped} was scored, but a loader had fetched all of it when the "
+            "next iteration began. If that was a look at the data or an evaluation, it has cost an "
+            "epoch: call pruner.set_epoch(epoch) before each one that you train on"
         )
 
-    def _warn_of_unscored_samples(self, plan: Plan) -> None:
-        """Warns once if most samples of a finished epoch have never been scored."""
-        if self._told_unscored:
+    def _warn_of_wrong_indices(self, plan: Plan, visits: int) -> None:
+        """Warns once if an epoch's visits went to other samples than its own, or to few of them.
+
+        Rows that were ignored or refused are no visits.
+
+        Args:
+            plan: of an epoch whose rows have all been given.
+            visits: how many visits its rows were.
+        """
+        if self._told_wrong:
             return
-        visits = self.store.visits
-        unscored = int((visits[to_device(plan.selection.indices, visits.device)] == 0).sum())
-        if 2 * unscored > len(plan):
-            self._told_unscored = True
+        counts = self.store.visits
+        scored = int((counts[to_device(plan.selection.indices, counts.device)] > 0).sum())
+        if 2 * scored < len(plan) and scored < visits:
+            self._told_wrong = True
             warn(
-                f"{unscored} of the {len(plan)} samples of epoch {plan.epoch} were never scored, "
-                "although as many rows were given: the indices must be those that "
-                "emp_fast.with_indices yields"
+                f"epoch {plan.epoch} made {visits} visits, but of its {len(plan)} samples only "
+                f"{scored} have ever been visited: the indices given to the pruner must be those "
+                "that emp_fast.with_indices yields"
             )
 
     def count(self, rows: int) -> None:
@@ -437,13 +449,14 @@ class Progress:
     def _estimated_rows(self) -> int:
         """Rows that all ranks have trained on, up to a constant.
 
-        Each rank is assumed to have got as many as this one since the last merge, and ever as many
-        that were not trained on, by `ScoreStore.update`.
+        Each rank is assumed to have got as many as this one since the last merge. On several ranks
+        the rows of `ScoreStore.update` count, too: a merge does not tell them apart.
         """
         store, ranks = self.store, self._world_size()
-        merged = store.replicas.merged_rows if ranks > 1 else 0
-        untrained = store.rows_given - self._trained.given
-        return merged + (store.rows_seen - merged - untrained) * ranks
+        if ranks == 1:
+            return store.rows_seen - (store.rows_given - self._trained.given)
+        merged = store.replicas.merged_rows
+        return merged + (store.rows_seen - merged) * ranks
 
     # ---- plans ----------------------------------------------------------------------------------
 
@@ -552,12 +565,22 @@ class Progress:
         selection = self._checked_selection(state["indices"], state["weights"], position)
         return SavedProgress(epoch, position, selection)
 
-    def restore(self, saved: SavedProgress) -> None:
-        """Makes the next iteration continue there. Restore the store's own state first."""
-        self._epoch, self.plan, self._resume_at = saved.epoch, None, None
-        if saved.selection is not None:
-            self.plan = Plan(saved.epoch, saved.selection, self.store.num_samples, self.seed)
-            self._resume_at = saved.position
+    def saved_plan(self, saved: SavedProgress) -> Plan | None:
+        """The plan of the epoch that was saved; None if it had not begun."""
+        if saved.selection is None:
+            return None
+        return Plan(saved.epoch, saved.selection, self.store.num_samples, self.seed)
+
+    def restore(self, saved: SavedProgress, plan: Plan | None) -> None:
+        """Makes the next iteration continue there. Restore the store's own state first.
+
+        Args:
+            saved: what `checked_state` returned.
+            plan: its `saved_plan`.
+        """
+        self._epoch, self.plan = saved.epoch, plan
+        self._resume_at = None if plan is None else saved.position
+        self._visits_before = int(self.store.visits.sum())
         self._requested = self._iteration = self._skipped_epoch = None
         self._cached_plan = self._previous_untouched_plan = None
 

@@ -434,8 +434,9 @@ class Pruner:
             TypeError: it is not a mapping.
         """
         saved, store = self._checked_state(state)
+        plan = self.progress.saved_plan(saved)  # takes memory and time: nothing has changed yet
         self.store.load_state_dict(store)
-        self.progress.restore(saved)
+        self.progress.restore(saved, plan)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises what `load_state_dict` would raise; changes nothing."""

@@ -392,8 +392,8 @@ def _write(
     first = scores[:1]
     if len(scores) > 1 and bool((scores == first).all()):
         warn(
-            f"all {len(scores)} scores are {float(first)}: {rule!r} tells nothing of a single "
-            f"visit; {path} orders no samples"
+            f"all {len(scores)} scores are {float(first)}, so {path} orders no samples: either the "
+            f"model scores all alike, or {rule!r} tells nothing of a single visit"
         )
     fields = {name: getattr(stats, name).cpu().numpy() for name in columns}
     write_columns(path, {"score": scores.cpu().numpy(), **fields}, overwrite=overwrite)

@@ -121,7 +121,7 @@ class ScoreStore:
 
         Samples with ``count`` 0 are skipped. A row with a non-finite stat is refused: its sample
         keeps its state, and `num_nonfinite` counts the row. If a sample has several rows, the last
-        one is applied.
+        one is applied. A `Pruner` does not take these rows for trained on (docs/training.md).
 
         Args:
             indices: the samples.

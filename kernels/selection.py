@@ -7,15 +7,15 @@ bracket [low, high] of keys around the k-th highest. Then:
     mark_scores         in ONE read of the scores, writes a bitmap of those above the bracket and of
                         some ties at its upper end, and collects keys and indices of those inside
     histogram           256 bins of the keys inside a bracket; repeated until the key is exact
-    mark_more           sets the bits of the candidates that are selected
+    mark_candidates     sets the bits of the candidates that are selected
     expand_marked       writes the indices of the bits set, in index order
 
 The candidates are collected in arbitrary order, but the result does not depend on it: it is the
 same on every device and in every run.
 
 With groups, the key is followed by the inverted index, which makes it unique. `group_histogram`
-counts one byte of that composite key for all groups at once, and `mark_groups` compares it with the
-threshold of the score's group.
+counts one byte of that composite key for all groups at once, and `mark_grouped` compares it with
+the threshold of the score's group.
 
 Traffic: 4 N bytes for mark_scores, N / 8 written and read again for the bitmap, 8 k for the
 indices.

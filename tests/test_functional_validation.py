@@ -174,6 +174,8 @@ def contrastive() -> Iterator[Bad]:
     yield Bad(function, "temperature", torch.tensor(1), TypeError, "got torch.int64")
     yield Bad(function, "temperature", torch.ones(2), ValueError, r"got shape (2,) on cpu")
     yield Bad(function, "temperature", torch.tensor(-0.5), ValueError, "got -0.5")
+    learnt = torch.nn.Parameter(torch.tensor(0.0))
+    yield Bad(function, "temperature", learnt, ValueError, "got 0.0")
     yield elsewhere(function, "temperature", torch.tensor(0.5))
     for value in (None, 1, "no"):
         yield Bad(function, "symmetric", value, TypeError, f"got {value!r}")

@@ -855,7 +855,7 @@ def test_an_epoch_that_prefetching_uses_up_is_told():
     next(iter(loader))
     run_epoch(pruner, loader)
     assert pruner.epoch == 2
-    with pytest.warns(EmpFastWarning, match=r"nothing of epoch 1 was trained on.*set_epoch"):
+    with pytest.warns(EmpFastWarning, match=r"nothing of epoch 1 was scored.*set_epoch"):
         run_epoch(pruner, loader)
     next(iter(loader))
     for _ in range(2):
@@ -877,8 +877,22 @@ def test_positions_in_the_batch_in_place_of_indices_are_told():
     pruner = Pruner(N, 0.5, rule=Loss())
     for _ in make_loader(pruner):
         pruner.update(torch.arange(8), loss=torch.rand(8))
-    with pytest.warns(EmpFastWarning, match=r"2\d of the 30 samples of epoch 0 were never scored"):
+    with pytest.warns(EmpFastWarning, match=r"32 visits, but of its 30 samples only"):
         iter(pruner.sampler).__next__()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_samples_that_do_not_count_are_not_taken_for_wrong_indices(resumed):
+    """As of a data set of which a third has labels."""
+    pruner = Pruner(N, 0.0, rule=Loss())
+    for _ in range(3):
+        for _, indices in make_loader(pruner):
+            target = torch.where(indices % 3 == 0, 0, -100)
+            pruner.update(indices, cross_entropy(torch.randn(len(indices), 2), target))
+        if resumed:
+            state, pruner = pruner.state_dict(), Pruner(N, 0.0, rule=Loss())
+            pruner.load_state_dict(state)
+    assert int((pruner.store.visits > 0).sum()) == N / 3
 
 
 def test_stats_are_of_one_epoch():

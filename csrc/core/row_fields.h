@@ -3,7 +3,7 @@
 
 namespace emp_fast {
 
-// Numbered as FORMATS of emp_fast.backends.native.
+// Numbered as DTYPES of emp_fast.backends.native.
 enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 // emp_fast.backends.base.ROW_FIELDS, in their order.

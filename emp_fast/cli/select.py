@@ -61,7 +61,8 @@ def select(
         ),
     ] = None,
     lowest: Annotated[
-        bool, typer.Option("--lowest", help="Prefer the lowest values: a margin, a confidence.")
+        bool,
+        typer.Option("--lowest", help="Prefer the lowest values: a margin, a confidence."),
     ] = False,
     labels: Annotated[
         Path | None,
@@ -113,7 +114,7 @@ def select(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 0,
     allow_nan: Annotated[
-        bool, typer.Option("--allow-nan", help="Rank NaN scores lowest, in place of refusing them.")
+        bool, typer.Option("--allow-nan", help="Rank NaN scores last, in place of refusing them.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")
@@ -121,7 +122,8 @@ def select(
 ) -> None:
     """Select the samples to keep from a file of scores, exactly and reproducibly.
 
-    The highest scores are the first to be kept, --lowest turns that round. Ties go to the lowest
+    The highest scores are the first to be kept. --lowest negates the scores, and all that is said
+    of the highest, of quantiles and of the mean holds for the negated ones. Ties go to the lowest
     index. With below-mean, --keep is the share kept of the samples below the
     mean, and a .parquet or data set output gets the column "weight". With window and neither --keep
     nor --k, everything between the quantiles is kept.
@@ -258,7 +260,7 @@ def _scores(
     if count and not allow_nan:
         raise InputError(
             f"{path} holds {count:,} NaN among {len(wide):,} scores, the first at {nans.argmax()}; "
-            "--allow-nan ranks them lowest"
+            "--allow-nan ranks them last"
         )
     wide[nans] = -np.inf
     if fits:
