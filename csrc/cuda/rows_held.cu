@@ -75,6 +75,87 @@ __device__ __forceinline__ SoftmaxSums<float> add_with_care(const uint4* x, int 
   return sums;
 }
 
+// What else a row needs from memory.
+struct RowInputs {
+  int64_t y, sample;
+  float scale;  // of the loss's gradient
+
+  template <bool kStep>
+  __device__ __forceinline__ void load(const RowArgs& a, int row) {
+    y = __ldg(a.target + row);
+    if constexpr (kStep) {
+      sample = __ldg(a.update.indices + row);
+      scale = loss_gradient(a, row);
+    }
+  }
+};
+
+// The way of a group's rows through shared memory, where each row takes the place of the one before
+// as soon as that is in registers. A lane has kVectors vectors of a row; the last two may lie past
+// the end.
+template <class T, int kLanes, int kVectors>
+struct Staging {
+  uint4* line;        // the group's place in shared memory
+  const uint4* from;  // the lane's first vector of the row to be copied next
+  int64_t apart;      // vectors from there to the group's next row
+  int part, left;     // the lane, and the vectors from its first to the end of the row
+
+  __device__ __forceinline__ bool holds(int i) const {
+    return i < kVectors - 2 || i * kLanes < left;
+  }
+
+  // Starts copying the next row.
+  __device__ __forceinline__ void start_copy() {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (holds(i)) cp_async16(line + part + i * kLanes, from + i * kLanes);
+    }
+    from += apart;
+  }
+
+  // Waits for the copy and replaces the target by a value that hides it, if this lane is its
+  // `owner`. Returns the target's logit.
+  __device__ __forceinline__ float wait_and_hide(unsigned column, bool owner) const {
+    cp_async_wait_group<0>();
+    float x_y = 0.0f;
+    if (owner) {
+      T& logit = reinterpret_cast<T*>(line)[column];
+      x_y = to_float(logit);
+      logit = from_float<T>(kHidden<T>);
+    }
+    keep_order();  // `read` takes vectors, which are another type to the compiler
+    return x_y;
+  }
+
+  // Reads the lane's vectors. Those past the end of the row are hidden like the target, so that no
+  // sum needs a mask.
+  __device__ __forceinline__ void read(uint4 (&raw)[kVectors]) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (i >= kVectors - 2) raw[i] = all_hidden<T>();
+      if (holds(i)) raw[i] = line[part + i * kLanes];
+    }
+  }
+};
+
+// The sums of a row without its target, if its other logits are finite and its maximum is common;
+// d, s and q are those of QuickSums.
+template <class T, int kLanes, int kVectors>
+__device__ __forceinline__ SoftmaxSums<float> add_quickly(const uint4 (&raw)[kVectors]) {
+  using G = Group<kLanes>;
+  const float m = G::warp_reduce(largest<T>(raw), Max{});
+  auto quick = QuickSums::of(m);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    float x[kElements<T>];
+    unpack<T>(raw[i], x);
+#pragma unroll
+    for (int e = 0; e < kElements<T>; ++e) quick.add_finite(x[e]);
+  }
+  return {m, G::warp_reduce(quick.d, Add{}), G::warp_reduce(quick.s, Add{}),
+          G::warp_reduce(quick.q, Add{})};
+}
+
 // Writes the gradient of a lane's vectors of a row: from `raw` if the row is `quick`, else from
 // `logits` in memory. The value at the target is wrong; the caller overwrites it.
 template <class T, int kLanes, int kVectors>
@@ -102,21 +183,19 @@ __device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint
   }
 }
 
-// A lane has kVectors vectors of a row; the last two may lie past the end. kStep: with the gradient
-// and the batch's step, as in rows_in_registers. The launch bounds limit the registers to those of
-// one block more than the grid has: with more registers, the compiler chose a slower order of
-// instructions.
+// kStep: with the gradient and the batch's step, as in rows_in_registers. The launch bounds limit
+// the registers to those of one block more than the grid has: with more registers, the compiler
+// chose a slower order of instructions.
 template <class T, int kLanes, int kVectors, bool kStep>
 __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kStep) + 1)
     rows_held(const __grid_constant__ RowArgs a) {
-  using G = Group<kLanes>;
   constexpr int kCount = kElements<T>;
   constexpr int kRows = kHeldThreads / kLanes;  // per block, at a time
   const int part = threadIdx.x % kLanes;
   const int group = threadIdx.x / kLanes;
   const int rows = static_cast<int>(a.rows);
   const int vectors = a.classes / kCount;
-  const int left = vectors - part;  // vectors from the lane's first to the end of the row
+  const int left = vectors - part;
   const int apart = static_cast<int>(gridDim.x) * kRows;
   int row = static_cast<int>(blockIdx.x) * kRows + group;
   const int end = rows + group % (32 / kLanes);  // row < end: the warp still has a row
@@ -129,26 +208,14 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
   const auto first_row = reinterpret_cast<uintptr_t>(vectors_of(a.logits, row - group) - part);
   uint4* const line =
       dynamic_shared<uint4>() + first_row / kVectorBytes % kLineVectors + group * vectors;
-  uint4* const mine = line + part;
-
-  const uint4* from = vectors_of(a.logits, row);
-  const int64_t step = int64_t{apart} * vectors;
-  int64_t y = 0;
-  int64_t sample = 0;
-  float scale = 0.0f;
+  Staging<T, kLanes, kVectors> staging{line, vectors_of(a.logits, row), int64_t{apart} * vectors,
+                                       part, left};
+  RowInputs next{};
   // Starts loading what the next turn needs. A group past the end keeps what it has.
   const auto fetch = [&]() {
     if (row < rows) {
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (i < kVectors - 2 || i * kLanes < left) cp_async16(mine + i * kLanes, from + i * kLanes);
-      }
-      from += step;
-      y = __ldg(a.target + row);
-      if constexpr (kStep) {
-        sample = __ldg(a.update.indices + row);
-        scale = loss_gradient(a, row);
-      }
+      staging.start_copy();
+      next.load<kStep>(a, row);
     }
     cp_async_commit();
   };
@@ -157,59 +224,34 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
   KeptRow kept{};
   int turn = 0;  // the lane of each row that keeps its sums
   while (true) {
-    const int64_t y_now = y;
-    const float scale_now = scale;
+    const RowInputs now = next;
     const int row_now = min(row, rows - 1);
     const bool active = row < rows;
-    const bool inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(a.classes);
-    const unsigned column = inside ? static_cast<unsigned>(y) : 0u;
+    const bool inside = static_cast<uint64_t>(now.y) < static_cast<uint64_t>(a.classes);
+    const unsigned column = inside ? static_cast<unsigned>(now.y) : 0u;
     const unsigned v = column / kCount;
     const bool owner = v % kLanes == static_cast<unsigned>(part);
     if constexpr (kStep) {
-      if (active && part == 0) claim_row(a, row, sample, y != a.ignore_index);
+      if (active && part == 0) claim_row(a, row, now.sample, now.y != a.ignore_index);
     }
 
-    cp_async_wait_group<0>();
-    float x_y = 0.0f;
-    if (owner) {
-      T& logit = reinterpret_cast<T*>(line)[column];
-      x_y = to_float(logit);
-      logit = from_float<T>(kHidden<T>);
-    }
-    keep_order();  // the vectors below are another type to the compiler
-    // Vectors past the end of the row are hidden like the target, so that no sum needs a mask.
+    float x_y = staging.wait_and_hide(column, owner);
     uint4 raw[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (i >= kVectors - 2) raw[i] = all_hidden<T>();
-      if (i < kVectors - 2 || i * kLanes < left) raw[i] = mine[i * kLanes];
-    }
+    staging.read(raw);
     row += apart;
     fetch();
 
-    SoftmaxSums<float> sums{G::warp_reduce(largest<T>(raw), Max{}), 0.0f, 0.0f, 0.0f};
-    auto quick = QuickSums::of(sums.m);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      float x[kCount];
-      unpack<T>(raw[i], x);
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) quick.add_finite(x[e]);
-    }
-    sums.d = G::warp_reduce(quick.d, Add{});
-    sums.s = G::warp_reduce(quick.s, Add{});
-    sums.q = G::warp_reduce(quick.q, Add{});
+    auto sums = add_quickly<T, kLanes>(raw);
     x_y = __shfl_sync(kFullWarp, x_y, v, kLanes);
     const bool careful = !is_common<T>(sums.m) || is_nan(sums.s);
     if (__any_sync(kFullWarp, careful)) {
       const auto again = add_with_care<T, kLanes>(vectors_of(a.logits, row_now), left, column);
       if (careful) sums = again;
     }
-    const KeptRow made{y_now, x_y, sums, careful};
+    const KeptRow made{now.y, x_y, sums, careful};
     if constexpr (kStep) {
-      const Target target = Target::from_class(a, y_now);
-      const RowResult result = made.finish(a, target);
-      const auto gradient = GradientRow::of<false>(a, target, scale_now, result);
+      const Target target = Target::from_class(a, now.y);
+      const auto gradient = GradientRow::of<false>(a, target, now.scale, made.finish(a, target));
       if (active) {
         const uint32_t zero = static_cast<uint32_t>(a.classes) >> 31;
 #pragma unroll

@@ -188,6 +188,61 @@ __device__ __forceinline__ SoftmaxSums<float> add_with_care(const T* x, const Wa
   return sums;
 }
 
+// The sums of a row whose target is hidden, by all kLanes threads of its group. All threads of the
+// warp must call it. `writer`: this thread alone may write to the row.
+template <class T, int kBytes, int kLanes, class Walk>
+__device__ __forceinline__ RowSums add_row(const RowArgs& a, T* x, const Walk& walk, int target,
+                                           bool writer) {
+  using P = Piece<T, kBytes>;
+  using G = Group<kLanes>;
+  RowSums sums = RowSums::empty();
+  auto largest = Largest<T, kBytes>::none();
+  walk.each([&](int at) { largest.see(P::at(x + at)); });
+  sums.sums.m = G::warp_reduce(largest.value(), Max{});
+  auto quick = QuickSums::of(sums.sums.m);
+  walk.each([&](int at) {
+    float values[P::kCount];
+    P::at(x + at).unpack(values);
+#pragma unroll
+    for (int e = 0; e < P::kCount; ++e) quick.add_finite(values[e]);
+  });
+  quick.d = G::warp_reduce(quick.d, Add{});
+  quick.s = G::warp_reduce(quick.s, Add{});
+  quick.q = G::warp_reduce(quick.q, Add{});
+  const bool careful = !is_common<T>(sums.sums.m) || is_nan(quick.s);
+  if (!careful) quick.into(sums.sums);
+  if (__any_sync(kFullWarp, careful)) {
+    __syncwarp();  // groups past the end have read the row
+    if (writer && careful) x[target] = from_float<T>(-INFINITY);
+    __syncwarp();
+    const auto again = add_with_care<T, kBytes, kLanes>(x, walk);
+    if (careful) sums.sums = again;
+  }
+  if (a.smoothing > 0.0f) {
+#pragma unroll 1
+    for (int j = threadIdx.x % kLanes; j < a.classes; j += kLanes) {
+      if (j != target) sums.tilt += to_float(x[j]) - sums.sums.m;
+    }
+    sums.tilt = G::warp_reduce(sums.tilt, Add{});
+    sums.mass = static_cast<float>(a.classes - 1);
+  }
+  return sums;
+}
+
+// Replaces the logits of a row by their gradient. The value at the target is wrong; the caller
+// overwrites it.
+template <class T, int kBytes, class Walk>
+__device__ __forceinline__ void replace_by_gradient(T* x, const Walk& walk,
+                                                    const GradientRow& gradient) {
+  using P = Piece<T, kBytes>;
+  walk.each([&](int at) {
+    float values[P::kCount];
+    P::at(x + at).unpack(values);
+    gradient.off_target(values);
+    P::store(x + at, values);
+  });
+}
+
 constexpr int kCopied = 4;  // vectors per lane in flight at a time, in or out
 
 // Starts the copies of the vectors that cover a warp's tile.
@@ -240,9 +295,7 @@ template <class T, int kBytes, int kLanes, bool kStep>
 __global__ void __launch_bounds__(kSharedRowThreads,
                                   shared_threads(kLanes, kStep) / kSharedRowThreads)
     rows_in_shared(const __grid_constant__ RowArgs a, int tile_rows, int tile_vectors) {
-  using P = Piece<T, kBytes>;
-  using G = Group<kLanes>;
-  constexpr int kCount = P::kCount;
+  constexpr int kCount = Piece<T, kBytes>::kCount;
   constexpr int kRows = 32 / kLanes;  // per warp, at a time
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -285,50 +338,12 @@ __global__ void __launch_bounds__(kSharedRowThreads,
       if (writer) x[target.column] = from_float<T>(kHidden<T>);
       __syncwarp();
 
-      RowSums sums = RowSums::empty();
-      auto largest = Largest<T, kBytes>::none();
-      walk.each([&](int at) { largest.see(P::at(x + at)); });
-      sums.sums.m = G::warp_reduce(largest.value(), Max{});
-      auto quick = QuickSums::of(sums.sums.m);
-      walk.each([&](int at) {
-        float values[kCount];
-        P::at(x + at).unpack(values);
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) quick.add_finite(values[e]);
-      });
-      quick.d = G::warp_reduce(quick.d, Add{});
-      quick.s = G::warp_reduce(quick.s, Add{});
-      quick.q = G::warp_reduce(quick.q, Add{});
-      const bool careful = !is_common<T>(sums.sums.m) || is_nan(quick.s);
-      if (!careful) quick.into(sums.sums);
-      if (__any_sync(kFullWarp, careful)) {
-        __syncwarp();  // groups past the end have read the row
-        if (writer && careful) x[target.column] = from_float<T>(-INFINITY);
-        __syncwarp();
-        const auto again = add_with_care<T, kBytes, kLanes>(x, walk);
-        if (careful) sums.sums = again;
-      }
-      if (a.smoothing > 0.0f) {
-#pragma unroll 1
-        for (int j = lane % kLanes; j < a.classes; j += kLanes) {
-          if (j != target.column) sums.tilt += to_float(x[j]) - sums.sums.m;
-        }
-        sums.tilt = G::warp_reduce(sums.tilt, Add{});
-        sums.mass = static_cast<float>(a.classes - 1);
-      }
-
+      const RowSums sums = add_row<T, kBytes, kLanes>(a, x, walk, target.column, writer);
       if constexpr (kStep) {
         const RowResult result = finish_row<true, false>(a, sums, x_y, target);
         const auto gradient = GradientRow::of<true>(a, target, loss_gradient(a, row), result);
         __syncwarp();  // groups past the end have read the row
-        if (active) {
-          walk.each([&](int at) {
-            float values[kCount];
-            P::at(x + at).unpack(values);
-            gradient.off_target(values);
-            P::store(x + at, values);
-          });
-        }
+        if (active) replace_by_gradient<T, kBytes>(x, walk, gradient);
         __syncwarp();
         if (writer) x[target.column] = from_float<T>(gradient.value_at_target());
       }
