@@ -28,6 +28,7 @@ struct RowPlan {
   int64_t grid;          // blocks; each loops over tiles of threads / lanes rows
   int register_vectors;  // per thread (kRegisters)
   int tile_rows;         // in a warp's tile (kShared)
+  int tile_vectors;      // of shared memory for it
   int lane_vectors;      // of a row, per lane (kHeld)
   int parts;             // per row (kSplit)
   int vectors_per_part;  // per part (kSplit); per block (kCluster, kRing)
@@ -81,7 +82,8 @@ inline std::optional<RowPlan> plan_shared(const RowShape& s, const Device& devic
   RowPlan plan{};
   plan.parts = 1;
   plan.tile_rows = at_once * static_cast<int>(std::max<int64_t>(most, 1));
-  const int64_t tile = (plan.tile_rows * row_bytes / kVectorBytes + 2) * kVectorBytes;
+  plan.tile_vectors = static_cast<int>(plan.tile_rows * row_bytes / kVectorBytes + 2);
+  const int64_t tile = int64_t{plan.tile_vectors} * kVectorBytes;
   const auto warps =
       static_cast<int>(std::clamp<int64_t>(kSharedBytes / tile, 1, kSharedRowThreads / 32));
   plan.path = RowPath::kShared;

@@ -366,7 +366,7 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
       uint4 raw[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) raw[u] = chunk[lane + (batch + u) * 32];
-      walked.add<T, true>(raw, static_cast<uint32_t>(a.classes) >> 31);
+      walked.add<T, true>(raw, opaque_zero(a.classes));
     }
     return;
   }

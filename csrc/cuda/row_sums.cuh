@@ -6,6 +6,15 @@
 
 namespace emp_fast::cuda {
 
+// Adds up d, s and q over the lanes of a group within a warp, which have the same maximum. Sums is
+// SoftmaxSums or QuickSums.
+template <int kLanes, class Sums>
+__device__ __forceinline__ void add_over_lanes(Sums& sums) {
+  sums.d = Group<kLanes>::warp_reduce(sums.d, Add{});
+  sums.s = Group<kLanes>::warp_reduce(sums.s, Add{});
+  sums.q = Group<kLanes>::warp_reduce(sums.q, Add{});
+}
+
 // A row's sums, with what label smoothing and the softcap add.
 struct RowSums {
   SoftmaxSums<float> sums;    // over the columns that are not the target

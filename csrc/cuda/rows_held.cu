@@ -25,17 +25,13 @@ struct KeptRow {
   int64_t y;  // the row's target
   float x_y;
   SoftmaxSums<float> sums;
-  bool done;  // if not, d, s and q are those of QuickSums
+  bool quick;  // d, s and q are those of QuickSums
 
   __device__ __forceinline__ RowResult finish(const RowArgs& a, const Target& target) const {
     RowSums row{sums, 0.0f, 0.0f};
-    if (!done) {
-      QuickSums quick = QuickSums::of(sums.m);
-      quick.d = sums.d;
-      quick.s = sums.s;
-      quick.q = sums.q;
+    if (quick) {
       row.sums = {sums.m, 0.0f, 0.0f, 0.0f};
-      quick.into(row.sums);
+      QuickSums{QuickSums::of(sums.m).base, sums.d, sums.s, sums.q}.into(row.sums);
     }
     return finish_row<false, false>(a, row, x_y, target);
   }
@@ -69,9 +65,7 @@ __device__ __forceinline__ SoftmaxSums<float> add_with_care(const uint4* x, int 
   each([&](float value) { sums.m = max_or_nan(sums.m, value); });
   sums.m = G::warp_reduce(sums.m, Max{});
   each([&](float value) { add_logit(sums, value); });
-  sums.d = G::warp_reduce(sums.d, Add{});
-  sums.s = G::warp_reduce(sums.s, Add{});
-  sums.q = G::warp_reduce(sums.q, Add{});
+  add_over_lanes<kLanes>(sums);
   return sums;
 }
 
@@ -142,8 +136,7 @@ struct Staging {
 // d, s and q are those of QuickSums.
 template <class T, int kLanes, int kVectors>
 __device__ __forceinline__ SoftmaxSums<float> add_quickly(const uint4 (&raw)[kVectors]) {
-  using G = Group<kLanes>;
-  const float m = G::warp_reduce(largest<T>(raw), Max{});
+  const float m = Group<kLanes>::warp_reduce(largest<T>(raw), Max{});
   auto quick = QuickSums::of(m);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -152,8 +145,8 @@ __device__ __forceinline__ SoftmaxSums<float> add_quickly(const uint4 (&raw)[kVe
 #pragma unroll
     for (int e = 0; e < kElements<T>; ++e) quick.add_finite(x[e]);
   }
-  return {m, G::warp_reduce(quick.d, Add{}), G::warp_reduce(quick.s, Add{}),
-          G::warp_reduce(quick.q, Add{})};
+  add_over_lanes<kLanes>(quick);
+  return {m, quick.d, quick.s, quick.q};
 }
 
 // Writes the gradient of a lane's vectors of a row: from `raw` if the row is `quick`, else from
@@ -199,17 +192,15 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
   const int apart = static_cast<int>(gridDim.x) * kRows;
   int row = static_cast<int>(blockIdx.x) * kRows + group;
   const int end = rows + group % (32 / kLanes);  // row < end: the warp still has a row
-  const auto vectors_of = [&](const void* matrix, int of_row) {
-    return static_cast<const uint4*>(matrix) + int64_t{of_row} * vectors + part;
-  };
+  const auto* logits = static_cast<const uint4*>(a.logits);
 
   // In shared memory the block's rows lie one behind the other, at the same offset within 128 bytes
   // as in global memory. A cache line is then copied to one line of banks.
-  const auto first_row = reinterpret_cast<uintptr_t>(vectors_of(a.logits, row - group) - part);
+  const auto first_row = reinterpret_cast<uintptr_t>(logits + int64_t{row - group} * vectors);
   uint4* const line =
       dynamic_shared<uint4>() + first_row / kVectorBytes % kLineVectors + group * vectors;
-  Staging<T, kLanes, kVectors> staging{line, vectors_of(a.logits, row), int64_t{apart} * vectors,
-                                       part, left};
+  Staging<T, kLanes, kVectors> staging{line, logits + int64_t{row} * vectors + part,
+                                       int64_t{apart} * vectors, part, left};
   RowInputs next{};
   // Starts loading what the next turn needs. A group past the end keeps what it has.
   const auto fetch = [&]() {
@@ -245,28 +236,30 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
     x_y = __shfl_sync(kFullWarp, x_y, v, kLanes);
     const bool careful = !is_common<T>(sums.m) || is_nan(sums.s);
     if (__any_sync(kFullWarp, careful)) {
-      const auto again = add_with_care<T, kLanes>(vectors_of(a.logits, row_now), left, column);
+      const auto again =
+          add_with_care<T, kLanes>(logits + int64_t{row_now} * vectors + part, left, column);
       if (careful) sums = again;
     }
-    const KeptRow made{now.y, x_y, sums, careful};
+    const KeptRow made{now.y, x_y, sums, !careful};
     if constexpr (kStep) {
       const Target target = Target::from_class(a, now.y);
       const auto gradient = GradientRow::of<false>(a, target, now.scale, made.finish(a, target));
       if (active) {
-        const uint32_t zero = static_cast<uint32_t>(a.classes) >> 31;
+        const uint32_t zero = opaque_zero(a.classes);
 #pragma unroll
         for (uint4& vector : raw) vector = forgotten(vector, zero);
-        auto* out = const_cast<uint4*>(vectors_of(a.grad, row_now));
-        write_gradient<T, kLanes>(gradient, out, raw, vectors_of(a.logits, row_now), left);
-        T* elements = reinterpret_cast<T*>(out - part);
-        if (owner) elements[column] = from_float<T>(gradient.value_at_target());
+        const int64_t first = int64_t{row_now} * vectors;  // of the row
+        uint4* out = static_cast<uint4*>(a.grad) + first;
+        write_gradient<T, kLanes>(gradient, out + part, raw, logits + first + part, left);
+        if (owner) reinterpret_cast<T*>(out)[column] = from_float<T>(gradient.value_at_target());
       }
     }
     if (part == turn) kept = made;
     ++turn;
     const bool more = row < end;
     if (turn == kLanes || !more) {
-      const int kept_row = row - (turn - part) * apart;
+      const int first_kept = row - turn * apart;
+      const int kept_row = first_kept + part * apart;
       kept.conclude(a, kept_row, part < turn && kept_row < rows);
       turn = 0;
     }
@@ -281,16 +274,13 @@ void score(const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
     launch("rows_held", kernel, static_cast<unsigned>(plan.grid), plan.threads, plan.shared_bytes,
            stream, args);
   };
-  const auto of_vectors = [&](auto few, auto many) { run(plan.lane_vectors == 6 ? few : many); };
-  switch (plan.lanes) {
-    case 8:
-      if (plan.lane_vectors == 4) return run(rows_held<T, 8, 4, kStep>);
-      return of_vectors(rows_held<T, 8, 6, kStep>, rows_held<T, 8, 8, kStep>);
-    case 16:
-      return of_vectors(rows_held<T, 16, 6, kStep>, rows_held<T, 16, 8, kStep>);
-    default:
-      return of_vectors(rows_held<T, 32, 6, kStep>, rows_held<T, 32, 8, kStep>);
-  }
+  with_number<8, 16, 32>(plan.lanes, [&](auto lanes) {
+    constexpr int kLanes = decltype(lanes)::value;
+    if constexpr (kLanes == 8) {
+      if (plan.lane_vectors == 4) return run(rows_held<T, kLanes, 4, kStep>);
+    }
+    run(plan.lane_vectors == 6 ? rows_held<T, kLanes, 6, kStep> : rows_held<T, kLanes, 8, kStep>);
+  });
 }
 
 }  // namespace

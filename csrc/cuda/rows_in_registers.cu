@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
   constexpr int kRows = kThreads<kLanes> / kLanes;
   using G = Group<kLanes>;
   const int lane = G::lane();
-  const uint32_t zero = static_cast<uint32_t>(a.classes) >> 31;
+  const uint32_t zero = opaque_zero(a.classes);
   const int64_t tiles = (a.rows + kRows - 1) / kRows;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t mine = tile * kRows + threadIdx.x / kLanes;
@@ -119,9 +119,6 @@ __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
   if constexpr (kStep) end_launch(a);
 }
 
-template <int kValue>
-using Number = std::integral_constant<int, kValue>;
-
 }  // namespace
 
 void score_in_registers(Dtype dtype, const RowPlan& plan, const RowArgs& args,
@@ -144,28 +141,10 @@ void score_in_registers(Dtype dtype, const RowPlan& plan, const RowArgs& args,
              args);
     };
     if (plan.register_vectors == 1) {
-      constexpr Number<1> kOne;
-      switch (plan.lanes) {
-        case 8:
-          return run(Number<8>{}, kOne);
-        case 32:
-          return run(Number<32>{}, kOne);
-        case 128:
-          return run(Number<128>{}, kOne);
-        default:
-          return run(Number<256>{}, kOne);
-      }
-    }
-    constexpr Number<kRegisterVectors> kMany;
-    switch (plan.lanes) {
-      case 8:
-        return run(Number<8>{}, kMany);
-      case 32:
-        return run(Number<32>{}, kMany);
-      case 64:
-        return run(Number<64>{}, kMany);
-      default:
-        return run(Number<256>{}, kMany);
+      with_number<8, 32, 128, 256>(plan.lanes, [&](auto lanes) { run(lanes, Number<1>{}); });
+    } else {
+      with_number<8, 32, 64, 256>(plan.lanes,
+                                  [&](auto lanes) { run(lanes, Number<kRegisterVectors>{}); });
     }
   });
 }

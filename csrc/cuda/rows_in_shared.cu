@@ -182,9 +182,7 @@ __device__ __forceinline__ SoftmaxSums<float> add_with_care(const T* x, const Wa
 #pragma unroll
     for (int e = 0; e < P::kCount; ++e) add_logit(sums, values[e]);
   });
-  sums.d = G::warp_reduce(sums.d, Add{});
-  sums.s = G::warp_reduce(sums.s, Add{});
-  sums.q = G::warp_reduce(sums.q, Add{});
+  add_over_lanes<kLanes>(sums);
   return sums;
 }
 
@@ -206,9 +204,7 @@ __device__ __forceinline__ RowSums add_row(const RowArgs& a, T* x, const Walk& w
 #pragma unroll
     for (int e = 0; e < P::kCount; ++e) quick.add_finite(values[e]);
   });
-  quick.d = G::warp_reduce(quick.d, Add{});
-  quick.s = G::warp_reduce(quick.s, Add{});
-  quick.q = G::warp_reduce(quick.q, Add{});
+  add_over_lanes<kLanes>(quick);
   const bool careful = !is_common<T>(sums.sums.m) || is_nan(quick.s);
   if (!careful) quick.into(sums.sums);
   if (__any_sync(kFullWarp, careful)) {
@@ -375,34 +371,20 @@ template <class T, bool kStep>
 void score(const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
   const auto run = [&](auto kernel) {
     launch("rows_in_shared", kernel, static_cast<unsigned>(plan.grid), plan.threads,
-           plan.shared_bytes, stream, args, plan.tile_rows,
-           static_cast<int>(plan.shared_bytes / kVectorBytes) / (plan.threads / 32));
+           plan.shared_bytes, stream, args, plan.tile_rows, plan.tile_vectors);
   };
   constexpr int kSmallest = sizeof(T);
   const int bytes = piece_bytes(args.logits, args.classes * kSmallest);
-  const auto of_lanes = [&](auto whole, auto small) { run(bytes == 16 ? whole : small); };
-  switch (plan.lanes) {
-    case 4:
-      return of_lanes(rows_in_shared<T, 16, 4, kStep>, rows_in_shared<T, kSmallest, 4, kStep>);
-    case 8:
-      return of_lanes(rows_in_shared<T, 16, 8, kStep>, rows_in_shared<T, kSmallest, 8, kStep>);
-    case 16:
-      return of_lanes(rows_in_shared<T, 16, 16, kStep>, rows_in_shared<T, kSmallest, 16, kStep>);
-    case 32:
-      return of_lanes(rows_in_shared<T, 16, 32, kStep>, rows_in_shared<T, kSmallest, 32, kStep>);
-    default:
-      break;
-  }
-  switch (bytes) {
-    case 16:
-      return run(rows_in_shared<T, 16, 1, kStep>);
-    case 8:
-      return run(rows_in_shared<T, 8, 1, kStep>);
-    case 4:
-      return run(rows_in_shared<T, 4, 1, kStep>);
-    default:
-      return run(rows_in_shared<T, kSmallest, 1, kStep>);
-  }
+  with_number<4, 8, 16, 32, 1>(plan.lanes, [&](auto lanes) {
+    constexpr int kLanes = decltype(lanes)::value;
+    if constexpr (kLanes > 1) {
+      run(bytes == kVectorBytes ? rows_in_shared<T, kVectorBytes, kLanes, kStep>
+                                : rows_in_shared<T, kSmallest, kLanes, kStep>);
+    } else {
+      with_number<kVectorBytes, 8, 4, kSmallest>(
+          bytes, [&](auto piece) { run(rows_in_shared<T, decltype(piece)::value, 1, kStep>); });
+    }
+  });
 }
 
 }  // namespace

@@ -129,7 +129,12 @@ __device__ __forceinline__ uint4 leave_out(uint4 raw, int column,
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Returns the vector itself, but the compiler cannot know that: `zero` is 0 only at run time. Used
+// 0, which the compiler cannot know.
+__device__ __forceinline__ uint32_t opaque_zero(int classes) {
+  return static_cast<uint32_t>(classes) >> 31;
+}
+
+// Returns the vector itself, but the compiler cannot know that if `zero` is an opaque_zero. Used
 // between two passes over a row in registers. The compiler would otherwise keep the unpacked floats
 // of the first pass for the second, which takes three times the registers and spills.
 __device__ __forceinline__ uint4 forgotten(const uint4& raw, uint32_t zero) {
