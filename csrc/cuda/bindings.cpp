@@ -309,9 +309,9 @@ void bind(py::module_& m) {
   });
   cuda.def("topk_workspace", &topk_workspace);
   cuda.def("topk", [](int device, Address scores, int64_t n, int64_t k, int sample_bits,
-                      Address out, Address status, Address workspace, Address stream) {
+                      Address out, Address misled, Address workspace, Address stream) {
     topk(plan_selection(n, k, 0, sample_bits), device_properties(device),
-         pointer<const float>(scores), n, k, pointer<int64_t>(out), pointer<int64_t>(status),
+         pointer<const float>(scores), n, k, pointer<int64_t>(out), pointer<int64_t>(misled),
          pointer<void>(workspace), stream_of(stream));
   });
   cuda.def("grouped_topk",

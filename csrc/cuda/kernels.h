@@ -58,10 +58,10 @@ void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t str
             cudaStream_t);
 
 // Writes k int64 indices to `out`, ascending; 0 < k <= n. `workspace` holds plan.workspace_bytes. A
-// sampled plan sets *status to 0, or to 1 if the sample misled: `out` is then incomplete and the
-// plain plan must run.
+// sampled plan sets *misled to whether the sample misled: `out` is then incomplete and the plain
+// plan must run.
 void topk(const SelectionPlan&, const Device&, const float* scores, int64_t n, int64_t k,
-          int64_t* out, int64_t* status, void* workspace, cudaStream_t);
+          int64_t* out, int64_t* misled, void* workspace, cudaStream_t);
 void grouped_topk(const SelectionPlan&, const Device&, const float* scores, const int64_t* groups,
                   const int64_t* group_k, int64_t n, int64_t k, int64_t* out, void* workspace,
                   cudaStream_t);

@@ -39,11 +39,12 @@ __device__ __forceinline__ void flush_bins(const uint32_t* bins, unsigned long l
   }
 }
 
-// The block finds the bin of the k-th highest element and fixes the digit in `*to`.
+// The block finds the bin of the k-th highest element, fixes the digit in `*to` and, unless another
+// state is to be fixed from it, clears the histogram.
 template <int kBlock>
 __device__ __forceinline__ void fix_in_block(unsigned long long* histogram, int digit_bits,
-                                             const Digit& digit, SelectState state, bool clear,
-                                             SelectState* to) {
+                                             const Digit& digit, SelectState state, SelectState* to,
+                                             bool clear = true) {
   const int bins = 1 << digit_bits;
   const int each = (bins + kBlock - 1) / kBlock;
   // Thread t owns the t-th highest run of bins.

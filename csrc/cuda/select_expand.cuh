@@ -18,8 +18,8 @@ namespace {
 // Each warp adds up a run of tiles. The last block turns these sums into exclusive prefix sums.
 __global__ void __launch_bounds__(kThreads)
     scan_runs(const uint32_t* tile_counts, int64_t tiles, int64_t runs, unsigned long long* totals,
-              Control* control, const int64_t* status) {
-  if (status != nullptr && *status != 0) return;
+              Control* control, const int64_t* misled) {
+  if (misled != nullptr && *misled != 0) return;
   const int lane = threadIdx.x % 32;
   for (int64_t run = first_tile(); run < runs; run += int64_t{gridDim.x} * kWarps) {
     unsigned sum = 0;
@@ -53,9 +53,9 @@ static_assert(kRunTiles % kExpandTiles == 0);
 
 __global__ void __launch_bounds__(kThreads)
     expand(const uint32_t* bitmap, int64_t tiles, const uint32_t* tile_counts,
-           const unsigned long long* totals, int64_t k, int64_t* out, const int64_t* status) {
+           const unsigned long long* totals, int64_t k, int64_t* out, const int64_t* misled) {
   __shared__ uint16_t all_selected[kWarps][kTile];
-  if (status != nullptr && *status != 0) return;
+  if (misled != nullptr && *misled != 0) return;
   uint16_t* selected = all_selected[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
   const int64_t first = first_tile() * kExpandTiles;

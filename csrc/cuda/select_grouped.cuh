@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
   const SelectState state = states[blockIdx.x];
   if (state.status != SelectStatus::kOpen) return;
   fix_in_block<kThreads>(histograms + (int64_t{blockIdx.x} << kGroupDigitBits), kGroupDigitBits,
-                         digit, state, true, states + blockIdx.x);
+                         digit, state, states + blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -22,6 +22,23 @@ constexpr int kLoadsAtOnce = 2;
 constexpr int kLoadsAtOnce = kCountLoads;
 #endif
 
+// Counts in the bins of one copy. Neighbouring scores often share a bin; a run of them takes one
+// atomic.
+struct RunCounter {
+  uint32_t* bins;
+  unsigned bin, run;
+
+  __device__ __forceinline__ void see(unsigned next) {
+    if (run != 0 && next != bin) flush();
+    bin = next;
+    ++run;
+  }
+  __device__ __forceinline__ void flush() {
+    if (run != 0) atomicAdd(bins + bin * kCopies, run);
+    run = 0;
+  }
+};
+
 // One pass over the scores; the last block fixes the digit.
 template <bool kCountdown>
 __global__ void __launch_bounds__(kCountThreads)
@@ -32,10 +49,7 @@ __global__ void __launch_bounds__(kCountThreads)
   if (state.status != SelectStatus::kOpen) return;
   clear_bins(bins, kBins * kCopies);
   const bool aligned = is_aligned(scores);
-  const unsigned copy = threadIdx.x % kCopies;
-  // Neighbouring scores often share a bin; a run of them takes one atomic.
-  unsigned run_bin = 0;
-  unsigned run = 0;
+  RunCounter counter{bins + threadIdx.x % kCopies, 0, 0};
   for (int64_t tile = int64_t{blockIdx.x} * kCountTile; tile < n;
        tile += int64_t{gridDim.x} * kCountTile) {
 #pragma unroll 1
@@ -56,22 +70,15 @@ __global__ void __launch_bounds__(kCountThreads)
         for (int e = 0; e < kPerThread; ++e) {
           const Element element{order_key(bits[e]),
                                 kCountdown ? countdown_of(first + e, index_bits) : 0};
-          if (e >= left || !state.agrees(element, digit)) continue;
-          const unsigned bin = digit.of(element);
-          if (run != 0 && bin != run_bin) {
-            atomicAdd(bins + run_bin * kCopies + copy, run);
-            run = 0;
-          }
-          run_bin = bin;
-          ++run;
+          if (e < left && state.agrees(element, digit)) counter.see(digit.of(element));
         }
       }
     }
   }
-  if (run != 0) atomicAdd(bins + run_bin * kCopies + copy, run);
+  counter.flush();
   flush_bins<kCopies>(bins, histogram);
   if (last_block(&control->arrived)) {
-    fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, true, states);
+    fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, states);
   }
 }
 

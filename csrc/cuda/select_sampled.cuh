@@ -3,12 +3,9 @@
 // sample_keys and count_sample find two elements of a sample, the ends of a bracket that almost
 // surely holds the k-th element. mark_bracket, the one read of all scores, marks those above the
 // bracket, collects those inside as candidates, and counts both. Its last block therefore knows
-// whether the k-th element is among the candidates and all of these had room, and says so in
-// *status. count_candidates finds the k-th element among them, and mark_candidates marks those that
-// are selected.
-//
-// states[0] and states[1] are the upper and the lower end of the bracket, states[2] is the k-th
-// element among the candidates.
+// whether the k-th element is among the candidates and all of these had room; if not, the sample
+// misled, which it says in *misled. count_candidates finds the k-th element among them, and
+// mark_candidates marks those that are selected.
 #pragma once
 #include <cstdint>
 
@@ -20,6 +17,11 @@
 
 namespace emp_fast::cuda {
 namespace {
+
+// The states of a sampled plan: the ends of the bracket, and the k-th element among the candidates.
+constexpr int kUpperEnd = 0;
+constexpr int kLowerEnd = 1;
+constexpr int kAmongCandidates = 2;
 
 // Takes the sample, counts its first digit and fixes that digit for both ends of the bracket.
 __global__ void __launch_bounds__(kCountThreads)
@@ -43,11 +45,12 @@ __global__ void __launch_bounds__(kCountThreads)
   }
   flush_bins<kCopies>(bins, histogram);
   if (!last_block(&control->arrived)) return;
-  for (int p = 0; p < 2; ++p) {
-    const int64_t rank = p == 0 ? rank_above : rank_below;
+  for (int end = kUpperEnd; end <= kLowerEnd; ++end) {
+    const int64_t rank = end == kUpperEnd ? rank_above : rank_below;
     const SelectState state = SelectState::start(static_cast<uint64_t>(rank));
-    if (threadIdx.x == 0 && rank == 0) states[p] = state;
-    fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, p == 1, states + p);
+    if (threadIdx.x == 0 && rank == 0) states[end] = state;
+    const bool clear = end == kLowerEnd;  // then both are fixed
+    fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, states + end, clear);
   }
 }
 
@@ -56,7 +59,7 @@ __global__ void __launch_bounds__(kCountThreads)
     count_sample(const uint32_t* keys, int64_t sample, Digit digit, SelectState* states,
                  unsigned long long* histograms, Control* control) {
   __shared__ uint32_t bins[2 * kBins];
-  const SelectState ends[2] = {states[0], states[1]};
+  const SelectState ends[2] = {states[kUpperEnd], states[kLowerEnd]};
   const bool open[2] = {ends[0].status == SelectStatus::kOpen,
                         ends[1].status == SelectStatus::kOpen};
   if (!open[0] && !open[1]) return;
@@ -75,126 +78,154 @@ __global__ void __launch_bounds__(kCountThreads)
   for (int p = 0; p < 2; ++p) flush_bins<1>(bins + p * kBins, histograms + p * kBins);
   if (!last_block(&control->arrived)) return;
   for (int p = 0; p < 2; ++p) {
-    fix_in_block<kCountThreads>(histograms + p * kBins, kDigitBits, digit, states[p], true,
-                                states + p);
+    fix_in_block<kCountThreads>(histograms + p * kBins, kDigitBits, digit, states[p], states + p);
   }
 }
 
-// The ends of the bracket. Scores above its upper end are sure to be selected; the others that are
-// at least `low` are candidates.
+// Scores above the bracket are sure to be selected; the others that are at least `low` are
+// candidates.
 struct Bracket {
-  Cut sure, not_below;
+  Cut above, not_below;
   uint32_t low;
   int shift;  // moves the keys of candidates, counted from low, to the top of 32 bits
 
-  __device__ __forceinline__ static Bracket of(const SelectState* states, bool below_all) {
+  // has_lower_end: otherwise every score that is not above is a candidate.
+  __device__ __forceinline__ static Bracket of(const SelectState* states, bool has_lower_end) {
     // A state that stopped early holds a lower bound of its key, which moves an end only a little.
     Bracket b;
-    const bool nothing = states[0].status == SelectStatus::kNothing;
-    const uint32_t high = nothing ? kHighestKey : states[0].key;
-    b.low = below_all ? 0u : states[1].key;
-    b.sure = nothing ? Cut::none() : Cut::above(high);
+    const SelectState& upper = states[kUpperEnd];
+    const bool none_above = upper.status == SelectStatus::kNothing;
+    const uint32_t high = none_above ? kHighestKey : upper.key;
+    b.low = has_lower_end ? states[kLowerEnd].key : 0u;
+    b.above = none_above ? Cut::none() : Cut::above(high);
     b.not_below = Cut::at(b.low);
     b.shift = high > b.low ? __clz(static_cast<int>(high - b.low)) : 0;
     return b;
   }
+
+  __device__ __forceinline__ uint32_t key_of(float score) const {
+    return (order_key(__float_as_uint(score)) - low) << shift;
+  }
 };
 
-constexpr int kHeld = 128;  // candidates that a warp gathers before it reserves places for them
+// The candidates of the whole grid.
+struct Candidates {
+  uint32_t* keys;
+  int64_t* indices;
+  int64_t capacity;
+  unsigned long long* found;  // their number, which may exceed the capacity
 
-__global__ void __launch_bounds__(kThreads, 4)
-    mark_bracket(const float* scores, int64_t n, int64_t tiles, SelectState* states, bool below_all,
-                 uint32_t* bitmap, uint32_t* tile_counts, Control* control,
-                 uint32_t* candidate_keys, int64_t* candidate_indices, int64_t capacity, int64_t k,
-                 int64_t* status) {
-  __shared__ int64_t all_indices[kWarps][kHeld];
-  __shared__ uint32_t all_keys[kWarps][kHeld];
-  const bool aligned = is_aligned(scores);
-  const Bracket bracket = Bracket::of(states, below_all);
-  const int lane = threadIdx.x % 32;
-  int64_t* indices = all_indices[threadIdx.x / 32];
-  uint32_t* keys = all_keys[threadIdx.x / 32];
-  unsigned long long sure = 0;
-  int held = 0;
-  // Moves the gathered candidates to those of the grid. Returns false if these exceed the capacity.
-  const auto hand_over = [&] {
+  __device__ __forceinline__ int64_t count() const {
+    return min(static_cast<int64_t>(*found), capacity);
+  }
+};
+
+// The candidates that a warp gathers in shared memory before it reserves places for them among
+// those of the grid. All lanes of the warp call its functions together, except `store`.
+struct Gathered {
+  static constexpr int kRoom = 128;
+
+  uint32_t* keys;
+  int64_t* indices;
+  int count;
+
+  // Stores this lane's candidate among those of the `lanes`; `added` follows.
+  __device__ __forceinline__ void store(unsigned lanes, uint32_t key, int64_t index) {
+    const int at = count + __popc(lanes & ((1u << threadIdx.x % 32) - 1u));
+    keys[at] = key;
+    indices[at] = index;
+  }
+  __device__ __forceinline__ void added(unsigned lanes) { count += __popc(lanes); }
+
+  __device__ __forceinline__ bool takes_more() const { return count <= kRoom - 32; }
+
+  // Moves all to those of the grid. Returns false if these exceed the capacity.
+  __device__ bool hand_over(const Candidates& to) {
+    const int lane = threadIdx.x % 32;
     __syncwarp();
     unsigned long long base = 0;
-    if (lane == 0) {
-      base = atomicAdd(&control->candidates, static_cast<unsigned long long>(held));
-    }
+    if (lane == 0) base = atomicAdd(to.found, static_cast<unsigned long long>(count));
     base = __shfl_sync(kFullWarp, base, 0);
-    for (int i = lane; i < held; i += 32) {
+#pragma unroll 4
+    for (int i = lane; i < count; i += 32) {
       const auto at = static_cast<int64_t>(base) + i;
-      if (at < capacity) {
-        candidate_keys[at] = keys[i];
-        candidate_indices[at] = indices[i];
+      if (at < to.capacity) {
+        to.keys[at] = keys[i];
+        to.indices[at] = indices[i];
       }
     }
     __syncwarp();
-    const bool room = static_cast<int64_t>(base) + held <= capacity;
-    held = 0;
-    return room;
-  };
-  bool room = true;
-  for (int64_t tile = first_tile(); room && tile < tiles; tile += int64_t{gridDim.x} * kWarps) {
+    const bool fits = static_cast<int64_t>(base) + count <= to.capacity;
+    count = 0;
+    return fits;
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, 4)
+    mark_bracket(const float* scores, int64_t n, int64_t tiles, SelectState* states,
+                 bool has_lower_end, uint32_t* bitmap, uint32_t* tile_counts, Candidates candidates,
+                 Control* control, int64_t k, int64_t* misled) {
+  __shared__ int64_t indices[kWarps][Gathered::kRoom];
+  __shared__ uint32_t keys[kWarps][Gathered::kRoom];
+  const int warp = threadIdx.x / 32;
+  Gathered gathered{keys[warp], indices[warp], 0};
+  const bool aligned = is_aligned(scores);
+  const Bracket bracket = Bracket::of(states, has_lower_end);
+  unsigned long long num_above = 0;
+  bool fits = true;
+  for (int64_t tile = first_tile(); fits && tile < tiles; tile += int64_t{gridDim.x} * kWarps) {
     Tile mine;
     mine.load(scores, tile, n, aligned);
-    const unsigned above = mine.taken(bracket.sure);
+    const unsigned above = mine.taken(bracket.above);
     unsigned inside = mine.taken(bracket.not_below) & ~above;
-    sure += store_tile(above, tile, bitmap, tile_counts);
+    num_above += store_tile(above, tile, bitmap, tile_counts);
     const int64_t first = Tile::first(tile);
-    while (room) {
+    while (fits) {
       const unsigned lanes = __ballot_sync(kFullWarp, inside != 0);
       if (lanes == 0) break;
       if (inside != 0) {
         const int64_t index = first + Tile::place(__ffs(inside) - 1);
         inside &= inside - 1;
-        const int at = held + __popc(lanes & ((1u << lane) - 1u));
-        indices[at] = index;
-        keys[at] = (order_key(__float_as_uint(__ldg(scores + index))) - bracket.low)
-                   << bracket.shift;
+        gathered.store(lanes, bracket.key_of(__ldg(scores + index)), index);
       }
-      held += __popc(lanes);
-      if (held > kHeld - 32) room = hand_over();
+      gathered.added(lanes);
+      if (!gathered.takes_more()) fits = gathered.hand_over(candidates);
     }
   }
-  if (held != 0) hand_over();
-  if (lane == 0 && sure != 0) atomicAdd(&control->sure, sure);
+  if (gathered.count != 0) gathered.hand_over(candidates);
+  if (threadIdx.x % 32 == 0 && num_above != 0) atomicAdd(&control->above, num_above);
   if (!last_block(&control->arrived) || threadIdx.x != 0) return;
-  // How many candidates are still to be taken, or that the bracket failed.
-  const auto certain = static_cast<int64_t>(__ldcg(&control->sure));
-  const auto found = static_cast<int64_t>(__ldcg(&control->candidates));
-  const bool failed = found > capacity || certain > k || certain + found < k;
-  *status = failed;
-  states[2] = SelectState::start(failed ? 0 : static_cast<uint64_t>(k - certain));
+  const auto taken = static_cast<int64_t>(__ldcg(&control->above));
+  const auto found = static_cast<int64_t>(__ldcg(candidates.found));
+  const bool failed = found > candidates.capacity || taken > k || taken + found < k;
+  *misled = failed;
+  states[kAmongCandidates] = SelectState::start(failed ? 0 : static_cast<uint64_t>(k - taken));
 }
 
-// One pass over the candidates, of which there are at most `capacity`; the last block fixes the
-// digit.
+// One pass over the candidates; the last block fixes the digit in *among.
 __global__ void __launch_bounds__(kCountThreads)
-    count_candidates(const uint32_t* keys, const int64_t* indices, Control* control,
-                     int64_t capacity, int index_bits, Digit digit, SelectState* states,
-                     unsigned long long* histogram) {
+    count_candidates(Candidates candidates, int index_bits, Digit digit, SelectState* among,
+                     unsigned long long* histogram, Control* control) {
   __shared__ uint32_t bins[kBins * kCopies];
-  const SelectState state = *states;
+  const SelectState state = *among;
   if (state.status != SelectStatus::kOpen) return;
   clear_bins(bins, kBins * kCopies);
   const unsigned copy = threadIdx.x % kCopies;
-  const int64_t count = min(static_cast<int64_t>(control->candidates), capacity);
+  const int64_t count = candidates.count();
   const int64_t step = int64_t{gridDim.x} * kCountThreads * kPerThread;
   for (int64_t first = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) * kPerThread;
        first < count; first += step) {
     uint32_t key[kPerThread];
 #pragma unroll
-    for (int e = 0; e < kPerThread; ++e) key[e] = first + e < count ? __ldg(keys + first + e) : 0;
+    for (int e = 0; e < kPerThread; ++e)
+      key[e] = first + e < count ? __ldg(candidates.keys + first + e) : 0;
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
       if (first + e >= count) continue;
       uint64_t countdown = 0;
       if (digit.in_countdown) {
         if (key[e] != state.key) continue;
-        countdown = countdown_of(__ldg(indices + first + e), index_bits);
+        countdown = countdown_of(__ldg(candidates.indices + first + e), index_bits);
       }
       const Element element{key[e], countdown};
       if (state.agrees(element, digit)) atomicAdd(bins + digit.of(element) * kCopies + copy, 1u);
@@ -202,23 +233,22 @@ __global__ void __launch_bounds__(kCountThreads)
   }
   flush_bins<kCopies>(bins, histogram);
   if (last_block(&control->arrived)) {
-    fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, true, states);
+    fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, among);
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
-    mark_candidates(const uint32_t* keys, const int64_t* indices, const Control* control,
-                    int64_t capacity, int index_bits, const SelectState* states, uint32_t* bitmap,
-                    uint32_t* tile_counts) {
-  const SelectState state = *states;
+    mark_candidates(Candidates candidates, int index_bits, const SelectState* among,
+                    uint32_t* bitmap, uint32_t* tile_counts) {
+  const SelectState state = *among;
   if (state.status == SelectStatus::kNothing) return;
-  const int64_t count = min(static_cast<int64_t>(control->candidates), capacity);
+  const int64_t count = candidates.count();
   const int64_t step = int64_t{gridDim.x} * kThreads;
 #pragma unroll 4
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += step) {
-    const uint32_t key = __ldg(keys + i);
+    const uint32_t key = __ldg(candidates.keys + i);
     if (key < state.key) continue;
-    const int64_t index = __ldg(indices + i);
+    const int64_t index = __ldg(candidates.indices + i);
     if (!state.takes({key, countdown_of(index, index_bits)})) continue;
     const auto in_tile = static_cast<int>(index % kTile);
     const int lane = in_tile % (32 * kPerThread) / kPerThread;

@@ -12,8 +12,8 @@ namespace {
 static_assert(sizeof(SelectState) == kStateBytes);
 
 struct Control {
-  unsigned long long candidates;  // found, which may exceed the capacity
-  unsigned long long sure;        // above the bracket
+  unsigned long long candidates;  // found inside it, which may exceed the capacity
+  unsigned long long above;       // scores above the bracket
   unsigned arrived;               // blocks of the running launch; see last_block
   unsigned unused[3];
 };

@@ -50,13 +50,13 @@ void start(SelectState* states, int64_t problems, const int64_t* group_k, int64_
          states, problems, group_k, k0);
 }
 
-// `status`: null, or nothing is written if *status is not 0.
+// `misled`: null, or nothing is written if *misled is not 0.
 void write_indices(const SelectionPlan& plan, const Device& device, const Workspace& w, int64_t k,
-                   int64_t* out, const int64_t* status, cudaStream_t stream) {
+                   int64_t* out, const int64_t* misled, cudaStream_t stream) {
   launch("scan_runs", scan_runs, grid_of(plan.runs, kWarps, int64_t{4} * device.multiprocessors),
-         kThreads, 0, stream, w.tile_counts, plan.tiles, plan.runs, w.totals, w.control, status);
+         kThreads, 0, stream, w.tile_counts, plan.tiles, plan.runs, w.totals, w.control, misled);
   launch("expand", expand, grid_of(plan.tiles, kWarps * kExpandTiles, kMaxGridX), kThreads, 0,
-         stream, w.bitmap, plan.tiles, w.tile_counts, w.totals, k, out, status);
+         stream, w.bitmap, plan.tiles, w.tile_counts, w.totals, k, out, misled);
 }
 
 // As many blocks as are resident at once; each warp loops over tiles.
@@ -80,7 +80,7 @@ void plain_topk(const SelectionPlan& plan, const Device& device, const float* sc
 }
 
 void sampled_topk(const SelectionPlan& plan, const Device& device, const float* scores, int64_t n,
-                  int64_t k, int64_t* out, int64_t* status, const Workspace& w,
+                  int64_t k, int64_t* out, int64_t* misled, const Workspace& w,
                   cudaStream_t stream) {
   // The sample lies in the memory of the bitmap: it is no longer needed when the first bit is
   // written.
@@ -96,30 +96,30 @@ void sampled_topk(const SelectionPlan& plan, const Device& device, const float* 
     launch("count_sample", count_sample, sample_grid, kCountThreads, 0, stream, sample, plan.sample,
            digit, w.states, w.histograms, w.control);
   }
+  const Candidates candidates{w.candidate_keys, w.candidate_indices, plan.candidates,
+                              &w.control->candidates};
   launch("mark_bracket", mark_bracket, mark_grid(plan, device), kThreads, 0, stream, scores, n,
-         plan.tiles, w.states, plan.rank_below > plan.sample, w.bitmap, w.tile_counts, w.control,
-         w.candidate_keys, w.candidate_indices, plan.candidates, k, status);
-  SelectState* rest = w.states + 2;
+         plan.tiles, w.states, plan.rank_below <= plan.sample, w.bitmap, w.tile_counts, candidates,
+         w.control, k, misled);
+  SelectState* among = w.states + kAmongCandidates;
   const unsigned grid = grid_of(plan.candidates, kCountThreads * kPerThread, most);
   for (int pass = 0; nth_digit(pass, kDigitBits, plan.index_bits, digit); ++pass) {
-    launch("count_candidates", count_candidates, grid, kCountThreads, 0, stream, w.candidate_keys,
-           w.candidate_indices, w.control, plan.candidates, plan.index_bits, digit, rest,
-           w.histograms);
+    launch("count_candidates", count_candidates, grid, kCountThreads, 0, stream, candidates,
+           plan.index_bits, digit, among, w.histograms, w.control);
   }
   launch("mark_candidates", mark_candidates, grid_of(plan.candidates, kThreads * 4, 4 * most),
-         kThreads, 0, stream, w.candidate_keys, w.candidate_indices, w.control, plan.candidates,
-         plan.index_bits, rest, w.bitmap, w.tile_counts);
-  write_indices(plan, device, w, k, out, status, stream);
+         kThreads, 0, stream, candidates, plan.index_bits, among, w.bitmap, w.tile_counts);
+  write_indices(plan, device, w, k, out, misled, stream);
 }
 
 }  // namespace
 
 void topk(const SelectionPlan& plan, const Device& device, const float* scores, int64_t n,
-          int64_t k, int64_t* out, int64_t* status, void* workspace, cudaStream_t stream) {
+          int64_t k, int64_t* out, int64_t* misled, void* workspace, cudaStream_t stream) {
   const Workspace w(plan, workspace);
   clear(plan, workspace, stream);
   if (plan.sample > 0) {
-    sampled_topk(plan, device, scores, n, k, out, status, w, stream);
+    sampled_topk(plan, device, scores, n, k, out, misled, w, stream);
   } else {
     plain_topk(plan, device, scores, n, k, out, w, stream);
   }

@@ -313,22 +313,22 @@ class CudaBackend(RowKernelsChoice, Backend):
         """Launches the plan that samples the scores, or the plain plan if ``sample_bits`` is 0.
 
         Returns:
-            Its status, [1] int64: 1 if the sample was misleading and the plain plan must run.
+            [1] int64: 1 if the sample misled and the plain plan must run, 0 otherwise.
         """
         n, device = scores.shape[0], scores.device
         size = self._native.topk_workspace(n, k, 0, sample_bits)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        status = torch.empty(1, dtype=torch.int64, device=device)
+        misled = torch.empty(1, dtype=torch.int64, device=device)
         self._native.topk(
             device.index,
             scores.data_ptr(),
             n,
             k,
             sample_bits,
-            *pointers(selected, status, workspace),
+            *pointers(selected, misled, workspace),
             _stream(device),
         )
-        return status
+        return misled
 
     def _workspace(self, logits: Tensor) -> Tensor | None:
         rows, classes = logits.shape
