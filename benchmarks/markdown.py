@@ -199,26 +199,33 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
                 ]
             )
     without_scores = [name for name in peers if _scores_nothing(result, name)]
+    verb = "compute" if len(without_scores) > 1 else "computes"
     lines = [
         "The time of each peer as a multiple of emp_fast's, geometric mean over the cases (lowest "
         f"case in brackets), on {result.hardware}, {result.date}."
-        + (f" No scores, only the loss: {', '.join(without_scores)}." if without_scores else ""),
+        + (f" {_listed(without_scores)} {verb} only the loss." if without_scores else ""),
         table(["", *peers], rows),
     ]
     if len(result.runs) > 1:
         lines += [_measured_when(run) for run in result.runs]
-    for case in result.suite(STEP):
-        overheads = {
-            name: _overhead(value) for name, value in case.facts["overhead_percent"].items()
-        }
+    if steps := result.suite(STEP):
         lines += [
-            f"The whole overhead of pruning on a training step ({case.name}): "
-            f"{overheads['pruner.loss']}; by hand in eager PyTorch {overheads['eager pruning']}."
+            "The whole overhead of pruning on a training step, with the 20 and 80 percentiles over "
+            "the rounds:",
+            table(
+                ["training step", "pruner.loss", "by hand in eager PyTorch"],
+                [[case.name, *_overheads(case)] for case in steps],
+            ),
         ]
     if picture is not None:
         lines.append(f"![Time of the peers relative to emp_fast]({picture})")
     lines.append(f"Every case, the machine, versions and method: [{report}]({report}).")
     return "\n\n".join(lines)
+
+
+def _overheads(case: Case) -> list[str]:
+    of = case.facts["overhead_percent"]
+    return [_overhead(of["pruner.loss"]), _overhead(of["eager pruning"])]
 
 
 def _measured_when(run: Run) -> str:
