@@ -223,7 +223,7 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
     return "\n\n".join(lines)
 
 
-def _overheads(case: Case) -> list[str]:
+def _overheads(case: CaseResult) -> list[str]:
     of = case.facts["overhead_percent"]
     return [_overhead(of["pruner.loss"]), _overhead(of["eager pruning"])]
 

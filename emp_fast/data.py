@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class IndexedDataset(Dataset[Any]):
 def with_indices(dataset: Any) -> IndexedDataset:
     """Makes a map-style dataset yield ``(sample, index)``; the samples stay as they are.
 
-    A mapping sample stays a mapping and gets the key "sample_index". The index is the position
+    A mapping sample is copied and gets the key "sample_index". The index is the position
     in ``dataset``. To train on a subset, such as one from ``random_split``, wrap the subset, not
     the full data set.
 
@@ -135,4 +136,8 @@ def _indexed(sample: Any, index: int) -> Any:
         raise ValueError(
             f"sample {index} already has the key {SAMPLE_INDEX!r}, got {sample[SAMPLE_INDEX]!r}"
         )
-    return {**sample, SAMPLE_INDEX: index}
+    if type(sample) is dict or not isinstance(sample, MutableMapping):
+        return {**sample, SAMPLE_INDEX: index}
+    copied = copy.copy(sample)  # of the sample's own type, such as a BatchEncoding
+    copied[SAMPLE_INDEX] = index
+    return copied

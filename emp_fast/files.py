@@ -74,19 +74,20 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The named columns of a .parquet file.
 
     Raises:
-        FileProblem: the file cannot be read, is damaged, or lacks a column; or a column has nulls.
+        FileProblem: the file cannot be read, is damaged, or lacks a column; or a column has nulls,
+            other than one of floats, where they are NaN: pandas writes NaN as null.
     """
     names = column_names(path)
     for column in columns:
         if column not in names:
             told = ", ".join(map(repr, names)) or "no columns"
             raise FileProblem(f"{path} has no column {column!r}; it has {told}")
-    parquet = _parquet()
+    parquet, types = _parquet(), import_module("pyarrow.types")
     table = _reading(path, lambda: parquet.read_table(path, columns=list(columns)))
     read: dict[str, NDArray[Any]] = {}
     for column in columns:
         chunks = table.column(column)
-        if chunks.null_count:
+        if chunks.null_count and not types.is_floating(chunks.type):
             raise FileProblem(f"column {column!r} of {path} holds {chunks.null_count:,} nulls")
         read[column] = chunks.to_numpy()
     return read

@@ -30,7 +30,8 @@ def select_in_batch(
     forward pass without gradients and run the model on ``x[hard]``.
 
     A sample without a score, because its stats are not finite or it has no valid position, comes
-    last. Ties go to the first sample. Nothing waits for the device. On several ranks, each selects
+    last. Ties go to the first sample. Nothing waits for the device, except that Triton's selection
+    does. On several ranks, each selects
     from its own batch: if k is the same everywhere, DDP's mean of the gradients is the mean over
     all selected samples.
 

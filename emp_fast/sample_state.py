@@ -234,7 +234,9 @@ class SampleState:
             read["correct"] = read["correct"].float().masked_fill(undefined, torch.nan)
         count = given.get("count")
         if count is not None:
-            count = self._checked_stat("count", given, samples).to(torch.int32)
+            count = self._checked_stat("count", given, samples)
+            if count.dtype != torch.int32:  # as in checked_indices
+                count = count.to(torch.int32)
         device = next(iter(read.values())).device if read else indices.device
         if self._follows and device != self.device:
             self.move(device)
@@ -262,7 +264,9 @@ class SampleState:
                 f"stats[{name!r}] must have shape [{samples}], one value for each sample, such as "
                 f"the mean over its positions; got {tuple(value.shape)}"
             )
-        return value.detach().contiguous()
+        if value.requires_grad:
+            value = value.detach()
+        return value.contiguous()
 
     # ---- the whole state ------------------------------------------------------------------------
 

@@ -994,21 +994,43 @@ def test_update_of_very_many_rows(emulated: EmulatedBackend) -> None:
 # ---- selection and random bits ------------------------------------------------------------------
 
 
+@pytest.fixture(params=["few", "plain"])
+def selecting(request: Any, emulated: EmulatedBackend, module: Any) -> EmulatedBackend:
+    """Few scores, by the kernel for them or by the plain plan."""
+    return emulated if request.param == "few" else EmulatedBackend(module, FEW_SCORES=0)
+
+
 @pytest.mark.parametrize("distribution", test_selection.DISTRIBUTIONS)
-@pytest.mark.parametrize("n", [1, 65, 4097, 9001])
-def test_topk_is_the_stable_sort(distribution: str, n: int, emulated: EmulatedBackend) -> None:
-    emulated.seed, emulated.poison = n % 4, (0xFF, 0x00)[n % 2]
+@pytest.mark.parametrize("n", [1, 65, 4096, 4097, 9001])
+def test_topk_is_the_stable_sort(distribution: str, n: int, selecting: EmulatedBackend) -> None:
+    selecting.seed, selecting.poison = n % 4, (0xFF, 0x00)[n % 2]
     scores = test_selection.make(distribution, n)
     highs = int((scores > 1).sum())
     for k in sorted({0, 1, n // 3, highs, n - 1, n} & set(range(n + 1))):
-        got = emulated.topk_indices(torch.from_numpy(scores), k)
+        got = selecting.topk_indices(torch.from_numpy(scores), k)
         np.testing.assert_array_equal(got.numpy(), test_selection.oracle(scores, k), f"{k=}")
 
 
-def test_topk_of_unaligned_scores(emulated: EmulatedBackend) -> None:
-    scores = torch.from_numpy(test_selection.make("normal", 5002))[1:]
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_topk_of_unaligned_scores(start: int, selecting: EmulatedBackend) -> None:
+    scores = torch.from_numpy(test_selection.make("normal", 5002))[start:]
     wanted = test_selection.oracle(scores.numpy(), 1700)
-    np.testing.assert_array_equal(emulated.topk_indices(scores, 1700).numpy(), wanted)
+    np.testing.assert_array_equal(selecting.topk_indices(scores, 1700).numpy(), wanted)
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_one_launch_selects_among_few_scores(
+    beyond: int, emulated: EmulatedBackend, module: Any
+) -> None:
+    few = module.cuda.FEW_SCORES
+    scores = test_selection.make("heavy boundary", few + beyond)
+    if beyond <= 0:
+        module.emulator.fail_launches("count_scores")  # of the plain plan
+    try:
+        got = emulated.topk_indices(torch.from_numpy(scores), few // 2)
+    finally:
+        module.emulator.fail_launches("")
+    np.testing.assert_array_equal(got.numpy(), test_selection.oracle(scores, few // 2))
 
 
 #: A sample of 4096 in place of a million brings the sampled plan down to sizes for here.

@@ -1,4 +1,6 @@
 import multiprocessing
+from collections import OrderedDict
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -55,6 +57,16 @@ def test_mapping_samples_get_a_key_and_stay_mappings():
     batch = next(iter(DataLoader(dataset, batch_size=4)))
     assert batch["sample_index"].tolist() == [0, 1, 2, 3]
     assert "sample_index" not in Mappings()[3]
+
+
+def test_mapping_samples_keep_their_type():
+    ordered = OrderedDict(y=1, x=2)
+    indexed = with_indices([ordered])[0]
+    assert type(indexed) is OrderedDict
+    assert list(indexed.items()) == [("y", 1), ("x", 2), ("sample_index", 0)]
+    assert "sample_index" not in ordered
+    frozen = with_indices([MappingProxyType({"x": 2})])[0]
+    assert frozen == {"x": 2, "sample_index": 0}
 
 
 def test_a_mapping_that_has_the_key_already_is_refused():

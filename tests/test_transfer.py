@@ -14,6 +14,8 @@ from emp_fast._transfer import to_device
 class Recorder:
     """A tensor that records how it is moved."""
 
+    device = None  # another than every other
+
     def to(self, device: torch.device, *, non_blocking: bool) -> tuple[str, bool]:
         return device.type, non_blocking
 

@@ -314,6 +314,9 @@ void bind(py::module_& m) {
          pointer<const float>(scores), n, k, pointer<int64_t>(out), pointer<int64_t>(misled),
          pointer<void>(workspace), stream_of(stream));
   });
+  cuda.def("topk_of_few", [](Address scores, int64_t n, int64_t k, Address out, Address stream) {
+    topk_of_few(pointer<const float>(scores), n, k, pointer<int64_t>(out), stream_of(stream));
+  });
   cuda.def("grouped_topk",
            [](int device, Address scores, Address groups, Address group_k, int64_t num_groups,
               int64_t n, int64_t k, Address out, Address workspace, Address stream) {
@@ -325,6 +328,7 @@ void bind(py::module_& m) {
 
   cuda.attr("MAX_CLASSES") = kMaxClasses;
   cuda.attr("MAX_GROUPS") = kMaxGroups;
+  cuda.attr("FEW_SCORES") = kFewScores;
   cuda.attr("SAMPLED_FROM") = kSampledFrom;
   cuda.attr("SAMPLE_BITS") = kSampleBits;
   cuda.attr("SPLIT_BYTES") = kSplitBytes;

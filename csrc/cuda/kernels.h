@@ -62,6 +62,8 @@ void philox(int32_t* out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t str
 // plan must run.
 void topk(const SelectionPlan&, const Device&, const float* scores, int64_t n, int64_t k,
           int64_t* out, int64_t* misled, void* workspace, cudaStream_t);
+// The same for n <= kFewScores, without a workspace.
+void topk_of_few(const float* scores, int64_t n, int64_t k, int64_t* out, cudaStream_t);
 void grouped_topk(const SelectionPlan&, const Device&, const float* scores, const int64_t* groups,
                   const int64_t* group_k, int64_t n, int64_t k, int64_t* out, void* workspace,
                   cudaStream_t);

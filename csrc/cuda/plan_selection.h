@@ -14,6 +14,7 @@ constexpr int kRunTiles = 64;       // tiles that share a prefix sum
 constexpr int kDigitBits = 11;      // 2048 bins
 constexpr int kGroupDigitBits = 8;  // one histogram per group, 2 KiB each
 constexpr int64_t kMaxGroups = 65536;
+constexpr int64_t kFewScores = int64_t{1} << 14;    // up to here one block selects, without a plan
 constexpr int64_t kSampledFrom = int64_t{1} << 24;  // scores: from here on one read beats four
 constexpr int kSampleBits = 18;           // 262 144 scores: the bracket holds 0.8 % of all
 constexpr double kBracketSigmas = 4.25;   // half the bracket, in sigmas of the rank in the sample

@@ -1,6 +1,8 @@
 // The indices of the k highest scores in ascending order, exactly. radix_select.h finds the k-th
 // element.
 //
+// Few scores: one block does it all in one launch.
+//
 // Plain: three reads of the scores fix the key. If scores tie at the threshold, up to four more fix
 // the index. One more read marks a bitmap. In all 16 N + 8 k bytes.
 //
@@ -15,10 +17,10 @@
 // Each warp marks and expands tiles of kTile scores by itself. Where a sum over the grid is needed,
 // the last block to arrive continues with it, which saves a launch.
 //
-// Here is the host's side: which kernels run, in which order. The kernels of each plan are in
-// select_plain.cuh, select_sampled.cuh and select_grouped.cuh, the expansion, which all plans
-// share, in select_expand.cuh. Below them lie select_tile.cuh (reading scores and marking them) and
-// select_digit.cuh (fixing a digit).
+// Here is the host's side: which kernels run, in which order. The kernel for few scores is in
+// select_few.cuh. The kernels of each plan are in select_plain.cuh, select_sampled.cuh and
+// select_grouped.cuh, the expansion, which all plans share, in select_expand.cuh. Below them lie
+// select_tile.cuh (reading scores and marking them) and select_digit.cuh (fixing a digit).
 #include <algorithm>
 #include <cstdint>
 
@@ -26,6 +28,7 @@
 #include "cuda/radix_select.h"
 #include "cuda/select_digit.cuh"
 #include "cuda/select_expand.cuh"
+#include "cuda/select_few.cuh"
 #include "cuda/select_grouped.cuh"
 #include "cuda/select_plain.cuh"
 #include "cuda/select_sampled.cuh"
@@ -113,6 +116,12 @@ void sampled_topk(const SelectionPlan& plan, const Device& device, const float* 
 }
 
 }  // namespace
+
+void topk_of_few(const float* scores, int64_t n, int64_t k, int64_t* out, cudaStream_t stream) {
+  launch("select_few",
+         n <= kPerThread * kFewThreads ? select_few<kPerThread> : select_few<kMostEach>, 1,
+         kFewThreads, 0, stream, scores, static_cast<int>(n), k, out);
+}
 
 void topk(const SelectionPlan& plan, const Device& device, const float* scores, int64_t n,
           int64_t k, int64_t* out, int64_t* misled, void* workspace, cudaStream_t stream) {

@@ -253,7 +253,11 @@ class CudaBackend(RowKernelsChoice, Backend):
             )
 
     def topk_indices(self, scores: Tensor, k: int) -> Tensor:
-        """Four reads of the scores, more for ties; one if they are many, which the host checks."""
+        """Few scores take one launch, and of many a sample tells where the k-th lies.
+
+        One read of the scores is then enough; the host checks that the sample was right. Otherwise
+        there are four reads, more for ties.
+        """
         n, device = scores.shape[0], scores.device
         if k == n:
             return torch.arange(n, device=device)
@@ -261,6 +265,11 @@ class CudaBackend(RowKernelsChoice, Backend):
         if k == 0:
             return selected
         with on_device(device):
+            if n <= self._native.FEW_SCORES:
+                self._native.topk_of_few(
+                    scores.data_ptr(), n, k, selected.data_ptr(), _stream(device)
+                )
+                return selected
             # The check reads a number back, which is not possible during a capture.
             many = n >= self._native.SAMPLED_FROM
             sampled = many and not is_capturing(device)

@@ -104,6 +104,13 @@ EXPECTED = (
         1,
         loops=1,
     ),
+    Expected(
+        r"^select_few\b",
+        r"__ldg\(reinterpret_cast<const uint4\*>\(scores",
+        128,
+        "scores move by 16 bytes, once",
+        1,
+    ),
     Expected("", r"if \(first \+ [0-3] < n\)", 32, "the last scores, and those of a slice"),
     Expected("", r"^s\.scores\[sample\] = ", 32, "one sample's state"),
     Expected(
