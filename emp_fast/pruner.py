@@ -28,7 +28,6 @@ from emp_fast.store import ScoreStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 __all__ = ["Pruner"]
 
@@ -390,11 +389,11 @@ class Pruner:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from emp_fast.plots import selection_figure
+        from emp_fast.plots import loss_and_entropy, selection_figure
 
         store, plan = self.store, self.progress.plan
         epoch = self.epoch if plan is None else plan.epoch  # that of the selection
-        loss, entropy = _loss_and_entropy(store)
+        loss, entropy = loss_and_entropy(store)
         labels = self.progress.labels
         return selection_figure(
             store.scores.cpu().numpy(),
@@ -471,24 +470,6 @@ class Pruner:
 
     def __repr__(self) -> str:
         return f"Pruner({self.progress.settings()})"
-
-
-def _loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
-    """[N] last losses and accumulated entropies, if the score is a weighted sum of the two.
-
-    NaN where never visited; None for other rules.
-    """
-    recurrence = store.rule.recurrence()
-    if (
-        recurrence is None
-        or (recurrence.kind, recurrence.signal, recurrence.direct) != ("ema", "entropy", "loss")
-        or recurrence.direct_scale == 0
-    ):
-        return None, None
-    visited = store.visits > 0
-    entropy = torch.where(visited, store.memory, torch.nan)
-    loss = (store.scores - recurrence.memory_scale * entropy) / recurrence.direct_scale
-    return loss.cpu().numpy(), entropy.cpu().numpy()
 
 
 def _indices_of_rows(indices: Tensor, loss: Tensor) -> Tensor:
