@@ -171,7 +171,7 @@ class Progress:
         self._previous_untouched_plan: Plan | None = None
         #: The last epoch that was yielded to its end although nothing of it was trained on.
         self._skipped_epoch: int | None = None
-        self._told_skipped = self._told_wrong = False
+        self._warned_skipped = self._warned_wrong = False
         self._visits_before = 0  # of all samples, when the epoch in progress began
 
     # ---- where the run stands -------------------------------------------------------------------
@@ -339,9 +339,9 @@ class Progress:
         A loop that scores nothing at all is left alone: it has no other way to begin its epochs.
         """
         skipped = self._skipped_epoch
-        if skipped is None or self._told_skipped or not self._has_trained():
+        if skipped is None or self._warned_skipped or not self._has_trained():
             return
-        self._told_skipped, self._skipped_epoch = True, None
+        self._warned_skipped, self._skipped_epoch = True, None
         warn(
             f"nothing of epoch {skipped} was scored, but a loader had fetched all of it when the "
             "next iteration began. If that was a look at the data or an evaluation, it has cost an "
@@ -357,12 +357,12 @@ class Progress:
             plan: of an epoch whose rows have all been given.
             visits: how many visits its rows were.
         """
-        if self._told_wrong:
+        if self._warned_wrong:
             return
         counts = self.store.visits
         scored = int((counts[to_device(plan.selection.indices, counts.device)] > 0).sum())
         if 2 * scored < len(plan) and scored < visits:
-            self._told_wrong = True
+            self._warned_wrong = True
             warn(
                 f"epoch {plan.epoch} made {visits} visits, but of its {len(plan)} samples only "
                 f"{scored} have ever been visited: the indices given to the pruner must be those "

@@ -19,7 +19,7 @@ from emp_fast.policies import Policy, TopK, require_policy
 from emp_fast.progress import Progress, SavedProgress
 from emp_fast.quotas import Balance, require_balance
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import by_name, checked_indices
+from emp_fast.sample_state import checked_indices, stats_by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
@@ -115,7 +115,7 @@ class Pruner:
             process_group=process_group,
         )
         self.sampler = EpochSampler(self.progress)
-        self._told_unused = False
+        self._warned_unused = False
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class Pruner:
             IndexError: likewise.
         """
         if offsets is None and not extra:
-            row_scale = self.weights(indices) if self._weighs() else None
+            row_scale = self.weights(indices) if self._has_weights() else None
             mean = self.store.try_mean_step(
                 logits, target, weight, ignore_index, label_smoothing, softcap, row_scale, indices
             )
@@ -191,7 +191,7 @@ class Pruner:
         indices = _indices_of_rows(indices, stats.loss)
         counted = stats.count.clamp_max(1).sum().clamp_min(1)
         loss = stats.loss
-        if self._weighs():
+        if self._has_weights():
             loss = loss * self.weights(indices).to(loss.device)
         return loss.sum() / counted
 
@@ -221,7 +221,7 @@ class Pruner:
         """
         indices = checked_indices(indices)
         if stats is not None and loss is None:
-            given = by_name(stats)
+            given = stats_by_name(stats)
         elif stats is None and loss is not None:
             given = {"loss": _one_each("loss", loss, indices)}
             if memory is None and "entropy" in self.store.rule.reads and "entropy" not in extra:
@@ -230,8 +230,8 @@ class Pruner:
                     "term, emp_fast.rules.Loss() would not"
                 )
         else:
-            told = "neither" if stats is None else "both"
-            raise ValueError(f"either stats or loss must be given, got {told}")
+            got = "neither" if stats is None else "both"
+            raise ValueError(f"either stats or loss must be given, got {got}")
         if memory is not None:
             if "entropy" in extra:
                 raise ValueError("memory and entropy are the same term, got both")
@@ -259,7 +259,7 @@ class Pruner:
             require_index_range(indices, num_samples)
         return weights[to_device(indices, self.store.device)]
 
-    def _weighs(self) -> bool:
+    def _has_weights(self) -> bool:
         """Whether any sample of this epoch has a weight other than 1."""
         plan = self.progress.plan
         return plan is not None and plan.weights is not None
@@ -460,9 +460,9 @@ class Pruner:
         used without a sampler.
         """
         store = self.store
-        if self._told_unused or self.progress.is_used or store.rows_seen <= 2 * store.num_samples:
+        if self._warned_unused or self.progress.is_used or store.rows_seen <= 2 * store.num_samples:
             return
-        self._told_unused = True
+        self._warned_unused = True
         warn(
             f"{store.rows_seen} rows of {store.num_samples} samples were scored and the pruner has "
             "selected none of them: give the loader sampler=pruner.sampler"

@@ -26,9 +26,9 @@ from emp_fast.snapshot_checks import Form
 
 __all__ = [
     "SampleState",
-    "by_name",
     "checked_indices",
     "checked_store_arguments",
+    "stats_by_name",
 ]
 
 
@@ -218,7 +218,7 @@ class SampleState:
         extra: Mapping[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Indices, the stats that the rule reads, and the counts, all on the state's device."""
-        given = {**by_name(stats), **extra}
+        given = {**stats_by_name(stats), **extra}
         unread = set(extra) - {*self.rule.reads, "count"}
         if unread:
             raise TypeError(
@@ -333,7 +333,7 @@ def checked_indices(indices: Tensor) -> Tensor:
     return indices.contiguous()
 
 
-def by_name(stats: SampleStats | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def stats_by_name(stats: SampleStats | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The stats of a batch by name.
 
     Raises:

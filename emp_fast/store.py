@@ -64,7 +64,7 @@ class ScoreStore:
         self._samples = SampleState(self.num_samples, rule, device)
         self._rows = RowCount()
         self.replicas = Replicas(self._samples, self._rows)
-        self._warned = 0
+        self._reported_nonfinite = 0
         self._loads = 0
 
     # ---- reading --------------------------------------------------------------------------------
@@ -217,12 +217,13 @@ class ScoreStore:
                 f"indices must lie in [0, {self.num_samples}): {out_of_range} rows of earlier "
                 "updates did not and were refused"
             )
-        if nonfinite > self._warned:
+        if nonfinite > self._reported_nonfinite:
+            new = nonfinite - self._reported_nonfinite
             warn(
-                f"{nonfinite - self._warned} non-finite stats were refused since the last "
-                "selection; their samples keep their last score"
+                f"{new} non-finite stats were refused since the last selection; their samples keep "
+                "their last score"
             )
-            self._warned = nonfinite
+            self._reported_nonfinite = nonfinite
 
     # ---- distributed ----------------------------------------------------------------------------
 
@@ -279,7 +280,7 @@ class ScoreStore:
             tensor.copy_(saved[name])
         self._rows.total = rows_seen
         self._loads += 1
-        self._warned = self.num_nonfinite
+        self._reported_nonfinite = self.num_nonfinite
         self.replicas.restore(unmerged)
 
     def check_state_dict(self, state: Mapping[str, Any], where: str = "state") -> None:
