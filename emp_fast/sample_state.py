@@ -18,6 +18,7 @@ from emp_fast._validation import (
     checked_integers,
     require_tensor,
 )
+from emp_fast._warnings import warn
 from emp_fast.backends.base import FLOAT_STATS, MOST_VISITS, NONFINITE, State
 from emp_fast.backends.winners import Winners
 from emp_fast.rows import SampleStats, checked_rows
@@ -29,6 +30,7 @@ __all__ = [
     "checked_indices",
     "checked_store_arguments",
     "stats_by_name",
+    "warn_of_nonfinite",
 ]
 
 
@@ -356,6 +358,19 @@ def checked_store_arguments(num_samples: int, rule: Rule) -> int:
     num_samples = checked_at_least("num_samples", num_samples, 1)
     require_rule(rule)
     return num_samples
+
+
+def warn_of_nonfinite(rows: int, where: str = "") -> None:
+    """Warns of rows with non-finite stats, which both stores do when they select.
+
+    Args:
+        rows: how many were refused since the last selection.
+        where: the ranks that they were given on, if not only this one, and a space.
+    """
+    warn(
+        f"{rows} rows with non-finite stats were refused {where}since the last selection; their "
+        "samples keep their last score"
+    )
 
 
 def _checked_buffers(rule: Rule, num_samples: int, device: torch.device) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast._warnings import warn
 from emp_fast.backends.base import NONFINITE, OUT_OF_RANGE
 from emp_fast.candidates import Candidates, groups_of
 from emp_fast.distributed.ranks import ProcessGroup, require_group
@@ -18,7 +17,7 @@ from emp_fast.policies import Policy, TopK, choose
 from emp_fast.quotas import Balance
 from emp_fast.row_count import RowCount
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import SampleState, checked_store_arguments
+from emp_fast.sample_state import SampleState, checked_store_arguments, warn_of_nonfinite
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels, checked_selection
 from emp_fast.snapshot_checks import (
@@ -218,11 +217,7 @@ class ScoreStore:
                 "updates did not and were refused"
             )
         if nonfinite > self._reported_nonfinite:
-            new = nonfinite - self._reported_nonfinite
-            warn(
-                f"{new} non-finite stats were refused since the last selection; their samples keep "
-                "their last score"
-            )
+            warn_of_nonfinite(nonfinite - self._reported_nonfinite)
             self._reported_nonfinite = nonfinite
 
     # ---- distributed ----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from emp_fast._validation import checked_integers
-from emp_fast._warnings import warn
 from emp_fast.backends.base import NONFINITE
 from emp_fast.backends.checks import require_index_range
 from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
@@ -28,7 +27,12 @@ from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK, choose
 from emp_fast.quotas import Balance
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import SampleState, checked_indices, checked_store_arguments
+from emp_fast.sample_state import (
+    SampleState,
+    checked_indices,
+    checked_store_arguments,
+    warn_of_nonfinite,
+)
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_selection
 from emp_fast.snapshot_checks import checked_count, checked_tensors, require_entries, store_facts
@@ -289,10 +293,7 @@ class ShardedScoreStore:
         new = int(ranks.all_reduce(torch.tensor(refused - self._reported_nonfinite, device="cpu")))
         self._reported_nonfinite = refused
         if new:
-            warn(
-                f"{new} non-finite stats were refused on all ranks since the last selection; their "
-                "samples keep their last score"
-            )
+            warn_of_nonfinite(new, "on all ranks ")
 
     def merge(self, process_group: ProcessGroup | None = None) -> None:
         """Does nothing: each sample's state lives on one rank, and `update` sends its rows there.
