@@ -77,6 +77,9 @@ class Pruner:
         TypeError: an argument has the wrong type.
     """
 
+    # No other attributes: ``pruner.prune_rate = 0.9`` would replace the method and change nothing.
+    __slots__ = ("__weakref__", "_warned_unused", "progress", "sampler", "schedule", "store")
+
     def __init__(
         self,
         num_samples: int,

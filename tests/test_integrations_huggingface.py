@@ -156,10 +156,10 @@ def test_the_score_of_a_classified_sequence(tmp_path):
     torch.testing.assert_close(pruner.store.scores, cross_entropy(logits, labels, reduction="none"))
 
 
-def test_policy_weights_scale_the_samples_losses(tmp_path):
+def test_policy_weights_scale_the_samples_losses(tmp_path, monkeypatch):
     trainer = trainer_of(CLASSES, tmp_path, Pruner(N, 0.0))
     weights = torch.linspace(0.5, 2, N)
-    trainer.pruner.weights = lambda indices: weights[indices]
+    monkeypatch.setattr(Pruner, "weights", lambda self, indices: weights[indices])
     model = trainer.model.train()
     batch = tiny_models.pad(tiny_models.labelled_set(N))
     loss = trainer.compute_loss(model, {**batch, "sample_index": torch.arange(N)})

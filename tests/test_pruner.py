@@ -99,6 +99,13 @@ def test_extra_stats_reach_the_rule():
     assert pruner.store.visits[[5, 6]].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("name", ["prune_rate", "policy", "epoch", "budget"])
+def test_what_cannot_be_set_is_refused(name):
+    """Otherwise it would silently have no effect."""
+    with pytest.raises(AttributeError, match=name):
+        setattr(Pruner(N), name, 0.9)
+
+
 def test_a_misspelt_option_is_not_taken_for_a_stat():
     pruner = Pruner(N)
     logits = torch.randn(2, 3, requires_grad=True)
