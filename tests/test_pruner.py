@@ -93,10 +93,12 @@ def test_options_reach_the_loss():
 
 def test_extra_stats_reach_the_rule():
     pruner = Pruner(N, rule=GraNd())
-    pruner.loss(
-        torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([5, 6]), hidden=torch.randn(2, 4)
-    )
-    assert pruner.store.visits[[5, 6]].tolist() == [1, 1]
+    logits, target, indices = torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([5, 6])
+    hidden = torch.randn(2, 4)
+    pruner.loss(logits, target, indices, hidden=hidden)
+    wanted = cross_entropy(logits, target).el2n * (1 + hidden.square().sum(1)).sqrt()
+    torch.testing.assert_close(pruner.store.scores[indices], wanted)
+    assert pruner.store.visits[indices].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["prune_rate", "policy", "epoch", "budget"])
@@ -181,13 +183,12 @@ def test_the_length_is_right_where_the_loader_keeps_its_iterator(batch_size):
     pruner = Pruner(48, lambda epoch: [0.0, 0.5, 0.75][epoch], rule=Loss())
     for epoch in range(3):
         assert len(pruner.sampler) == (48, 24, 12)[epoch]
-        iterator = iter(pruner.sampler)
+        iterator = iter(pruner.sampler)  # kept alive until the next epoch's takes its place
         batches = iter(BatchSampler(iterator, batch_size, drop_last=False))
         for batch in batches:
             assert len(pruner.sampler) == (48, 24, 12)[epoch]
             pruner.update(torch.tensor(batch), loss=torch.ones(len(batch)))
             assert len(pruner.sampler) == (48, 24, 12)[epoch]
-    assert iterator is not None
 
 
 def test_the_length_after_a_break_is_that_of_the_next_epoch():
