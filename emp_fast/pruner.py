@@ -15,12 +15,14 @@ from emp_fast._warnings import warn
 from emp_fast.backends.checks import require_index_range
 from emp_fast.distributed.ranks import ProcessGroup, require_group
 from emp_fast.functional import SampleStats
+from emp_fast.planner import Planner
 from emp_fast.policies import Policy, TopK, require_policy
-from emp_fast.progress import Progress, SavedProgress
+from emp_fast.progress import Progress
 from emp_fast.quotas import Balance, require_balance
 from emp_fast.rules import EMP, Rule
 from emp_fast.sample_state import checked_indices, stats_by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
+from emp_fast.saved_progress import SavedProgress
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
 from emp_fast.snapshot_checks import require_entries, require_state
@@ -109,7 +111,7 @@ class Pruner:
             full_epochs_first=full_epochs_first,
             full_epochs_last=full_epochs_last,
         )
-        self.progress = Progress(
+        planner = Planner(
             self.store,
             self.schedule,
             seed=seed,
@@ -117,6 +119,7 @@ class Pruner:
             balance=balance,
             process_group=process_group,
         )
+        self.progress = Progress(planner)
         self.sampler = EpochSampler(self.progress)
         self._warned_unused = False
 
@@ -162,7 +165,7 @@ class Pruner:
                 logits, target, weight, ignore_index, label_smoothing, softcap, row_scale, indices
             )
             if mean is not None:
-                self.progress.count(logits.shape[0])
+                self.progress.record_trained(logits.shape[0])
                 return mean
         stats = functional.cross_entropy(
             logits,
@@ -175,7 +178,7 @@ class Pruner:
         )
         indices = _indices_of_rows(indices, stats.loss)
         self.store.update(indices, stats, **extra)
-        self.progress.count(indices.shape[0])
+        self.progress.record_trained(indices.shape[0])
         return self.mean_loss(indices, stats)
 
     def mean_loss(self, indices: Tensor, stats: SampleStats) -> Tensor:
@@ -240,7 +243,7 @@ class Pruner:
                 raise ValueError("memory and entropy are the same term, got both")
             given = {**given, "entropy": _one_each("memory", memory, indices)}
         self.store.update(indices, given, **extra)
-        self.progress.count(indices.shape[0])
+        self.progress.record_trained(indices.shape[0])
 
     def weights(self, indices: Tensor) -> Tensor:
         """[S] float32 loss weights that the policy gives these samples in this epoch; usually 1.
@@ -277,12 +280,12 @@ class Pruner:
     @property
     def seed(self) -> int:
         """Keys selection and order."""
-        return self.progress.seed
+        return self.progress.planner.seed
 
     @property
     def process_group(self) -> ProcessGroup | None:
         """The ranks that train together; None is the default group."""
-        return self.progress.process_group
+        return self.progress.planner.process_group
 
     @property
     def epoch(self) -> int:
@@ -339,7 +342,7 @@ class Pruner:
             ValueError: the ranks disagree about N, the rule, the epoch or the pruner's arguments.
             RuntimeError: a rank died or did not take part within the group's time-out.
         """
-        self.progress.merge()
+        self.progress.planner.merge(self.epoch)
 
     # ---- inspection -----------------------------------------------------------------------------
 
@@ -397,7 +400,7 @@ class Pruner:
         store, plan = self.store, self.progress.plan
         epoch = self.epoch if plan is None else plan.epoch  # that of the selection
         loss, entropy = loss_and_entropy(store)
-        labels = self.progress.labels
+        labels = self.progress.planner.labels
         return selection_figure(
             store.scores.cpu().numpy(),
             store.visits.cpu().numpy(),
@@ -449,7 +452,7 @@ class Pruner:
         require_state(state)
         wanted = {"format": _FORMAT, "seed": self.seed, "policy": repr(self.policy)}
         require_entries("state", state, wanted)
-        saved = self.progress.checked_state(state)
+        saved = SavedProgress.checked(state, self.store.num_samples)
         store = state.get("store")
         if not isinstance(store, Mapping):
             raise ValueError(f"state['store'] must be a mapping, got {store!r}")
