@@ -227,8 +227,8 @@ def refused_rows_are_told_once_on_every_rank(rank: int, size: int, group: Any) -
         store.select(5)
         store.select(5)
     assert len(caught) == 1
-    told = f"{size} rows with non-finite stats were refused on all ranks since the last selection"
-    assert str(caught[0].message).startswith(told)
+    begins = f"{size} rows with non-finite stats were refused on all ranks since the last selection"
+    assert str(caught[0].message).startswith(begins)
     assert caught[0].filename == __file__
 
 
