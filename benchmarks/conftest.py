@@ -7,7 +7,7 @@ each round runs every contender. Its hooks then replace the contest by a row for
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -39,7 +39,7 @@ _LINEAR_SHAPES = {"cpu": ((256, 128, 32000), (2048, 128, 32000)), "cuda": ((8192
 _QUICK_LINEAR = ((16, 8, 100),)
 _UPDATE_ROWS = (128, 1024, 16384)
 
-Race = Callable[..., Contest]
+Race = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -131,17 +131,21 @@ def race(
     copy_rate: float,
     quick: bool,
 ) -> Race:
-    """Checks the contenders of a case, times them, and records those that passed the check."""
+    """Checks the contenders of a case, times them, and records those that passed the check.
+
+    What ``findings`` makes of the times is recorded with the facts of the case.
+    """
 
     def run(
         case: BenchmarkCase,
         contenders: Sequence[Contender],
         *,
+        findings: Callable[[Contest], Mapping[str, Any]] | None = None,
         clock: Clock = clock,
         memory: bool = False,
         burst_seconds: float = 1e-3,
         patience: float = 1.0,
-    ) -> Contest:
+    ) -> None:
         contest = Contest(case, contenders, clock, burst_seconds=burst_seconds)
         contest.check()
         peaks = _peaks(contest, device) if memory else {}
@@ -153,13 +157,14 @@ def race(
             suite=case.suite,
             case=case.name,
             floor_bytes=case.floor_bytes,
-            facts=case.facts,
+            facts=dict(case.facts),
             contenders=[
                 _record(standing, case, copy_rate, peaks.get(standing.contender.name))
                 for standing in contest.standings
             ],
         )
-        return contest
+        if findings is not None:  # last: should it fail, the times are recorded
+            benchmark.extra_info["facts"].update(findings(contest))
 
     return run
 

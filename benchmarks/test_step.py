@@ -12,7 +12,7 @@ import emp_fast
 from benchmarks.conftest import Race
 from benchmarks.models import Workload
 from emp_fast.testing import baselines
-from emp_fast.testing.benchmark_cases import EXACT
+from emp_fast.testing.benchmark_cases import EXACT, only_loss
 from emp_fast.testing.contest import (
     Arguments,
     BenchmarkCase,
@@ -25,109 +25,154 @@ from emp_fast.testing.contest import (
 
 _PRUNE_RATE = 0.7
 
+#: The loss of a step, from logits, target and indices.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-def test_step(race: Race, workload: Workload, device: torch.device) -> None:
-    """The total overhead of pruning: scores, update and the selection's share of a step."""
-    batch, samples = workload.batch, workload.num_samples
-    kept = round((1 - _PRUNE_RATE) * samples)
-    steps = math.ceil(kept / batch)
-    # The memory layout in which each kind of device convolves fastest.
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    model = workload.model().to(device)
-    model = model.to(memory_format=layout)  # type: ignore[call-overload]
-    # The optimiser does its full work but changes nothing, so that all contenders see the same
-    # logits.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-    pruner = emp_fast.Pruner(samples, prune_rate=_PRUNE_RATE, device=device)
-    every = torch.arange(samples, device=device)
-    drawn = torch.rand(2, samples, generator=torch.Generator().manual_seed(0)).to(device)
-    pruner.update(every, loss=drawn[0], memory=drawn[1])
-    store = pruner.store
-    scores, memory, visits = (state.clone() for state in (store.scores, store.memory, store.visits))
-    inputs = _batches(workload, device, layout)
 
-    def logits(images: Tensor) -> Tensor:
-        half = device.type == "cuda"
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            made: Tensor = model(images)
-        return made
+class StepBench:
+    """A model with its optimiser and two prunings of it, ours and eager PyTorch, of equal state."""
 
-    def step(loss_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-        def call(images: Tensor, target: Tensor, at: Tensor) -> Tensor:
-            optimizer.zero_grad()
-            loss = loss_of(logits(images), target, at)
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        self.device = device
+        # The layout in which each kind of device convolves fastest.
+        cuda = device.type == "cuda"
+        self.memory_format = torch.channels_last if cuda else torch.contiguous_format
+        model = workload.model().to(device)
+        self.model = model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        # It does its full work but changes nothing, so that all contenders see the same logits.
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
+
+        samples = workload.num_samples
+        self.kept = round((1 - _PRUNE_RATE) * samples)
+        self.pruner = emp_fast.Pruner(samples, prune_rate=_PRUNE_RATE, device=device)
+        generator = torch.Generator().manual_seed(0)
+        loss, entropy = torch.rand(2, samples, generator=generator).to(device)
+        self.pruner.update(torch.arange(samples, device=device), loss=loss, memory=entropy)
+        store = self.pruner.store
+        self.eager_scores = store.scores.clone()
+        self.eager_memory = store.memory.clone()
+        self.eager_visits = store.visits.clone()
+        self.inputs = self._batches(workload)
+
+    def _batches(self, workload: Workload) -> list[Arguments]:
+        """Images, target and indices of eight batches."""
+        generator = torch.Generator().manual_seed(1)
+        order = torch.randperm(workload.num_samples, generator=generator).split(workload.batch)
+        batches = []
+        for indices in order[:8]:
+            images = torch.randn(len(indices), *workload.image, generator=generator)
+            target = torch.randint(10, (len(indices),), generator=generator)
+            images = images.to(self.device, memory_format=self.memory_format)
+            batches.append((images, target.to(self.device), indices.to(self.device)))
+        return batches
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits, in half precision on a GPU."""
+        half = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            logits: Tensor = self.model(images)
+        return logits
+
+    # ---- what is timed --------------------------------------------------------------------------
+
+    def step(self, loss_of: Loss) -> Callable[..., Tensor]:
+        """A training step with that loss, which it returns."""
+
+        def call(images: Tensor, target: Tensor, indices: Tensor) -> Tensor:
+            self.optimizer.zero_grad()
+            loss = loss_of(self.forward(images), target, indices)
             loss.backward()
-            optimizer.step()
+            self.optimizer.step()
             return loss
 
         return call
 
-    def plain(made: Tensor, target: Tensor, at: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(made, target)
+    def plain_loss(self, logits: Tensor, target: Tensor, indices: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, target)
 
-    def eager_pruning(made: Tensor, target: Tensor, at: Tensor) -> Tensor:
-        loss, entropy = baselines.loss_and_entropy(made, target)
-        baselines.update_emp(at, loss.detach(), entropy, scores, memory, visits, 1.0, 0.0)
+    def eager_loss(self, logits: Tensor, target: Tensor, indices: Tensor) -> Tensor:
+        loss, entropy = baselines.loss_and_entropy(logits, target)
+        baselines.update_emp(
+            indices,
+            loss.detach(),
+            entropy,
+            self.eager_scores,
+            self.eager_memory,
+            self.eager_visits,
+            beta=1.0,
+            decay=0.0,
+        )
         return loss.mean()
 
-    def select(*_: Tensor) -> emp_fast.Selection:
-        return pruner.store.select(kept)
+    def select(self, *_: Tensor) -> emp_fast.Selection:
+        return self.pruner.store.select(self.kept)
 
-    def expected(arguments: Arguments) -> Mapping[str, Tensor]:
-        images, target, _ = arguments
+    # ---- what is checked ------------------------------------------------------------------------
+
+    def expected(self, batch: Arguments) -> Mapping[str, Tensor]:
+        """The right results for the first batch, by the reference."""
+        images, target, _ = batch
         with torch.no_grad():
-            stats = emp_fast.functional.cross_entropy(logits(images).double(), target)
+            stats = emp_fast.functional.cross_entropy(self.forward(images).double(), target)
         with emp_fast.use_backend("reference"):
-            indices = pruner.store.select(kept).indices
+            selected = self.select()
         scores = stats.loss + stats.entropy
-        return {"loss": stats.loss.mean(), "scores": scores, "indices": indices}
+        return {"loss": stats.loss.mean(), "scores": scores, "indices": selected.indices}
 
-    def loss_of(result: Tensor) -> Mapping[str, Tensor]:
-        return {"loss": result}
+    def loss_and_scores(self, loss: Tensor) -> Mapping[str, Tensor]:
+        """The loss that a step returned, and what it wrote into the store."""
+        _, _, indices = self.inputs[0]
+        return {"loss": loss, "scores": self.pruner.store.scores[indices]}
 
-    def loss_and_scores(result: Tensor) -> Mapping[str, Tensor]:
-        return {"loss": result, "scores": pruner.store.scores[inputs[0][2]]}
 
-    case = BenchmarkCase(
-        suite="training step",
-        name=f"{workload.name}, batch {batch}",
-        inputs=inputs,
-        expected=expected,
-        facts={"batch": batch, "num_samples": samples, "prune_rate": _PRUNE_RATE, "steps": steps},
-    )
+def test_step(race: Race, workload: Workload, device: torch.device) -> None:
+    """The total overhead of pruning: scores, update and the selection's share of a step."""
+    bench = StepBench(workload, device)
+    steps = math.ceil(bench.kept / workload.batch)
     # Convolutions are not reproducible in the last bits, least of all in half precision.
     bound = Bound(1e-4, 1e-5) if device.type == "cpu" else Bound(3e-2, 3e-2)
-    contest = race(
-        case,
+    race(
+        BenchmarkCase(
+            suite="training step",
+            name=f"{workload.name}, batch {workload.batch}",
+            inputs=bench.inputs,
+            expected=bench.expected,
+            facts={
+                "batch": workload.batch,
+                "num_samples": workload.num_samples,
+                "prune_rate": _PRUNE_RATE,
+                "steps": steps,
+            },
+        ),
         [
             # It comes first, because its check needs the state as `expected` saw it.
+            Contender("selection", bench.select, _indices_of, EXACT, ours=True),
             Contender(
-                "selection", select, lambda made: {"indices": made.indices}, EXACT, ours=True
+                "pruner.loss",
+                bench.step(bench.pruner.loss),
+                bench.loss_and_scores,
+                bound,
+                ours=True,
             ),
-            Contender("pruner.loss", step(pruner.loss), loss_and_scores, bound, ours=True),
-            Contender("eager pruning", step(eager_pruning), loss_of, bound),
-            Contender("F.cross_entropy", step(plain), loss_of, bound, note="the plain step"),
+            Contender("eager pruning", bench.step(bench.eager_loss), only_loss, bound),
+            Contender(
+                "F.cross_entropy",
+                bench.step(bench.plain_loss),
+                only_loss,
+                bound,
+                note="the plain step",
+            ),
         ],
+        findings=lambda contest: {"overhead_percent": _overhead(contest, steps)},
         clock=WallClock(torch.cuda.synchronize) if device.type == "cuda" else WallClock(),
         # The host runs ahead of a GPU, so only a series of steps shows the cost of one.
         burst_seconds=0.1 if device.type == "cuda" else 0.0,
         patience=7.5,
     )
-    case.facts["overhead_percent"] = _overhead(contest, steps)
 
 
-def _batches(
-    workload: Workload, device: torch.device, layout: torch.memory_format
-) -> list[Arguments]:
-    generator = torch.Generator().manual_seed(1)
-    order = torch.randperm(workload.num_samples, generator=generator).split(workload.batch)
-    made = []
-    for at in order[:8]:
-        images = torch.randn(len(at), *workload.image, generator=generator)
-        target = torch.randint(10, (len(at),), generator=generator)
-        images = images.to(device, memory_format=layout)
-        made.append((images, target.to(device), at.to(device)))
-    return made
+def _indices_of(selection: emp_fast.Selection) -> Mapping[str, Tensor]:
+    return {"indices": selection.indices}
 
 
 def _overhead(contest: Contest, steps: int) -> dict[str, dict[str, float]]:

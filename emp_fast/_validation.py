@@ -215,6 +215,16 @@ def checked_target(
     return target.contiguous()
 
 
+def require_several_classes(logits: Tensor, target: Tensor) -> None:
+    """Refuses probabilities of a single class: most likely the target of a regression."""
+    if target.is_floating_point() and logits.shape[-1] == 1:
+        raise ValueError(
+            "logits must have more than one class to go with probabilities, got shape "
+            f"{tuple(logits.shape)}: the cross-entropy of one class is always 0. A regression has "
+            "a loss of its own, which pruner.update takes"
+        )
+
+
 def checked_weight(weight: Tensor | None, num_classes: int, like: Tensor) -> Tensor | None:
     """Class weights for logits ``like``, in the dtype that carries sums."""
     if weight is None:

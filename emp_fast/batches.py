@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from emp_fast import functional
 from emp_fast._transfer import to_device
+from emp_fast._validation import require_several_classes
 from emp_fast.data import SAMPLE_INDEX, IndexedDataset
 from emp_fast.functional import SampleStats
 
@@ -79,7 +80,9 @@ def score_by_logits(
         if target.dim() != 2:
             raise ValueError(f"shift_labels needs labels [S, T], got shape {tuple(target.shape)}")
         logits, target = logits[:, :-1], target[:, 1:]
-    return indices, functional.cross_entropy(logits, target, **options)
+    stats = functional.cross_entropy(logits, target, **options)
+    require_several_classes(logits, target)
+    return indices, stats
 
 
 def nested_to_device(value: Any, device: torch.device) -> Any:

@@ -80,8 +80,8 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
     names = column_names(path)
     for column in columns:
         if column not in names:
-            told = ", ".join(map(repr, names)) or "no columns"
-            raise FileProblem(f"{path} has no column {column!r}; it has {told}")
+            held = ", ".join(map(repr, names)) or "no columns"
+            raise FileProblem(f"{path} has no column {column!r}; it has {held}")
     parquet, types = _parquet(), import_module("pyarrow.types")
     table = _reading(path, lambda: parquet.read_table(path, columns=list(columns)))
     read: dict[str, NDArray[Any]] = {}

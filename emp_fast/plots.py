@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from emp_fast._optional import needs
@@ -16,6 +17,8 @@ from emp_fast._optional import needs
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from emp_fast.store import ScoreStore
 
 __all__ = ["selection_figure"]
 
@@ -90,6 +93,24 @@ def selection_figure(
         for axis, (draw, *arrays) in zip(axes, panels, strict=True):
             draw(axis, *arrays)
     return figure
+
+
+def loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
+    """[N] last losses and accumulated entropies, if the score is a weighted sum of the two.
+
+    NaN where never visited; None for other rules.
+    """
+    recurrence = store.rule.recurrence()
+    if (
+        recurrence is None
+        or (recurrence.kind, recurrence.signal, recurrence.direct) != ("ema", "entropy", "loss")
+        or recurrence.direct_scale == 0
+    ):
+        return None, None
+    visited = store.visits > 0
+    entropy = torch.where(visited, store.memory, torch.nan)
+    loss = (store.scores - recurrence.memory_scale * entropy) / recurrence.direct_scale
+    return loss.cpu().numpy(), entropy.cpu().numpy()
 
 
 # ---- panels -------------------------------------------------------------------------------------

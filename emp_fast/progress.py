@@ -1,4 +1,4 @@
-"""Where a training run stands: its epochs, their samples in order, and what has been trained on.
+"""Where a training run stands: its epochs, and how much of each has been trained on.
 
 A `Progress` is always in one `_State`. It decides where the next iteration of a sampler starts,
 unless `Progress.set_epoch` names another epoch:
@@ -11,78 +11,24 @@ unless `Progress.set_epoch` names another epoch:
     under way    at the next epoch
     exhausted    at the next epoch
 
-The rows of the pruner's losses and updates tell what has been trained on (`Progress.count`).
+The rows of the pruner's losses and updates tell what has been trained on, see
+`Progress.record_trained`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import weakref
-from collections.abc import Mapping
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from emp_fast import random
-from emp_fast._transfer import to_device
 from emp_fast._validation import checked_epoch
-from emp_fast._warnings import warn
-from emp_fast.distributed.ranks import ProcessGroup, world_size_of
-from emp_fast.quotas import Balance
-from emp_fast.random import Stream
+from emp_fast.loop_warnings import LoopWarnings
+from emp_fast.planner import Plan, Planner
 from emp_fast.row_count import RowCount
-from emp_fast.schedule import Schedule
+from emp_fast.saved_progress import SavedProgress
 from emp_fast.selection import Selection
-from emp_fast.selection_checks import checked_labels
-from emp_fast.snapshot_checks import Form, checked_count, require_form
-from emp_fast.store import ScoreStore
 
-__all__ = ["Plan", "Progress", "SavedProgress"]
-
-
-class Plan:
-    """One epoch: its selection, the order in which it is visited, and the loss weights.
-
-    Args:
-        epoch: its number; keys the order together with ``seed``.
-        selection: the samples that the epoch trains on.
-        num_samples: N.
-        seed: seed of the run.
-    """
-
-    def __init__(self, epoch: int, selection: Selection, num_samples: int, seed: int) -> None:
-        self.epoch = epoch
-        self.selection = selection
-        indices = selection.indices
-        keys = random.random_keys(
-            num_samples, seed=seed, epoch=epoch, stream=Stream.SHUFFLE, device=indices.device
-        )
-        # Sorted as integers: non-negative floats have the same order, and integers sort faster.
-        shuffled = keys.view(torch.int32)[indices].sort(stable=True).indices
-        self.order = indices[shuffled].cpu()  # [K] int64
-        self.weights: Tensor | None = None  # [N] float32
-        if selection.weights is not None:
-            self.weights = torch.ones(num_samples, dtype=torch.float32, device=indices.device)
-            self.weights[indices] = selection.weights
-
-    def __len__(self) -> int:
-        return self.order.shape[0]
-
-    def weights_on(self, device: torch.device) -> Tensor | None:
-        """[N] float32 loss weights, kept on that device from now on; None if all are 1."""
-        if self.weights is not None and self.weights.device != device:
-            self.weights = self.weights.to(device)
-        return self.weights
-
-
-class SavedProgress(NamedTuple):
-    """Where a saved run stood, checked by `Progress.checked_state`."""
-
-    epoch: int
-    position: int
-    selection: Selection | None  # None if the epoch had not begun
+__all__ = ["Progress"]
 
 
 class _State(Enum):
@@ -90,7 +36,7 @@ class _State(Enum):
     RESUMED = auto()  # there is the plan of a snapshot, but no iteration yet
     UNTOUCHED = auto()  # nothing has been trained on since the iteration in progress began
     UNDER_WAY = auto()  # something has been trained on since, and indices are left to yield
-    EXHAUSTED = auto()  # the epoch's last index has been yielded, whether trained on or not
+    EXHAUSTED = auto()  # all its indices have been asked for, whether trained on or not
 
 
 class _Iteration:
@@ -107,7 +53,7 @@ class _Iteration:
         self.announced = announced
         self.begun_at = 0  # position in the plan
         self.rows_before = 0  # estimated rows of all ranks when the epoch's position was 0
-        self.exhausted_at: int | None = None  # position after the last index, once that was yielded
+        self.exhausted_at: int | None = None  # position after the last index, once there is no more
         self.loop_is_over = False  # as far as is known
         self.is_complete = False  # whether the loop is known to have got all that it ever will
 
@@ -121,58 +67,35 @@ class _Iteration:
 
 
 class Progress:
-    """The current epoch of a run, its samples, and how many of them have been trained on.
+    """The current epoch of a run, and how many of its samples have been trained on.
 
     Args:
-        store: selects samples.
-        schedule: the schedule for the same samples.
-        seed: keys selection and order.
-        labels: [N] class ids, or None.
-        balance: how labels divide the budget.
-        process_group: the ranks that train together; None is the default group.
+        planner: makes the plans of the run.
 
     Attributes:
+        planner: as given.
+        store: the planner's.
+        schedule: the planner's.
         plan: plan of the epoch that began last; None before the first. Do not keep it: `begin`
             replaces it.
-
-    Raises:
-        ValueError: the labels do not have shape [N].
-        TypeError: the labels are not integers.
     """
 
-    def __init__(
-        self,
-        store: ScoreStore,
-        schedule: Schedule,
-        *,
-        seed: int,
-        labels: Tensor | None,
-        balance: Balance,
-        process_group: ProcessGroup | None,
-    ) -> None:
-        self.store = store
-        self.schedule = schedule
-        self.seed = seed
-        # A copy, so that nothing written to the user's tensor changes later selections.
-        self.labels = None if labels is None else checked_labels(labels, store.num_samples).clone()
-        self.process_group = process_group
-        store.replicas.process_group = process_group
-        self._balance = balance
-        self._digest: str | None = None  # of the labels
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self.store = planner.store
+        self.schedule = planner.schedule
         self.plan: Plan | None = None
         self._trained = RowCount()
         self._epoch = 0  # the epoch that began last, or that will begin first
         self._requested: int | None = None  # the epoch that set_epoch named
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
         self._iteration: _Iteration | None = None  # the last one begun, since the run was resumed
-        #: A plan made before its epoch began, and the store's revision that it was made from.
-        self._cached_plan: tuple[tuple[int, int], Plan] | None = None
         #: The plan of the previous epoch, if nothing of that was trained on.
         self._previous_untouched_plan: Plan | None = None
-        #: The last epoch that was yielded to its end although nothing of it was trained on.
-        self._skipped_epoch: int | None = None
-        self._told_skipped = self._told_wrong = False
-        self._visits_before = 0  # of all samples, when the epoch in progress began
+        #: The last epoch that was yielded to its end although nothing of it was trained on, and the
+        #: position where it had begun.
+        self._skipped: tuple[int, int] | None = None
+        self._warnings = LoopWarnings(self.store)
 
     # ---- where the run stands -------------------------------------------------------------------
 
@@ -184,7 +107,7 @@ class Progress:
     @property
     def is_used(self) -> bool:
         """Whether an epoch was begun, resumed, set or looked at."""
-        looked_at = self.plan is not None or self._cached_plan is not None
+        looked_at = self.plan is not None or self.planner.holds_plan
         return looked_at or self._requested is not None or self._epoch > 0
 
     @property
@@ -198,9 +121,8 @@ class Progress:
             return self._resume_at
         if self.plan is None or self._iteration is None:
             return 0
-        trained = self._estimated_rows() - self._iteration.rows_before
         # A state loaded into the store may have fewer rows.
-        return max(0, min(trained, len(self.plan)))
+        return max(0, min(self._rows_of_iteration(), len(self.plan)))
 
     def next_start(self) -> tuple[int, int]:
         """The epoch of the next iteration, and the position in its plan where it will start."""
@@ -238,6 +160,12 @@ class Progress:
             f"rule={self.store.rule!r}, policy={schedule.policy!r}, epoch={self.epoch}"
         )
 
+    def plan_of(self, epoch: int) -> Plan:
+        """The plan of that epoch: the one in progress, or the planner's. Collective."""
+        if self.plan is not None and self.plan.epoch == epoch:
+            return self.plan
+        return self.planner.plan_of(epoch)
+
     # ---- moving on ------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
@@ -258,28 +186,36 @@ class Progress:
             The plan of the epoch, and the position in it at which to start.
 
         Warns:
-            EmpFastWarning: once, of an epoch that was yielded to its end and not scored; once, of
-                one whose rows had the indices of other samples.
+            EmpFastWarning: of what is odd about the epoch so far, see `LoopWarnings`.
         """
         epoch, position = self.next_start()
-        before = self.plan
-        plan = self.plan_of(epoch)
+        plan = self.plan_of(epoch)  # merges, so that from here on the store has all ranks' visits
+        # The warnings are about the epoch so far: all state is still that of its last iteration.
         self._warn_of_skipped_epoch()
         if not self._continues(epoch):
-            visits = int(self.store.visits.sum())
-            if before is not None and self.position() >= len(before):
-                self._warn_of_wrong_indices(before, visits - self._visits_before)
-            self._visits_before = visits
-            trained = self._has_trained()
-            self._previous_untouched_plan = None if trained else before
-            if self._requested is None and self._state is _State.EXHAUSTED and not trained:
-                self._skipped_epoch = self._epoch
-        self.plan = plan
+            self._close_epoch()
+        self.plan, self._epoch = plan, epoch
         self._iteration = _Iteration(iterator, announced=self._requested is not None)
-        self._epoch, self._cached_plan = epoch, None
         self._requested = self._resume_at = None
+        self.planner.forget()
         self.move_to(position)
-        return self.plan, position
+        return plan, position
+
+    def _close_epoch(self) -> None:
+        """Records what became of the epoch in progress, before another one takes its place.
+
+        A skipped epoch is warned of when a later one has been trained on, so
+        `_warn_of_skipped_epoch` must have been called before.
+        """
+        plan, trained, iteration = self.plan, self._has_trained(), self._iteration
+        if plan is not None and iteration is not None:
+            rows = self._rows_of_iteration()
+            if rows >= len(plan):
+                self._warnings.of_epoch(plan, rows, self._batch())
+            if self._requested is None and self._state is _State.EXHAUSTED and not trained:
+                self._skipped = self._epoch, iteration.begun_at
+        self._warnings.epoch_begins()
+        self._previous_untouched_plan = None if trained else plan
 
     def move_to(self, position: int) -> None:
         """Makes the iteration in progress begin at that position of its plan."""
@@ -328,7 +264,7 @@ class Progress:
         plan, self._previous_untouched_plan = self._previous_untouched_plan, None
         if plan is None or plan.epoch != epoch or self._has_trained():
             return None
-        self.plan, self._epoch, self._skipped_epoch = plan, epoch, None
+        self.plan, self._epoch, self._skipped = plan, epoch, None
         if self._iteration is not None:
             self._iteration.exhausted_at = None
         return plan
@@ -338,39 +274,21 @@ class Progress:
 
         A loop that scores nothing at all is left alone: it has no other way to begin its epochs.
         """
-        skipped = self._skipped_epoch
-        if skipped is None or self._told_skipped or not self._has_trained():
-            return
-        self._told_skipped, self._skipped_epoch = True, None
-        warn(
-            f"nothing of epoch {skipped} was scored, but a loader had fetched all of it when the "
-            "next iteration began. If that was a look at the data or an evaluation, it has cost an "
-            "epoch: call pruner.set_epoch(epoch) before each one that you train on"
-        )
+        if self._skipped is not None and self._has_trained():
+            self._warnings.of_skipped_epoch(*self._skipped)
+            self._skipped = None
 
-    def _warn_of_wrong_indices(self, plan: Plan, visits: int) -> None:
-        """Warns once if an epoch's visits went to other samples than its own, or to few of them.
+    def warn_if_unused(self) -> None:
+        """Warns once if a loader was made without the sampler.
 
-        Rows that were ignored or refused are no visits.
-
-        Args:
-            plan: of an epoch whose rows have all been given.
-            visits: how many visits its rows were.
+        Called where epochs begin and end, not in the step, because a step by itself may also be
+        used without a sampler.
         """
-        if self._told_wrong:
-            return
-        counts = self.store.visits
-        scored = int((counts[to_device(plan.selection.indices, counts.device)] > 0).sum())
-        if 2 * scored < len(plan) and scored < visits:
-            self._told_wrong = True
-            warn(
-                f"epoch {plan.epoch} made {visits} visits, but of its {len(plan)} samples only "
-                f"{scored} have ever been visited: the indices given to the pruner must be those "
-                "that emp_fast.with_indices yields"
-            )
+        if not self.is_used:
+            self._warnings.of_unused_sampler(self._estimated_rows())
 
-    def count(self, rows: int) -> None:
-        """Counts rows that the loop has trained on and the store has been updated with."""
+    def record_trained(self, rows: int) -> None:
+        """Records that the loop has trained on rows that the store has been updated with."""
         self._trained.add(rows, self.store.visits)
 
     # ---- the state ------------------------------------------------------------------------------
@@ -436,15 +354,24 @@ class Progress:
             return True
         if self._state is not _State.EXHAUSTED:
             return False  # abandoned
-        sizing_is_collective = self._world_size() > 1 and self.schedule.policy.budget == "none"
+        ranks = self.planner.world_size()
+        sizing_is_collective = ranks > 1 and self.schedule.policy.budget == "none"
         if sizing_is_collective and iteration.announced:
             return True
         left = len(self.plan) - self.position()
         # Less than a batch is left if drop_last dropped it or if it has yet to be trained on. The
         # whole plan is left after an epoch that scored nothing.
-        batch = self._trained.largest * self._world_size()
         scored_nothing = not sizing_is_collective and not self._has_trained()
-        return left >= max(batch, 1) and not scored_nothing
+        return left >= max(self._batch(), 1) and not scored_nothing
+
+    def _batch(self) -> int:
+        """Rows of all ranks in the largest batch so far."""
+        return self._trained.largest * self.planner.world_size()
+
+    def _rows_of_iteration(self) -> int:
+        """Estimated rows of all ranks in the epoch in progress, since its position was 0."""
+        before = 0 if self._iteration is None else self._iteration.rows_before
+        return self._estimated_rows() - before
 
     def _estimated_rows(self) -> int:
         """Rows that all ranks have trained on, up to a constant.
@@ -452,78 +379,13 @@ class Progress:
         Each rank is assumed to have got as many as this one since the last merge. On several ranks
         the rows of `ScoreStore.update` count, too: a merge does not tell them apart.
         """
-        store, ranks = self.store, self._world_size()
+        store, ranks = self.store, self.planner.world_size()
         if ranks == 1:
-            return store.rows_seen - (store.rows_given - self._trained.given)
+            # Rows given to the store behind the loop's back do not count.
+            not_trained = store.rows_given - self._trained.given
+            return store.rows_seen - not_trained
         merged = store.replicas.merged_rows
         return merged + (store.rows_seen - merged) * ranks
-
-    # ---- plans ----------------------------------------------------------------------------------
-
-    def plan_of(self, epoch: int) -> Plan:
-        """The plan of that epoch: the one in progress, or one made from the current scores.
-
-        Collective on several ranks. A plan is reused as long as the store does not change.
-        """
-        if self.plan is not None and self.plan.epoch == epoch:
-            return self.plan
-        if self._cached_plan is not None:
-            revision, plan = self._cached_plan
-            if revision == self.store.revision and plan.epoch == epoch:
-                return plan
-        self.merge(epoch)
-        plan = Plan(epoch, self._select(epoch), self.store.num_samples, self.seed)
-        self._cached_plan = self.store.revision, plan
-        return plan
-
-    def _select(self, epoch: int) -> Selection:
-        if self.schedule.is_full(epoch):
-            return Selection(torch.arange(self.store.num_samples, device="cpu"), None)
-        return self.store.select(
-            self.schedule.budget(epoch),
-            self.schedule.policy,
-            labels=self.labels,
-            epoch=epoch,
-            seed=self.seed,
-            balance=self._balance,
-        )
-
-    # ---- several ranks --------------------------------------------------------------------------
-
-    def merge(self, epoch: int | None = None) -> None:
-        """Exchanges the updates of all ranks after checking that they agree about the run.
-
-        Args:
-            epoch: the epoch that the ranks are in or about to begin; None is `Progress.epoch`.
-
-        Raises:
-            ValueError: as `Pruner.merge`.
-            RuntimeError: as `Pruner.merge`.
-        """
-        if self._world_size() == 1:
-            return
-        epoch = self.epoch if epoch is None else epoch
-        self.store.replicas.merge(
-            {
-                "epoch": epoch,
-                "seed": self.seed,
-                "policy": repr(self.schedule.policy),
-                "samples of the epoch": self.schedule.budget(epoch),
-                "balance": self._balance,
-                "labels": self._labels_digest(),
-            }
-        )
-
-    def _labels_digest(self) -> str | None:
-        if self.labels is None:
-            return None
-        if self._digest is None:
-            labels = self.labels.to("cpu", torch.int64).contiguous()
-            self._digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
-        return self._digest
-
-    def _world_size(self) -> int:
-        return world_size_of(self.process_group)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -539,68 +401,24 @@ class Progress:
             plan = plan if plan is not None and plan.epoch == epoch else None
         elif self._is_finished():
             epoch, position, plan = epoch + 1, 0, None
-        selection = None if plan is None else plan.selection
-        return {
-            "epoch": epoch,
-            "position": position,
-            "indices": None if selection is None else selection.indices.cpu().clone(),
-            "weights": None
-            if selection is None or selection.weights is None
-            else selection.weights.cpu().clone(),
-        }
-
-    def checked_state(self, state: Mapping[str, Any]) -> SavedProgress:
-        """Reads what `state_dict` returned; changes nothing.
-
-        Raises:
-            ValueError: the state is damaged, or is of another data set.
-        """
-        epoch = checked_count("state['epoch']", state.get("epoch"))
-        if epoch >= 2**32:  # see `checked_epoch`
-            raise ValueError(f"state['epoch'] must be below 2**32, got {epoch}")
-        position = checked_count("state['position']", state.get("position"))
-        for name in ("indices", "weights"):
-            if name not in state:
-                raise ValueError(f"state[{name!r}] is missing")
-        selection = self._checked_selection(state["indices"], state["weights"], position)
-        return SavedProgress(epoch, position, selection)
+        return SavedProgress(epoch, position, None if plan is None else plan.selection).entries()
 
     def saved_plan(self, saved: SavedProgress) -> Plan | None:
         """The plan of the epoch that was saved; None if it had not begun."""
         if saved.selection is None:
             return None
-        return Plan(saved.epoch, saved.selection, self.store.num_samples, self.seed)
+        return self.planner.plan_with(saved.epoch, saved.selection)
 
     def restore(self, saved: SavedProgress, plan: Plan | None) -> None:
         """Makes the next iteration continue there. Restore the store's own state first.
 
         Args:
-            saved: what `checked_state` returned.
+            saved: what the run's `state_dict` says.
             plan: its `saved_plan`.
         """
         self._epoch, self.plan = saved.epoch, plan
         self._resume_at = None if plan is None else saved.position
-        self._visits_before = int(self.store.visits.sum())
-        self._requested = self._iteration = self._skipped_epoch = None
-        self._cached_plan = self._previous_untouched_plan = None
-
-    def _checked_selection(self, indices: Any, weights: Any, position: int) -> Selection | None:
-        if indices is None:
-            if position:
-                raise ValueError(f"state['position'] must be 0 without indices, got {position}")
-            return None
-        n = self.store.num_samples
-        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
-            raise ValueError(f"state['indices'] must be an int64 vector, got {indices!r}")
-        ascending = bool((indices[1:] > indices[:-1]).all())
-        if not ascending or (indices.numel() and not 0 <= int(indices[0]) <= int(indices[-1]) < n):
-            raise ValueError(f"state['indices'] must be ascending in [0, {n}), got {indices!r}")
-        if indices.numel() == 0:
-            raise ValueError("state['indices'] must hold at least one sample")
-        if position > indices.numel():
-            raise ValueError(f"state['position'] must be at most {indices.numel()}, got {position}")
-        if weights is not None:
-            require_form("state['weights']", weights, Form(torch.float32, tuple(indices.shape)))
-            if not bool(torch.isfinite(weights).all()):
-                raise ValueError(f"state['weights'] must be finite, got {weights!r}")
-        return Selection(indices, weights)
+        self._warnings.epoch_begins()
+        self._requested = self._iteration = self._skipped = None
+        self._previous_untouched_plan = None
+        self.planner.forget()

@@ -10,17 +10,23 @@ from torch import Tensor
 
 from emp_fast import functional, ops
 from emp_fast._transfer import to_device
-from emp_fast._validation import checked_int, checked_integers, require_tensor
-from emp_fast._warnings import warn
+from emp_fast._validation import (
+    checked_int,
+    checked_integers,
+    require_several_classes,
+    require_tensor,
+)
 from emp_fast.backends.checks import require_index_range
 from emp_fast.distributed.ranks import ProcessGroup, require_group
 from emp_fast.functional import SampleStats
+from emp_fast.planner import Planner
 from emp_fast.policies import Policy, TopK, require_policy
-from emp_fast.progress import Progress, SavedProgress
+from emp_fast.progress import Progress
 from emp_fast.quotas import Balance, require_balance
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import by_name, checked_indices
+from emp_fast.sample_state import checked_indices, stats_by_name
 from emp_fast.samplers import DistributedEpochSampler, EpochSampler
+from emp_fast.saved_progress import SavedProgress
 from emp_fast.schedule import Schedule
 from emp_fast.selection import Selection
 from emp_fast.snapshot_checks import require_entries, require_state
@@ -28,7 +34,6 @@ from emp_fast.store import ScoreStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 __all__ = ["Pruner"]
 
@@ -78,6 +83,9 @@ class Pruner:
         TypeError: an argument has the wrong type.
     """
 
+    # No other attributes: ``pruner.prune_rate = 0.9`` would replace the method and change nothing.
+    __slots__ = ("__weakref__", "progress", "sampler", "schedule", "store")
+
     def __init__(
         self,
         num_samples: int,
@@ -107,7 +115,7 @@ class Pruner:
             full_epochs_first=full_epochs_first,
             full_epochs_last=full_epochs_last,
         )
-        self.progress = Progress(
+        planner = Planner(
             self.store,
             self.schedule,
             seed=seed,
@@ -115,8 +123,8 @@ class Pruner:
             balance=balance,
             process_group=process_group,
         )
+        self.progress = Progress(planner)
         self.sampler = EpochSampler(self.progress)
-        self._told_unused = False
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -155,12 +163,12 @@ class Pruner:
             IndexError: likewise.
         """
         if offsets is None and not extra:
-            row_scale = self.weights(indices) if self._weighs() else None
+            row_scale = self.weights(indices) if self._has_weights() else None
             mean = self.store.try_mean_step(
                 logits, target, weight, ignore_index, label_smoothing, softcap, row_scale, indices
             )
             if mean is not None:
-                self.progress.count(logits.shape[0])
+                self.progress.record_trained(logits.shape[0])
                 return mean
         stats = functional.cross_entropy(
             logits,
@@ -171,9 +179,10 @@ class Pruner:
             softcap=softcap,
             offsets=offsets,
         )
+        require_several_classes(logits, target)
         indices = _indices_of_rows(indices, stats.loss)
         self.store.update(indices, stats, **extra)
-        self.progress.count(indices.shape[0])
+        self.progress.record_trained(indices.shape[0])
         return self.mean_loss(indices, stats)
 
     def mean_loss(self, indices: Tensor, stats: SampleStats) -> Tensor:
@@ -192,7 +201,7 @@ class Pruner:
         indices = _indices_of_rows(indices, stats.loss)
         counted = stats.count.clamp_max(1).sum().clamp_min(1)
         loss = stats.loss
-        if self._weighs():
+        if self._has_weights():
             loss = loss * self.weights(indices).to(loss.device)
         return loss.sum() / counted
 
@@ -222,7 +231,7 @@ class Pruner:
         """
         indices = checked_indices(indices)
         if stats is not None and loss is None:
-            given = by_name(stats)
+            given = stats_by_name(stats)
         elif stats is None and loss is not None:
             given = {"loss": _one_each("loss", loss, indices)}
             if memory is None and "entropy" in self.store.rule.reads and "entropy" not in extra:
@@ -231,14 +240,14 @@ class Pruner:
                     "term, emp_fast.rules.Loss() would not"
                 )
         else:
-            told = "neither" if stats is None else "both"
-            raise ValueError(f"either stats or loss must be given, got {told}")
+            got = "neither" if stats is None else "both"
+            raise ValueError(f"either stats or loss must be given, got {got}")
         if memory is not None:
             if "entropy" in extra:
                 raise ValueError("memory and entropy are the same term, got both")
             given = {**given, "entropy": _one_each("memory", memory, indices)}
         self.store.update(indices, given, **extra)
-        self.progress.count(indices.shape[0])
+        self.progress.record_trained(indices.shape[0])
 
     def weights(self, indices: Tensor) -> Tensor:
         """[S] float32 loss weights that the policy gives these samples in this epoch; usually 1.
@@ -260,7 +269,7 @@ class Pruner:
             require_index_range(indices, num_samples)
         return weights[to_device(indices, self.store.device)]
 
-    def _weighs(self) -> bool:
+    def _has_weights(self) -> bool:
         """Whether any sample of this epoch has a weight other than 1."""
         plan = self.progress.plan
         return plan is not None and plan.weights is not None
@@ -275,12 +284,12 @@ class Pruner:
     @property
     def seed(self) -> int:
         """Keys selection and order."""
-        return self.progress.seed
+        return self.progress.planner.seed
 
     @property
     def process_group(self) -> ProcessGroup | None:
         """The ranks that train together; None is the default group."""
-        return self.progress.process_group
+        return self.progress.planner.process_group
 
     @property
     def epoch(self) -> int:
@@ -337,7 +346,7 @@ class Pruner:
             ValueError: the ranks disagree about N, the rule, the epoch or the pruner's arguments.
             RuntimeError: a rank died or did not take part within the group's time-out.
         """
-        self.progress.merge()
+        self.progress.planner.merge(self.epoch)
 
     # ---- inspection -----------------------------------------------------------------------------
 
@@ -348,7 +357,7 @@ class Pruner:
             EmpFastWarning: once, if more than 2 N rows have been scored although the sampler was
                 never used. The loader was then made without it.
         """
-        self._warn_if_unused()
+        self.progress.warn_if_unused()
         store, kept = self.store, self.progress.known_length()
         visited = store.visits > 0
         scores = store.scores[visited & torch.isfinite(store.scores)]
@@ -390,12 +399,12 @@ class Pruner:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from emp_fast.plots import selection_figure
+        from emp_fast.plots import loss_and_entropy, selection_figure
 
         store, plan = self.store, self.progress.plan
         epoch = self.epoch if plan is None else plan.epoch  # that of the selection
-        loss, entropy = _loss_and_entropy(store)
-        labels = self.progress.labels
+        loss, entropy = loss_and_entropy(store)
+        labels = self.progress.planner.labels
         return selection_figure(
             store.scores.cpu().numpy(),
             store.visits.cpu().numpy(),
@@ -416,7 +425,7 @@ class Pruner:
         Warns:
             EmpFastWarning: as `stats`.
         """
-        self._warn_if_unused()
+        self.progress.warn_if_unused()
         return {
             "format": _FORMAT,
             "seed": self.seed,
@@ -447,48 +456,15 @@ class Pruner:
         require_state(state)
         wanted = {"format": _FORMAT, "seed": self.seed, "policy": repr(self.policy)}
         require_entries("state", state, wanted)
-        saved = self.progress.checked_state(state)
+        saved = SavedProgress.checked(state, self.store.num_samples)
         store = state.get("store")
         if not isinstance(store, Mapping):
             raise ValueError(f"state['store'] must be a mapping, got {store!r}")
         self.store.check_state_dict(store, "state['store']")
         return saved, store
 
-    def _warn_if_unused(self) -> None:
-        """Warns once if a loader was made without the sampler and so trains on everything.
-
-        Called where epochs begin and end, not in the step, because a step by itself may also be
-        used without a sampler.
-        """
-        store = self.store
-        if self._told_unused or self.progress.is_used or store.rows_seen <= 2 * store.num_samples:
-            return
-        self._told_unused = True
-        warn(
-            f"{store.rows_seen} rows of {store.num_samples} samples were scored and the pruner has "
-            "selected none of them: give the loader sampler=pruner.sampler"
-        )
-
     def __repr__(self) -> str:
         return f"Pruner({self.progress.settings()})"
-
-
-def _loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
-    """[N] last losses and accumulated entropies, if the score is a weighted sum of the two.
-
-    NaN where never visited; None for other rules.
-    """
-    recurrence = store.rule.recurrence()
-    if (
-        recurrence is None
-        or (recurrence.kind, recurrence.signal, recurrence.direct) != ("ema", "entropy", "loss")
-        or recurrence.direct_scale == 0
-    ):
-        return None, None
-    visited = store.visits > 0
-    entropy = torch.where(visited, store.memory, torch.nan)
-    loss = (store.scores - recurrence.memory_scale * entropy) / recurrence.direct_scale
-    return loss.cpu().numpy(), entropy.cpu().numpy()
 
 
 def _indices_of_rows(indices: Tensor, loss: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from emp_fast._validation import (
     checked_integers,
     require_tensor,
 )
+from emp_fast._warnings import warn
 from emp_fast.backends.base import FLOAT_STATS, MOST_VISITS, NONFINITE, State
 from emp_fast.backends.winners import Winners
 from emp_fast.rows import SampleStats, checked_rows
@@ -26,9 +27,10 @@ from emp_fast.snapshot_checks import Form
 
 __all__ = [
     "SampleState",
-    "by_name",
     "checked_indices",
     "checked_store_arguments",
+    "stats_by_name",
+    "warn_of_nonfinite",
 ]
 
 
@@ -218,7 +220,7 @@ class SampleState:
         extra: Mapping[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Indices, the stats that the rule reads, and the counts, all on the state's device."""
-        given = {**by_name(stats), **extra}
+        given = {**stats_by_name(stats), **extra}
         unread = set(extra) - {*self.rule.reads, "count"}
         if unread:
             raise TypeError(
@@ -337,7 +339,7 @@ def checked_indices(indices: Tensor) -> Tensor:
     return indices.contiguous()
 
 
-def by_name(stats: SampleStats | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def stats_by_name(stats: SampleStats | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The stats of a batch by name.
 
     Raises:
@@ -360,6 +362,19 @@ def checked_store_arguments(num_samples: int, rule: Rule) -> int:
     num_samples = checked_at_least("num_samples", num_samples, 1)
     require_rule(rule)
     return num_samples
+
+
+def warn_of_nonfinite(rows: int, where: str = "") -> None:
+    """Warns of rows with non-finite stats, which both stores do when they select.
+
+    Args:
+        rows: how many were refused since the last selection.
+        where: the ranks that they were given on, if not only this one, and a space.
+    """
+    warn(
+        f"{rows} rows with non-finite stats were refused {where}since the last selection; their "
+        "samples keep their last score"
+    )
 
 
 def _checked_buffers(rule: Rule, num_samples: int, device: torch.device) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from emp_fast._validation import is_plain_int
-from emp_fast.distributed.ranks import rank_of, world_size_of
+from emp_fast.distributed.ranks import rank_of
 from emp_fast.progress import Progress
 
 __all__ = ["DistributedEpochSampler", "EpochIterator", "EpochSampler"]
@@ -62,17 +62,17 @@ class DistributedEpochSampler(DistributedSampler[int]):
         self.dataset = cast("Dataset[int]", range(progress.store.num_samples))
         self.drop_last = drop_last
         self.shuffle = True
-        self.seed = progress.seed
+        self.seed = progress.planner.seed
 
     @property
     def num_replicas(self) -> int:  # type: ignore[override]
         """R, the number of ranks in the pruner's process group."""
-        return world_size_of(self.progress.process_group)
+        return self.progress.planner.world_size()
 
     @property
     def rank(self) -> int:  # type: ignore[override]
         """This process's rank in the pruner's process group."""
-        return rank_of(self.progress.process_group)
+        return rank_of(self.progress.planner.process_group)
 
     @property
     def epoch(self) -> int:  # type: ignore[override]

@@ -81,8 +81,8 @@ class Selection(NamedTuple):
         path = Path(path)
         indices, weights = read_vector(path, None, "index"), None
         if indices.dtype != np.int64 or indices[0] < 0 or (np.diff(indices) <= 0).any():
-            told = f"{len(indices)} of dtype {indices.dtype}, the first of them {indices[0]}"
-            raise FileProblem(f"{path} must hold ascending int64 indices, got {told}")
+            got = f"{len(indices)} of dtype {indices.dtype}, the first of them {indices[0]}"
+            raise FileProblem(f"{path} must hold ascending int64 indices, got {got}")
         if path.suffix == ".parquet" and "weight" in column_names(path):
             weights = read_columns(path, ["weight"])["weight"]
             if weights.dtype != np.float32:

@@ -299,11 +299,11 @@ def _scoring(score_batch: ScoreBatch | None, shift_labels: bool, options: dict[s
     """Describes how batches are scored, in the same words in every process."""
     if score_batch is not None:
         return f"score_batch {getattr(score_batch, '__qualname__', type(score_batch).__qualname__)}"
-    told = {
+    plain = {
         name: value.tolist() if isinstance(value, Tensor) else value
         for name, value in options.items()
     }
-    return f"logits, shift_labels={shift_labels}, {sorted(told.items())}"
+    return f"logits, shift_labels={shift_labels}, {sorted(plain.items())}"
 
 
 def _digest(model: Any) -> str:

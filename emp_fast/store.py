@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast._warnings import warn
 from emp_fast.backends.base import NONFINITE, OUT_OF_RANGE
 from emp_fast.candidates import Candidates, groups_of
 from emp_fast.distributed.ranks import ProcessGroup, require_group
@@ -18,7 +17,7 @@ from emp_fast.policies import Policy, TopK, choose
 from emp_fast.quotas import Balance
 from emp_fast.row_count import RowCount
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import SampleState, checked_store_arguments
+from emp_fast.sample_state import SampleState, checked_store_arguments, warn_of_nonfinite
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_labels, checked_selection
 from emp_fast.snapshot_checks import (
@@ -64,7 +63,7 @@ class ScoreStore:
         self._samples = SampleState(self.num_samples, rule, device)
         self._rows = RowCount()
         self.replicas = Replicas(self._samples, self._rows)
-        self._warned = 0
+        self._reported_nonfinite = 0
         self._loads = 0
 
     # ---- reading --------------------------------------------------------------------------------
@@ -217,12 +216,9 @@ class ScoreStore:
                 f"indices must lie in [0, {self.num_samples}): {out_of_range} rows of earlier "
                 "updates did not and were refused"
             )
-        if nonfinite > self._warned:
-            warn(
-                f"{nonfinite - self._warned} non-finite stats were refused since the last "
-                "selection; their samples keep their last score"
-            )
-            self._warned = nonfinite
+        if nonfinite > self._reported_nonfinite:
+            warn_of_nonfinite(nonfinite - self._reported_nonfinite)
+            self._reported_nonfinite = nonfinite
 
     # ---- distributed ----------------------------------------------------------------------------
 
@@ -279,7 +275,7 @@ class ScoreStore:
             tensor.copy_(saved[name])
         self._rows.total = rows_seen
         self._loads += 1
-        self._warned = self.num_nonfinite
+        self._reported_nonfinite = self.num_nonfinite
         self.replicas.restore(unmerged)
 
     def check_state_dict(self, state: Mapping[str, Any], where: str = "state") -> None:

@@ -132,7 +132,8 @@ def test_what_stands_on_the_state_uses_no_private_name_of_another(name: str) -> 
 
 def test_the_parts_of_a_run_stand_on_the_state() -> None:
     found = stands_on_the_state()
-    parts = ("distributed.sharded_store", "store", "progress", "samplers", "pruner", "static")
+    run = ("store", "planner", "loop_warnings", "progress", "samplers", "pruner")
+    parts = ("distributed.sharded_store", *run, "static")
     assert {f"emp_fast.{part}" for part in parts} <= {*found}
     assert "emp_fast.functional" not in found
 

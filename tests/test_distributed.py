@@ -75,9 +75,9 @@ def assert_same_state(store: emp_fast.ScoreStore, other: emp_fast.ScoreStore) ->
 
 
 def assert_same_on_all_ranks(value: Any) -> None:
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, value)
-    assert all(other == told[0] for other in told), told
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    assert all(other == gathered[0] for other in gathered), gathered
 
 
 def state_bytes(store: emp_fast.ScoreStore) -> list[Any]:
@@ -426,11 +426,11 @@ def loaders_of_all_ranks_cover_the_epoch(rank: int, size: int) -> None:
             seen += index.tolist()
             steps += 1
         assert steps == length == len(loader)
-        told: list[Any] = [None] * size
-        dist.all_gather_object(told, (seen, pruner.selection.indices.tolist()))
-        selected = told[0][1]
-        assert all(theirs[1] == selected for theirs in told)
-        everyone = [index for theirs in told for index in theirs[0]]
+        gathered: list[Any] = [None] * size
+        dist.all_gather_object(gathered, (seen, pruner.selection.indices.tolist()))
+        selected = gathered[0][1]
+        assert all(theirs[1] == selected for theirs in gathered)
+        everyone = [index for theirs in gathered for index in theirs[0]]
         assert sorted(set(everyone)) == selected
         assert len(everyone) == -(-len(selected) // size) * size
 

@@ -93,10 +93,19 @@ def test_options_reach_the_loss():
 
 def test_extra_stats_reach_the_rule():
     pruner = Pruner(N, rule=GraNd())
-    pruner.loss(
-        torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([5, 6]), hidden=torch.randn(2, 4)
-    )
-    assert pruner.store.visits[[5, 6]].tolist() == [1, 1]
+    logits, target, indices = torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([5, 6])
+    hidden = torch.randn(2, 4)
+    pruner.loss(logits, target, indices, hidden=hidden)
+    wanted = cross_entropy(logits, target).el2n * (1 + hidden.square().sum(1)).sqrt()
+    torch.testing.assert_close(pruner.store.scores[indices], wanted)
+    assert pruner.store.visits[indices].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["prune_rate", "policy", "epoch", "budget"])
+def test_what_cannot_be_set_is_refused(name):
+    """Otherwise it would silently have no effect."""
+    with pytest.raises(AttributeError, match=name):
+        setattr(Pruner(N), name, 0.9)
 
 
 def test_a_misspelt_option_is_not_taken_for_a_stat():
@@ -174,13 +183,12 @@ def test_the_length_is_right_where_the_loader_keeps_its_iterator(batch_size):
     pruner = Pruner(48, lambda epoch: [0.0, 0.5, 0.75][epoch], rule=Loss())
     for epoch in range(3):
         assert len(pruner.sampler) == (48, 24, 12)[epoch]
-        iterator = iter(pruner.sampler)
+        iterator = iter(pruner.sampler)  # kept alive until the next epoch's takes its place
         batches = iter(BatchSampler(iterator, batch_size, drop_last=False))
         for batch in batches:
             assert len(pruner.sampler) == (48, 24, 12)[epoch]
             pruner.update(torch.tensor(batch), loss=torch.ones(len(batch)))
             assert len(pruner.sampler) == (48, 24, 12)[epoch]
-    assert iterator is not None
 
 
 def test_the_length_after_a_break_is_that_of_the_next_epoch():
@@ -535,6 +543,29 @@ def test_a_state_taken_after_set_epoch_begins_that_epoch():
     assert run_epoch(saved, make_loader(saved, drop_last=True), 1) == run_epoch(pruner, loader, 1)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_taken_before_a_short_last_batch_has_it_left(workers):
+    pruner = Pruner(N, 0.5, rule=Loss())
+    for number, (_, indices) in enumerate(make_loader(pruner, num_workers=workers)):
+        if number == 3:
+            saved = Pruner(N, 0.5, rule=Loss())
+            saved.load_state_dict(pruner.state_dict())
+            assert run_epoch(saved, make_loader(saved)) == indices.tolist()
+        pruner.update(indices, loss=loss_of(indices))
+
+
+def test_a_resumed_epoch_of_which_drop_last_leaves_nothing_is_told():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    run_epoch(pruner, make_loader(pruner, drop_last=True))
+    saved = Pruner(N, 0.5, rule=Loss())
+    saved.load_state_dict(pruner.state_dict())
+    loader = make_loader(saved, drop_last=True)
+    assert run_epoch(saved, loader) == []
+    assert len(run_epoch(saved, loader, 1)) == 24
+    with pytest.warns(EmpFastWarning, match="epoch 0 was resumed after 24 samples, and nothing"):
+        run_epoch(saved, loader, 2)
+
+
 @pytest.mark.parametrize("trained", [10, 30], ids=["under way", "finished"])
 def test_a_state_taken_after_set_epoch_of_the_same_epoch_begins_it_again(trained):
     pruner = Pruner(N, 0.5, rule=Loss())
@@ -882,17 +913,54 @@ def test_positions_in_the_batch_in_place_of_indices_are_told():
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_samples_that_do_not_count_are_not_taken_for_wrong_indices(resumed):
+def test_samples_that_do_not_count_are_told_and_not_taken_for_wrong_indices(resumed):
     """As of a data set of which a third has labels."""
     pruner = Pruner(N, 0.0, rule=Loss())
-    for _ in range(3):
-        for _, indices in make_loader(pruner):
-            target = torch.where(indices % 3 == 0, 0, -100)
-            pruner.update(indices, cross_entropy(torch.randn(len(indices), 2), target))
-        if resumed:
-            state, pruner = pruner.state_dict(), Pruner(N, 0.0, rule=Loss())
-            pruner.load_state_dict(state)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for _, indices in make_loader(pruner):
+                target = torch.where(indices % 3 == 0, 0, -100)
+                pruner.update(indices, cross_entropy(torch.randn(len(indices), 2), target))
+            if resumed:
+                state, pruner = pruner.state_dict(), Pruner(N, 0.0, rule=Loss())
+                pruner.load_state_dict(state)
     assert int((pruner.store.visits > 0).sum()) == N / 3
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (0 if resumed else 1)  # a resumed run begins with the next epoch
+    assert all(text.startswith("40 of the 60 samples of epoch 0 were trained on") for text in told)
+
+
+def test_samples_that_are_never_scored_are_named():
+    pruner = Pruner(N, 0.5, rule=Loss(), seed=1)
+    first = pruner.selection.indices
+    for _, indices in make_loader(pruner):
+        pruner.update(indices, loss=torch.where(indices == first[3], torch.nan, loss_of(indices)))
+    message = (
+        f"1 of the 30 samples of epoch 0 .*the first of them {int(first[3])}: .*leave them out"
+    )
+    with (
+        pytest.warns(EmpFastWarning, match="non-finite"),
+        pytest.warns(EmpFastWarning, match=message),
+    ):
+        run_epoch(pruner, make_loader(pruner))
+
+
+def test_batches_that_are_scored_twice_are_told():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    for _, indices in make_loader(pruner):
+        for _ in range(2):
+            pruner.update(indices, loss=loss_of(indices))
+    with pytest.warns(EmpFastWarning, match=r"epoch 0 has 30 samples, but .* given 60 rows"):
+        run_epoch(pruner, make_loader(pruner))
+    run_epoch(pruner, make_loader(pruner))
+
+
+def test_a_regression_is_not_taken_for_a_classification():
+    pruner = Pruner(N)
+    with pytest.raises(ValueError, match=r"more than one class .* got shape \(8, 1\).*update"):
+        pruner.loss(torch.randn(8, 1), torch.rand(8, 1), torch.arange(8))
+    assert pruner.loss(torch.randn(8, 1), torch.zeros(8).long(), torch.arange(8)) == 0
 
 
 def test_stats_are_of_one_epoch():
@@ -911,14 +979,15 @@ def test_labels_may_be_a_file_that_is_mapped_into_memory(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruner = Pruner(N, 0.5, labels=labels)
-    assert torch.bincount(pruner.progress.labels[pruner.selection.indices]).tolist() == [10] * 3
+    kept = pruner.progress.planner.labels[pruner.selection.indices]
+    assert torch.bincount(kept).tolist() == [10] * 3
 
 
 def test_labels_that_the_user_changes_later_change_nothing():
     labels = torch.arange(N) % 3
     pruner = Pruner(N, 0.5, labels=labels)
     labels.zero_()
-    assert pruner.progress.labels.tolist() == [i % 3 for i in range(N)]
+    assert pruner.progress.planner.labels.tolist() == [i % 3 for i in range(N)]
 
 
 def test_a_long_list_is_not_repeated_in_the_error():

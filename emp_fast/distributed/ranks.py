@@ -252,10 +252,12 @@ class Ranks:
 
     def _fail(self, error: Exception | None) -> NoReturn:
         """Raises on all ranks because one cannot take part: its own error or the first rank's."""
-        told = self.gather_objects(None if error is None else (type(error).__name__, str(error)))
+        gathered = self.gather_objects(
+            None if error is None else (type(error).__name__, str(error))
+        )
         if error is not None:
             raise error
-        rank, (name, message) = next((r, other) for r, other in enumerate(told) if other)
+        rank, (name, message) = next((r, other) for r, other in enumerate(gathered) if other)
         kind = _SHARED_ERRORS.get(name, RuntimeError)
         raise kind(f"{self._operation}: rank {rank} raised this, and no rank changed: {message}")
 
@@ -269,8 +271,8 @@ class Ranks:
         for name in names:
             values = [other.get(name) for other in gathered]
             if any(value != values[0] for value in values):
-                told = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values))
-                differing.append(f"{name} is {told}")
+                listed = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values))
+                differing.append(f"{name} is {listed}")
         raise ValueError(
             f"{self._operation}: all ranks must agree, but {'; '.join(differing)}. "
             "Nothing was changed"

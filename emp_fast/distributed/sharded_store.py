@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from emp_fast._validation import checked_integers
-from emp_fast._warnings import warn
 from emp_fast.backends.base import NONFINITE
 from emp_fast.backends.checks import require_index_range
 from emp_fast.distributed.packing import Layout, layout_of, pack_rows, row_bytes, unpack_rows
@@ -28,7 +27,12 @@ from emp_fast.functional import SampleStats
 from emp_fast.policies import Policy, TopK, choose
 from emp_fast.quotas import Balance
 from emp_fast.rules import EMP, Rule
-from emp_fast.sample_state import SampleState, checked_indices, checked_store_arguments
+from emp_fast.sample_state import (
+    SampleState,
+    checked_indices,
+    checked_store_arguments,
+    warn_of_nonfinite,
+)
 from emp_fast.selection import Selection
 from emp_fast.selection_checks import checked_selection
 from emp_fast.snapshot_checks import checked_count, checked_tensors, require_entries, store_facts
@@ -97,7 +101,7 @@ class ShardedScoreStore:
         self.owned_range = range(low, high)
         self._shard = SampleState(high - low, rule.shard(low, high, num_samples), device)
         self._rule_name = repr(rule)  # of the whole rule; computed once, as it may hash tensors
-        self._warned = 0
+        self._reported_nonfinite = 0
         #: Rows given to `update` by all ranks since the store was made.
         self.rows_seen = 0
 
@@ -286,13 +290,10 @@ class ShardedScoreStore:
 
     def _report_refused(self, ranks: Ranks) -> None:
         refused = self._shard.num_nonfinite
-        new = int(ranks.all_reduce(torch.tensor(refused - self._warned, device="cpu")))
-        self._warned = refused
+        new = int(ranks.all_reduce(torch.tensor(refused - self._reported_nonfinite, device="cpu")))
+        self._reported_nonfinite = refused
         if new:
-            warn(
-                f"{new} non-finite stats were refused on all ranks since the last selection; their "
-                "samples keep their last score"
-            )
+            warn_of_nonfinite(new, "on all ranks ")
 
     def merge(self, process_group: ProcessGroup | None = None) -> None:
         """Does nothing: each sample's state lives on one rank, and `update` sends its rows there.
@@ -386,7 +387,7 @@ class ShardedScoreStore:
                     rows = piece.tensors[name][first - piece.start : last - piece.start]
                     tensor[first - low : last - low] = rows.to(tensor.device)
         self.rows_seen = pieces[0].rows_seen
-        self._warned = self._shard.num_nonfinite
+        self._reported_nonfinite = self._shard.num_nonfinite
 
     def _checked_piece(self, position: int, state: Mapping[str, Any]) -> _Piece:
         where = f"state[{position}]"
@@ -457,13 +458,13 @@ def _common_layout(ranks: Ranks, own: Layout | None) -> Layout | None:
         return None
     if all(batch.rows and batch.layout == batches[0].layout for batch in batches):
         return own
-    told: list[Layout | None] = ranks.gather_objects(own)
-    known = [layout for layout in told if layout is not None]
+    gathered: list[Layout | None] = ranks.gather_objects(own)
+    known = [layout for layout in gathered if layout is not None]
     if any(layout != known[0] for layout in known):
         raise ValueError(
             "stats must have the same dtypes and shapes on all ranks, got "
             + ", ".join(
-                f"{list(layout[1:])} on rank {r}" for r, layout in enumerate(told) if layout
+                f"{list(layout[1:])} on rank {r}" for r, layout in enumerate(gathered) if layout
             )
             + "; nothing of this update was applied"
         )
@@ -476,6 +477,6 @@ def _groups(ranks: Ranks, labels: Tensor) -> tuple[Tensor, int]:
     sizes = [int(size) for size in ranks.all_gather(torch.tensor([own.shape[0]], device="cpu"))]
     padded = own.new_zeros(max(sizes))
     padded[: own.shape[0]] = own
-    told = ranks.all_gather(padded)
-    classes = torch.cat([theirs[:size] for theirs, size in zip(told, sizes, strict=True)]).unique()
+    gathered = zip(ranks.all_gather(padded), sizes, strict=True)
+    classes = torch.cat([theirs[:size] for theirs, size in gathered]).unique()
     return torch.searchsorted(classes, labels), classes.shape[0]

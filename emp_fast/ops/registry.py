@@ -1,6 +1,6 @@
 """Registers the ops with torch.library, and decides which calls may bypass the dispatcher.
 
-A call does unless something observes it (`is_watched`): scoring a small batch takes a few
+A call does unless something observes it (`must_dispatch`): scoring a small batch takes a few
 microseconds, and the dispatcher would double that. ``Library.define`` costs a third of
 ``torch.library.custom_op`` per call, which matters in training steps on small batches.
 """
@@ -50,7 +50,7 @@ def define(
     op = getattr(torch.ops.emp_fast, name)
 
     def call(tensor: Tensor, *arguments: Any) -> Any:
-        return (op if is_watched(tensor) else kernel)(tensor, *arguments)
+        return (op if must_dispatch(tensor) else kernel)(tensor, *arguments)
 
     return cast(_Kernel, call)
 
@@ -81,6 +81,9 @@ def is_traced(tensor: Tensor) -> bool:
     )
 
 
-def is_watched(tensor: Tensor) -> bool:
-    """Whether something must see the ops on ``tensor``: a tracer (`is_traced`) or a profiler."""
+def must_dispatch(tensor: Tensor) -> bool:
+    """Whether an op on ``tensor`` must not bypass the dispatcher.
+
+    That is so where something watches: a tracer (`is_traced`) or a profiler.
+    """
     return is_traced(tensor) or bool(is_profiled())

@@ -16,7 +16,7 @@ from emp_fast.ops.gradients import (
     mark_only_loss_differentiable,
     saved_tensors,
 )
-from emp_fast.ops.registry import define, is_watched, per_example_arguments
+from emp_fast.ops.registry import define, must_dispatch, per_example_arguments
 
 #: The fields of `LossOptions` in a schema: a call of the op passes ``*options``.
 LOSS_OPTIONS = "int ignore_index, float label_smoothing, float softcap"
@@ -70,7 +70,7 @@ def cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
 ) -> RowTensors:
     """`Backend.cross_entropy`."""
-    if is_watched(logits):
+    if must_dispatch(logits):
         scored: RowTensors = torch.ops.emp_fast.cross_entropy(logits, target, weight, *options)
         return scored
     return resolve(logits.device, logits.dtype).cross_entropy(logits, target, weight, options)
@@ -80,7 +80,7 @@ def scores(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, ...]:
     """`Backend.scores`: the fields of SampleStats for rows whose gradient is not wanted."""
-    if is_watched(logits):
+    if must_dispatch(logits):
         return stats_of_rows(*torch.ops.emp_fast.cross_entropy(logits, target, weight, *options))
     return resolve(logits.device, logits.dtype).scores(logits, target, weight, options)
 
@@ -142,7 +142,7 @@ def cross_entropy_backward(
     options: LossOptions,
 ) -> Tensor:
     """`Backend.cross_entropy_backward`."""
-    if is_watched(grad_loss):
+    if must_dispatch(grad_loss):
         op = torch.ops.emp_fast.cross_entropy_backward
         grad: Tensor = op(grad_loss, logits, target, weight, fields, *options)
         return grad
@@ -187,7 +187,7 @@ def cross_entropy_for_backward(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
 ) -> RowTensors:
     """`CrossEntropy` of rows whose gradient is wanted."""
-    return (_apply if is_watched(logits) else _apply_directly)(logits, target, weight, options)
+    return (_apply if must_dispatch(logits) else _apply_directly)(logits, target, weight, options)
 
 
 class WithGaps(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emp_fast.backends import resolve, winners
 from emp_fast.backends.base import Recurrence, State
-from emp_fast.ops.registry import define, is_watched
+from emp_fast.ops.registry import define, must_dispatch
 
 #: The fields of `State` and of `Recurrence` in a schema: a call passes ``*state, *recurrence``.
 STATE = (
@@ -57,7 +57,7 @@ def update_state(
     recurrence: Recurrence,
 ) -> None:
     """`Backend.update_state`."""
-    if not is_watched(indices):
+    if not must_dispatch(indices):
         backend = resolve(state.scores.device)
         backend.update_state(indices, signal, direct, count, state, recurrence)
         return
@@ -81,7 +81,7 @@ def find_winners(
     indices: Tensor, usable: Tensor, count: Tensor | None, state: State
 ) -> winners.Winners:
     """`Backend.find_winners`; if something observes the op, shapes do not depend on the data."""
-    if not is_watched(indices):
+    if not must_dispatch(indices):
         return resolve(state.scores.device).find_winners(indices, usable, count, state)
     num_samples = state.scores.shape[0]
     op = torch.ops.emp_fast.find_winners

@@ -12,7 +12,7 @@ from emp_fast._torch_internals import apply_past_transforms, is_batched_gradient
 from emp_fast.backends import resolve
 from emp_fast.backends.base import LossOptions, Recurrence, State
 from emp_fast.ops.gradients import forbid_double_backward
-from emp_fast.ops.registry import define, is_watched
+from emp_fast.ops.registry import define, must_dispatch
 from emp_fast.ops.scoring import LOSS_OPTIONS, cross_entropy, cross_entropy_backward
 from emp_fast.ops.state import RECURRENCE, STATE, state_and_recurrence
 
@@ -78,7 +78,7 @@ class MeanCrossEntropy(torch.autograd.Function):
         recurrence: Recurrence,
     ) -> Tensor:
         mean: Tensor
-        if is_watched(logits):
+        if must_dispatch(logits):
             mean, ctx.grad, ctx.factor = torch.ops.emp_fast.mean_step(
                 logits, target, weight, *options, row_scale, indices, *state, *recurrence
             )
@@ -132,7 +132,7 @@ def mean_step(
 
     For backends where `fuses_step` says that it reads the logits once.
     """
-    apply = _apply if is_watched(logits) else _apply_directly
+    apply = _apply if must_dispatch(logits) else _apply_directly
     return apply(logits, target, weight, options, row_scale, indices, state, recurrence)
 
 

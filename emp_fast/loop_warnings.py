@@ -1,0 +1,100 @@
+"""Warnings about how a loop uses its pruner, from what an epoch has left in the store."""
+
+from __future__ import annotations
+
+from emp_fast._transfer import to_device
+from emp_fast._warnings import warn
+from emp_fast.planner import Plan
+from emp_fast.store import ScoreStore
+
+__all__ = ["LoopWarnings"]
+
+
+class LoopWarnings:
+    """Warns once of each kind of misuse. All of it is found between epochs, never in a step.
+
+    Args:
+        store: the scores and visits of the run.
+    """
+
+    def __init__(self, store: ScoreStore) -> None:
+        self._store = store
+        self._given: set[str] = set()
+        self._visits_before = 0  # of all samples, when the epoch in progress began
+
+    def epoch_begins(self) -> None:
+        """Remembers what the store holds before an epoch."""
+        self._visits_before = int(self._store.visits.sum())
+
+    def of_epoch(self, plan: Plan, rows: int, batch: int) -> None:
+        """Warns of what is odd about an epoch all of whose samples have been trained on.
+
+        Args:
+            plan: the epoch's.
+            rows: how many rows of all ranks the pruner was given in it, at least as many as the
+                plan has.
+            batch: rows of all ranks in the largest batch.
+        """
+        store = self._store
+        indices = to_device(plan.selection.indices, store.visits.device)
+        unscored = indices[store.visits[indices] == 0]
+        visits, scored = int(store.visits.sum()) - self._visits_before, len(plan) - len(unscored)
+        if 2 * scored < len(plan) and scored < visits:
+            self._warn_once(
+                "wrong indices",
+                f"epoch {plan.epoch} made {visits} visits, but of its {len(plan)} samples only "
+                f"{scored} have ever been visited: the indices given to the pruner must be those "
+                "that emp_fast.with_indices yields",
+            )
+        elif rows >= len(plan) + max(batch, 1):  # ranks repeat less than a batch
+            self._warn_once(
+                "too many rows",
+                f"epoch {plan.epoch} has {len(plan)} samples, but the pruner was given {rows} rows "
+                "to score in it. Score every batch once, whatever its losses, and evaluate with "
+                "emp_fast.functional.cross_entropy: more visits change the scores, and a run "
+                "saved in mid-epoch would resume too late",
+            )
+        elif len(unscored):
+            self._warn_once(
+                "unscored",
+                f"{len(unscored)} of the {len(plan)} samples of epoch {plan.epoch} were trained on "
+                f"and have no score, the first of them {int(unscored[0])}: either all their "
+                "positions are ignored, or their stats are not finite. Samples without a score "
+                "come first, so these will be in every epoch: leave them out of the data set",
+            )
+
+    def of_skipped_epoch(self, epoch: int, begun_at: int) -> None:
+        """Warns of an epoch that was fetched to its end, and of which nothing was scored.
+
+        Args:
+            epoch: its number.
+            begun_at: the position at which its iteration began.
+        """
+        if begun_at > 0:
+            told = (
+                f"epoch {epoch} was resumed after {begun_at} samples, and nothing more of it was "
+                "scored. If that was less than a batch, which the loader's drop_last dropped, the "
+                "epoch was empty"
+            )
+        else:
+            told = (
+                f"nothing of epoch {epoch} was scored, but a loader had fetched all of it when the "
+                "next iteration began. If that was a look at the data or an evaluation, it has "
+                "cost an epoch"
+            )
+        advice = "call pruner.set_epoch(epoch) before each one that you train on"
+        self._warn_once("skipped", f"{told}: {advice}")
+
+    def of_unused_sampler(self, rows: int) -> None:
+        """Warns of a loader that was made without the sampler and so trains on everything."""
+        if rows > 2 * self._store.num_samples:
+            self._warn_once(
+                "unused sampler",
+                f"{rows} rows of {self._store.num_samples} samples were scored and the pruner has "
+                "selected none of them: give the loader sampler=pruner.sampler",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._given:
+            self._given.add(kind)
+            warn(message)
