@@ -1,0 +1,129 @@
+// The scores of rows whose targets are probabilities, from two reads of the logits.
+#include "cpu/soft_targets.h"
+
+#include <algorithm>
+
+#include "cpu/row_epilogue.h"
+#include "cpu/row_kernels.h"
+
+namespace emp_fast::cpu::EMP_FAST_ISA {
+namespace {
+
+// Kahan summation: the error does not grow with the number of terms.
+struct CompensatedSum {
+  Floats sum = broadcast(0.0f), lost = broadcast(0.0f);
+
+  EMP_FAST_INLINE void add(Floats x) {
+    const Floats term = x - lost;
+    const Floats next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
+  }
+};
+
+template <class Rows>
+void score_rows(const Rows& logits, const ScoreOutputs& out, int64_t begin, int64_t end) {
+  const Problem& problem = logits.problem;
+  const Floats zero = broadcast(0.0f);
+  for (int64_t first = begin; first < end; first += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, end - first);
+    GroupTarget target;
+    GroupSums<Rows::kHasCap> sums{};
+    for (int64_t i = 0; i < count; ++i) {
+      const float* t = problem.soft_target + (first + i) * problem.classes;
+      target.id[i] = static_cast<int32_t>(largest_class(t, problem.classes));
+      target.valid[i] = 1;
+      sums.put(i, accumulate_row(logits, logits.row(first + i), target.id[i]));
+    }
+    const Accumulated group = sums.reduce();
+    const Floats raw_y = raw_target_logits(logits, first, count, target);
+    Scores<Floats> scores = finish_group(logits, group, raw_y);
+
+    // The loss of each class and the distance to the target need the finished softmax: a second
+    // pass.
+    Floats losses[kLanes] = {}, distances[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const typename Rows::Element* row = logits.row(first + i);
+      const float* t_row = problem.soft_target + (first + i) * problem.classes;
+      const Floats max = broadcast(scores.max.v[i]);
+      const Floats log_total = broadcast(scores.log_total.v[i]);
+      const Floats inv_sum = broadcast(scores.inv_sum.v[i]);
+      const float off_y = (1.0f - t_row[target.id[i]]) - scores.miss.v[i];
+      for (int64_t start = 0; start < problem.classes; start += kBlock) {
+        Floats loss = zero, distance = zero;
+        const int64_t stop = std::min(start + kBlock, problem.classes);
+        for (int64_t j = start; j < stop; j += kLanes) {
+          const int64_t size = std::min<int64_t>(kLanes, problem.classes - j);
+          const bool whole = size == kLanes;
+          const Floats x = whole ? logits.read(row + j) : logits.read_first(row + j, size);
+          const Floats t = whole ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+          const float* weight = problem.weight ? problem.weight + j : nullptr;
+          const Floats p = exp_nonpositive(floored_difference(x, max)) * inv_sum;
+          const Ints lane = lane_numbers() + broadcast(static_cast<int32_t>(j));
+          const Mask absent = broadcast(static_cast<int32_t>(problem.classes - 1)) < lane;
+          const Floats share = choose(absent, zero, effective_target(problem, t, weight, size));
+          loss = loss + weighted(share, (max - x) + log_total);
+          const Floats off = choose(lane == broadcast(target.id[i]), broadcast(off_y), p - t);
+          distance = fused(off, off, distance);
+        }
+        losses[i] = losses[i] + loss;
+        distances[i] = distances[i] + distance;
+      }
+    }
+    scores.el2n = square_root(reduce_rows(distances, Add{}));
+    write_scores(problem, out, first, count, target.valid, scores, reduce_rows(losses, Add{}));
+  }
+}
+
+}  // namespace
+
+int64_t largest_class(const float* t, int64_t classes) {
+  Floats max = broadcast(kMinusInfinity);
+  Mask nan = is_nan(max);
+  for (int64_t j = 0; j < classes; j += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, classes - j);
+    const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(count));
+    const Floats some = count == kLanes ? load(t + j) : read_some<Float32>(t + j, count);
+    const Floats x = choose(present, some, broadcast(kMinusInfinity));
+    nan = nan | is_nan(x);
+    max = larger(x, max);
+  }
+  int64_t j = 0;
+  if (any(nan)) {
+    while (t[j] == t[j]) ++j;
+    return j;
+  }
+  max = reduce_lanes(max, Larger{});
+  while (j + kLanes <= classes && !any(load(t + j) == max)) j += kLanes;
+  while (t[j] != max.v[0]) ++j;
+  return j;
+}
+
+// T, the sum of t'. If t'_y is close to it, the target's gradient is their small difference, and
+// the rounding error of a plain sum would dominate it: hence compensated summation. Four
+// independent sums hide the latency of an addition.
+float effective_total(const Problem& problem, const float* t_row) {
+  constexpr int64_t kSums = 4;
+  CompensatedSum sums[kSums];
+  for (int64_t start = 0; start < problem.classes; start += kSums * kLanes) {
+    for (int64_t k = 0; k < kSums; ++k) {
+      const int64_t j = start + k * kLanes;
+      const int64_t size = std::clamp<int64_t>(problem.classes - j, 0, kLanes);
+      if (size == 0) break;
+      const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+      const float* weight = problem.weight ? problem.weight + j : nullptr;
+      const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
+      const Floats share = effective_target(problem, t, weight, size);
+      sums[k].add(choose(present, share, broadcast(0.0f)));
+    }
+  }
+  const Floats sum = (sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum);
+  return reduce_lanes(sum, Add{}).v[0];
+}
+
+void score_soft_targets(const Problem& problem, const ScoreOutputs& out, int64_t begin,
+                        int64_t end) {
+  with_logits(problem, [&](auto logits, auto) { score_rows(logits, out, begin, end); });
+}
+
+}  // namespace emp_fast::cpu::EMP_FAST_ISA
