@@ -59,10 +59,10 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       Floats u = even;
       const float* weight = problem.weight ? problem.weight + j : nullptr;
       if (t_row) {
-        const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+        const Floats t = read_up_to<Float32>(t_row + j, size);
         u = u * effective_target(problem, t, weight, size);
       } else if (weight) {
-        u = u * (size == kLanes ? load(weight) : read_some<Float32>(weight, size));
+        u = u * (read_up_to<Float32>(weight, size));
       }
       return (e * scale - u) * x.slope;
     };

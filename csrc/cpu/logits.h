@@ -81,6 +81,11 @@ struct Logits {
     return choose(lane_numbers() < broadcast(static_cast<int32_t>(count)),
                   capped(read_some<Format>(from, count)), broadcast(kMinusInfinity));
   }
+
+  // The same for any count: at most a vector of elements.
+  EMP_FAST_INLINE Floats read_up_to(const Element* from, int64_t count) const {
+    return count < kLanes ? read_first(from, count) : read(from);
+  }
 };
 
 // Calls body(Logits<Format, kCapped>, Format) for the format and softcap of `problem`.

@@ -25,14 +25,6 @@ EMP_FAST_INLINE void for_each_row(int64_t count, Body body) {
   }
 }
 
-EMP_FAST_INLINE void write(float* to, Floats x, int64_t count) {
-  if (count == kLanes) {
-    store(to, x);
-  } else {
-    write_some<Float32>(to, x, count);
-  }
-}
-
 EMP_FAST_INLINE void write_scores(const Problem& problem, const ScoreOutputs& out, int64_t first,
                                   int64_t count, const int32_t* valid, const Scores<Floats>& scores,
                                   Floats loss) {
@@ -42,9 +34,9 @@ EMP_FAST_INLINE void write_scores(const Problem& problem, const ScoreOutputs& ou
   const auto clean = [&](Floats x) {
     return choose(ignored, zero, choose(spoiled, broadcast(__builtin_nanf("")), x));
   };
-  write(out.loss + first, clean(loss), count);
+  write_up_to<Float32>(out.loss + first, clean(loss), count);
   const auto field = [&](Field which, Floats x) {
-    write(out.fields + which * problem.rows + first, clean(x), count);
+    write_up_to<Float32>(out.fields + which * problem.rows + first, clean(x), count);
   };
   field(kEntropy, larger(scores.entropy, zero));
   field(kEl2n, scores.el2n);

@@ -87,13 +87,7 @@ struct Block {
       const int64_t count = std::min<int64_t>(kLanes, size - i);
       const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(count));
       const Floats diff = choose(present, x - max, broadcast(0.0f));
-      if (weight == nullptr) {
-        sum = sum + diff;
-      } else if (count == kLanes) {
-        sum = sum + weighted(load(weight + i), diff);
-      } else {
-        sum = sum + weighted(read_some<Float32>(weight + i, count), diff);
-      }
+      sum = sum + (weight ? weighted(read_up_to<Float32>(weight + i, count), diff) : diff);
     });
     return sum;
   }
@@ -142,10 +136,7 @@ EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Ro
       using Format = typename Rows::Storage;
       alignas(64) float raw[kBlock], capped[kBlock];
       for (int64_t i = 0; i < size; i += kLanes) {
-        const auto* from = row + start + i;
-        const int64_t remaining = size - i;
-        const Floats x =
-            remaining >= kLanes ? Format::read(from) : read_some<Format>(from, remaining);
+        const Floats x = read_up_to<Format>(row + start + i, size - i);
         store(raw + i, x);
         store(capped + i, logits.capped(x));
       }

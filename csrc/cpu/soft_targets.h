@@ -19,7 +19,7 @@ EMP_FAST_INLINE Floats effective_target(const Problem& problem, Floats t, const 
     t = fused(t, broadcast(1.0f - problem.label_smoothing), broadcast(share));
   }
   if (weight) {
-    t = t * (count == kLanes ? load(weight) : read_some<Float32>(weight, count));
+    t = t * read_up_to<Float32>(weight, count);
   }
   return t;
 }

@@ -54,9 +54,8 @@ void score_rows(const Rows& logits, const ScoreOutputs& out, int64_t begin, int6
         const int64_t stop = std::min(start + kBlock, problem.classes);
         for (int64_t j = start; j < stop; j += kLanes) {
           const int64_t size = std::min<int64_t>(kLanes, problem.classes - j);
-          const bool whole = size == kLanes;
-          const Floats x = whole ? logits.read(row + j) : logits.read_first(row + j, size);
-          const Floats t = whole ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+          const Floats x = logits.read_up_to(row + j, size);
+          const Floats t = read_up_to<Float32>(t_row + j, size);
           const float* weight = problem.weight ? problem.weight + j : nullptr;
           const Floats p = exp_nonpositive(floored_difference(x, max)) * inv_sum;
           const Ints lane = lane_numbers() + broadcast(static_cast<int32_t>(j));
@@ -83,8 +82,7 @@ int64_t largest_class(const float* t, int64_t classes) {
   for (int64_t j = 0; j < classes; j += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, classes - j);
     const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(count));
-    const Floats some = count == kLanes ? load(t + j) : read_some<Float32>(t + j, count);
-    const Floats x = choose(present, some, broadcast(kMinusInfinity));
+    const Floats x = choose(present, read_up_to<Float32>(t + j, count), broadcast(kMinusInfinity));
     nan = nan | is_nan(x);
     max = larger(x, max);
   }
@@ -110,7 +108,7 @@ float effective_total(const Problem& problem, const float* t_row) {
       const int64_t j = start + k * kLanes;
       const int64_t size = std::clamp<int64_t>(problem.classes - j, 0, kLanes);
       if (size == 0) break;
-      const Floats t = size == kLanes ? load(t_row + j) : read_some<Float32>(t_row + j, size);
+      const Floats t = read_up_to<Float32>(t_row + j, size);
       const float* weight = problem.weight ? problem.weight + j : nullptr;
       const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
       const Floats share = effective_target(problem, t, weight, size);
