@@ -12,7 +12,7 @@ namespace {
 //
 //   dx_j = g ((a + T) p_j - u_j)       dx_y = g (T p_y - u_y - a miss)
 //
-// and for probabilities, with the effective target t' and T = sum_j t'_j
+// and for probabilities, with the target t' of soft_targets.h and T = sum_j t'_j
 //
 //   dx_j = g (T p_j - t'_j)            dx_y = g ((T - t'_y) - T miss) where 2 t'_y > T
 //
@@ -45,9 +45,8 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
     } else {
       t_row = problem.soft_target + r * classes;
       y = largest_class(t_row, classes);
-      total = effective_total(problem, t_row);
-      const float* weight = problem.weight ? problem.weight + y : nullptr;
-      u_y = effective_target(problem, broadcast(t_row[y]), weight, 1).v[0];
+      total = smoothed_total(problem, t_row);
+      u_y = smoothed(problem, broadcast(t_row[y]), y, 1).v[0];
     }
     const auto field = [&](Field which) { return in.fields[which * problem.rows + r]; };
     const Floats max = broadcast(field(kMax));
@@ -60,9 +59,9 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       const float* weight = problem.weight ? problem.weight + j : nullptr;
       if (t_row) {
         const Floats t = read_up_to<Float32>(t_row + j, size);
-        u = u * effective_target(problem, t, weight, size);
+        u = u * smoothed(problem, t, j, size);
       } else if (weight) {
-        u = u * (read_up_to<Float32>(weight, size));
+        u = u * read_up_to<Float32>(weight, size);
       }
       return (e * scale - u) * x.slope;
     };

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kApart = 16;
 
 struct Gathered {
-  Accumulated accumulated;
+  RowSums group;
   Floats raw_y;  // the target's logit before the softcap
 };
 
@@ -28,7 +28,7 @@ EMP_FAST_INLINE Gathered accumulate_columns(const Rows& logits, int64_t first, i
 
   alignas(64) float block[kNarrow * kLanes];
   const Ints y = load(target.id);
-  Accumulated result{SoftmaxSums<Floats>::empty(), broadcast(0.0f)};
+  RowSums result{SoftmaxSums<Floats>::empty(), broadcast(0.0f)};
   Floats raw_y = broadcast(0.0f);
   for_each_column<Format>(rows, problem.classes, [&](int64_t c, Floats raw) {
     const Mask is_y = y == broadcast(static_cast<int32_t>(c));
@@ -84,11 +84,11 @@ bool score_rows(const Rows& logits, const ScoreOutputs& out, int64_t begin, int6
     });
     valid &= wrong == 0;
 
-    Accumulated group;
+    RowSums group;
     Floats raw_y;
     if (problem.classes < kNarrow) {
       const auto gathered = accumulate_columns(logits, first, count, target, format);
-      group = gathered.accumulated;
+      group = gathered.group;
       raw_y = gathered.raw_y;
     } else {
       GroupSums<Rows::kHasCap> sums{};
@@ -108,13 +108,13 @@ bool score_rows(const Rows& logits, const ScoreOutputs& out, int64_t begin, int6
       loss = weighted(load(target.weight), loss);
     }
     if (problem.label_smoothing > 0) {
-      alignas(64) float rest[kLanes];
+      alignas(64) float mass[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         if (!problem.weight) target.weight[i] = 1.0f;
-        rest[i] = static_cast<float>(problem.weight_sum - target.weight[i]);
+        mass[i] = static_cast<float>(problem.weight_sum - target.weight[i]);
       }
       const Floats uniform = uniform_loss(group.sums, logits.capped(raw_y), scores, group.tilt,
-                                          load(target.weight), load(rest));
+                                          load(target.weight), load(mass));
       const float share = problem.label_smoothing / static_cast<float>(problem.classes);
       const Floats sharp = weighted(broadcast(1.0f - problem.label_smoothing), loss);
       loss = fused(broadcast(share), uniform, sharp);

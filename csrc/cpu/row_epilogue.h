@@ -68,7 +68,7 @@ EMP_FAST_INLINE Floats raw_target_logits(const Rows& logits, int64_t first, int6
 
 // The scores of a group, with the margin of logits before the softcap.
 template <class Rows>
-EMP_FAST_INLINE Scores<Floats> finish_group(const Rows& logits, const Accumulated& group,
+EMP_FAST_INLINE Scores<Floats> finish_group(const Rows& logits, const RowSums& group,
                                             Floats raw_y) {
   Scores<Floats> scores = finish(group.sums, logits.capped(raw_y));
   if constexpr (Rows::kHasCap) {

@@ -16,16 +16,24 @@ namespace emp_fast::cpu::EMP_FAST_ISA {
 constexpr int64_t kBlock = 256 * kLanes;
 static_assert(kBlock % kWeightStep == 0);
 
-// The reduced sums of one row or one group of rows.
-struct Accumulated {
+// The sums of one row, or of a group with one row in each lane.
+struct RowSums {
   SoftmaxSums<Floats> sums;
   Floats tilt;                                 // sum_{j != y} w_j (x_j - m), for label smoothing
   Floats raw_max = broadcast(kMinusInfinity);  // max_{j != y} before the softcap, if there is one
 };
 
+// Adds sums that are relative to the same maximum.
+EMP_FAST_INLINE void merge(SoftmaxSums<Floats>& sums, const SoftmaxSums<Floats>& part) {
+  sums.d = sums.d + part.d;
+  sums.s = sums.s + part.s;
+  sums.q = sums.q + part.q;
+}
+
+// The product, but 0 without weight, even of an infinite value.
 EMP_FAST_INLINE Floats weighted(Floats weight, Floats value) {
   const Floats zero = broadcast(0.0f);
-  return choose(weight == zero, zero, weight * value);  // 0 * -inf would be NaN
+  return choose(weight == zero, zero, weight * value);
 }
 
 // A block of one row. `y` is the position of the target relative to `from`; it is outside [0, size)
@@ -85,23 +93,24 @@ struct Block {
     Floats sum = broadcast(0.0f);
     for_each_vector(max.v[0], [&](int64_t i, Floats x) {
       const int64_t count = std::min<int64_t>(kLanes, size - i);
-      const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(count));
-      const Floats diff = choose(present, x - max, broadcast(0.0f));
+      const Floats diff = choose(lanes_below(count), x - max, broadcast(0.0f));
       sum = sum + (weight ? weighted(read_up_to<Float32>(weight + i, count), diff) : diff);
     });
     return sum;
   }
 };
 
-// Adds a block. `weight_before` is the total weight of the classes added before it.
+// Adds a block, and makes all sums relative to the larger maximum. `weight_before` is the total
+// weight of the classes added before. `ahead` as in Block::sums.
 template <class Rows>
-EMP_FAST_INLINE void accumulate_block(Accumulated& result, const Block<Rows>& block,
+EMP_FAST_INLINE void accumulate_block(RowSums& result, const Block<Rows>& block,
                                       const Problem& problem, const float* weight,
                                       double weight_before, const void* ahead) {
   SoftmaxSums<Floats>& sums = result.sums;
   const Floats max = block.largest(sums.m);
   if (problem.label_smoothing > 0) {
     if (weight_before != 0) {
+      // In one lane alone, because the tilt will be the sum of all lanes.
       const Floats once = choose(lane_numbers() == broadcast(0), broadcast(1.0f), broadcast(0.0f));
       const Floats before = once * broadcast(static_cast<float>(weight_before));
       result.tilt = result.tilt + weighted(before, sums.m - max);
@@ -109,18 +118,15 @@ EMP_FAST_INLINE void accumulate_block(Accumulated& result, const Block<Rows>& bl
     result.tilt = result.tilt + block.tilt(max, weight);
   }
   raise(sums, max);
-  const SoftmaxSums<Floats> here = block.sums(max, ahead);
-  sums.d = sums.d + here.d;
-  sums.s = sums.s + here.s;
-  sums.q = sums.q + here.q;
+  merge(sums, block.sums(max, ahead));
 }
 
 // The sums of one row, relative to one maximum and not yet reduced over the lanes.
 template <class Rows>
-EMP_FAST_INLINE Accumulated accumulate_row(const Rows& logits, const typename Rows::Element* row,
-                                           int64_t y) {
+EMP_FAST_INLINE RowSums accumulate_row(const Rows& logits, const typename Rows::Element* row,
+                                       int64_t y) {
   const Problem& problem = logits.problem;
-  Accumulated result{SoftmaxSums<Floats>::empty(), broadcast(0.0f)};
+  RowSums result{SoftmaxSums<Floats>::empty(), broadcast(0.0f)};
   for (int64_t start = 0; start < problem.classes; start += kBlock) {
     const int64_t size = std::min(kBlock, problem.classes - start);
     const float* weight = problem.weight ? problem.weight + start : nullptr;
@@ -159,7 +165,7 @@ struct GroupSums {
   Floats m[kLanes], d[kLanes], s[kLanes], q[kLanes], tilt[kLanes];
   Floats raw_max[kCapped ? kLanes : 1];
 
-  EMP_FAST_INLINE void put(int64_t i, const Accumulated& row) {
+  EMP_FAST_INLINE void put(int64_t i, const RowSums& row) {
     m[i] = row.sums.m;
     d[i] = row.sums.d;
     s[i] = row.sums.s;
@@ -167,8 +173,8 @@ struct GroupSums {
     tilt[i] = row.tilt;
     if constexpr (kCapped) raw_max[i] = row.raw_max;
   }
-  EMP_FAST_INLINE Accumulated reduce() {
-    Accumulated group;
+  EMP_FAST_INLINE RowSums reduce() {
+    RowSums group;
     group.sums.m = reduce_rows(m, Larger{});
     group.sums.d = reduce_rows(d, Add{});
     group.sums.s = reduce_rows(s, Add{});

@@ -9,18 +9,6 @@
 namespace emp_fast::cpu::EMP_FAST_ISA {
 namespace {
 
-// Kahan summation: the error does not grow with the number of terms.
-struct CompensatedSum {
-  Floats sum = broadcast(0.0f), lost = broadcast(0.0f);
-
-  EMP_FAST_INLINE void add(Floats x) {
-    const Floats term = x - lost;
-    const Floats next = sum + term;
-    lost = (next - sum) - term;
-    sum = next;
-  }
-};
-
 template <class Rows>
 void score_rows(const Rows& logits, const ScoreOutputs& out, int64_t begin, int64_t end) {
   const Problem& problem = logits.problem;
@@ -35,7 +23,7 @@ void score_rows(const Rows& logits, const ScoreOutputs& out, int64_t begin, int6
       target.valid[i] = 1;
       sums.put(i, accumulate_row(logits, logits.row(first + i), target.id[i]));
     }
-    const Accumulated group = sums.reduce();
+    const RowSums group = sums.reduce();
     const Floats raw_y = raw_target_logits(logits, first, count, target);
     Scores<Floats> scores = finish_group(logits, group, raw_y);
 
@@ -56,12 +44,11 @@ void score_rows(const Rows& logits, const ScoreOutputs& out, int64_t begin, int6
           const int64_t size = std::min<int64_t>(kLanes, problem.classes - j);
           const Floats x = logits.read_up_to(row + j, size);
           const Floats t = read_up_to<Float32>(t_row + j, size);
-          const float* weight = problem.weight ? problem.weight + j : nullptr;
           const Floats p = exp_nonpositive(floored_difference(x, max)) * inv_sum;
           const Ints lane = lane_numbers() + broadcast(static_cast<int32_t>(j));
           const Mask absent = broadcast(static_cast<int32_t>(problem.classes - 1)) < lane;
-          const Floats share = choose(absent, zero, effective_target(problem, t, weight, size));
-          loss = loss + weighted(share, (max - x) + log_total);
+          const Floats weight = choose(absent, zero, smoothed(problem, t, j, size));
+          loss = loss + weighted(weight, (max - x) + log_total);
           const Floats off = choose(lane == broadcast(target.id[i]), broadcast(off_y), p - t);
           distance = fused(off, off, distance);
         }
@@ -81,8 +68,8 @@ int64_t largest_class(const float* t, int64_t classes) {
   Mask nan = is_nan(max);
   for (int64_t j = 0; j < classes; j += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, classes - j);
-    const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(count));
-    const Floats x = choose(present, read_up_to<Float32>(t + j, count), broadcast(kMinusInfinity));
+    const Floats x =
+        choose(lanes_below(count), read_up_to<Float32>(t + j, count), broadcast(kMinusInfinity));
     nan = nan | is_nan(x);
     max = larger(x, max);
   }
@@ -95,28 +82,6 @@ int64_t largest_class(const float* t, int64_t classes) {
   while (j + kLanes <= classes && !any(load(t + j) == max)) j += kLanes;
   while (t[j] != max.v[0]) ++j;
   return j;
-}
-
-// T, the sum of t'. If t'_y is close to it, the target's gradient is their small difference, and
-// the rounding error of a plain sum would dominate it: hence compensated summation. Four
-// independent sums hide the latency of an addition.
-float effective_total(const Problem& problem, const float* t_row) {
-  constexpr int64_t kSums = 4;
-  CompensatedSum sums[kSums];
-  for (int64_t start = 0; start < problem.classes; start += kSums * kLanes) {
-    for (int64_t k = 0; k < kSums; ++k) {
-      const int64_t j = start + k * kLanes;
-      const int64_t size = std::clamp<int64_t>(problem.classes - j, 0, kLanes);
-      if (size == 0) break;
-      const Floats t = read_up_to<Float32>(t_row + j, size);
-      const float* weight = problem.weight ? problem.weight + j : nullptr;
-      const Mask present = lane_numbers() < broadcast(static_cast<int32_t>(size));
-      const Floats share = effective_target(problem, t, weight, size);
-      sums[k].add(choose(present, share, broadcast(0.0f)));
-    }
-  }
-  const Floats sum = (sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum);
-  return reduce_lanes(sum, Add{}).v[0];
 }
 
 void score_soft_targets(const Problem& problem, const ScoreOutputs& out, int64_t begin,
