@@ -1,5 +1,5 @@
-// The CPU row scores: the arguments of the kernels in cross_entropy.isa.cpp, and a table of those
-// kernels for every instruction set.
+// The CPU row scores: the arguments of their kernels, and a table of the kernels for every
+// instruction set (cross_entropy.isa.cpp).
 #pragma once
 #include <cstdint>
 

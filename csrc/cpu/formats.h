@@ -137,4 +137,18 @@ EMP_FAST_INLINE Floats read_some<BFloat16>(const uint16_t* from, int64_t count) 
 }
 #endif
 
+// The same for any count: at most a vector of elements.
+template <class Format>
+EMP_FAST_INLINE Floats read_up_to(const typename Format::Element* from, int64_t count) {
+  return count < kLanes ? read_some<Format>(from, count) : Format::read(from);
+}
+template <class Format>
+EMP_FAST_INLINE void write_up_to(typename Format::Element* to, Floats x, int64_t count) {
+  if (count < kLanes) {
+    write_some<Format>(to, x, count);
+  } else {
+    Format::write(to, x);
+  }
+}
+
 }  // namespace emp_fast::cpu::EMP_FAST_ISA

@@ -78,8 +78,13 @@ struct Logits {
 
   // The first `count` elements, count < kLanes; the other lanes are -inf.
   EMP_FAST_INLINE Floats read_first(const Element* from, int64_t count) const {
-    return choose(lane_numbers() < broadcast(static_cast<int32_t>(count)),
-                  capped(read_some<Format>(from, count)), broadcast(kMinusInfinity));
+    return choose(lanes_below(count), capped(read_some<Format>(from, count)),
+                  broadcast(kMinusInfinity));
+  }
+
+  // The same for any count: at most a vector of elements.
+  EMP_FAST_INLINE Floats read_up_to(const Element* from, int64_t count) const {
+    return count < kLanes ? read_first(from, count) : read(from);
   }
 };
 

@@ -158,6 +158,11 @@ EMP_FAST_INLINE bool any(Mask mask) {
 #endif
 }
 
+// Marks the first `count` lanes.
+EMP_FAST_INLINE Mask lanes_below(int64_t count) {
+  return lane_numbers() < broadcast(static_cast<int32_t>(count));
+}
+
 EMP_FAST_INLINE Floats absolute(Floats x) { return from_bits(bits_of(x) & 0x7FFFFFFF); }
 EMP_FAST_INLINE Floats with_sign_of(Floats magnitude, Floats sign) {
   return from_bits(bits_of(magnitude) | (bits_of(sign) & INT32_MIN));
