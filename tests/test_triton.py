@@ -113,8 +113,8 @@ def test_row_kernels_are_chosen_by_argument_or_environment(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 def test_stepped_rows_agree_with_the_oracle(case: Case, stepped: None) -> None:
-    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
-    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
+    test_functional.assert_fields(case)
+    test_functional.assert_gradient(case)
 
 
 EACH_DTYPE = pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_each_choice_of_row_kernels_takes_its_own(
     in_steps = row_kernels != "plain"
     launches = launched(lambda: test_functional.cross_entropy(logits, target))
     assert launches == ["score_rows" if in_steps else "score_tile"]
-    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
+    test_functional.assert_fields(case)
     in_steps = row_kernels == "stepped" or (row_kernels == "auto" and dtype != torch.float32)
     assert_step(case, LossOptions(), "score_rows" if in_steps else "score_tile")
 
@@ -235,8 +235,8 @@ def test_16_bit_logits_of_any_size(offset: float, spread: float, stepped: None) 
 
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 def test_walked_rows_agree_with_the_oracle(case: Case, walked: None) -> None:
-    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
-    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
+    test_functional.assert_fields(case)
+    test_functional.assert_gradient(case)
 
 
 SPLIT = [case for case in SERVED if case.classes > 1000 and case.target == "ids"]
@@ -249,8 +249,8 @@ def test_split_rows_agree_with_the_oracle(case: Case, split: None) -> None:
         "score_loop",
         "merge_parts",
     ]
-    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
-    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
+    test_functional.assert_fields(case)
+    test_functional.assert_gradient(case)
 
 
 @pytest.mark.parametrize("classes", [2, 17, 100, 513, 4096, 4097])
@@ -258,8 +258,8 @@ def test_split_rows_agree_with_the_oracle(case: Case, split: None) -> None:
 def test_tiles_of_any_number_of_rows(classes: int, rows: int) -> None:
     samples = min(rows, 3) if classes > 4000 else rows
     case = Case(f"tiles_{classes}", samples, classes, dtype=torch.bfloat16)
-    test_functional.test_every_field_agrees_with_the_oracle(case, "triton", None)
-    test_functional.test_gradient_errs_at_most_twice_as_much_as_torch(case, "triton", None)
+    test_functional.assert_fields(case)
+    test_functional.assert_gradient(case)
 
 
 # ---- the step -----------------------------------------------------------------------------------
