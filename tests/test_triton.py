@@ -58,7 +58,7 @@ def test_kernels_and_host_number_the_fields_alike() -> None:
 @pytest.fixture
 def filled(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
     """Any number of rows is enough to take in steps, on a device that runs two warps at a time."""
-    monkeypatch.setattr(plan, "KEPT_STEPS", 0)
+    monkeypatch.setattr(plan, "KEPT_TILES", 0)
     for warps in ("ROWS_WARPS", "ROWS_WARPS_GRAD", "ROWS_WARPS_SHARED"):
         monkeypatch.setattr(plan, warps, 2)
     monkeypatch.setattr(triton, "multiprocessors", lambda _: 1)
@@ -246,7 +246,7 @@ SPLIT = [case for case in SERVED if case.classes > 1000 and case.target == "ids"
 def test_split_rows_agree_with_the_oracle(case: Case, split: None) -> None:
     logits, target, options = make(case)
     assert launched(lambda: test_functional.cross_entropy(logits, target, **options)) == [
-        "score_loop",
+        "part_sums",
         "merge_parts",
     ]
     test_functional.assert_fields(case)
@@ -275,7 +275,7 @@ PATHS = {
     "state apart": (None, 4, ["score_tile", "update_state"]),
     "walked": ("walked", 1024, ["score_loop"]),
     "walked, state apart": ("walked", 4, ["score_loop", "update_state"]),
-    "split": ("split", 1024, ["score_loop", "merge_parts", "update_state"]),
+    "split": ("split", 1024, ["part_sums", "merge_parts", "gradient_loop", "update_state"]),
 }
 
 

@@ -128,7 +128,7 @@ EXPECTED = (
     ),
     *(
         Expected(
-            rf"^score_loop\.score_loop\({logits}(?!.*(SMOOTH=|SOFT=))",
+            rf"^(score_loop\.\w+|split_rows\.part_sums)\({logits}(?!.*(SMOOTH=|SOFT=))",
             r"^values = tl\.load\(origin \+ at\)",
             128,
             "logits move by 16 bytes",
@@ -138,7 +138,7 @@ EXPECTED = (
         for logits, vectors in (("logits=fp32", 4), ("logits=(fp16|bf16)", 2))
     ),
     Expected(
-        r"^score_loop\.score_loop\(",
+        r"^(score_loop\.|split_rows\.part_sums)",
         r"^values = tl\.load\(origin \+ at\)",
         128,
         "logits move by 16 bytes; weights and soft targets have an alignment of their own",
@@ -148,7 +148,7 @@ EXPECTED = (
     ),
     Expected("", r"^values = tl\.load\(origin \+ at, mask", 16, "the ends of a row"),
     Expected(
-        r"^score_loop\.score_loop\((?=.*SHIFTED_ALIKE=).*GRAD=",
+        r"^score_loop\.\w+\((?=.*SHIFTED_ALIKE=).*grad=",
         r"^tl\.store\(grad_row \+ out, value\)",
         128,
         "the gradient moves by 16 bytes where its rows lie as those of the logits do",
