@@ -58,7 +58,7 @@ def sample_ranks(n: int, k: int, samples: int) -> tuple[int, int]:
         The ranks of the upper and of the lower end, counted from 0. -1 and ``samples`` stand for
         the highest and the lowest possible key.
     """
-    share = k / n
-    rank = share * samples
-    margin = 4 * math.sqrt(samples * share * (1 - share)) + 1
+    fraction = k / n
+    rank = fraction * samples
+    margin = 4 * math.sqrt(samples * fraction * (1 - fraction)) + 1
     return max(-1, math.floor(rank - margin) - 1), min(samples, math.ceil(rank + margin))

@@ -1,7 +1,7 @@
 """The gradient of the loss with respect to a row's logits, from values that its scores provide.
 
-Used by score_tile and score_loop. Does not access memory. Every function is elementwise, on tensors
-of any shape.
+Used by the kernels of score_tile and score_loop. Does not access memory. Every function is
+elementwise, on tensors of any shape.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,8 @@ class RowFactors(NamedTuple):
     inv_sum: tl.tensor  # the probabilities are p = e inv_sum
     miss: tl.tensor  # 1 - p_y
     sharp: tl.tensor  # the weight of the plain term of the target
-    total: tl.tensor  # the sum of c over all classes
-    scale: tl.tensor  # the gradient with respect to the loss
+    total: tl.tensor  # the sum of c, the effective target, over all classes
+    grad_loss: tl.tensor  # the gradient with respect to the loss
 
 
 @triton.jit
@@ -31,18 +31,18 @@ def gradient(raw, e, is_target, c, factors, options):
     total (p - 1) - (c - total), two small differences that keep all their digits. Factors that all
     classes of a row share are multiplied once.
     """
-    inv_sum, miss, sharp, total, scale = factors
-    if options.SOFT or options.SMOOTH:
+    inv_sum, miss, sharp, total, grad_loss = factors
+    if options.DENSE:
         p = e * inv_sum
         if options.SOFT:
             most = is_target & (2.0 * c > total)
             value = total * tl.where(most, -miss, p) - tl.where(most, c - total, c)
         else:
             value = (total * p - c) + sharp * tl.where(is_target, -miss, p)
-        value = value * scale
+        value = value * grad_loss
     else:
-        share = sharp * scale
-        value = tl.where(is_target, -miss * share, e * (inv_sum * share))
+        factor = sharp * grad_loss
+        value = tl.where(is_target, -miss * factor, e * (inv_sum * factor))
     if options.SOFTCAP:
         value = value * softcap_slope(raw, options.softcap)
     return value

@@ -1,4 +1,4 @@
-"""Launch arithmetic of the Triton kernels: plain integers, no Triton and no GPU.
+"""Which Triton kernels score rows, and the launch arithmetic of all: no Triton and no GPU.
 
 Heuristics, not autotuning: a training step of a small batch cannot pay for the search, and every
 shape of a ragged last batch would start it again.
@@ -13,8 +13,8 @@ VECTOR_BYTES = 16
 
 #: Largest class count whose rows stay in registers as one tile. Longer rows spill.
 TILE_CLASSES = 4096
-#: The same with the gradient, where staying on chip saves the second read. Rows longer than
-#: TILE_CLASSES spill, however, if every class has its own weight in the loss.
+#: The same for scores with the gradient, where staying on chip saves the second read. Rows longer
+#: than TILE_CLASSES spill, however, if every class has a term in the loss.
 TILE_CLASSES_GRAD = 8192
 #: Elements of a row that one thread reads. With fewer, the work that every thread does once per row
 #: would dominate; more would take registers that other warps need to have reads in flight.
@@ -32,9 +32,9 @@ SHORT_CLASSES = 16
 
 #: Rows whose scores a program of score_rows computes at once, one row per thread.
 KEPT_ROWS = 32
-#: The shortest tile, and the fewest steps of a program, for which that pays.
+#: The shortest tile, and the fewest tiles of a program, for which that pays.
 KEPT_BLOCK = 64
-KEPT_STEPS = 4
+KEPT_TILES = 4
 #: Warps of score_rows for which a multiprocessor has the registers: for scores, with the gradient,
 #: and with the gradient if several warps share a row.
 ROWS_WARPS = 28
@@ -43,8 +43,8 @@ ROWS_WARPS_SHARED = 24
 
 #: Vectors that a thread has in flight in a walk.
 LOOP_UNROLL = 4
-#: The same where an element takes more registers. With smoothing or soft targets every class has
-#: its own weight. With a softcap it has a slope in the gradient, and a vector has twice as many
+#: The same where an element takes more registers. With smoothing or soft targets every class has a
+#: term of its own. With a softcap it has a slope in the gradient, and a vector has twice as many
 #: 16-bit logits.
 LOOP_UNROLL_CROWDED = 2
 #: Warps that walk a row, and those for a row of at least WIDE_CLASSES.
@@ -93,8 +93,37 @@ CANDIDATE_SHARE = 112
 MAX_CLASSES = 2**31 - 2**23
 
 
+class Logits(NamedTuple):
+    """What plans have to know of R rows of logits."""
+
+    num_rows: int
+    num_classes: int
+    row_stride: int  # elements
+    address: int  # only its remainder by `VECTOR_BYTES` matters
+    itemsize: int
+
+
+class Loss(NamedTuple):
+    """What plans have to know of the loss."""
+
+    soft: bool  # targets are distributions over the classes
+    smooth: bool
+    softcap: bool
+    weighted: bool  # there are class weights
+
+    @property
+    def dense(self) -> bool:
+        """Whether every class has a term in the loss, not the target alone."""
+        return self.soft or self.smooth
+
+    @property
+    def crowded(self) -> bool:
+        """Whether an element of a tile takes registers besides its value and its exponential."""
+        return self.dense or self.softcap
+
+
 class TilePlan(NamedTuple):
-    """Launch of `score_tile`."""
+    """Launch of `score_tile` or `gradient_tile`."""
 
     rows: int  # per program
     block: int  # elements of a row, a power of two >= C
@@ -107,17 +136,17 @@ class TilePlan(NamedTuple):
 class RowsPlan(NamedTuple):
     """Launch of `score_rows`."""
 
-    rows: int  # per step
+    rows: int  # per tile
     block: int  # as in TilePlan
     segment: int
     align: int
     warps: int
-    steps: int  # per program
+    tiles: int  # per program
     grid: int
 
 
 class LoopPlan(NamedTuple):
-    """Launch of `score_loop`, for whole rows when parts == 1."""
+    """Launch of `score_loop` when parts == 1, else of `part_sums`; or of `gradient_loop`."""
 
     align: int
     shift: int  # elements from the 16-byte boundary before the first logit to that logit
@@ -138,6 +167,49 @@ class LoopPlan(NamedTuple):
     def span(self) -> int:
         """Elements of a tile."""
         return self.unroll * self.lanes * self.vector
+
+
+def choose_scores(
+    logits: Logits,
+    multiprocessors: int,
+    loss: Loss,
+    *,
+    grad: bool,
+    update: bool,
+    kernels: str,
+) -> RowsPlan | TilePlan | LoopPlan:
+    """Which kernel makes the scores: `score_rows`, `score_tile` or one that walks rows.
+
+    Args:
+        logits: the rows.
+        multiprocessors: of the device.
+        loss: the loss.
+        grad: whether the same launch makes the gradient.
+        update: whether it updates the state.
+        kernels: "auto", "plain" or "stepped", the choice of the backend.
+    """
+    longest = TILE_CLASSES_GRAD if grad and not loss.dense else TILE_CLASSES
+    if logits.num_classes > longest:
+        return _walk(logits, multiprocessors, loss, grad)
+    if not (any(loss) or update) and (
+        kernels == "stepped" or (kernels == "auto" and rows_are_ahead(logits.itemsize, grad))
+    ):
+        rows = plan_rows(*logits, multiprocessors, grad)
+        if rows is not None:
+            return rows
+    return plan_tile(*logits, loss.crowded)
+
+
+def choose_gradient(logits: Logits, multiprocessors: int, loss: Loss) -> TilePlan | LoopPlan:
+    """Which kernel makes the gradient by itself: `gradient_tile` or `gradient_loop`."""
+    if logits.num_classes > TILE_CLASSES:
+        return _walk(logits, multiprocessors, loss, grad=True)
+    return plan_tile(*logits, loss.crowded)
+
+
+def _walk(logits: Logits, multiprocessors: int, loss: Loss, grad: bool) -> LoopPlan:
+    may_split = not loss.soft  # the class of a target's maximum is found in the whole row
+    return plan_loop(*logits, multiprocessors, may_split, loss.dense, loss.softcap, grad)
 
 
 def alignment(num_classes: int, row_stride: int, address: int, itemsize: int) -> int:
@@ -187,7 +259,7 @@ def plan_rows(
 ) -> RowsPlan | None:
     """Tile after tile of whole rows, or None where `plan_tile` does better.
 
-    Only ``address`` modulo `VECTOR_BYTES` matters. The steps are shared evenly by as many programs
+    Only ``address`` modulo `VECTOR_BYTES` matters. The tiles are shared evenly by as many programs
     as run at a time, or by several times as many.
     """
     block = next_power_of_two(num_classes)
@@ -201,19 +273,19 @@ def plan_rows(
     if grad:
         resident = ROWS_WARPS_GRAD if warps == 1 else ROWS_WARPS_SHARED
     programs = multiprocessors * (resident // warps)
-    steps = ceil_div(num_rows, rows)
-    if steps < KEPT_STEPS * programs:
+    tiles = ceil_div(num_rows, rows)
+    if tiles < KEPT_TILES * programs:
         return None
-    waves = ceil_div(steps, programs * (KEPT_ROWS // rows))
-    own_steps = ceil_div(steps, programs * waves)
+    waves = ceil_div(tiles, programs * (KEPT_ROWS // rows))
+    own_tiles = ceil_div(tiles, programs * waves)
     return RowsPlan(
         rows=rows,
         block=block,
         segment=max(threads * align, SEGMENT_BYTES // itemsize),
         align=align,
         warps=warps,
-        steps=own_steps,
-        grid=ceil_div(steps, own_steps),
+        tiles=own_tiles,
+        grid=ceil_div(tiles, own_tiles),
     )
 
 
@@ -236,22 +308,22 @@ def plan_loop(
     itemsize: int,
     multiprocessors: int,
     may_split: bool,
-    weighted: bool,
+    dense: bool,
     capped: bool,
     grad: bool,
 ) -> LoopPlan:
     """A walk over each row; few rows are split so that all multiprocessors have work.
 
     Only ``address`` modulo `VECTOR_BYTES` matters. ``may_split`` says whether the caller can merge
-    parts of a row, ``weighted`` whether every class has its own weight in the loss, ``capped``
-    whether there is a softcap, ``grad`` whether the gradient is wanted.
+    parts of a row, ``dense`` whether every class has a term in the loss, ``capped`` whether there
+    is a softcap, ``grad`` whether the gradient is wanted.
     """
     if num_classes > MAX_CLASSES:
         raise ValueError(f"logits must have at most {MAX_CLASSES} classes, got {num_classes}")
     vector = VECTOR_BYTES // itemsize
     shift = address % VECTOR_BYTES // itemsize
     align = alignment(num_classes, row_stride, address, itemsize)
-    crowded = weighted or (capped and grad and itemsize == 2)
+    crowded = dense or (capped and grad and itemsize == 2)
     plan = LoopPlan(
         align=align,
         shift=shift,
@@ -263,7 +335,7 @@ def plan_loop(
         parts=1,
         part_tiles=0,
     )
-    if not grad and not weighted and num_rows >= OCCUPIED_WARPS * multiprocessors:
+    if not grad and not dense and num_rows >= OCCUPIED_WARPS * multiprocessors:
         plan = plan._replace(warps=1)
     length = num_classes + vector - 1  # the longest row with its masked head
     parts = 1

@@ -1,7 +1,7 @@
 """The end of a scoring kernel: writes the scores of its rows and updates the per-sample state.
 
-Used by score_tile, score_rows and score_loop. Writes 37 bytes of scores per row. With UPDATE the
-launch also updates the state. Each program takes a ticket, and the program with the last ticket
+Used by every kernel that scores rows. Writes 37 bytes of scores per row. A launch that is given the
+indices also updates the state: each program takes a ticket, and the program with the last ticket
 sees the scores of all rows: it reads them back from L2 and runs both phases of update_state on
 them.
 """
@@ -54,8 +54,8 @@ def _store_field(outputs, field: tl.constexpr, row, row_ok, value):
 
 
 @triton.jit
-def _load_field(outputs, field: tl.constexpr, row, mask, other):
-    return tl.load(outputs.fields + field * outputs.num_rows + row, mask=mask, other=other)
+def _load_field(fields_ptr, field: tl.constexpr, num_rows, row, mask, other):
+    return tl.load(fields_ptr + field * num_rows + row, mask=mask, other=other)
 
 
 @triton.jit
@@ -75,11 +75,11 @@ def store_scores(outputs, row, row_ok, valid, spoiled, loss, el2n, folded):
 
 
 @triton.jit
-def load_kept(outputs, row, mask, other):
+def load_kept(fields_ptr, num_rows, row, mask, other):
     """Returns largest, inv_sum and miss, which a forward pass wrote for the backward pass."""
-    largest = _load_field(outputs, MAX, row, mask, other)
-    inv_sum = _load_field(outputs, INV_SUM, row, mask, other)
-    miss = _load_field(outputs, MISS, row, mask, other)
+    largest = _load_field(fields_ptr, MAX, num_rows, row, mask, other)
+    inv_sum = _load_field(fields_ptr, INV_SUM, num_rows, row, mask, other)
+    miss = _load_field(fields_ptr, MISS, num_rows, row, mask, other)
     return largest, inv_sum, miss
 
 

@@ -1,7 +1,7 @@
 """Scores and gradient of many rows of class ids without options, in one read of the logits.
 
-Serves rows of 33 to 4096 classes, 8192 with the gradient (`plan.plan_rows`), if another launch
-updates the state.
+Serves rows of 33 to 4096 classes, 8192 with the gradient, if another launch updates the state
+(`plan.choose_scores`).
 
 A program takes tile after tile of whole rows, laid out as in score_tile. It keeps the sums of up to
 32 rows, one row per thread, so that all their scores are computed at once. The vector that holds a
@@ -10,6 +10,8 @@ whether it is the target. Rows that do not count are not read.
 
 Traffic: R * C * itemsize read, as much again written for the gradient, about 40 bytes per row.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,10 +22,51 @@ from .softmax_stats import EMPTY_PEAK, EXP_IS_ZERO, exp, fold_target, from_base2
 from .target import class_ids
 
 
+class Shape(NamedTuple):
+    """The shape of a tile, and of its rows in memory."""
+
+    ROWS: tl.constexpr
+    SEGMENTS: tl.constexpr
+    SEGMENT: tl.constexpr
+    LANES: tl.constexpr  # of a segment, one vector each
+    ALIGN: tl.constexpr  # elements of a vector
+    ALIGN_BYTES: tl.constexpr
+
+
+class Places(NamedTuple):
+    """Where the elements of every tile are, from its first row."""
+
+    piece: tl.tensor  # [SEGMENTS * ROWS, 1], as in score_tile
+    piece_col: tl.tensor  # [SEGMENTS * ROWS, SEGMENT]
+    in_vector: tl.tensor  # [n, 1, LANES]: elements of the target's vector, one per thread
+
+
+class Tile(NamedTuple):
+    """Where the elements of one tile are, apart in two: the targets' vectors and the others."""
+
+    row: tl.tensor  # [ROWS]
+    y: tl.tensor
+    vectors: tl.tensor  # of a row; 0 of one that does not count
+    y_vector: tl.tensor
+    piece_row: tl.tensor  # [SEGMENTS * ROWS, 1]
+    beside: tl.tensor  # [SEGMENTS * ROWS, SEGMENT]: not in the target's vector
+    near_col: tl.tensor  # [n, ROWS, LANES]: in the target's vector
+    is_target: tl.tensor
+
+
+class Sums(NamedTuple):
+    """The statistics of rows as `from_base2` takes them."""
+
+    peak: tl.tensor
+    d: tl.tensor
+    s: tl.tensor
+    q: tl.tensor
+
+
 @triton.jit
-def _of_step(values, step, ROWS: tl.constexpr):
-    """Selects the values of the rows of one step from the values of all rows."""
-    return tl.gather(values, step * ROWS + tl.arange(0, ROWS), axis=0)
+def _of_tile(values, tile, ROWS: tl.constexpr):
+    """Selects the values of the rows of one tile from the values of all rows."""
+    return tl.gather(values, tile * ROWS + tl.arange(0, ROWS), axis=0)
 
 
 @triton.jit
@@ -34,11 +77,63 @@ def _of_pieces(values, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def _keep(kept, step, values):
-    """``kept`` with the values of one step's rows put in their place, one row per thread."""
+def _keep_values(kept, tile, values):
+    """``kept`` with the values of one tile's rows put in their place, one row per thread."""
     at = tl.arange(0, kept.shape[0])
     ROWS: tl.constexpr = values.shape[0]
-    return tl.where(at // ROWS == step, tl.gather(values, at % ROWS, axis=0), kept)
+    return tl.where(at // ROWS == tile, tl.gather(values, at % ROWS, axis=0), kept)
+
+
+@triton.jit
+def _keep(kept, tile, sums):
+    """``kept`` with the statistics of one tile's rows put in their place."""
+    return Sums(
+        _keep_values(kept.peak, tile, sums.peak),
+        _keep_values(kept.d, tile, sums.d),
+        _keep_values(kept.s, tile, sums.s),
+        _keep_values(kept.q, tile, sums.q),
+    )
+
+
+@triton.jit
+def _places(shape):
+    LANE_ELEMENTS: tl.constexpr = (shape.ALIGN + shape.LANES - 1) // shape.LANES
+    piece = tl.arange(0, shape.SEGMENTS * shape.ROWS)[:, None]
+    piece_col = piece // shape.ROWS * shape.SEGMENT + tl.arange(0, shape.SEGMENT)[None, :]
+    in_vector = tl.arange(0, LANE_ELEMENTS)[:, None, None] * shape.LANES
+    in_vector += tl.arange(0, shape.LANES)[None, None, :]
+    return Places(piece, piece_col, in_vector)
+
+
+@triton.jit
+def _tile(first_row, y, vectors, places, shape):
+    piece_row = first_row + places.piece % shape.ROWS
+    row = first_row + tl.arange(0, shape.ROWS)
+    y_vector = y // shape.ALIGN
+    beside = places.piece_col // shape.ALIGN != _of_pieces(y_vector, shape.SEGMENTS)
+    near_col = y_vector[None, :, None] * shape.ALIGN + places.in_vector
+    is_target = near_col == y[None, :, None]
+    return Tile(row, y, vectors, y_vector, piece_row, beside, near_col, is_target)
+
+
+@triton.jit
+def _load_beside_target(logits_ptr, row_stride, tile, places, shape):
+    """The logits without the targets' vectors, so that none has to test for the target."""
+    in_row = places.piece_col // shape.ALIGN < _of_pieces(tile.vectors, shape.SEGMENTS)
+    address = logits_ptr + tile.piece_row * row_stride + places.piece_col
+    address = tl.multiple_of(address, [1, shape.ALIGN_BYTES])
+    raw = tl.load(address, mask=tile.beside & in_row, other=float("-inf"))
+    x = tl.reshape(raw, [shape.SEGMENTS, shape.ROWS, shape.LANES, shape.ALIGN])
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _load_target_vector(logits_ptr, row_stride, tile, places, shape):
+    """The logits of the targets' vectors, without those of the targets themselves."""
+    near_ok = (places.in_vector < shape.ALIGN) & (tile.y_vector < tile.vectors)[None, :, None]
+    address = logits_ptr + tile.row[None, :, None] * row_stride + tile.near_col
+    near = tl.load(address, mask=near_ok & (tile.is_target == 0), other=float("-inf"))
+    return near.to(tl.float32)
 
 
 @triton.jit
@@ -50,8 +145,7 @@ def _add_sums(d, s, q, other_d, other_s, other_q):
 def _sums(x, near, NARROW: tl.constexpr):
     """The statistics of the rows of a tile, from its elements and those near the targets.
 
-    Returns peak; d, s and q, which take `log2_exp` for the difference; and 2 to the power of it for
-    every element of ``x`` and of ``near``.
+    Returns `Sums`, and 2 to the power of `log2_exp` for every element of ``x`` and of ``near``.
     """
     peak = tl.maximum(tl.max(tl.max(x, axis=3), axis=0), tl.max(near, axis=0))
     peak = tl.maximum(tl.max(peak, axis=1), EMPTY_PEAK)
@@ -66,15 +160,95 @@ def _sums(x, near, NARROW: tl.constexpr):
     s += tl.sum(tl.maximum(diff, EXP_IS_ZERO) * near_e, axis=0)
     q += tl.sum(near_e * near_e, axis=0)
     d, s, q = tl.reduce((d, s, q), 1, _add_sums)
-    return peak, d, s, q, e, near_e
+    return Sums(peak, d, s, q), e, near_e
 
 
 @triton.jit
-def _factor(share, peak, folded, NARROW: tl.constexpr):
+def _fold(x_y, sums, NARROW: tl.constexpr):
+    return fold_target(x_y, x_y - sums.peak, from_base2(sums, NARROW))
+
+
+@triton.jit
+def _factor(grad_loss, peak, folded, NARROW: tl.constexpr):
     """The factor that turns the e of `_sums` into the gradient."""
     # e is relative to the peak, up to the constant of log2_exp.
-    factor = share * folded.inv_sum * exp(peak - folded.largest)
+    factor = grad_loss * folded.inv_sum * exp(peak - folded.largest)
     return factor * tl.exp2(-log2_exp(peak, peak, NARROW))
+
+
+@triton.jit
+def _store_gradient(
+    grad_ptr, e, near_e, factor, at_target, num_rows, num_classes, tile, places, shape
+):
+    value = (e * factor[None, :, None, None]).to(grad_ptr.dtype.element_ty)
+    value = tl.reshape(value, [shape.SEGMENTS * shape.ROWS, shape.SEGMENT])
+    out = grad_ptr + tile.piece_row * num_classes + places.piece_col
+    out_ok = tile.beside & (places.piece_col < num_classes) & (tile.piece_row < num_rows)
+    tl.store(tl.multiple_of(out, [1, shape.ALIGN_BYTES]), value, mask=out_ok)
+    value = tl.where(tile.is_target, at_target[None, :, None], near_e * factor[None, :, None])
+    out = grad_ptr + tile.row[None, :, None] * num_classes + tile.near_col
+    out_ok = (places.in_vector < shape.ALIGN) & (tile.row < num_rows)[None, :, None]
+    tl.store(out, value.to(grad_ptr.dtype.element_ty), mask=out_ok)
+
+
+@triton.jit
+def _score(
+    logits_ptr,
+    target_ptr,
+    outputs,
+    grad_ptr,
+    row_scale_ptr,
+    class_units,
+    row_units,
+    tiles,
+    ignore_index,
+    scale,
+    shape,
+    KEPT: tl.constexpr,
+):
+    """The scores of a program's rows, and their gradient, if there is a ``grad_ptr``."""
+    GRAD: tl.constexpr = grad_ptr is not None
+    NARROW: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
+    ROWS: tl.constexpr = shape.ROWS
+    num_rows = outputs.num_rows
+    num_classes = class_units * shape.ALIGN
+    row_stride = row_units * shape.ALIGN
+    first_row = tl.program_id(0).to(tl.int64) * (tiles * ROWS)
+    kept_at = tl.arange(0, KEPT)
+    row = first_row + kept_at
+    row_ok = (kept_at < tiles * ROWS) & (row < num_rows)
+    y, valid, bad = class_ids(target_ptr, row, row_ok, ignore_index, num_classes)
+    vectors = tl.where(valid, class_units, 0)
+    grad_loss = tl.full([KEPT], 1.0, tl.float32) * scale
+    if row_scale_ptr is not None:
+        grad_loss *= tl.load(row_scale_ptr + row, mask=row_ok, other=0.0)
+    grad_loss = tl.where(valid, tl.where(bad, float("nan"), grad_loss), 0.0)
+
+    places = _places(shape)
+    none = tl.zeros([KEPT], tl.float32)
+    kept = Sums(tl.full([KEPT], EMPTY_PEAK, tl.float32), none, none, none)
+    for i in range(tiles):
+        tile_y, tile_vectors = _of_tile(y, i, ROWS), _of_tile(vectors, i, ROWS)
+        tile = _tile(first_row + i * ROWS, tile_y, tile_vectors, places, shape)
+        x = _load_beside_target(logits_ptr, row_stride, tile, places, shape)
+        near = _load_target_vector(logits_ptr, row_stride, tile, places, shape)
+        sums, e, near_e = _sums(x, near, NARROW)
+        kept = _keep(kept, i, sums)
+        if GRAD:
+            address = logits_ptr + tile.row * row_stride + tile_y
+            x_y = tl.load(address, mask=tile_vectors > 0, other=0.0).to(tl.float32)
+            folded = _fold(x_y, sums, NARROW)
+            tile_grad_loss = _of_tile(grad_loss, i, ROWS)
+            factor = _factor(tile_grad_loss, sums.peak, folded, NARROW)
+            at_target = -folded.miss * tile_grad_loss
+            _store_gradient(
+                grad_ptr, e, near_e, factor, at_target, num_rows, num_classes, tile, places, shape
+            )
+
+    x_y = tl.load(logits_ptr + row * row_stride + y, mask=valid, other=0.0).to(tl.float32)
+    folded = _fold(x_y, kept, NARROW)
+    spoiled = is_spoiled(bad, folded.nll, folded)
+    store_scores(outputs, row, row_ok, valid, spoiled, folded.nll, folded.el2n, folded)
 
 
 @kernel
@@ -90,7 +264,7 @@ def score_rows(
     num_rows: tl.int64,
     class_units: tl.int32,
     row_units: tl.int64,
-    steps: tl.int32,
+    tiles: tl.int32,
     ignore_index: tl.int64,
     scale: tl.float32,
     ALIGN: tl.constexpr,
@@ -100,83 +274,19 @@ def score_rows(
     SEGMENT: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """ROWS rows per step, up to KEPT per program. Grid: ceil(R / (steps * ROWS))."""
-    GRAD: tl.constexpr = grad_ptr is not None
-    NARROW: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
-    SEGMENTS: tl.constexpr = BLOCK // SEGMENT
-    LANES: tl.constexpr = SEGMENT // ALIGN  # of a segment, one vector each
-    LANE_ELEMENTS: tl.constexpr = (ALIGN + LANES - 1) // LANES  # of the target's vector
-    num_classes = class_units * ALIGN
-    row_stride = row_units * ALIGN
-    first_row = tl.program_id(0).to(tl.int64) * (steps * ROWS)
-    kept = tl.arange(0, KEPT)
-    row = first_row + kept
-    row_ok = (kept < steps * ROWS) & (row < num_rows)
-    y, valid, bad = class_ids(target_ptr, row, row_ok, ignore_index, num_classes)
-    vectors = tl.where(valid, class_units, 0)
-    share = tl.full([KEPT], 1.0, tl.float32) * scale
-    if row_scale_ptr is not None:
-        share = share * tl.load(row_scale_ptr + row, mask=row_ok, other=0.0)
-    share = tl.where(valid, tl.where(bad, float("nan"), share), 0.0)
-
-    # Pieces as in score_tile.
-    piece = tl.arange(0, SEGMENTS * ROWS)[:, None]
-    piece_col = piece // ROWS * SEGMENT + tl.arange(0, SEGMENT)[None, :]
-    in_vector = tl.arange(0, LANE_ELEMENTS)[:, None, None] * LANES
-    in_vector += tl.arange(0, LANES)[None, None, :]
-    peaks = tl.full([KEPT], EMPTY_PEAK, tl.float32)
-    ds = tl.zeros([KEPT], tl.float32)
-    ss = tl.zeros([KEPT], tl.float32)
-    qs = tl.zeros([KEPT], tl.float32)
-    for step in range(steps):
-        piece_row = first_row + step * ROWS + piece % ROWS
-        tile_row = first_row + step * ROWS + tl.arange(0, ROWS)
-        tile_y = _of_step(y, step, ROWS)
-        y_vector = tile_y // ALIGN
-        tile_vectors = _of_step(vectors, step, ROWS)
-
-        # The target's vector is left out of the tile, so that no element has to test for the
-        # target.
-        beside = piece_col // ALIGN != _of_pieces(y_vector, SEGMENTS)
-        piece_ok = beside & (piece_col // ALIGN < _of_pieces(tile_vectors, SEGMENTS))
-        address = logits_ptr + piece_row * row_stride + piece_col
-        raw = tl.load(tl.multiple_of(address, [1, ALIGN_BYTES]), mask=piece_ok, other=float("-inf"))
-        x = tl.reshape(raw, [SEGMENTS, ROWS, LANES, ALIGN]).to(tl.float32)
-        # The target's vector, one element per thread.
-        near_col = y_vector[None, :, None] * ALIGN + in_vector
-        near_ok = (in_vector < ALIGN) & (y_vector < tile_vectors)[None, :, None]
-        is_target = near_col == tile_y[None, :, None]
-        address = logits_ptr + tile_row[None, :, None] * row_stride + near_col
-        near = tl.load(address, mask=near_ok & (is_target == 0), other=float("-inf"))
-        near = near.to(tl.float32)
-
-        peak, d, s, q, e, near_e = _sums(x, near, NARROW)
-        peaks = _keep(peaks, step, peak)
-        ds = _keep(ds, step, d)
-        ss = _keep(ss, step, s)
-        qs = _keep(qs, step, q)
-
-        if GRAD:
-            address = logits_ptr + tile_row * row_stride + tile_y
-            x_y = tl.load(address, mask=tile_vectors > 0, other=0.0)
-            sums = from_base2(peak, d, s, q, NARROW)
-            x_y = x_y.to(tl.float32)
-            folded = fold_target(x_y, x_y - peak, sums)
-            tile_share = _of_step(share, step, ROWS)
-            factor = _factor(tile_share, peak, folded, NARROW)
-            value = (e * factor[None, :, None, None]).to(grad_ptr.dtype.element_ty)
-            value = tl.reshape(value, [SEGMENTS * ROWS, SEGMENT])
-            out = grad_ptr + piece_row * num_classes + piece_col
-            out_ok = beside & (piece_col < num_classes) & (piece_row < num_rows)
-            tl.store(tl.multiple_of(out, [1, ALIGN_BYTES]), value, mask=out_ok)
-            at_target = -folded.miss * tile_share
-            value = tl.where(is_target, at_target[None, :, None], near_e * factor[None, :, None])
-            out = grad_ptr + tile_row[None, :, None] * num_classes + near_col
-            out_ok = (in_vector < ALIGN) & (tile_row < num_rows)[None, :, None]
-            tl.store(out, value.to(grad_ptr.dtype.element_ty), mask=out_ok)
-
-    x_y = tl.load(logits_ptr + row * row_stride + y, mask=valid, other=0.0).to(tl.float32)
-    folded = fold_target(x_y, x_y - peaks, from_base2(peaks, ds, ss, qs, NARROW))
-    outputs = Outputs(loss_ptr, fields_ptr, correct_ptr, count_ptr, num_rows)
-    spoiled = is_spoiled(bad, folded.nll, folded)
-    store_scores(outputs, row, row_ok, valid, spoiled, folded.nll, folded.el2n, folded)
+    """Tiles of ROWS rows, up to KEPT rows per program. Grid: ceil(R / (tiles * ROWS))."""
+    # Constants in a named tuple become tensors where it is assigned to a variable.
+    _score(
+        logits_ptr,
+        target_ptr,
+        Outputs(loss_ptr, fields_ptr, correct_ptr, count_ptr, num_rows),
+        grad_ptr,
+        row_scale_ptr,
+        class_units,
+        row_units,
+        tiles,
+        ignore_index,
+        scale,
+        Shape(ROWS, BLOCK // SEGMENT, SEGMENT, SEGMENT // ALIGN, ALIGN, ALIGN_BYTES),
+        KEPT,
+    )

@@ -13,9 +13,9 @@ The statistics of a *part* of a row, over its classes j other than the target, a
     raw     max_j of the logits before the softcap; without one it is not used
 
 where c_j is the weight of class j in the loss beyond the plain term of the target: label smoothing
-or a soft target (`RowSums`). A part without a finite logit has d == 0 and affects no other part.
-Logits of -inf add nothing. A NaN propagates to d, and from there to every score of its row but to
-no other row.
+or a soft target (`effective_target`). A part without a finite logit has d == 0 and affects no other
+part. Logits of -inf add nothing. A NaN propagates to d, and from there to every score of its row
+but to no other row.
 
 Every function is elementwise, on tensors of any shape, except `join`, which reduces.
 """
@@ -163,16 +163,17 @@ def log2_exp(x, peak, NARROW: tl.constexpr):
 
 
 @triton.jit
-def from_base2(peak, d, s, q, NARROW: tl.constexpr):
-    """A part's sums, with a mass of 0, from sums that took `log2_exp` for the difference.
+def from_base2(sums, NARROW: tl.constexpr):
+    """A part's sums, with a mass of 0, from peak, d, s and q that took `log2_exp` for x - peak.
 
     There must be no softcap.
     """
+    peak, d = sums.peak, sums.d
     excess = log2_exp(peak, peak, NARROW)
     factor = tl.exp2(-excess)
     none = tl.zeros_like(d)
-    s = (s - excess * d) * (factor * LN_2)
-    return RowSums(peak, d * factor, s, q * (factor * factor), none, none, peak)
+    s = (sums.s - excess * d) * (factor * LN_2)
+    return RowSums(peak, d * factor, s, sums.q * (factor * factor), none, none, peak)
 
 
 @triton.jit

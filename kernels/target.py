@@ -1,7 +1,7 @@
-"""The target of a row: its class, the weight of every class in the loss, and the loss itself.
+"""The target of a row: its class, the part of every class in the loss, and the loss itself.
 
-Used by every kernel that scores rows. Only `class_ids` accesses memory, 8 bytes per row. Every
-function is elementwise, on tensors of any shape.
+Used by every kernel that scores rows. Only `class_ids`, 8 bytes per row, and `smoothed_total`
+access memory. Every function is elementwise, on tensors of any shape.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from .softmax_stats import capped_difference, fold_target, tanh, weighted
 
 
 class Options(NamedTuple):
-    """The options of the loss. The flags are compile-time constants."""
+    """The options of the loss (`loss_options`). The flags are compile-time constants."""
 
     ignore_index: tl.tensor
     smoothing: tl.tensor
@@ -22,6 +22,23 @@ class Options(NamedTuple):
     SOFT: tl.constexpr  # targets are distributions over the classes
     SMOOTH: tl.constexpr
     SOFTCAP: tl.constexpr
+    DENSE: tl.constexpr  # every class has a term in the loss, not the target alone
+
+
+@triton.jit
+def loss_options(
+    ignore_index,
+    smoothing,
+    softcap,
+    weight_ptr,
+    SOFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The options, from the arguments of a kernel."""
+    WEIGHTED: tl.constexpr = weight_ptr is not None
+    DENSE: tl.constexpr = SOFT or SMOOTH
+    return Options(ignore_index, smoothing, softcap, WEIGHTED, SOFT, SMOOTH, SOFTCAP, DENSE)
 
 
 @triton.jit
@@ -54,16 +71,28 @@ def class_ids(target_ptr, row, row_ok, ignore_index, num_classes):
 
 
 @triton.jit
-def class_weights(t, w, num_classes, options):
-    """c_j of softmax_stats: the smoothed and weighted target; for class ids the smoothing alone."""
-    share = options.smoothing / num_classes.to(tl.float32)
+def effective_target(t, w, num_classes, options):
+    """c_j of softmax_stats: the smoothed and weighted target; for class ids the smoothing alone.
+
+    ``t`` is the probability in a soft target, and not used for class ids; ``w`` the class weight.
+    """
+    uniform = options.smoothing / num_classes.to(tl.float32)
     if options.SOFT:
-        c = t * (1.0 - options.smoothing) + share if options.SMOOTH else t
+        c = t * (1.0 - options.smoothing) + uniform if options.SMOOTH else t
         if options.WEIGHTED:
             c = c * w
     else:
-        c = share * w
+        c = uniform * w
     return c
+
+
+@triton.jit
+def smoothed_total(weight_sum_ptr, num_classes, options):
+    """The sum of `effective_target` over all classes, for class ids."""
+    total = options.smoothing
+    if options.SMOOTH and options.WEIGHTED:
+        total = total * (tl.load(weight_sum_ptr) / num_classes.to(tl.float32))
+    return total
 
 
 @triton.jit

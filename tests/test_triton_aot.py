@@ -41,24 +41,33 @@ def test_every_kernel_is_among_the_variants(variants: tuple[Variant, ...]) -> No
 def test_every_option_is_among_the_variants(variants: tuple[Variant, ...]) -> None:
     """Both values of each flag, every pointer that may be absent, every dtype and alignment."""
     in_steps = [v.choices() for v in variants if v.kernel.endswith("score_rows")]
-    scoring = [v.choices() for v in variants if v.kernel.endswith(("score_tile", "score_loop"))]
-    for flag in ("SOFT", "SMOOTH", "SOFTCAP", "STATS", "GRAD", "UPDATE"):
-        assert {choices[flag] for choices in scoring} == {False, True}, flag
-    for pointer in ("weight_ptr", "weight_sum_ptr", "row_scale_ptr", "variance_ptr"):
-        assert {choices[pointer] for choices in scoring} == {None, "*fp32"}, pointer
-    pairs = {(choices["logits_ptr"], choices["ALIGN"]) for choices in scoring}
-    assert pairs == {("*fp32", align) for align in (1, 2, 4)} | set(
-        itertools.product(("*fp16", "*bf16"), (1, 2, 4, 8))
-    )
+    alone = ("weight_sum_ptr", "grad_ptr", "row_scale_ptr", "indices_ptr", "variance_ptr")
+    for names, optional in (
+        (("score_tile.score_tile", "score_loop.score_loop"), alone),
+        (("score_tile.gradient_tile", "score_loop.gradient_loop"), ("weight_sum_ptr",)),
+    ):
+        scoring = [v.choices() for v in variants if v.kernel in names]
+        for flag in ("SOFT", "SMOOTH", "SOFTCAP"):
+            assert {choices[flag] for choices in scoring} == {False, True}, flag
+        for pointer in ("weight_ptr", *optional):
+            assert {choices[pointer] is None for choices in scoring} == {False, True}, pointer
+        pairs = {(choices["logits_ptr"], choices["ALIGN"]) for choices in scoring}
+        assert pairs == {("*fp32", align) for align in (1, 2, 4)} | set(
+            itertools.product(("*fp16", "*bf16"), (1, 2, 4, 8))
+        )
     assert {choices["grad_ptr"] is None for choices in in_steps} == {False, True}
     assert {(choices["ROWS"], choices["warps"]) for choices in in_steps} == {
         *((rows, 1) for rows in (16, 8, 4, 2, 1)),
         *((1, warps) for warps in (2, 4, 8)),
     }
-    loops = [variant.choices() for variant in variants if variant.kernel.endswith("score_loop")]
-    assert {choices["warps"] for choices in loops} == {1, 4, 8}
-    for flag in ("SHIFTED", "SHIFTED_ALIKE", "PARTIAL"):
-        assert {choices[flag] for choices in loops} == {False, True}, flag
+    for name, warps in (("score_loop", {1, 4, 8}), ("gradient_loop", {4, 8})):
+        loops = [v.choices() for v in variants if v.kernel == f"score_loop.{name}"]
+        assert {choices["warps"] for choices in loops} == warps
+        for flag in ("SHIFTED", "SHIFTED_ALIKE"):
+            assert {choices[flag] for choices in loops} == {False, True}, flag
+    parts = [variant.choices() for variant in variants if variant.kernel.endswith("part_sums")]
+    assert {choices["warps"] for choices in parts} == {4, 8}
+    assert {choices["SHIFTED"] for choices in parts} == {False, True}
 
 
 @pytest.mark.parametrize("row_kernels", TritonBackend.row_kernel_names)
@@ -87,9 +96,9 @@ def test_the_few_show_every_pair_of_choices(variants: tuple[Variant, ...]) -> No
             for pair in itertools.combinations(sorted(variant.choices().items(), key=str), 2)
         }
 
-    some = variants[::7] + tuple(v for v in variants if ".score_tile" not in v.kernel)
+    some = variants[::7] + tuple(v for v in variants if "score_tile." not in v.kernel)
     few = covering(some)
-    assert len(few) < 250
+    assert len(few) < 350
     assert pairs(few) == pairs(some)
 
 

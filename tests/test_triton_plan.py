@@ -1,9 +1,10 @@
-"""The launch arithmetic of the Triton kernels: plain integers, over every kind of shape."""
+"""Which Triton kernels score rows, and the launch arithmetic, over every kind of shape."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 
@@ -73,7 +74,7 @@ def test_steps_hold_every_row_once_and_fill_the_device(itemsize: int, grad: bool
         ), shape
         assert taken.rows * taken.block == 32 * taken.warps * plan.THREAD_ELEMENTS, shape
         assert taken.rows == 1 or taken.warps == 1, shape
-        own = taken.rows * taken.steps
+        own = taken.rows * taken.tiles
         assert own <= plan.KEPT_ROWS, shape
         assert (taken.grid - 1) * own < rows <= taken.grid * own, shape
         # No more waves of programs than the rows that one keeps ask for, and the last as full.
@@ -100,12 +101,12 @@ def test_few_rows_and_short_ones_are_not_taken_in_steps() -> None:
 @pytest.mark.parametrize("may_split", [False, True])
 def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) -> None:
     vector = plan.VECTOR_BYTES // itemsize
-    for rows, classes, padding, address, multiprocessors, weighted, grad in itertools.product(
+    for rows, classes, padding, address, multiprocessors, dense, grad in itertools.product(
         ROWS, LONG, PADDING, addresses(itemsize), MULTIPROCESSORS, (False, True), (False, True)
     ):
         stride = classes + padding
         given = (rows, classes, stride, address, itemsize, multiprocessors)
-        loop = plan.plan_loop(*given, may_split, weighted, False, grad)
+        loop = plan.plan_loop(*given, may_split, dense, False, grad)
         shape = (rows, classes, padding, address, multiprocessors, loop)
         heads = {(address // itemsize + row * stride) % vector for row in range(min(rows, vector))}
         assert loop.shift == address // itemsize % vector, shape
@@ -122,7 +123,7 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
         if loop.warps == 1:
             assert rows >= 28 * multiprocessors, shape
             assert not grad, shape
-            assert not weighted, shape
+            assert not dense, shape
         if loop.shifted_alike:
             gradient_heads = [row * classes % vector for row in range(vector)]
             assert gradient_heads == [row * stride % vector for row in range(vector)], shape
@@ -132,3 +133,63 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
 def test_more_classes_than_offsets_can_count_are_refused() -> None:
     with pytest.raises(ValueError, match=f"at most {plan.MAX_CLASSES} classes, got 2147483647"):
         plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False, False, False)
+
+
+PLAIN = plan.Loss(soft=False, smooth=False, softcap=False, weighted=False)
+
+
+def chosen(
+    rows: int,
+    classes: int,
+    loss: plan.Loss = PLAIN,
+    *,
+    itemsize: int = 2,
+    kernels: str = "auto",
+    grad: bool = False,
+    update: bool = False,
+) -> plan.RowsPlan | plan.TilePlan | plan.LoopPlan:
+    logits = plan.Logits(rows, classes, classes, BASE, itemsize)
+    return plan.choose_scores(logits, 132, loss, grad=grad, update=update, kernels=kernels)
+
+
+def test_rows_stay_on_chip_up_to_a_length() -> None:
+    def longest(kind: type, loss: plan.Loss = PLAIN, grad: bool = False) -> int:
+        lengths = (1000, 4096, 4097, 8192, 8193)
+        return max(n for n in lengths if isinstance(chosen(512, n, loss, grad=grad), kind))
+
+    assert longest(plan.TilePlan) == 4096
+    assert longest(plan.TilePlan, grad=True) == 8192
+    assert longest(plan.TilePlan, PLAIN._replace(softcap=True, weighted=True), grad=True) == 8192
+    for dense in ("soft", "smooth"):
+        assert longest(plan.TilePlan, PLAIN._replace(**{dense: True}), grad=True) == 4096
+    assert isinstance(chosen(10**6, 8193, kernels="stepped"), plan.LoopPlan)
+
+
+@pytest.mark.parametrize("rows", [512, 65536])
+def test_the_backward_pass_walks_what_does_not_fit_a_tile(rows: int) -> None:
+    for classes, kind in ((4096, plan.TilePlan), (4097, plan.LoopPlan)):
+        logits = plan.Logits(rows, classes, classes, BASE, 2)
+        assert isinstance(plan.choose_gradient(logits, 132, PLAIN), kind)
+
+
+def test_many_plain_rows_are_taken_tile_after_tile_where_that_is_faster() -> None:
+    def taken(*, rows: int = 65536, loss: plan.Loss = PLAIN, **wanted: Any) -> bool:
+        return isinstance(chosen(rows, 1000, loss, **wanted), plan.RowsPlan)
+
+    assert taken()
+    assert taken(itemsize=4)
+    assert taken(grad=True)
+    assert not taken(grad=True, itemsize=4)
+    assert taken(grad=True, itemsize=4, kernels="stepped")
+    assert not taken(kernels="plain")
+    assert not taken(rows=512, kernels="stepped")
+    assert not taken(update=True, kernels="stepped")
+    for option in PLAIN._fields:
+        assert not taken(loss=PLAIN._replace(**{option: True}), kernels="stepped"), option
+
+
+def test_only_rows_of_class_ids_are_split() -> None:
+    for loss, split in ((PLAIN, True), (PLAIN._replace(soft=True), False)):
+        walk = chosen(4, 10**6, loss)
+        assert isinstance(walk, plan.LoopPlan)
+        assert (walk.parts > 1) == split

@@ -46,7 +46,7 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       t_row = problem.soft_target + r * classes;
       y = largest_class(t_row, classes);
       total = smoothed_total(problem, t_row);
-      u_y = smoothed(problem, broadcast(t_row[y]), y, 1).v[0];
+      u_y = effective_target(problem, broadcast(t_row[y]), y, 1).v[0];
     }
     const auto field = [&](Field which) { return in.fields[which * problem.rows + r]; };
     const Floats max = broadcast(field(kMax));
@@ -59,7 +59,7 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       const float* weight = problem.weight ? problem.weight + j : nullptr;
       if (t_row) {
         const Floats t = read_up_to<Float32>(t_row + j, size);
-        u = u * smoothed(problem, t, j, size);
+        u = u * effective_target(problem, t, j, size);
       } else if (weight) {
         u = u * read_up_to<Float32>(weight, size);
       }

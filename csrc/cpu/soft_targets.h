@@ -14,7 +14,8 @@ namespace emp_fast::cpu::EMP_FAST_ISA {
 int64_t largest_class(const float* t, int64_t classes);
 
 // t', the target after label smoothing and class weights, of the `count` classes from j on.
-EMP_FAST_INLINE Floats smoothed(const Problem& problem, Floats t, int64_t j, int64_t count) {
+EMP_FAST_INLINE Floats effective_target(const Problem& problem, Floats t, int64_t j,
+                                        int64_t count) {
   const float share = problem.label_smoothing / static_cast<float>(problem.classes);
   if (problem.label_smoothing > 0) {
     t = fused(t, broadcast(1.0f - problem.label_smoothing), broadcast(share));
@@ -47,7 +48,8 @@ EMP_FAST_INLINE float smoothed_total(const Problem& problem, const float* t_row)
       const int64_t size = std::clamp<int64_t>(problem.classes - j, 0, kLanes);
       if (size == 0) break;
       const Floats t = read_up_to<Float32>(t_row + j, size);
-      sums[k].add(choose(lanes_below(size), smoothed(problem, t, j, size), broadcast(0.0f)));
+      sums[k].add(
+          choose(lanes_below(size), effective_target(problem, t, j, size), broadcast(0.0f)));
     }
   }
   const Floats sum = (sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum);

@@ -47,7 +47,7 @@ void score_rows(const Rows& logits, const ScoreOutputs& out, int64_t begin, int6
           const Floats p = exp_nonpositive(floored_difference(x, max)) * inv_sum;
           const Ints lane = lane_numbers() + broadcast(static_cast<int32_t>(j));
           const Mask absent = broadcast(static_cast<int32_t>(problem.classes - 1)) < lane;
-          const Floats weight = choose(absent, zero, smoothed(problem, t, j, size));
+          const Floats weight = choose(absent, zero, effective_target(problem, t, j, size));
           loss = loss + weighted(weight, (max - x) + log_total);
           const Floats off = choose(lane == broadcast(target.id[i]), broadcast(off_y), p - t);
           distance = fused(off, off, distance);

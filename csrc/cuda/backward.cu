@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads<kLanes>, 1024 / kThreads<kLanes>)
       const int target = largest_class<kLanes>(soft, a.classes);
       float total = 0.0f;
       for (int j = Group<kLanes>::lane(); j < a.classes; j += kLanes) {
-        total += smoothed(a, j, __ldg(soft + j));
+        total += effective_target(a, j, __ldg(soft + j));
       }
       total = Group<kLanes>::reduce(total, Add{});
       const auto gradient = SoftGradientRow::of(a, soft, target, g, max, inv_sum, miss, total);

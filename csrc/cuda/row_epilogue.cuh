@@ -247,7 +247,7 @@ __device__ __forceinline__ float loss_gradient(const RowArgs& a, int64_t row) {
 // ---- soft targets ----
 
 // The weight in the loss of class j with probability t, after label smoothing and class weight.
-__device__ __forceinline__ float smoothed(const RowArgs& a, int j, float t) {
+__device__ __forceinline__ float effective_target(const RowArgs& a, int j, float t) {
   if (a.smoothing > 0.0f) {
     t = t * (1.0f - a.smoothing) + a.smoothing / static_cast<float>(a.classes);
   }
@@ -281,7 +281,7 @@ struct SoftGradientRow {
   __device__ __forceinline__ static SoftGradientRow of(const RowArgs& a, const float* soft,
                                                        int target, float g, float max,
                                                        float inv_sum, float miss, float total) {
-    const float t_y = smoothed(a, target, __ldg(soft + target));
+    const float t_y = effective_target(a, target, __ldg(soft + target));
     return {g, max, inv_sum, total, (total - t_y) - total * miss, 2.0f * t_y > total ? target : -1};
   }
 
@@ -291,7 +291,7 @@ struct SoftGradientRow {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       const int j = column + e;
-      const float t = j >= 0 && j < a.classes ? smoothed(a, j, __ldg(soft + j)) : 0.0f;
+      const float t = j >= 0 && j < a.classes ? effective_target(a, j, __ldg(soft + j)) : 0.0f;
       const float p = exp_flushed(x[e] - max) * inv_sum;
       x[e] = g * (j == target ? at_target : fmaf(total, p, -t));
     }

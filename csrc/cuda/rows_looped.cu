@@ -31,7 +31,7 @@ __device__ __forceinline__ RowResult score_soft(const RowArgs& a, const T* logit
       const int j = column + e;
       if (!window.holds(j)) continue;
       const float t = __ldg(soft + j);
-      const float weighed = smoothed(a, j, t);
+      const float weighed = effective_target(a, j, t);
       const float below = capped(x[e], a.softcap) - scores.max;
       if (weighed != 0.0f) values[0] = fmaf(weighed, scores.log_total - below, values[0]);
       const float off = j == target.column ? 0.0f : exp_flushed(below) * scores.inv_sum - t;

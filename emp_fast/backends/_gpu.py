@@ -11,6 +11,7 @@ from emp_fast._torch_internals import current_device
 from emp_fast.backends.base import ROW_FIELDS, LossOptions, RowScores
 
 _OLDEST = (8, 0)
+_MOST_CLAIM = 2**31 - 1
 _HERE = nullcontext()
 
 
@@ -50,6 +51,13 @@ def empty_scores(logits: Tensor) -> RowScores:
         logits.new_empty(rows, dtype=torch.bool),
         logits.new_empty(rows, dtype=torch.int32),
     )
+
+
+def require_countable(indices: Tensor) -> None:
+    """Refuses more rows than a claim, a row number plus one in 32 bits, can tell apart."""
+    rows = indices.shape[0]
+    if rows >= _MOST_CLAIM:
+        raise ValueError(f"indices must have fewer than {_MOST_CLAIM} entries, got {rows}")
 
 
 def weight_sum_of(target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor | None:

@@ -18,6 +18,7 @@ from emp_fast.backends._gpu import (
     empty_scores,
     is_capturing,
     on_device,
+    require_countable,
     weight_sum_of,
     why_not_gpu,
 )
@@ -238,16 +239,14 @@ class CudaBackend(RowKernelsChoice, Backend):
         recurrence: Recurrence,
     ) -> None:
         """One launch up to 4096 rows, two beyond."""
-        rows = indices.shape[0]
-        if rows >= 2**31 - 1:
-            raise ValueError(f"indices must have fewer than {2**31 - 1} entries, got {rows}")
+        require_countable(indices)
         with on_device(indices.device):
             self._native.update_state(
                 indices.data_ptr(),
                 signal.data_ptr(),
                 pointer(direct),
                 pointer(count),
-                rows,
+                indices.shape[0],
                 *state_arguments(state, recurrence),
                 _stream(indices.device),
             )

@@ -109,7 +109,7 @@ class ReferenceBackend(Backend):
         if target.is_floating_point():
             valid = None
             y = target.argmax(1, keepdim=True)
-            t = _smoothed(target, options, weight)
+            t = _effective_target(target, options, weight)
             total = t.sum(1, keepdim=True)
             grad = total * p - t
             # `by_miss` is precise if the class has most of the target. Otherwise both of its terms
@@ -305,7 +305,7 @@ def _loss_and_el2n_of_probabilities(
     options: LossOptions,
     softmax: _Softmax,
 ) -> tuple[Tensor, Tensor]:
-    t = _smoothed(target, options, weight)
+    t = _effective_target(target, options, weight)
     loss = -_masked_product(t, _log_p(x, softmax)).sum(1)
     p = (x - softmax.largest[:, None]).exp() * softmax.inv_sum[:, None]
     off = p - target
@@ -371,7 +371,7 @@ def _class_ids(
     return valid, bad, torch.where(valid & ~bad, target, 0)
 
 
-def _smoothed(target: Tensor, options: LossOptions, weight: Tensor | None) -> Tensor:
+def _effective_target(target: Tensor, options: LossOptions, weight: Tensor | None) -> Tensor:
     smoothing = options.label_smoothing
     t = target if smoothing == 0 else target * (1 - smoothing) + smoothing / target.shape[1]
     return t if weight is None else t * weight

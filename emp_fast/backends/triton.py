@@ -15,6 +15,7 @@ from emp_fast.backends._gpu import (
     empty_gradient,
     empty_scores,
     on_device,
+    require_countable,
     weight_sum_of,
     why_not_gpu,
 )
@@ -38,12 +39,15 @@ from emp_fast.backends.checks import require_index_range, require_target_range
 from emp_fast.backends.row_kernels import RowKernelsChoice
 from emp_fast.kernels import mean_loss as mean_kernels
 from emp_fast.kernels import philox as philox_kernels
-from emp_fast.kernels import plan, row_epilogue, score_loop, score_rows, score_tile
+from emp_fast.kernels import (
+    plan,
+    row_epilogue,
+    score_loop,
+    score_rows,
+    score_tile,
+    split_rows,
+)
 from emp_fast.kernels import update_state as state_kernels
-
-#: The fields of `RowScores`; a launch may be given only some of them.
-_Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-_NO_OUTPUTS: _Outputs = (None, None, None, None)
 
 _FIELD_ROWS = {
     "loss": row_epilogue.LOSS_ROW.value,
@@ -60,11 +64,31 @@ class _Rows(NamedTuple):
     options: LossOptions
 
     @property
+    def layout(self) -> plan.Logits:
+        logits = self.logits
+        num_rows, num_classes = logits.shape
+        address, itemsize = logits.data_ptr() % plan.VECTOR_BYTES, logits.element_size()
+        return plan.Logits(num_rows, num_classes, logits.stride(0), address, itemsize)
+
+    @property
+    def loss(self) -> plan.Loss:
+        _, label_smoothing, softcap = self.options
+        soft = self.target.is_floating_point()
+        return plan.Loss(soft, label_smoothing > 0, softcap > 0, self.weight is not None)
+
+    @property
     def flags(self) -> tuple[bool, bool, bool]:
         """The constants SOFT, SMOOTH and SOFTCAP of the kernels."""
-        options = self.options
-        soft = self.target.is_floating_point()
-        return soft, options.label_smoothing > 0, options.softcap > 0
+        return self.loss[:3]
+
+    def sizes(self, align: int) -> tuple[int, int, int]:
+        """num_rows, class_units and row_units of the kernels."""
+        num_rows, num_classes = self.logits.shape
+        return num_rows, num_classes // align, self.logits.stride(0) // align
+
+    def weight_sum(self) -> Tensor | None:
+        """See `weight_sum_of`."""
+        return weight_sum_of(self.target, self.weight, self.options)
 
 
 class _Wanted(NamedTuple):
@@ -74,12 +98,6 @@ class _Wanted(NamedTuple):
     row_scale: Tensor | None = None
     scale: float = 1.0
     update: tuple[Tensor, State, Recurrence] | None = None  # indices, state and how it changes
-
-    def weight_sum(self, rows: _Rows) -> Tensor | None:
-        """See `weight_sum_of`; None without a gradient."""
-        if self.grad is None:
-            return None
-        return weight_sum_of(rows.target, rows.weight, rows.options)
 
 
 class TritonBackend(RowKernelsChoice, Backend):
@@ -116,23 +134,16 @@ class TritonBackend(RowKernelsChoice, Backend):
         self, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     ) -> RowScores:
         _check_target(logits, target, options)
-        num_rows, num_classes = logits.shape
         scores = empty_scores(logits)
-        if num_rows == 0:
+        if logits.shape[0] == 0:
             return scores
         rows = _Rows(logits, target, weight, options)
+        chosen = self._choose(rows, grad=False, update=False)
         with on_device(logits.device):
-            if num_classes <= plan.TILE_CLASSES:
-                self._score_whole(rows, scores, _Wanted())
-                return scores
-            loop = _plan_loop(rows, grad=False)
-            if loop.parts == 1:
-                _score_loop(loop, rows, scores, _Wanted())
-                return scores
-            shape = (loop.parts, score_loop.PART_FIELDS.value, num_rows)
-            parts = torch.empty(shape, dtype=torch.float32, device=logits.device)
-            _score_loop(loop, rows, _NO_OUTPUTS, _Wanted(), parts=parts)
-            _merge_parts(loop, rows, scores, parts)
+            if isinstance(chosen, plan.LoopPlan) and chosen.parts > 1:
+                _score_parts(chosen, rows, scores)
+            else:
+                _score(chosen, rows, scores, _Wanted())
         return scores
 
     def cross_entropy_backward(
@@ -147,14 +158,10 @@ class TritonBackend(RowKernelsChoice, Backend):
         grad = empty_gradient(logits)
         if logits.shape[0] == 0:
             return grad
-        known = (None, fields, None, None)  # read, not written
-        given, wanted = _Rows(logits, target, weight, options), _Wanted(grad, grad_loss)
+        rows = _Rows(logits, target, weight, options)
+        chosen = plan.choose_gradient(rows.layout, multiprocessors(logits.device), rows.loss)
         with on_device(logits.device):
-            if logits.shape[1] <= plan.TILE_CLASSES:
-                _score_tile(given, known, wanted, stats=False)
-            else:
-                loop = _plan_loop(given, grad=True)
-                _score_loop(loop, given, known, wanted, stats=False)
+            _gradient(chosen, rows, grad_loss, fields, grad)
         return grad
 
     def cross_entropy_step(
@@ -170,12 +177,10 @@ class TritonBackend(RowKernelsChoice, Backend):
         recurrence: Recurrence,
     ) -> tuple[RowScores, Tensor]:
         rows = _Rows(logits, target, weight, options)
-        num_rows, num_classes = logits.shape
-        soft, smooth, _ = rows.flags
-        most = plan.TILE_CLASSES if soft or smooth else plan.TILE_CLASSES_GRAD
-        tile = num_classes <= most
-        loop = None if tile else _plan_loop(rows, grad=True)
-        if num_rows == 0 or (loop is not None and loop.parts > 1):
+        num_rows = logits.shape[0]
+        at_once = num_rows <= plan.STEP_UPDATE_ROWS and state.scores.shape[0] > 0
+        chosen = None if num_rows == 0 else self._choose(rows, grad=True, update=at_once)
+        if chosen is None or (isinstance(chosen, plan.LoopPlan) and chosen.parts > 1):
             return super().cross_entropy_step(
                 logits, target, weight, options, row_scale, scale, indices, state, recurrence
             )
@@ -183,14 +188,9 @@ class TritonBackend(RowKernelsChoice, Backend):
         _check_indices(indices, state)
         scores = empty_scores(logits)
         grad = empty_gradient(logits)
-        at_once = num_rows <= plan.STEP_UPDATE_ROWS and state.scores.shape[0] > 0
         update = (indices, state, recurrence) if at_once else None
-        wanted = _Wanted(grad, row_scale, scale, update)
         with on_device(logits.device):
-            if loop is None:
-                self._score_whole(rows, scores, wanted)
-            else:
-                _score_loop(loop, rows, scores, wanted)
+            _score(chosen, rows, scores, _Wanted(grad, row_scale, scale, update))
         if not at_once:
             values = scores.by_name()
             direct = None if recurrence.direct is None else values[recurrence.direct]
@@ -240,13 +240,12 @@ class TritonBackend(RowKernelsChoice, Backend):
         num_rows = indices.shape[0]
         if num_rows == 0:
             return
+        require_countable(indices)
         pointers = (indices, signal, direct, count, *_state_pointers(state, recurrence))
         numbers = (num_rows, state.scores.shape[0], *_recurrence_numbers(recurrence))
         single = num_rows <= plan.ONE_PROGRAM_ROWS
         grid = (1 if single else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
         phases = (state_kernels.BOTH,) if single else (state_kernels.CLAIM, state_kernels.APPLY)
-        if num_rows >= 2**31 - 1:
-            raise ValueError(f"indices must have fewer than {2**31 - 1} entries, got {num_rows}")
         with on_device(indices.device):
             try:
                 for phase in phases:
@@ -278,158 +277,129 @@ class TritonBackend(RowKernelsChoice, Backend):
                 launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
         return bits
 
-    def _score_whole(self, rows: _Rows, scores: RowScores, wanted: _Wanted) -> None:
-        """Computes the scores, and what else is wanted, of rows that stay in registers."""
-        logits, grad = rows.logits, wanted.grad is not None
-        itemsize = logits.element_size()
-        served = rows.weight is None and wanted.update is None and not any(rows.flags)
-        if served and self._prefers_rows(itemsize, grad):
-            stepped = plan.plan_rows(
-                *logits.shape,
-                logits.stride(0),
-                logits.data_ptr() % plan.VECTOR_BYTES,
-                itemsize,
-                multiprocessors(logits.device),
-                grad=grad,
-            )
-            if stepped is not None:
-                _score_rows(stepped, rows, scores, wanted)
-                return
-        _score_tile(rows, scores, wanted)
-
-    def _prefers_rows(self, itemsize: int, grad: bool) -> bool:
-        """Whether the row kernels to use are `score_rows`, if it serves the case."""
-        if self.row_kernels == "auto":
-            return plan.rows_are_ahead(itemsize, grad)
-        return self.row_kernels == "stepped"
+    def _choose(
+        self, rows: _Rows, *, grad: bool, update: bool
+    ) -> plan.RowsPlan | plan.TilePlan | plan.LoopPlan:
+        return plan.choose_scores(
+            rows.layout,
+            multiprocessors(rows.logits.device),
+            rows.loss,
+            grad=grad,
+            update=update,
+            kernels=self.row_kernels,
+        )
 
 
 # ---- scoring ------------------------------------------------------------------------------------
 
 
-def _score_rows(stepped: plan.RowsPlan, rows: _Rows, scores: RowScores, wanted: _Wanted) -> None:
-    logits = rows.logits
-    num_rows, num_classes = logits.shape
-    pointers = (logits, rows.target, *scores, wanted.grad, wanted.row_scale)
-    numbers = (
-        num_rows,
-        num_classes // stepped.align,
-        logits.stride(0) // stepped.align,
-        stepped.steps,
-        rows.options.ignore_index,
-        wanted.scale,
-    )
-    constants = (
-        stepped.align,
-        stepped.align * logits.element_size(),
-        stepped.rows,
-        stepped.block,
-        stepped.segment,
-        plan.KEPT_ROWS,
-    )
-    grid = (stepped.grid, 1, 1)
-    launch(score_rows.score_rows, grid, pointers, numbers, constants, stepped.warps)
+def _score(
+    chosen: plan.RowsPlan | plan.TilePlan | plan.LoopPlan,
+    rows: _Rows,
+    scores: RowScores,
+    wanted: _Wanted,
+) -> None:
+    """Computes the scores, and what else is wanted, of rows that are not split."""
+    if isinstance(chosen, plan.RowsPlan):
+        _score_rows(chosen, rows, scores, wanted)
+    elif isinstance(chosen, plan.TilePlan):
+        _score_tile(chosen, rows, scores, wanted)
+    else:
+        _score_loop(chosen, rows, scores, wanted)
 
 
-def _score_tile(rows: _Rows, scores: _Outputs, wanted: _Wanted, *, stats: bool = True) -> None:
-    """With ``stats`` it makes ``scores``; otherwise it reads there what the gradient needs."""
+def _score_rows(chosen: plan.RowsPlan, rows: _Rows, scores: RowScores, wanted: _Wanted) -> None:
+    pointers = (rows.logits, rows.target, *scores, wanted.grad, wanted.row_scale)
+    ignore_index = rows.options.ignore_index
+    numbers = (*rows.sizes(chosen.align), chosen.tiles, ignore_index, wanted.scale)
+    align_bytes = chosen.align * rows.logits.element_size()
+    shape = (chosen.rows, chosen.block, chosen.segment, plan.KEPT_ROWS)
+    constants = (chosen.align, align_bytes, *shape)
+    launch(score_rows.score_rows, (chosen.grid, 1, 1), pointers, numbers, constants, chosen.warps)
+
+
+def _score_arguments(
+    rows: _Rows, align: int, scores: RowScores, wanted: _Wanted
+) -> tuple[tuple[Tensor | None, ...], tuple[int | float, ...]]:
+    """The pointers and the numbers that `score_tile` and `score_loop` begin with."""
     logits, target, weight, options = rows
-    num_rows, num_classes = logits.shape
-    tile = plan.plan_tile(
-        num_rows,
-        num_classes,
-        logits.stride(0),
-        logits.data_ptr() % plan.VECTOR_BYTES,
-        logits.element_size(),
-        crowded=any(rows.flags),
-    )
     indices, state, rule, num_samples = _update_arguments(wanted.update)
-    pointers = (
-        logits,
-        target,
-        weight,
-        wanted.weight_sum(rows),
-        *scores,
-        wanted.grad,
-        wanted.row_scale,
-        indices,
-        *state,
-    )
-    numbers = (
-        num_rows,
-        num_classes // tile.align,
-        logits.stride(0) // tile.align,
-        *options,
-        wanted.scale,
-        num_samples,
-        *rule,
-    )
-    constants = (
-        tile.align,
-        tile.align * logits.element_size(),
-        *rows.flags,
-        stats,
-        wanted.grad is not None,
-        wanted.update is not None,
-        tile.rows,
-        tile.block,
-        tile.segment,
-        32 * tile.warps,
-    )
+    weight_sum = None if wanted.grad is None else rows.weight_sum()
+    inputs = (logits, target, weight, weight_sum)
+    pointers = (*inputs, *scores, wanted.grad, wanted.row_scale, indices, *state)
+    return pointers, (*rows.sizes(align), *options, wanted.scale, num_samples, *rule)
+
+
+def _gradient_arguments(
+    rows: _Rows, align: int, grad_loss: Tensor, fields: Tensor, grad: Tensor
+) -> tuple[tuple[Tensor | None, ...], tuple[int | float, ...]]:
+    """The same of `gradient_tile` and `gradient_loop`."""
+    logits, target, weight, options = rows
+    pointers = (logits, target, weight, rows.weight_sum(), grad_loss, fields, grad)
+    return pointers, (*rows.sizes(align), *options)
+
+
+def _tile_constants(tile: plan.TilePlan, rows: _Rows) -> tuple[int | bool, ...]:
+    """ALIGN to SEGMENT of the kernels of tiles."""
+    align_bytes = tile.align * rows.logits.element_size()
+    return (tile.align, align_bytes, *rows.flags, tile.rows, tile.block, tile.segment)
+
+
+def _loop_constants(loop: plan.LoopPlan, rows: _Rows) -> tuple[int | bool, ...]:
+    """ALIGN to VECTOR of the kernels that walk rows."""
+    shifted = (loop.shifted, loop.shifted_alike)
+    return (loop.align, *shifted, *rows.flags, loop.unroll, loop.lanes, loop.vector)
+
+
+def _score_tile(tile: plan.TilePlan, rows: _Rows, scores: RowScores, wanted: _Wanted) -> None:
+    pointers, numbers = _score_arguments(rows, tile.align, scores, wanted)
+    constants = (*_tile_constants(tile, rows), 32 * tile.warps)
     launch(score_tile.score_tile, (tile.grid, 1, 1), pointers, numbers, constants, tile.warps)
 
 
-def _score_loop(
-    loop: plan.LoopPlan,
-    rows: _Rows,
-    scores: _Outputs,
-    wanted: _Wanted,
-    *,
-    stats: bool = True,
-    parts: Tensor | None = None,
-) -> None:
-    """As `_score_tile`. With ``parts``, it writes the sums of each part of a row there."""
-    logits, target, weight, options = rows
-    num_rows, num_classes = logits.shape
-    indices, state, rule, num_samples = _update_arguments(wanted.update)
-    pointers = (
-        logits,
-        target,
-        weight,
-        wanted.weight_sum(rows),
-        *scores,
-        wanted.grad,
-        wanted.row_scale,
-        indices,
-        *state,
-        parts,
-    )
-    numbers = (
-        num_rows,
-        num_classes // loop.align,
-        logits.stride(0) // loop.align,
-        loop.shift,
-        loop.part_tiles,
-        *options,
-        wanted.scale,
-        num_samples,
-        *rule,
-    )
-    constants = (
-        loop.align,
-        loop.shifted,
-        loop.shifted_alike,
-        *rows.flags,
-        stats,
-        parts is not None,
-        wanted.grad is not None,
-        wanted.update is not None,
-        loop.unroll,
-        loop.lanes,
-        loop.vector,
-    )
-    grid = (num_rows, loop.parts, 1)
+def _score_loop(loop: plan.LoopPlan, rows: _Rows, scores: RowScores, wanted: _Wanted) -> None:
+    pointers, numbers = _score_arguments(rows, loop.align, scores, wanted)
+    numbers = (*numbers, loop.shift, loop.part_tiles)
+    constants = _loop_constants(loop, rows)
+    grid = (rows.logits.shape[0], 1, 1)
     launch(score_loop.score_loop, grid, pointers, numbers, constants, loop.warps)
+
+
+def _gradient(
+    chosen: plan.TilePlan | plan.LoopPlan,
+    rows: _Rows,
+    grad_loss: Tensor,
+    fields: Tensor,
+    grad: Tensor,
+) -> None:
+    """Computes the gradient from the fields of the scores."""
+    pointers, numbers = _gradient_arguments(rows, chosen.align, grad_loss, fields, grad)
+    if isinstance(chosen, plan.TilePlan):
+        kernel, grid = score_tile.gradient_tile, (chosen.grid, 1, 1)
+        constants = _tile_constants(chosen, rows)
+    else:
+        kernel, grid = score_loop.gradient_loop, (rows.logits.shape[0], chosen.parts, 1)
+        numbers = (*numbers, chosen.shift, chosen.part_tiles)
+        constants = _loop_constants(chosen, rows)
+    launch(kernel, grid, pointers, numbers, constants, chosen.warps)
+
+
+def _score_parts(loop: plan.LoopPlan, rows: _Rows, scores: RowScores) -> None:
+    """Computes the scores of rows of class ids that are split into parts."""
+    shape = (loop.parts, split_rows.PART_FIELDS.value, rows.logits.shape[0])
+    parts = torch.empty(shape, dtype=torch.float32, device=rows.logits.device)
+    _part_sums(loop, rows, parts)
+    _merge_parts(loop, rows, scores, parts)
+
+
+def _part_sums(loop: plan.LoopPlan, rows: _Rows, parts: Tensor) -> None:
+    logits, target, weight, options = rows
+    pointers = (logits, target, weight, parts)
+    numbers = (*rows.sizes(loop.align), *options, loop.shift, loop.part_tiles)
+    tile = (loop.unroll, loop.lanes, loop.vector)
+    constants = (loop.align, loop.shifted, *rows.flags[1:], *tile)
+    grid = (logits.shape[0], loop.parts, 1)
+    launch(split_rows.part_sums, grid, pointers, numbers, constants, loop.warps)
 
 
 def _merge_parts(loop: plan.LoopPlan, rows: _Rows, scores: RowScores, parts: Tensor) -> None:
@@ -438,23 +408,7 @@ def _merge_parts(loop: plan.LoopPlan, rows: _Rows, scores: RowScores, parts: Ten
     pointers = (logits, target, weight, *scores, parts)
     numbers = (num_rows, num_classes, logits.stride(0), loop.parts, *options)
     constants = (*rows.flags[1:], plan.merge_lanes(loop.parts))
-    launch(score_loop.merge_parts, (num_rows, 1, 1), pointers, numbers, constants, 1)
-
-
-def _plan_loop(rows: _Rows, *, grad: bool) -> plan.LoopPlan:
-    logits = rows.logits
-    soft, smooth, capped = rows.flags
-    return plan.plan_loop(
-        *logits.shape,
-        logits.stride(0),
-        logits.data_ptr() % plan.VECTOR_BYTES,
-        logits.element_size(),
-        multiprocessors(logits.device),
-        may_split=not soft,
-        weighted=soft or smooth,
-        capped=capped,
-        grad=grad,
-    )
+    launch(split_rows.merge_parts, (num_rows, 1, 1), pointers, numbers, constants, 1)
 
 
 def _check_target(logits: Tensor, target: Tensor, options: LossOptions) -> None:

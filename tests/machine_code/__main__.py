@@ -8,9 +8,9 @@
 It needs no GPU. The CUDA kernels are read from the native module as built, if it has any (it must
 with EMP_FAST_CUDA=1 in the environment, or ``--cuda require``); the Triton kernels are
 compiled ahead of time for every capability that they are held to. It fails (exit code 1) when a
-kernel keeps anything on a stack or spills a register (but for `TRITON_STACK`), when logits, scores
-or gradients move by narrower accesses than `EXPECTED` says, and when a kernel that should read them
-has no such access.
+kernel keeps anything on a stack or spills a register (but for `TRITON_STACK`, `KNOWN_SPILLS`), when
+logits, scores or gradients move by narrower accesses than `EXPECTED` says, and when a kernel that
+should read them has no such access.
 """
 
 from __future__ import annotations

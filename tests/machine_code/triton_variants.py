@@ -33,6 +33,7 @@ from emp_fast.kernels import (
     score_rows,
     score_tile,
     selection,
+    split_rows,
     update_state,
 )
 
@@ -357,6 +358,7 @@ def kernels() -> dict[str, Any]:
         score_rows,
         score_tile,
         selection,
+        split_rows,
         update_state,
     )
     functions = [function for module in modules for function in vars(module).values()]
