@@ -216,12 +216,12 @@ def checked_target(
 
 
 def require_several_classes(logits: Tensor, target: Tensor) -> None:
-    """Refuses probabilities of a single class: most likely the target of a regression."""
+    """Refuses probabilities of one class: most likely they are the target of another loss."""
     if target.is_floating_point() and logits.shape[-1] == 1:
         raise ValueError(
             "logits must have more than one class to go with probabilities, got shape "
-            f"{tuple(logits.shape)}: the cross-entropy of one class is always 0. A regression has "
-            "a loss of its own, which pruner.update takes"
+            f"{tuple(logits.shape)}: the cross-entropy of one class is always 0. A regression or a "
+            "binary cross-entropy has a loss of its own, which pruner.update takes"
         )
 
 

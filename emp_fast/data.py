@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,8 +137,8 @@ def _indexed(sample: Any, index: int) -> Any:
         raise ValueError(
             f"sample {index} already has the key {SAMPLE_INDEX!r}, got {sample[SAMPLE_INDEX]!r}"
         )
-    if type(sample) is dict or not isinstance(sample, MutableMapping):
-        return {**sample, SAMPLE_INDEX: index}
+    if type(sample) is dict or not isinstance(sample, (dict, UserDict)):
+        return {**sample, SAMPLE_INDEX: index}  # a copy of another mapping may share its entries
     copied = copy.copy(sample)  # of the sample's own type, such as a BatchEncoding
     copied[SAMPLE_INDEX] = index
     return copied

@@ -30,10 +30,9 @@ def select_in_batch(
     forward pass without gradients and run the model on ``x[hard]``.
 
     A sample without a score, because its stats are not finite or it has no valid position, comes
-    last. Ties go to the first sample. Nothing waits for the device, except that Triton's selection
-    does. On several ranks, each selects
-    from its own batch: if k is the same everywhere, DDP's mean of the gradients is the mean over
-    all selected samples.
+    last. Ties go to the first sample. Nothing waits for the device, except in Triton's selection.
+    On several ranks, each selects from its own batch: if k is the same everywhere, DDP's mean of
+    the gradients is the mean over all selected samples.
 
     Args:
         stats: stats of the batch, or scores [S] that a rule has already made, such as

@@ -26,7 +26,7 @@ class LoopWarnings:
         """Remembers what the store holds before an epoch."""
         self._visits_before = int(self._store.visits.sum())
 
-    def of_epoch(self, plan: Plan, rows: int, batch: int) -> None:
+    def of_epoch(self, plan: Plan, rows: int, batch: int, ranks: int) -> None:
         """Warns of what is odd about an epoch all of whose samples have been trained on.
 
         Args:
@@ -34,33 +34,35 @@ class LoopWarnings:
             rows: how many rows of all ranks the pruner was given in it, at least as many as the
                 plan has.
             batch: rows of all ranks in the largest batch.
+            ranks: their number. They repeat fewer samples than that to have equally many.
         """
-        store = self._store
-        indices = to_device(plan.selection.indices, store.visits.device)
-        unscored = indices[store.visits[indices] == 0]
-        visits, scored = int(store.visits.sum()) - self._visits_before, len(plan) - len(unscored)
-        if 2 * scored < len(plan) and scored < visits:
-            self._warn_once(
-                "wrong indices",
-                f"epoch {plan.epoch} made {visits} visits, but of its {len(plan)} samples only "
-                f"{scored} have ever been visited: the indices given to the pruner must be those "
-                "that emp_fast.with_indices yields",
-            )
-        elif rows >= len(plan) + max(batch, 1):  # ranks repeat less than a batch
+        visits_of = self._store.visits
+        indices = to_device(plan.selection.indices, visits_of.device)
+        unscored = indices[visits_of[indices] == 0]
+        visits = int(visits_of.sum()) - self._visits_before
+        if rows >= len(plan) + max(batch, 1):
             self._warn_once(
                 "too many rows",
                 f"epoch {plan.epoch} has {len(plan)} samples, but the pruner was given {rows} rows "
-                "to score in it. Score every batch once, whatever its losses, and evaluate with "
-                "emp_fast.functional.cross_entropy: more visits change the scores, and a run "
-                "saved in mid-epoch would resume too late",
+                "to score in it. Score every batch once, however many losses or views of a sample "
+                "it has, and evaluate with emp_fast.functional.cross_entropy: each row counts as a "
+                "sample trained on, so a run saved in mid-epoch would resume too late",
+            )
+        elif len(unscored) and visits >= len(plan) - len(unscored) + ranks:
+            self._warn_once(
+                "wrong indices",
+                f"epoch {plan.epoch} made {visits} visits, but {len(unscored)} of its {len(plan)} "
+                "samples have never been visited: the indices given to the pruner must be those "
+                "that emp_fast.with_indices yields",
             )
         elif len(unscored):
             self._warn_once(
                 "unscored",
                 f"{len(unscored)} of the {len(plan)} samples of epoch {plan.epoch} were trained on "
                 f"and have no score, the first of them {int(unscored[0])}: either all their "
-                "positions are ignored, or their stats are not finite. Samples without a score "
-                "come first, so these will be in every epoch: leave them out of the data set",
+                "positions are ignored, or their stats are not finite. A policy that goes by "
+                "scores takes such samples first, so if they can never be scored, they are in "
+                "every epoch: leave them out of the data set",
             )
 
     def of_skipped_epoch(self, epoch: int, begun_at: int) -> None:
@@ -71,19 +73,19 @@ class LoopWarnings:
             begun_at: the position at which its iteration began.
         """
         if begun_at > 0:
-            told = (
+            self._warn_once(
+                "empty",
                 f"epoch {epoch} was resumed after {begun_at} samples, and nothing more of it was "
-                "scored. If that was less than a batch, which the loader's drop_last dropped, the "
-                "epoch was empty"
+                "scored. If the rest was less than a batch, and drop_last dropped it, the epoch "
+                "was empty: to save a run between epochs, call pruner.set_epoch(epoch + 1) first",
             )
-        else:
-            told = (
-                f"nothing of epoch {epoch} was scored, but a loader had fetched all of it when the "
-                "next iteration began. If that was a look at the data or an evaluation, it has "
-                "cost an epoch"
-            )
-        advice = "call pruner.set_epoch(epoch) before each one that you train on"
-        self._warn_once("skipped", f"{told}: {advice}")
+            return
+        self._warn_once(
+            "skipped",
+            f"nothing of epoch {epoch} was scored, but a loader had fetched all of it when the "
+            "next iteration began. If that was a look at the data or an evaluation, it has cost an "
+            "epoch: call pruner.set_epoch(epoch) before each one that you train on",
+        )
 
     def of_unused_sampler(self, rows: int) -> None:
         """Warns of a loader that was made without the sampler and so trains on everything."""

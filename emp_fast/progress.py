@@ -53,6 +53,7 @@ class _Iteration:
         self.announced = announced
         self.begun_at = 0  # position in the plan
         self.rows_before = 0  # estimated rows of all ranks when the epoch's position was 0
+        self.rows_apart = 0  # rows given to the store by others than the loop, before it began
         self.exhausted_at: int | None = None  # position after the last index, once there is no more
         self.loop_is_over = False  # as far as is known
         self.is_complete = False  # whether the loop is known to have got all that it ever will
@@ -189,20 +190,25 @@ class Progress:
             EmpFastWarning: of what is odd about the epoch so far, see `LoopWarnings`.
         """
         epoch, position = self.next_start()
-        plan = self.plan_of(epoch)  # merges, so that from here on the store has all ranks' visits
+        plan = self.plan_of(epoch)
         # The warnings are about the epoch so far: all state is still that of its last iteration.
         self._warn_of_skipped_epoch()
         if not self._continues(epoch):
-            self._close_epoch()
+            # The plan of another epoch has merged the ranks' visits.
+            self._close_epoch(merged=plan is not self.plan)
         self.plan, self._epoch = plan, epoch
         self._iteration = _Iteration(iterator, announced=self._requested is not None)
+        self._iteration.rows_apart = self._rows_apart()
         self._requested = self._resume_at = None
         self.planner.forget()
         self.move_to(position)
         return plan, position
 
-    def _close_epoch(self) -> None:
+    def _close_epoch(self, merged: bool) -> None:
         """Records what became of the epoch in progress, before another one takes its place.
+
+        Nothing is said of an epoch in which the store was given rows by others than the loop,
+        because their visits cannot be told from the loop's.
 
         A skipped epoch is warned of when a later one has been trained on, so
         `_warn_of_skipped_epoch` must have been called before.
@@ -210,8 +216,8 @@ class Progress:
         plan, trained, iteration = self.plan, self._has_trained(), self._iteration
         if plan is not None and iteration is not None:
             rows = self._rows_of_iteration()
-            if rows >= len(plan):
-                self._warnings.of_epoch(plan, rows, self._batch())
+            if rows >= len(plan) and merged and self._rows_apart() == iteration.rows_apart:
+                self._warnings.of_epoch(plan, rows, self._batch(), self.planner.world_size())
             if self._requested is None and self._state is _State.EXHAUSTED and not trained:
                 self._skipped = self._epoch, iteration.begun_at
         self._warnings.epoch_begins()
@@ -368,6 +374,10 @@ class Progress:
         """Rows of all ranks in the largest batch so far."""
         return self._trained.largest * self.planner.world_size()
 
+    def _rows_apart(self) -> int:
+        """Rows that this rank's store was given by others than the loop."""
+        return self.store.rows_given - self._trained.given
+
     def _rows_of_iteration(self) -> int:
         """Estimated rows of all ranks in the epoch in progress, since its position was 0."""
         before = 0 if self._iteration is None else self._iteration.rows_before
@@ -381,9 +391,7 @@ class Progress:
         """
         store, ranks = self.store, self.planner.world_size()
         if ranks == 1:
-            # Rows given to the store behind the loop's back do not count.
-            not_trained = store.rows_given - self._trained.given
-            return store.rows_seen - not_trained
+            return store.rows_seen - self._rows_apart()
         merged = store.replicas.merged_rows
         return merged + (store.rows_seen - merged) * ranks
 

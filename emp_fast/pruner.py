@@ -83,7 +83,7 @@ class Pruner:
         TypeError: an argument has the wrong type.
     """
 
-    # No other attributes: ``pruner.prune_rate = 0.9`` would replace the method and change nothing.
+    # No others can be set: ``pruner.prune_rate = 0.9`` would replace the method and change nothing.
     __slots__ = ("__weakref__", "progress", "sampler", "schedule", "store")
 
     def __init__(

@@ -121,6 +121,7 @@ class SampleState:
             or not self._fusible
             or not isinstance(logits, Tensor)
             or logits.dim() != 2
+            or logits.shape[1] == 1  # `Pruner.loss` looks at these more closely
             or not (logits.requires_grad and torch.is_grad_enabled())
             # The gradient would be computed before the loss scale is known, and small values would
             # underflow.
@@ -372,8 +373,9 @@ def warn_of_nonfinite(rows: int, where: str = "") -> None:
         where: the ranks that they were given on, if not only this one, and a space.
     """
     warn(
-        f"{rows} rows with non-finite stats were refused {where}since the last selection; their "
-        "samples keep their last score"
+        f"{'1 row' if rows == 1 else f'{rows} rows'} with non-finite stats "
+        f"{'was' if rows == 1 else 'were'} refused {where}since the last selection; their samples "
+        "keep their last score"
     )
 
 

@@ -1026,8 +1026,7 @@ def test_one_launch_selects_among_few_scores(
 ) -> None:
     few = module.cuda.FEW_SCORES
     scores = test_selection.make("heavy boundary", few + beyond)
-    if beyond <= 0:
-        module.emulator.fail_launches("count_scores")  # of the plain plan
+    module.emulator.fail_launches("count_scores" if beyond <= 0 else "select_few")
     try:
         got = emulated.topk_indices(torch.from_numpy(scores), few // 2)
     finally:

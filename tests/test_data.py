@@ -1,5 +1,6 @@
 import multiprocessing
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
+from collections.abc import MutableMapping
 from types import MappingProxyType
 
 import pytest
@@ -65,8 +66,36 @@ def test_mapping_samples_keep_their_type():
     assert type(indexed) is OrderedDict
     assert list(indexed.items()) == [("y", 1), ("x", 2), ("sample_index", 0)]
     assert "sample_index" not in ordered
-    frozen = with_indices([MappingProxyType({"x": 2})])[0]
-    assert frozen == {"x": 2, "sample_index": 0}
+    features = UserDict(x=2)
+    assert type(with_indices([features])[0]) is UserDict
+    assert dict(features) == {"x": 2}
+
+
+def test_a_mapping_that_cannot_be_copied_becomes_a_dict():
+    assert with_indices([MappingProxyType({"x": 2})])[0] == {"x": 2, "sample_index": 0}
+
+    class Wrapper(MutableMapping):  # whose copies share its entries
+        def __init__(self):
+            self.entries = {"x": 2}
+
+        def __getitem__(self, key):
+            return self.entries[key]
+
+        def __setitem__(self, key, value):
+            self.entries[key] = value
+
+        def __delitem__(self, key):
+            del self.entries[key]
+
+        def __iter__(self):
+            return iter(self.entries)
+
+        def __len__(self):
+            return len(self.entries)
+
+    dataset = with_indices([Wrapper()])
+    assert dataset[0] == dataset[0] == {"x": 2, "sample_index": 0}
+    assert dict(dataset.dataset[0]) == {"x": 2}
 
 
 def test_a_mapping_that_has_the_key_already_is_refused():

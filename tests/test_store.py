@@ -388,7 +388,7 @@ def test_non_finite_values_warn_once_at_the_next_selection():
         store.update(torch.tensor([0]), {"loss": torch.tensor([1.0])})
         store.select(1)
     store.update(torch.tensor([0]), {"loss": torch.tensor([math.nan])})
-    with pytest.warns(EmpFastWarning, match="^1 rows with non-finite stats were refused since"):
+    with pytest.warns(EmpFastWarning, match="^1 row with non-finite stats was refused since"):
         store.select(1)
 
 

@@ -23,6 +23,7 @@
 // select_tile.cuh (reading scores and marking them) and select_digit.cuh (fixing a digit).
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 
 #include "cuda/launcher.cuh"
 #include "cuda/radix_select.h"
@@ -118,6 +119,7 @@ void sampled_topk(const SelectionPlan& plan, const Device& device, const float* 
 }  // namespace
 
 void topk_of_few(const float* scores, int64_t n, int64_t k, int64_t* out, cudaStream_t stream) {
+  if (n > kFewScores) throw std::invalid_argument("topk_of_few: too many scores");
   launch("select_few",
          n <= kPerThread * kFewThreads ? select_few<kPerThread> : select_few<kMostEach>, 1,
          kFewThreads, 0, stream, scores, static_cast<int>(n), k, out);

@@ -138,7 +138,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
-@pytest.mark.parametrize("n", [1, 2, 33, 4095, 4097, 100_003, 5_000_011])
+@pytest.mark.parametrize("n", [1, 2, 33, 4095, 4097, 16_384, 16_385, 20_001, 100_003, 5_000_011])
 def test_selection_is_that_of_the_reference(make, n, backend, device, poison) -> None:
     n = n if device.type == "cuda" else min(n, 100_003)
     scores = make(torch.randn(n, generator=torch.Generator().manual_seed(n)))

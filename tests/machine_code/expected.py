@@ -79,7 +79,7 @@ EXPECTED = (
         )
         for vectors, least in (("4", 4), ("[68]", 6))
         for step, pattern, what in (
-            (r"\w+", r"cp_async16\(mine \+ i", "logits are copied by 16 bytes"),
+            (r"\w+", r"cp_async16\(line \+ part", "logits are copied by 16 bytes"),
             ("true", r"__stcs\(out \+", "the gradient moves by 16 bytes"),
         )
     ),
@@ -195,10 +195,24 @@ BULK = r"\blogits(_ptr)?\b|\bscores(_ptr)? ?[+\[]|\bgrad(_row|_ptr)?\b ?[+\[]"
 #: than have fewer warps resident.
 TRITON_STACK = 16
 
-#: Variants that keep more there all the same: pattern of the name, and architecture.
+
+class KnownSpill(NamedTuple):
+    """Variants of a Triton kernel that keep more there, or use it in a loop, all the same."""
+
+    variant: str  # regular expression
+    architecture: str
+    stack: int  # bytes at most
+
+
 KNOWN_SPILLS = (
     # Three registers in the loop, although ptxas takes no more than 72.
-    (r"^split_rows\.part_sums\(logits=(bf16|fp16)(?!.*(SMOOTH|SOFTCAP)=).*LANES=128,", "sm_100a"),
-    # 24 bytes, for the gradient and the state with both options at once.
-    (r"^score_loop\.score_loop\(.*grad=.*indices=.*SMOOTH=True, SOFTCAP=True,", "sm_90"),
+    KnownSpill(
+        r"^split_rows\.part_sums\(logits=(bf16|fp16)(?!.*(SMOOTH|SOFTCAP)=).*LANES=128,",
+        "sm_100a",
+        24,
+    ),
+    # For the gradient and the state with both options at once.
+    KnownSpill(
+        r"^score_loop\.score_loop\(.*grad=.*indices=.*SMOOTH=True, SOFTCAP=True,", "sm_90", 24
+    ),
 )

@@ -38,11 +38,12 @@ def check(kernel: Kernel, stack: int = 0) -> Finding:
     """
     problems = []
     spills = sum(a.is_local and (a.depth > 0 or stack == 0) for a in kernel.accesses)
-    known = any(
-        re.search(pattern, kernel.name) and kernel.architecture == architecture
-        for pattern, architecture in KNOWN_SPILLS
-    )
-    if kernel.stack > stack and not known:
+    known = [
+        one.stack
+        for one in KNOWN_SPILLS
+        if kernel.architecture == one.architecture and re.search(one.variant, kernel.name)
+    ]
+    if kernel.stack > max([stack, *known]):
         problems.append(f"a stack frame of {kernel.stack} bytes")
     if spills and not known:
         problems.append(f"{spills} accesses to local memory")
