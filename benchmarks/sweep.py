@@ -260,8 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = f"{case.suite} {case.name}"
         if name.startswith(tuple(given.only)) and place % parts == part:
             # A warm run has few rows, but must compile the kernels for many.
-            fewest = 0 if given.warm else plan.KEPT_STEPS
-            with mock.patch.object(plan, "KEPT_STEPS", fewest):
+            fewest = 0 if given.warm else plan.KEPT_TILES
+            with mock.patch.object(plan, "KEPT_TILES", fewest):
                 results[name] = _measured(case, every, clock)
             floor = case.floor_bytes or 0
             shares = (

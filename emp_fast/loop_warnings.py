@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from emp_fast._transfer import to_device
 from emp_fast._warnings import warn
 from emp_fast.planner import Plan
@@ -21,6 +24,7 @@ class LoopWarnings:
         self._store = store
         self._given: set[str] = set()
         self._visits_before = 0  # of all samples, when the epoch in progress began
+        self._unscored: Tensor | None = None  # samples that the epoch before left without a score
 
     def epoch_begins(self) -> None:
         """Remembers what the store holds before an epoch."""
@@ -40,6 +44,10 @@ class LoopWarnings:
         indices = to_device(plan.selection.indices, visits_of.device)
         unscored = indices[visits_of[indices] == 0]
         visits = int(visits_of.sum()) - self._visits_before
+        again = unscored[:0]
+        if self._unscored is not None:
+            again = unscored[torch.isin(unscored, to_device(self._unscored, unscored.device))]
+        self._unscored = unscored
         if rows >= len(plan) + max(batch, 1):
             self._warn_once(
                 "too many rows",
@@ -55,14 +63,14 @@ class LoopWarnings:
                 "samples have never been visited: the indices given to the pruner must be those "
                 "that emp_fast.with_indices yields",
             )
-        elif len(unscored):
+        elif len(again):
             self._warn_once(
                 "unscored",
-                f"{len(unscored)} of the {len(plan)} samples of epoch {plan.epoch} were trained on "
-                f"and have no score, the first of them {int(unscored[0])}: either all their "
-                "positions are ignored, or their stats are not finite. A policy that goes by "
-                "scores takes such samples first, so if they can never be scored, they are in "
-                "every epoch: leave them out of the data set",
+                f"{len(again)} of the {len(plan)} samples of epoch {plan.epoch} have been trained "
+                f"on in two epochs and have no score, the first of them {int(again[0])}: either "
+                "all their positions are ignored, or their stats are not finite. A policy that "
+                "goes by scores takes such samples first, in every epoch: leave them out of the "
+                "data set",
             )
 
     def of_skipped_epoch(self, epoch: int, begun_at: int) -> None:

@@ -291,7 +291,7 @@ class Progress:
         used without a sampler.
         """
         if not self.is_used:
-            self._warnings.of_unused_sampler(self._estimated_rows())
+            self._warnings.of_unused_sampler(max(self.store.rows_seen, self._estimated_rows()))
 
     def record_trained(self, rows: int) -> None:
         """Records that the loop has trained on rows that the store has been updated with."""

@@ -928,22 +928,30 @@ def test_samples_that_do_not_count_are_told_and_not_taken_for_wrong_indices(resu
     assert int((pruner.store.visits > 0).sum()) == N / 3
     told = [str(warning.message) for warning in caught]
     assert len(told) == (0 if resumed else 1)  # a resumed run begins with the next epoch
-    assert all(text.startswith("40 of the 60 samples of epoch 0 were trained on") for text in told)
+    assert all(
+        text.startswith("40 of the 60 samples of epoch 1 have been trained on") for text in told
+    )
 
 
 def test_samples_that_are_never_scored_are_named():
-    pruner = Pruner(N, 0.5, rule=Loss(), seed=1)
-    first = pruner.selection.indices
-    for _, indices in make_loader(pruner):
-        pruner.update(indices, loss=torch.where(indices == first[3], torch.nan, loss_of(indices)))
-    message = (
-        f"1 of the 30 samples of epoch 0 .*the first of them {int(first[3])}: .*leave them out"
-    )
-    with (
-        pytest.warns(EmpFastWarning, match="non-finite"),
-        pytest.warns(EmpFastWarning, match=message),
-    ):
+    pruner = Pruner(N, 0.4, rule=Loss())
+    bad = int(pruner.selection.indices[3])
+    for _ in range(2):
+        for _, indices in make_loader(pruner):
+            target = torch.where(indices == bad, -100, 0)
+            pruner.update(indices, cross_entropy(torch.randn(len(indices), 2), target))
+    message = f"1 of the 36 samples of epoch 1 .*the first of them {bad}: .*leave them out"
+    with pytest.warns(EmpFastWarning, match=message):
         run_epoch(pruner, make_loader(pruner))
+
+
+def test_samples_that_are_scored_the_second_time_are_not_told():
+    pruner = Pruner(N, 0.0, rule=Loss())
+    for ignored in (True, False):
+        for _, indices in make_loader(pruner):
+            target = torch.where((indices < 20) & ignored, -100, 0)
+            pruner.update(indices, cross_entropy(torch.randn(len(indices), 2), target))
+    run_epoch(pruner, make_loader(pruner))
 
 
 def test_batches_that_are_scored_twice_are_told():
