@@ -21,10 +21,10 @@ from .row_epilogue import Outputs, is_spoiled, load_kept, store_scores, update_i
 from .row_walk import Inputs, Shape, lane_sums, load_tile, place, row_sums, row_target, tile_target
 from .softmax_stats import exp, log2_exp, softcap_slope
 from .target import (
+    Options,
     capped,
     effective_target,
     fold_raw_target,
-    loss_options,
     row_loss,
     smoothed_total,
 )
@@ -267,7 +267,16 @@ def score_loop(
         row_scale_ptr,
         scale,
         Shape(UNROLL, LANES, VECTOR, UNROLL * LANES * VECTOR),
-        loss_options(ignore_index, smoothing, softcap, weight_ptr, SOFT, SMOOTH, SOFTCAP),
+        Options(
+            ignore_index,
+            smoothing,
+            softcap,
+            weight_ptr is not None,
+            SOFT,
+            SMOOTH,
+            SOFTCAP,
+            SOFT or SMOOTH,
+        ),
         SHIFTED_ALIKE or not SHIFTED,
     )
     if indices_ptr is not None:
@@ -324,6 +333,15 @@ def gradient_loop(
         grad_ptr,
         weight_sum_ptr,
         Shape(UNROLL, LANES, VECTOR, UNROLL * LANES * VECTOR),
-        loss_options(ignore_index, smoothing, softcap, weight_ptr, SOFT, SMOOTH, SOFTCAP),
+        Options(
+            ignore_index,
+            smoothing,
+            softcap,
+            weight_ptr is not None,
+            SOFT,
+            SMOOTH,
+            SOFTCAP,
+            SOFT or SMOOTH,
+        ),
         SHIFTED_ALIKE or not SHIFTED,
     )

@@ -36,11 +36,11 @@ from .softmax_stats import (
     weighted,
 )
 from .target import (
+    Options,
     capped,
     class_ids,
     effective_target,
     fold_raw_target,
-    loss_options,
     row_loss,
     smoothed_total,
 )
@@ -379,7 +379,16 @@ def score_tile(
         row_scale_ptr,
         scale,
         Shape(ROWS, BLOCK // SEGMENT, SEGMENT, ALIGN_BYTES),
-        loss_options(ignore_index, smoothing, softcap, weight_ptr, SOFT, SMOOTH, SOFTCAP),
+        Options(
+            ignore_index,
+            smoothing,
+            softcap,
+            weight_ptr is not None,
+            SOFT,
+            SMOOTH,
+            SOFTCAP,
+            SOFT or SMOOTH,
+        ),
     )
     if indices_ptr is not None:
         state = State(
@@ -422,5 +431,14 @@ def gradient_tile(
         grad_ptr,
         weight_sum_ptr,
         Shape(ROWS, BLOCK // SEGMENT, SEGMENT, ALIGN_BYTES),
-        loss_options(ignore_index, smoothing, softcap, weight_ptr, SOFT, SMOOTH, SOFTCAP),
+        Options(
+            ignore_index,
+            smoothing,
+            softcap,
+            weight_ptr is not None,
+            SOFT,
+            SMOOTH,
+            SOFTCAP,
+            SOFT or SMOOTH,
+        ),
     )

@@ -18,7 +18,7 @@ from ._jit import kernel
 from .row_epilogue import Outputs, is_spoiled, store_scores
 from .row_walk import Inputs, Shape, place, row_sums, row_target
 from .softmax_stats import EMPTY_PEAK, RowSums, join
-from .target import class_ids, effective_target, fold_raw_target, loss_options, row_loss
+from .target import Options, class_ids, effective_target, fold_raw_target, row_loss
 
 #: Statistics of a part in the workspace: those of `RowSums`.
 PART_FIELDS = tl.constexpr(7)
@@ -127,7 +127,16 @@ def part_sums(
         parts_ptr,
         num_rows,
         Shape(UNROLL, LANES, VECTOR, UNROLL * LANES * VECTOR),
-        loss_options(ignore_index, smoothing, softcap, weight_ptr, False, SMOOTH, SOFTCAP),
+        Options(
+            ignore_index,
+            smoothing,
+            softcap,
+            weight_ptr is not None,
+            False,
+            SMOOTH,
+            SOFTCAP,
+            SMOOTH,
+        ),
     )
 
 
@@ -159,5 +168,14 @@ def merge_parts(
         row,
         SplitRows(logits_ptr, row_stride, target_ptr, weight_ptr, num_classes),
         Outputs(loss_ptr, fields_ptr, correct_ptr, count_ptr, num_rows),
-        loss_options(ignore_index, smoothing, softcap, weight_ptr, False, SMOOTH, SOFTCAP),
+        Options(
+            ignore_index,
+            smoothing,
+            softcap,
+            weight_ptr is not None,
+            False,
+            SMOOTH,
+            SOFTCAP,
+            SMOOTH,
+        ),
     )

@@ -13,7 +13,10 @@ from .softmax_stats import capped_difference, fold_target, tanh, weighted
 
 
 class Options(NamedTuple):
-    """The options of the loss (`loss_options`). The flags are compile-time constants."""
+    """The options of the loss. The flags are compile-time constants.
+
+    A kernel itself makes them: as the result of a function they would be none in Triton 3.6.
+    """
 
     ignore_index: tl.tensor
     smoothing: tl.tensor
@@ -23,22 +26,6 @@ class Options(NamedTuple):
     SMOOTH: tl.constexpr
     SOFTCAP: tl.constexpr
     DENSE: tl.constexpr  # every class has a term in the loss, not the target alone
-
-
-@triton.jit
-def loss_options(
-    ignore_index,
-    smoothing,
-    softcap,
-    weight_ptr,
-    SOFT: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """The options, from the arguments of a kernel."""
-    WEIGHTED: tl.constexpr = weight_ptr is not None
-    DENSE: tl.constexpr = SOFT or SMOOTH
-    return Options(ignore_index, smoothing, softcap, WEIGHTED, SOFT, SMOOTH, SOFTCAP, DENSE)
 
 
 @triton.jit
