@@ -64,10 +64,13 @@ struct RowValues {
 
   __device__ __forceinline__ bool counted() const { return count > 0; }
 
-  // Bypasses the L1 cache, because other blocks of this launch may have written the values.
   __device__ __forceinline__ static RowValues of(const UpdateArgs& a, int64_t row) {
-    return {__ldg(a.indices + row), __ldcg(a.signal + row),
-            a.direct == nullptr ? 0.0f : __ldcg(a.direct + row),
+    return of(a, row, __ldg(a.indices + row));
+  }
+
+  // Bypasses the L1 cache, because other blocks of this launch may have written the values.
+  __device__ __forceinline__ static RowValues of(const UpdateArgs& a, int64_t row, int64_t sample) {
+    return {sample, __ldcg(a.signal + row), a.direct == nullptr ? 0.0f : __ldcg(a.direct + row),
             a.count == nullptr ? 1 : __ldcg(a.count + row)};
   }
 
@@ -113,23 +116,48 @@ template <int kRows>
 struct ThreadRows {
   int64_t first, apart;
   RowValues values[kRows];
+  SampleState states[kRows];  // of their samples, once `load_states` was called
 
-  __device__ __forceinline__ static ThreadRows of(const UpdateArgs& a, int64_t first,
-                                                  int64_t apart) {
-    ThreadRows rows{first, apart, {}};
+  // The rows with their samples alone, which no launch of the step writes.
+  __device__ __forceinline__ static ThreadRows with_samples(const UpdateArgs& a, int64_t first,
+                                                            int64_t apart) {
+    ThreadRows rows{first, apart, {}, {}};
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       // Of any row: a branch would wait for one row's loads before it starts the next row's.
-      rows.values[u] = RowValues::of(a, min(rows.row(u), a.rows - 1));
-    }
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if (rows.row(u) >= a.rows) rows.values[u] = {-1, 0.0f, 0.0f, 0};
+      const int64_t sample = __ldg(a.indices + min(rows.row(u), a.rows - 1));
+      rows.values[u].sample = rows.row(u) < a.rows ? sample : -1;
     }
     return rows;
   }
 
+  __device__ __forceinline__ static ThreadRows of(const UpdateArgs& a, int64_t first,
+                                                  int64_t apart) {
+    ThreadRows rows = with_samples(a, first, apart);
+    rows.load_values(a);
+    return rows;
+  }
+
   __device__ __forceinline__ int64_t row(int u) const { return first + u * apart; }
+
+  // Loads the states of all samples, before it is known which rows have won: nearly all have.
+  __device__ __forceinline__ void load_states(const StateArgs& s) {
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if (in_range(s, values[u].sample)) states[u] = read_state(s, values[u].sample);
+    }
+  }
+
+  __device__ __forceinline__ void load_values(const UpdateArgs& a) {
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      values[u] = RowValues::of(a, min(row(u), a.rows - 1), values[u].sample);
+    }
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if (row(u) >= a.rows) values[u] = {-1, 0.0f, 0.0f, 0};
+    }
+  }
 
   // Updates the states of the rows that won, after all rows have claimed. Returns whether a sample
   // is left to `settle`.
@@ -141,24 +169,14 @@ struct ThreadRows {
       const int64_t sample = values[u].sample;
       claims[u] = in_range(s, sample) ? __ldcg(s.claims + sample) : 0;
     }
-    bool won[kRows];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      // Only the winner finds its own number: a losing row reads the winner's number, or the value
-      // that the winner has left there.
-      won[u] = claims[u] == static_cast<int>(row(u) + 1);
-    }
     bool left = false;
-    SampleState states[kRows];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if (won[u]) states[u] = read_state(s, values[u].sample);
-    }
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       const RowValues& v = values[u];
       if (v.may_claim(s) && !v.finite()) atomicAdd(s.counters + kNonfinite, 1ull);
-      if (!won[u]) continue;
+      // Only the winner finds its own number: a losing row reads the winner's number, or the value
+      // that the winner has left there.
+      if (claims[u] != static_cast<int>(row(u) + 1)) continue;
       if (v.finite()) {
         write_visit(s, v.sample, states[u], v.signal, a.direct != nullptr, v.direct);
       } else {
@@ -261,7 +279,8 @@ __device__ __forceinline__ void end_launch(const RowArgs& a) {
   const int apart = static_cast<int>(blockDim.x);
 #pragma unroll 1
   for (int row = threadIdx.x; row < update.rows; row += kRowsAtOnce * apart) {
-    const auto rows = ThreadRows<kRowsAtOnce>::of(update, row, apart);
+    auto rows = ThreadRows<kRowsAtOnce>::of(update, row, apart);
+    rows.load_states(update.state);
     const auto losses = ThreadLosses<kRowsAtOnce>::of(update, a.mean, rows);
     left = rows.update_winners(update) || left;
     losses.add_to(sums, rows);

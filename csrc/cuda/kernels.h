@@ -18,6 +18,9 @@ void check_launch(const char* kernel);
 Device device_properties(int device);
 // Opts a kernel in to more dynamic shared memory than every device grants by default.
 void allow_shared_memory(const void* function, int64_t bytes, const char* kernel);
+// Whether a kernel's wait_for_launch_before waits on the current device. It needs code for compute
+// capability 9.0; without it the kernel must not start early.
+bool waits_for_launches(const void* function);
 // The largest cluster, a power of two of blocks, that the current device runs for a kernel that
 // needs compute capability 9.0. 0 if the device has no clusters, or this build has no such code for
 // it.

@@ -3,6 +3,7 @@
 //   launch("row_parts", row_parts<T>, grid, threads, shared_bytes, stream, arguments...);
 //
 //   launch_clusters("rows_cluster", kernel, grid, threads, cluster, shared_bytes, stream, a);
+//   launch_after("step_rows", step_rows<1>, grid, threads, stream, arguments...);
 //
 //   uint4* cache = dynamic_shared<uint4>();
 //
@@ -46,6 +47,24 @@ void launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim
   config.numAttrs = 1;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   check_launch(name);  // also takes the error of cudaLaunchKernelEx
+}
+
+// The same, without shared memory, for a kernel that may start before the launch before it on the
+// stream has ended, and calls wait_for_launch_before (ptx.cuh).
+template <class... Params, class... Args>
+void launch_after(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                  cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = waits_for_launches(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  check_launch(name);
 }
 
 // Dynamic shared memory, aligned for bulk copies.

@@ -25,6 +25,22 @@ __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 // fences among one another, which takes longer.
 __device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+// Lets a launch that was made by `launch_after` start as soon as all blocks of this one have called
+// this or ended; otherwise it starts at the end of this launch.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// In a launch made by `launch_after`: waits until the launch before has ended and all that it wrote
+// is visible. Until then only memory may be read that the launch before does not write.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Prefetches the cache line at `p` into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

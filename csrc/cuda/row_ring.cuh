@@ -426,6 +426,7 @@ template <class T, bool kRare, class Team, class Copies>
 __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingShape& shape,
                                                    uint4* rings, SharedSums* sets, const Team& team,
                                                    const Copies& copies) {
+  let_next_launch_start();
   const auto cluster = static_cast<unsigned>(shape.cluster);
   const auto rows = static_cast<int>(a.rows);
   const unsigned rank = team.rank();

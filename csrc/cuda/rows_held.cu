@@ -182,6 +182,7 @@ __device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint
 template <class T, int kLanes, int kVectors, bool kStep>
 __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kStep) + 1)
     rows_held(const __grid_constant__ RowArgs a) {
+  if constexpr (kStep) let_next_launch_start();
   constexpr int kCount = kElements<T>;
   constexpr int kRows = kHeldThreads / kLanes;  // per block, at a time
   const int part = threadIdx.x % kLanes;

@@ -32,6 +32,7 @@ constexpr int kBlocks = (std::is_same_v<T, __half> ? 896 : 1024) / kThreads<kLan
 template <class T, int kLanes, int kVectors, bool kStep, bool kSmoothed>
 __global__ void __launch_bounds__(kThreads<kLanes>, kBlocks<T, kLanes>)
     rows_in_registers(const __grid_constant__ RowArgs a) {
+  if constexpr (kStep) let_next_launch_start();
   constexpr int kCount = kElements<T>;
   constexpr int kRows = kThreads<kLanes> / kLanes;
   using G = Group<kLanes>;

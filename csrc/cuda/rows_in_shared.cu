@@ -291,6 +291,7 @@ template <class T, int kBytes, int kLanes, bool kStep>
 __global__ void __launch_bounds__(kSharedRowThreads,
                                   shared_threads(kLanes, kStep) / kSharedRowThreads)
     rows_in_shared(const __grid_constant__ RowArgs a, int tile_rows, int tile_vectors) {
+  if constexpr (kStep) let_next_launch_start();
   constexpr int kCount = Piece<T, kBytes>::kCount;
   constexpr int kRows = 32 / kLanes;  // per warp, at a time
   const int lane = threadIdx.x % 32;

@@ -54,6 +54,7 @@ constexpr int kThreads = kLanes == 32 ? 128 : kLanes;
 template <class T, int kLanes, bool kSoft, bool kStep>
 __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThreads<kLanes>)
     rows_looped(const __grid_constant__ RowArgs a, int cached_vectors) {
+  if constexpr (kStep) let_next_launch_start();
   uint4* cache = dynamic_shared<uint4>();
   constexpr int kCount = kElements<T>;
   constexpr int kRows = kThreads<kLanes> / kLanes;

@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kLoopedThreads)
 template <class T, bool kStep>
 __global__ void __launch_bounds__(128)
     merge_parts(const __grid_constant__ RowArgs a, int parts, const float* partials) {
+  if constexpr (kStep) let_next_launch_start();
   const int64_t mine = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
   const bool active = mine < a.rows;
   const int64_t row = active ? mine : a.rows - 1;

@@ -64,6 +64,21 @@ void allow_shared_memory(const void* function, int64_t bytes, const char* kernel
   most = bytes;
 }
 
+bool waits_for_launches(const void* function) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, bool> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({device, function});
+  if (found != known.end()) return found->second;
+  // Code that the driver compiled from the PTX of an older target does not wait, whatever the
+  // device supports.
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
+  return known[{device, function}] = attributes.ptxVersion >= 90;
+}
+
 int largest_cluster(const void* function, int threads, int64_t shared_bytes) {
   int device = 0;
   int supported = 0;

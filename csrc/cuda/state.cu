@@ -63,6 +63,7 @@ __device__ __forceinline__ int64_t first_row() {
 // The values are known here: only finite rows claim, so no sample is left to `settle`.
 template <int kRows>
 __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constant__ UpdateArgs a) {
+  let_next_launch_start();
   const auto rows = ThreadRows<kRows>::of(a, first_row<kRows>(), kStateThreads);
 #pragma unroll
   for (int u = 0; u < kRows; ++u) {
@@ -72,14 +73,20 @@ __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constan
   }
 }
 
-// The last block to arrive adds up the sums of all blocks, in an order that depends on the grid
-// alone.
-template <int kRows>
+// Starts while the launch that claims is still running, and loads what that does not write. The
+// last block to arrive adds up the sums of all blocks, in an order that depends on the grid alone.
+// kScored: the claims were made before the values were known, so a winner may not be finite.
+template <int kRows, bool kScored>
 __global__ void __launch_bounds__(kStateThreads)
     step_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {
-  const auto rows = ThreadRows<kRows>::of(a, first_row<kRows>(), kStateThreads);
+  auto rows = ThreadRows<kRows>::with_samples(a, first_row<kRows>(), kStateThreads);
+  rows.load_states(a.state);
+  wait_for_launch_before();
+  rows.load_values(a);
   const auto losses = ThreadLosses<kRows>::of(a, mean, rows);
-  if (rows.update_winners(a)) atomicOr(a.state.counters + kOutOfRange, kUnsettled);
+  const bool left = rows.update_winners(a);
+  if constexpr (!kScored) return;
+  if (left) atomicOr(a.state.counters + kOutOfRange, kUnsettled);
   const bool has_mean = mean.mean != nullptr;
   LossSums sums{0.0, 0.0};
   if (has_mean) {
@@ -110,6 +117,14 @@ unsigned blocks_of(int64_t items) {
   return static_cast<unsigned>(std::min(ceil_div(items, kStateThreads), kMaxGridX));
 }
 
+template <bool kScored>
+void launch_step(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t stream) {
+  const auto step =
+      args.rows < kManyUpdateRows ? step_rows<1, kScored> : step_rows<kRowsOfMany, kScored>;
+  launch_after("step_rows", step, static_cast<unsigned>(step_parts(args.rows)), kStateThreads,
+               stream, args, mean);
+}
+
 }  // namespace
 
 void update_state(const UpdateArgs& args, cudaStream_t stream) {
@@ -121,7 +136,7 @@ void update_state(const UpdateArgs& args, cudaStream_t stream) {
   launch("claim_rows", claim, static_cast<unsigned>(step_parts(args.rows)), kStateThreads, 0,
          stream, args);
   try {
-    step_claimed(args, {}, stream);
+    launch_step<false>(args, {}, stream);
   } catch (...) {
     clear_claims(args.state, stream);
     throw;
@@ -129,9 +144,7 @@ void update_state(const UpdateArgs& args, cudaStream_t stream) {
 }
 
 void step_claimed(const UpdateArgs& args, const MeanArgs& mean, cudaStream_t stream) {
-  const auto step = args.rows < kManyUpdateRows ? step_rows<1> : step_rows<kRowsOfMany>;
-  launch("step_rows", step, static_cast<unsigned>(step_parts(args.rows)), kStateThreads, 0, stream,
-         args, mean);
+  launch_step<true>(args, mean, stream);
 }
 
 }  // namespace emp_fast::cuda

@@ -43,6 +43,12 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
   launch_clusters(name, kernel, grid, block, 1, shared_bytes, stream, args...);
 }
 
+template <class... Params, class... Args>
+void launch_after(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                  cudaStream_t stream, const Args&... args) {
+  launch_clusters(name, kernel, grid, block, 1, 0, stream, args...);
+}
+
 template <class T>
 T* dynamic_shared() {
   return static_cast<T*>(emulator::dynamic_shared());
