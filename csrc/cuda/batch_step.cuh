@@ -21,9 +21,11 @@ __device__ __forceinline__ bool is_finite(float x) { return is_finite_bits(__flo
 
 // ---- one sample ----
 
+// A losing row may read a state while the winner writes it, and then ignores it. Hence both bypass
+// the L1 cache.
 __device__ __forceinline__ SampleState read_state(const StateArgs& s, int64_t sample) {
-  SampleState state{0.0f, s.memory[sample], 0.0f, s.visits[sample]};
-  if (s.variance != nullptr) state.variance = s.variance[sample];
+  SampleState state{0.0f, __ldcg(s.memory + sample), 0.0f, __ldcg(s.visits + sample)};
+  if (s.variance != nullptr) state.variance = __ldcg(s.variance + sample);
   return state;
 }
 
@@ -31,9 +33,9 @@ __device__ __forceinline__ void write_visit(const StateArgs& s, int64_t sample, 
                                             float signal, bool has_direct, float direct) {
   state = visit(s.recurrence, state, signal, has_direct, direct);
   s.scores[sample] = state.score;
-  s.memory[sample] = state.memory;
-  s.visits[sample] = state.visits;
-  if (s.variance != nullptr) s.variance[sample] = state.variance;
+  __stcg(s.memory + sample, state.memory);
+  __stcg(s.visits + sample, state.visits);
+  if (s.variance != nullptr) __stcg(s.variance + sample, state.variance);
 }
 
 __device__ __forceinline__ bool in_range(const StateArgs& s, int64_t sample) {
