@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import random
+from emp_fast.backends import use_any_backend
 from emp_fast.distributed.ranks import ProcessGroup, world_size_of
 from emp_fast.quotas import Balance
 from emp_fast.random import Stream
@@ -33,9 +34,11 @@ class Plan:
         self.epoch = epoch
         self.selection = selection
         indices = selection.indices
-        keys = random.random_keys(
-            num_samples, seed=seed, epoch=epoch, stream=Stream.SHUFFLE, device=indices.device
-        )
+        # The selection of a full epoch is on the host, wherever the state is.
+        with use_any_backend(indices.device):
+            keys = random.random_keys(
+                num_samples, seed=seed, epoch=epoch, stream=Stream.SHUFFLE, device=indices.device
+            )
         # Sorted as integers: non-negative floats have the same order, and integers sort faster.
         shuffled = keys.view(torch.int32)[indices].sort(stable=True).indices
         self.order = indices[shuffled].cpu()  # [K] int64

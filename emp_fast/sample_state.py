@@ -43,6 +43,7 @@ class SampleState:
         device: where the state lives; None: where the stats are. It then moves with the stats.
 
     Attributes:
+        follows: whether the state moves with the stats.
         state: the tensors that kernels write into.
         buffers: the rule's buffers by name, [N, ...] each.
         recurrence: the rule as kernels run it; None for a rule that is tensor code.
@@ -56,7 +57,7 @@ class SampleState:
     def __init__(self, num_samples: int, rule: Rule, device: torch.device | str | None) -> None:
         self.num_samples = num_samples
         self.rule = rule
-        self._follows = device is None
+        self.follows = device is None
         state_device = checked_device(device)
         self.recurrence = rule.recurrence()
         spreads = self.recurrence is not None and self.recurrence.kind == "variance"
@@ -139,7 +140,7 @@ class SampleState:
                 f"got {rows}"
             )
         moves = device != self.state.scores.device
-        if moves and not self._follows:
+        if moves and not self.follows:
             return None
         logits, target, weight, options, _ = checked_rows(
             logits, target, weight, ignore_index, label_smoothing, softcap
@@ -241,7 +242,7 @@ class SampleState:
             if count.dtype != torch.int32:  # as in checked_indices
                 count = count.to(torch.int32)
         device = next(iter(read.values())).device if read else indices.device
-        if self._follows and device != self.device:
+        if self.follows and device != self.device:
             self.move(device)
         indices = to_device(indices, self.device)
         read = {name: to_device(value, self.device) for name, value in read.items()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emp_fast.backends import use_any_backend
 from emp_fast.backends.base import NONFINITE, OUT_OF_RANGE
 from emp_fast.candidates import Candidates, groups_of
 from emp_fast.distributed.ranks import ProcessGroup, require_group
@@ -203,7 +205,9 @@ class ScoreStore:
         candidates = Candidates(
             self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
         )
-        return choose(policy, candidates, k, balance)
+        # A state that follows the stats is on the host until the first of them come.
+        with use_any_backend(self.device) if self._samples.follows else nullcontext():
+            return choose(policy, candidates, k, balance)
 
     def _report_refused(self) -> None:
         counters = self._samples.state.counters

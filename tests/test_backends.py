@@ -146,6 +146,26 @@ def test_an_explicit_backend_raises_with_the_reason(fresh: pytest.MonkeyPatch) -
                 call()
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5], ids=["full epochs", "pruned"])
+def test_a_run_begins_on_the_host_whatever_serves_its_batches(
+    rate: float, fresh: pytest.MonkeyPatch
+) -> None:
+    """EMP_FAST_BACKEND=cuda is about batches on a GPU: until the first one the state is here."""
+
+    def plans(device: str | None) -> list[list[int]]:
+        pruner = emp_fast.Pruner(12, rate, policy=emp_fast.policies.BelowMean(0.5), device=device)
+        return [list(pruner.sampler) for _ in range(2)]
+
+    chosen = plans(None)
+    with use_backend("cuda"):
+        assert plans(None) == chosen
+    fresh.setenv("EMP_FAST_BACKEND", "cuda")
+    assert plans(None) == chosen
+    if rate > 0:
+        with pytest.raises(BackendError, match="the cuda backend cannot serve cpu"):
+            plans("cpu")
+
+
 def test_a_backend_that_cannot_be_imported_says_why(fresh: pytest.MonkeyPatch) -> None:
     fresh.setitem(backends._CLASSES, "cpu", ("emp_fast.backends.no_such_module", "Backend"))
     with pytest.raises(BackendError, match=r"cpu backend cannot be loaded: .*no_such_module"):

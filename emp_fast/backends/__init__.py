@@ -69,6 +69,22 @@ def use_backend(name: str) -> Iterator[None]:
         _explicit = before
 
 
+@contextmanager
+def use_any_backend(device: torch.device) -> Iterator[None]:
+    """Serves tensors of ``device`` by the automatic choice if the explicit one cannot serve them.
+
+    For tensors whose device was not the user's choice: a backend chosen for the batches on a GPU
+    must not fail at what a run keeps on the host. All backends agree about it bit for bit.
+    """
+    name = _explicit or _asked_for() or "auto"
+    _require_name(name, _ENVIRONMENT)
+    if name == "auto" or _status_or_bad_setting(name, device).available:
+        yield
+        return
+    with use_backend("auto"):
+        yield
+
+
 def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """The backend that serves tensors of ``device``.
 
