@@ -13,6 +13,7 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kLoopedThreads)
     row_parts(const __grid_constant__ RowArgs a, int vectors_per_part, float* partials) {
+  let_next_launch_start();
   const int64_t row = blockIdx.x;
   const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
   const auto window = Window<kElements<T>>::of(reinterpret_cast<uintptr_t>(logits), a.classes);
@@ -43,14 +44,15 @@ __global__ void __launch_bounds__(128)
   const int64_t sample = kStep ? __ldg(a.update.indices + row) : 0;
   const Target target = Target::of(a, row);
   if (kStep && active && threadIdx.x % 32 == 0) claim_row(a, row, sample, target.valid);
+  const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
+  const float x_y = to_float(logits[target.column]);
+  wait_for_launch_before();
   RowSums sums = RowSums::empty();
   for (int p = threadIdx.x % 32; p < parts; p += 32) {
     const float* in = partials + (row * parts + p) * kPartialFloats;
     sums.merge({{in[0], in[1], in[2], in[3]}, in[4], in[5]});
   }
   sums.reduce<32, true, false>();
-  const T* logits = static_cast<const T*>(a.logits) + row * a.stride;
-  const float x_y = to_float(logits[target.column]);
   write_scores<32>(a, row, active, finish_row<true, false>(a, sums, x_y, target));
   if constexpr (kStep) end_launch(a);
 }
@@ -65,9 +67,9 @@ void score_split(Dtype dtype, const RowPlan& plan, const RowArgs& args, float* p
     launch("row_parts", row_parts<T>, grid, plan.threads, 0, stream, args, plan.vectors_per_part,
            partials);
     const auto blocks = static_cast<unsigned>(ceil_div(args.rows, 4));
-    launch("merge_parts",
-           args.step == StepPart::kNone ? merge_parts<T, false> : merge_parts<T, true>, blocks, 128,
-           0, stream, args, plan.parts, partials);
+    launch_after("merge_parts",
+                 args.step == StepPart::kNone ? merge_parts<T, false> : merge_parts<T, true>,
+                 blocks, 128, stream, args, plan.parts, partials);
   });
 }
 
