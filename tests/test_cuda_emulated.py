@@ -290,7 +290,10 @@ SHAPES = [
     Shape(("registers", 64), 5, 2041, f16, offset=5, multiprocessors=1),
     Shape(("one vector", 8), 19, 28),
     Shape(("one vector", 8), 7, 40, bf16, padding=3, offset=1),
+    # Their scores alone are rows_few's, by all of its instances.
+    Shape(("one vector", 32), 11, 100, bf16),
     Shape(("one vector", 32), 37, 100),
+    Shape(("one vector", 128), 5, 230, offset=3),
     Shape(("one vector", 128), 6, 500, offset=2),
     Shape(("one vector", 128), 5, 1000, bf16, weighted=True),
     Shape(("one vector", 256), 3, 1000, padding=1),

@@ -105,6 +105,8 @@ void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address work
       return score_in_ring(dtype, plan, a, stream);
     case RowPath::kHeld:
       return score_held(dtype, plan, a, stream);
+    case RowPath::kFew:
+      return score_few(dtype, plan, a, stream);
   }
 }
 

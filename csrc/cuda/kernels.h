@@ -32,6 +32,7 @@ int resident_clusters(const void* function, int threads, int cluster, int64_t sh
 // Scores of all rows and, with args.grad, their gradient and args.step.
 void score_in_shared(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_held(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
+void score_few(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);  // scores alone
 void score_in_registers(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_looped(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_cluster(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);

@@ -19,6 +19,7 @@ enum class RowPath : int {
   kCluster,    // a thread-block cluster per row, rings filled by bulk copies (plan_ring.h)
   kRing,       // a block per row, rings filled by asynchronous copies
   kHeld,       // several lanes per row, the row in registers, the next one being copied
+  kFew,        // up to a warp per row, scores alone, in one short launch
 };
 
 struct RowPlan {
@@ -29,7 +30,7 @@ struct RowPlan {
   int register_vectors;  // per thread (kRegisters)
   int tile_rows;         // in a warp's tile (kShared)
   int tile_vectors;      // of shared memory for it
-  int lane_vectors;      // of a row, per lane (kHeld)
+  int lane_vectors;      // of a row, per lane (kHeld, kFew)
   int parts;             // per row (kSplit)
   int vectors_per_part;  // per part (kSplit); per block (kCluster, kRing)
   int cached_vectors;    // of a row, kept in shared memory for the gradient (kLooped)
@@ -184,7 +185,42 @@ inline RowPlan plan_looped(const RowShape& s, const Device& device) {
   return plan;
 }
 
-// ---- the simplest kernels: rows_in_registers, row_parts and rows_looped ----
+// ---- rows_few ----
+
+constexpr int kFewRowThreads = 128;  // per block at most
+// The instances of rows_few by the vectors that a row may have.
+struct FewRowInstance {
+  int lanes, lane_vectors;
+};
+constexpr FewRowInstance kFewRowInstances[] = {{8, 1}, {16, 1}, {32, 1}, {32, 2}, {32, 4}, {32, 8}};
+// They serve up to this many vectors per multiprocessor.
+constexpr int64_t kFewRowVectors = 1024;
+
+// The plan of rows_few, if it supports the rows and they are few.
+inline std::optional<RowPlan> plan_few(const RowShape& s, const Device& device) {
+  if (s.soft || s.general || s.smoothed || s.grad) return std::nullopt;
+  const int64_t vectors = vectors_of(s);
+  for (const FewRowInstance& few : kFewRowInstances) {
+    const int64_t room = int64_t{few.lanes} * few.lane_vectors;
+    if (vectors > room) continue;
+    if (s.rows * room > kFewRowVectors * device.multiprocessors) return std::nullopt;
+    RowPlan plan{};
+    plan.path = RowPath::kFew;
+    plan.parts = 1;
+    plan.lanes = few.lanes;
+    plan.lane_vectors = few.lane_vectors;
+    // A block per multiprocessor, as far as that is possible: fewer blocks leave some without work,
+    // more take longer to start.
+    const int64_t warps = ceil_div(s.rows * few.lanes, 32);
+    const int64_t wanted = ceil_div(warps, device.multiprocessors);
+    plan.threads = 32 * static_cast<int>(std::clamp<int64_t>(wanted, 1, kFewRowThreads / 32));
+    plan.grid = ceil_div(s.rows, plan.threads / plan.lanes);
+    return plan;
+  }
+  return std::nullopt;
+}
+
+// ---- the simplest kernels: rows_in_registers, rows_few, row_parts and rows_looped ----
 
 constexpr int kMinPartVectors = 2048;  // 32 KiB: smaller parts cost more to merge than they save
 // Rows of fewer bytes are never split: whatever their alignment, they touch too few vectors.
@@ -195,8 +231,8 @@ constexpr int kPartialFloats = 6;  // m, d, s, q, tilt, mass
 // The instances of rows_in_registers by lanes per row. Each thread holds kRegisterVectors vectors.
 constexpr int kRegisterLanes[] = {8, 32, 64, 256};
 constexpr int kRegisterVectors = 4;
-// The instances whose threads hold one vector. They have half the instructions, which matters in a
-// launch so short that fetching its instructions takes most of its time.
+// The instances with the gradient whose threads hold one vector. They have half the instructions,
+// which matters in a launch so short that fetching its instructions takes most of its time.
 constexpr int kOneVectorLanes[] = {8, 32, 128, 256};
 // They serve up to this many threads per multiprocessor.
 constexpr int64_t kOneVectorThreads = 1024;
@@ -216,9 +252,10 @@ inline RowPlan plan_plain(const RowShape& s, const Device& device) {
     plan.grid = std::min(ceil_div(s.rows, plan.threads / lanes), kMaxGridX);
     return true;
   };
+  if (const auto few = plan_few(s, device)) return *few;
   for (const int lanes : kOneVectorLanes) {
     const bool few = s.rows * lanes <= kOneVectorThreads * device.multiprocessors;
-    if (few && !s.smoothed && in_registers(lanes, 1)) return plan;
+    if (s.grad && few && !s.smoothed && in_registers(lanes, 1)) return plan;
   }
   for (const int lanes : kRegisterLanes) {
     if (in_registers(lanes, kRegisterVectors)) return plan;

@@ -130,9 +130,9 @@ void score_in_registers(Dtype dtype, const RowPlan& plan, const RowArgs& args,
       constexpr int kLanes = decltype(lanes)::value;
       constexpr int kVectors = decltype(vectors)::value;
       const bool step = args.grad != nullptr;
-      auto kernel = step ? rows_in_registers<T, kLanes, kVectors, true, false>
-                         : rows_in_registers<T, kLanes, kVectors, false, false>;
-      if constexpr (kVectors == kRegisterVectors) {
+      auto kernel = rows_in_registers<T, kLanes, kVectors, true, false>;
+      if constexpr (kVectors == kRegisterVectors) {  // the others are only for the gradient
+        if (!step) kernel = rows_in_registers<T, kLanes, kVectors, false, false>;
         if (args.smoothing > 0.0f) {
           kernel = step ? rows_in_registers<T, kLanes, kVectors, true, true>
                         : rows_in_registers<T, kLanes, kVectors, false, true>;

@@ -34,7 +34,7 @@ py::dict choose_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes
                   {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
                   {multiprocessors, shared, max_cluster});
   constexpr const char* names[] = {"shared",  "registers", "looped", "split",
-                                   "cluster", "ring",      "held"};
+                                   "cluster", "ring",      "held",   "few"};
   py::dict d;
   d["path"] = names[static_cast<int>(p.path)];
   d["lanes"] = p.lanes;
