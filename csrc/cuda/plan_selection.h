@@ -10,8 +10,10 @@ namespace emp_fast::cuda {
 
 constexpr int kTile = 1024;  // scores that a warp marks, one bit each
 constexpr int kTileWords = kTile / 32;
-constexpr int kRunTiles = 64;       // tiles that share a prefix sum
-constexpr int kDigitBits = 11;      // 2048 bins
+constexpr int kRunTiles = 64;   // tiles that share a prefix sum
+constexpr int kFewRuns = 256;   // up to here the expansion adds up the runs before its own
+constexpr int kDigitBits = 11;  // 2048 bins
+constexpr int kKeyDigits = (32 + kDigitBits - 1) / kDigitBits;
 constexpr int kGroupDigitBits = 8;  // one histogram per group, 2 KiB each
 constexpr int64_t kMaxGroups = 65536;
 constexpr int64_t kFewScores = int64_t{1} << 14;    // up to here one block selects, without a plan
@@ -24,13 +26,14 @@ struct SelectionPlan {
   int64_t sample;  // scores in the sample; 0: a plain plan
   int digit_bits;
   int index_bits;    // of N - 1
-  int64_t problems;  // histograms and states: per group; sampled: two bracket ends and the rest
+  int64_t problems;  // histograms and states: per group; sampled: two bracket ends and the rest;
+                     // plain: per digit of the key
   int64_t tiles;
   int64_t runs;        // of kRunTiles tiles
   int64_t candidates;  // capacity (sampled)
   int64_t rank_above;  // rank in the sample of the bracket's upper end, from 1; 0: above all
   int64_t rank_below;  // rank of its lower end; sample + 1: below all
-  int64_t histograms, states, control, totals, tile_counts, bitmap, candidate_keys,
+  int64_t histograms, states, control, totals, tile_counts, bitmap, ties, candidate_keys,
       candidate_indices;  // byte offsets in the workspace
   int64_t cleared_bytes;  // from the start; must be zero before the first kernel
   int64_t workspace_bytes;
@@ -44,6 +47,7 @@ inline int bits_of(int64_t value) {
 
 constexpr int64_t kStateBytes = 32;
 constexpr int64_t kControlBytes = 32;
+constexpr int64_t kTotalBytes = 16;
 
 // groups: 0 for a selection without groups. sample_bits: 0 for the plain plan. Otherwise a sample
 // of 2^sample_bits scores, at most n / 32, gives a bracket, and the scores are read once. Tests use
@@ -54,7 +58,7 @@ inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, int sa
   p.sample = sampled ? int64_t{1} << sample_bits : 0;
   p.digit_bits = groups > 0 ? kGroupDigitBits : kDigitBits;
   p.index_bits = bits_of(n - 1);
-  p.problems = groups > 0 ? groups : sampled ? 3 : 1;
+  p.problems = groups > 0 ? groups : sampled ? 3 : kKeyDigits;
   p.tiles = ceil_div(n, kTile);
   p.runs = ceil_div(p.tiles, kRunTiles);
   int64_t bytes = 0;
@@ -67,9 +71,12 @@ inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, int sa
   p.control = reserve(kControlBytes);
   p.cleared_bytes = bytes;
   p.states = reserve(p.problems * kStateBytes);
-  p.totals = reserve(p.runs * int64_t{sizeof(uint64_t)});
+  p.totals = reserve(p.runs * kTotalBytes);
   p.tile_counts = reserve(p.tiles * int64_t{sizeof(uint32_t)});
   p.bitmap = reserve(p.tiles * kTileWords * int64_t{sizeof(uint32_t)});
+  if (!sampled && groups == 0) {
+    p.ties = reserve(p.tiles * kTileWords * int64_t{sizeof(uint32_t)});
+  }
   if (sampled) {
     const double share = static_cast<double>(k) / static_cast<double>(n);
     const double sigma = std::sqrt(static_cast<double>(p.sample) * share * (1.0 - share));

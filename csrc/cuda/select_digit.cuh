@@ -2,10 +2,10 @@
 // of the k-th highest (radix_select.h).
 //
 // Each block counts the digit in a histogram in shared memory and adds that to the histogram of the
-// grid. Then one block finds the bin of the k-th element in the latter, fixes the digit in the
-// state and clears the histogram for the next pass.
+// grid. A block then finds the bin of the k-th element in the latter and fixes the digit in the
+// state: with the plain plan every block of the next launch, for itself, else the last block of the
+// launch, which also clears the histogram for the next pass.
 #pragma once
-#include <climits>
 #include <cstdint>
 
 #include "cuda/block_prefix.cuh"
@@ -23,15 +23,24 @@ constexpr int kCountThreads = 512;
 // collide in few bins. The copies of a bin lie in different banks.
 constexpr int kCopies = 4;
 
-__device__ __forceinline__ void clear_bins(uint32_t* bins, int count) {
-  for (int b = threadIdx.x; b < count; b += kCountThreads) bins[b] = 0;
+// `bins`: of 16-byte alignment, as for flush_bins.
+template <int kCount>
+__device__ __forceinline__ void clear_bins(uint32_t* bins) {
+  static_assert(kCount % (4 * kCountThreads) == 0);
+#pragma unroll
+  for (int first = 0; first < kCount; first += 4 * kCountThreads) {
+    reinterpret_cast<uint4*>(bins + first)[threadIdx.x] = uint4{0, 0, 0, 0};
+  }
   __syncthreads();
 }
 
 template <int kEach>
 __device__ __forceinline__ void flush_bins(const uint32_t* bins, unsigned long long* histogram) {
+  static_assert(kBins % kCountThreads == 0);
   __syncthreads();
-  for (int b = threadIdx.x; b < kBins; b += kCountThreads) {
+#pragma unroll
+  for (int first = 0; first < kBins; first += kCountThreads) {
+    const int b = first + static_cast<int>(threadIdx.x);
     uint32_t sum = 0;
 #pragma unroll
     for (int c = 0; c < kEach; ++c) sum += bins[b * kEach + c];
@@ -39,41 +48,61 @@ __device__ __forceinline__ void flush_bins(const uint32_t* bins, unsigned long l
   }
 }
 
-// The block finds the bin of the k-th highest element, fixes the digit in `*to` and, unless another
-// state is to be fixed from it, clears the histogram.
-template <int kBlock>
-__device__ __forceinline__ void fix_in_block(unsigned long long* histogram, int digit_bits,
-                                             const Digit& digit, SelectState state, SelectState* to,
-                                             bool clear = true) {
-  const int bins = 1 << digit_bits;
-  const int each = (bins + kBlock - 1) / kBlock;
-  // Thread t owns the t-th highest run of bins.
-  const int top = bins - 1 - static_cast<int>(threadIdx.x) * each;
-  unsigned long long mine = 0;
-  for (int b = 0; b < each && top - b >= 0; ++b) mine += __ldcg(histogram + top - b);
-  unsigned long long total;
-  unsigned long long above = block_prefix<kBlock>(mine, total);
-  const bool holds = state.status == SelectStatus::kOpen && above < state.remaining &&
-                     state.remaining <= above + mine;
-  for (int b = 0; b < each && top - b >= 0; ++b) {
-    const unsigned long long inside = holds ? __ldcg(histogram + top - b) : 0;
-    if (holds && above < state.remaining && state.remaining <= above + inside) {
-      state.fix(digit, static_cast<unsigned>(top - b), above, inside);
-      *to = state;
-      above = ULLONG_MAX / 2;  // found: no further bin of this thread holds it
-    } else {
-      above += inside;
-    }
-    if (clear) histogram[top - b] = 0;
-  }
-}
+// The bins of a histogram that a thread of a block owns: thread t has the t-th highest run of them.
+template <int kBlock, int kBits>
+struct OwnBins {
+  static constexpr int kEach = (1 << kBits) / kBlock;
+  static_assert(kEach * kBlock == 1 << kBits);
+  unsigned long long inside[kEach];  // from the highest bin down
 
-// The state of every problem before its first digit.
-__global__ void start_states(SelectState* states, int64_t problems, const int64_t* group_k,
-                             int64_t k0) {
-  const int64_t p = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (p >= problems) return;
-  states[p] = SelectState::start(static_cast<uint64_t>(group_k != nullptr ? group_k[p] : k0));
+  __device__ __forceinline__ static int top() {
+    return (1 << kBits) - 1 - static_cast<int>(threadIdx.x) * kEach;
+  }
+
+  __device__ __forceinline__ void load(const unsigned long long* histogram) {
+#pragma unroll
+    for (int b = 0; b < kEach; ++b) inside[b] = __ldcg(histogram + top() - b);
+  }
+
+  __device__ __forceinline__ void clear(unsigned long long* histogram) const {
+#pragma unroll
+    for (int b = 0; b < kEach; ++b) histogram[top() - b] = 0;
+  }
+
+  // The block finds the bin of the k-th highest element, which an open state has. The thread that
+  // owns it fixes the digit in `state` and returns true.
+  __device__ __forceinline__ bool fix(const Digit& digit, SelectState& state) const {
+    unsigned long long mine = 0;
+#pragma unroll
+    for (int b = 0; b < kEach; ++b) mine += inside[b];
+    unsigned long long total;
+    unsigned long long above = block_prefix<kBlock>(mine, total);
+    const unsigned long long rank = state.remaining;
+    if (state.status != SelectStatus::kOpen || above >= rank || rank > above + mine) return false;
+    unsigned long long its_above = 0, its_inside = 0;
+    int its_bin = 0;
+#pragma unroll
+    for (int b = 0; b < kEach; ++b) {
+      if (above < rank) {  // the last of these has the element
+        its_bin = top() - b;
+        its_above = above;
+        its_inside = inside[b];
+      }
+      above += inside[b];
+    }
+    state.fix(digit, static_cast<unsigned>(its_bin), its_above, its_inside);
+    return true;
+  }
+};
+
+// The block fixes a digit, leaves the new state in *to and clears the histogram.
+template <int kBlock, int kBits>
+__device__ __forceinline__ void fix_in_block(unsigned long long* histogram, const Digit& digit,
+                                             SelectState state, SelectState* to) {
+  OwnBins<kBlock, kBits> bins;
+  bins.load(histogram);
+  if (bins.fix(digit, state)) *to = state;
+  bins.clear(histogram);
 }
 
 }  // namespace

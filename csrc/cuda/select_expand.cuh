@@ -1,9 +1,13 @@
 // Part of selection.cu: the expansion of the bitmap into ascending indices.
 //
-// scan_runs adds up the counts of selected scores over runs of kRunTiles tiles, and its last block
-// turns the sums into exclusive prefix sums. A warp of expand adds the counts of the tiles before
-// its own in the run, so it knows where its indices begin. It sorts the indices of a tile in
-// shared memory, and writes them in whole lines. At most k are written.
+// A warp of expand adds the counts of the runs of kRunTiles tiles before its own and of the tiles
+// before its own in the run, so it knows where its indices begin. With more than kFewRuns runs,
+// scan_runs comes first: it adds up the runs, and its last block turns the sums into exclusive
+// prefix sums. expand sorts the indices of a tile in shared memory, and writes them in whole lines.
+// At most k are written.
+//
+// Of the ties of a plain plan (mark_selected), those of the lowest indices are selected: all of
+// them in the tiles before the one in which they reach their number, none in the tiles after it.
 #pragma once
 #include <cstdint>
 
@@ -17,67 +21,149 @@ namespace {
 
 // Each warp adds up a run of tiles. The last block turns these sums into exclusive prefix sums.
 __global__ void __launch_bounds__(kThreads)
-    scan_runs(const uint32_t* tile_counts, int64_t tiles, int64_t runs, unsigned long long* totals,
+    scan_runs(const uint32_t* tile_counts, int64_t tiles, int64_t runs, Total* totals,
               Control* control, const int64_t* misled) {
   if (misled != nullptr && *misled != 0) return;
   const int lane = threadIdx.x % 32;
   for (int64_t run = first_tile(); run < runs; run += int64_t{gridDim.x} * kWarps) {
-    unsigned sum = 0;
+    unsigned sure = 0, equal = 0;
 #pragma unroll
     for (int i = 0; i < kRunTiles / 32; ++i) {
       const int64_t tile = run * kRunTiles + i * 32 + lane;
-      if (tile < tiles) sum += __ldg(tile_counts + tile);
+      const uint32_t count = tile < tiles ? __ldg(tile_counts + tile) : 0;
+      sure += count & 0xFFFFu;
+      equal += count >> 16;
     }
-    sum = __reduce_add_sync(kFullWarp, sum);
-    if (lane == 0) totals[run] = sum;
+    sure = __reduce_add_sync(kFullWarp, sure);
+    equal = __reduce_add_sync(kFullWarp, equal);
+    if (lane == 0) totals[run] = {sure, equal};
   }
   if (!last_block(&control->arrived)) return;
   const int64_t each = (runs + kThreads - 1) / kThreads;
   const int64_t first = threadIdx.x * each;
   const int64_t end = min(first + each, runs);
-  unsigned long long mine = 0;
-#pragma unroll 8
-  for (int64_t run = first; run < end; ++run) mine += __ldcg(totals + run);
-  unsigned long long total;
-  unsigned long long before = block_prefix<kThreads>(mine, total);
+  Total mine{0, 0};
 #pragma unroll 8
   for (int64_t run = first; run < end; ++run) {
-    const unsigned long long in_run = __ldcg(totals + run);
+    mine.sure += __ldcg(&totals[run].sure);
+    mine.equal += __ldcg(&totals[run].equal);
+  }
+  unsigned long long total;
+  Total before{block_prefix<kThreads>(mine.sure, total), block_prefix<kThreads>(mine.equal, total)};
+#pragma unroll 8
+  for (int64_t run = first; run < end; ++run) {
+    const Total in_run{__ldcg(&totals[run].sure), __ldcg(&totals[run].equal)};
     totals[run] = before;
-    before += in_run;
+    before.sure += in_run.sure;
+    before.equal += in_run.equal;
   }
 }
 
-constexpr int kExpandTiles = 4;  // tiles of one run that a warp expands
-static_assert(kRunTiles % kExpandTiles == 0);
+// The total of the runs before `run`, at most kFewRuns.
+__device__ __forceinline__ Total total_before(const Total* totals, int64_t run) {
+  unsigned sure = 0, equal = 0;
+#pragma unroll
+  for (int i = 0; i < kFewRuns / 32; ++i) {
+    const int r = i * 32 + static_cast<int>(threadIdx.x % 32);
+    if (r >= run) continue;
+    sure += static_cast<unsigned>(__ldg(&totals[r].sure));
+    equal += static_cast<unsigned>(__ldg(&totals[r].equal));
+  }
+  return {__reduce_add_sync(kFullWarp, sure), __reduce_add_sync(kFullWarp, equal)};
+}
+static_assert(kFewRuns * int64_t{kRunTiles} * kTile < int64_t{1} << 32);
 
+// The lowest `room` of the scores of a tile whose bits are set; every lane passes its word.
+__device__ __forceinline__ uint32_t lowest(uint32_t word, int64_t room) {
+  uint32_t kept = 0;
+#pragma unroll 1
+  for (int c = 0; c < kChunks; ++c) {
+    const uint32_t four = word >> (c * kPerThread) & ((1u << kPerThread) - 1u);
+    const int mine = __popc(four);
+    int through = mine;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(kFullWarp, through, offset);
+      if (static_cast<int>(threadIdx.x % 32) >= offset) through += other;
+    }
+    int64_t left = room - (through - mine);
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      if ((four >> e & 1u) != 0 && left-- > 0) kept |= 1u << (c * kPerThread + e);
+    }
+    room -= __shfl_sync(kFullWarp, through, 31);
+  }
+  return kept;
+}
+
+// Which scores tie with the k-th, and how many of them are selected.
+struct Ties {
+  const uint32_t* words;     // null: there are none
+  const SelectState* state;  // of the k-th element, whose key is known
+};
+
+// kEach: tiles of one run that a warp expands. `scanned`: the totals are prefix sums.
+template <int kEach>
 __global__ void __launch_bounds__(kThreads)
-    expand(const uint32_t* bitmap, int64_t tiles, const uint32_t* tile_counts,
-           const unsigned long long* totals, int64_t k, int64_t* out, const int64_t* misled) {
+    expand(const uint32_t* bitmap, int64_t tiles, const uint32_t* tile_counts, const Total* totals,
+           bool scanned, Ties ties, int64_t k, int64_t* out, const int64_t* misled) {
+  static_assert(kRunTiles % kEach == 0);
   __shared__ uint16_t all_selected[kWarps][kTile];
   if (misled != nullptr && *misled != 0) return;
   uint16_t* selected = all_selected[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
-  const int64_t first = first_tile() * kExpandTiles;
+  const int64_t first = first_tile() * kEach;
   if (first >= tiles) return;
-  uint32_t words[kExpandTiles];
+  uint32_t words[kEach];
 #pragma unroll
-  for (int t = 0; t < kExpandTiles; ++t) {
+  for (int t = 0; t < kEach; ++t) {
     words[t] = first + t < tiles ? __ldg(bitmap + (first + t) * kTileWords + lane) : 0;
   }
   const int64_t run = first / kRunTiles;
-  unsigned before = 0;
+  uint32_t before[kRunTiles / 32];
 #pragma unroll
   for (int i = 0; i < kRunTiles / 32; ++i) {
     const int64_t tile = run * kRunTiles + i * 32 + lane;
-    if (tile < first) before += __ldg(tile_counts + tile);
+    before[i] = tile < first ? __ldg(tile_counts + tile) : 0;
   }
-  auto base = static_cast<int64_t>(__ldg(totals + run)) + __reduce_add_sync(kFullWarp, before);
-#pragma unroll 1
-  for (int t = 0; t < kExpandTiles; ++t) {
-    const uint32_t word = words[0];
+  SelectState state{};
+  if (ties.words != nullptr) state = *ties.state;
+  // All loads but those of ties are underway; only now are values used.
+  const Total in_runs = scanned ? Total{__ldg(&totals[run].sure), __ldg(&totals[run].equal)}
+                                : total_before(totals, run);
+  // Less than kRunTiles * kTile of either kind, so that each has a half of the sum to itself.
+  static_assert(kRunTiles * kTile <= 1 << 16);
+  uint32_t in_run = 0;
 #pragma unroll
-    for (int i = 0; i + 1 < kExpandTiles; ++i) words[i] = words[i + 1];
+  for (int i = 0; i < kRunTiles / 32; ++i) in_run += before[i];
+  in_run = __reduce_add_sync(kFullWarp, in_run);
+  const bool tied = ties.words != nullptr && state.status == SelectStatus::kOpen;
+  const int64_t take = tied ? static_cast<int64_t>(state.remaining) : 0;
+  uint32_t equal_words[kEach] = {};
+  if (tied) {
+#pragma unroll
+    for (int t = 0; t < kEach; ++t) {
+      if (first + t < tiles) equal_words[t] = __ldg(ties.words + (first + t) * kTileWords + lane);
+    }
+  }
+  int64_t equal = static_cast<int64_t>(in_runs.equal) + (in_run >> 16);
+  int64_t base = static_cast<int64_t>(in_runs.sure) + (in_run & 0xFFFFu) + min(equal, take);
+#pragma unroll 1
+  for (int t = 0; t < kEach; ++t) {
+    uint32_t word = words[0];
+    const uint32_t equal_word = equal_words[0];
+#pragma unroll
+    for (int i = 0; i + 1 < kEach; ++i) {
+      words[i] = words[i + 1];
+      equal_words[i] = equal_words[i + 1];
+    }
+    if (tied) {
+      const int64_t left = take - equal;
+      const unsigned in_tile =
+          __reduce_add_sync(kFullWarp, static_cast<unsigned>(__popc(equal_word)));
+      if (left < in_tile) word ^= equal_word ^ (left > 0 ? lowest(equal_word, left) : 0);
+      equal += in_tile;
+    }
     // The number of bits in each chunk, in a byte of its own: at most 128 over the warp.
     uint32_t nibbles = word - (word >> 1 & 0x55555555u);
     nibbles = (nibbles & 0x33333333u) + (nibbles >> 2 & 0x33333333u);

@@ -15,6 +15,13 @@ namespace {
 
 constexpr int kFewGroupsThreads = 512;
 
+// The state of every group before its first digit.
+__global__ void __launch_bounds__(kThreads)
+    start_states(SelectState* states, int64_t groups, const int64_t* group_k) {
+  const int64_t group = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (group < groups) states[group] = SelectState::start(static_cast<uint64_t>(group_k[group]));
+}
+
 __global__ void __launch_bounds__(kThreads)
     count_grouped(const float* scores, const int64_t* groups, int64_t n, int index_bits,
                   Digit digit, const SelectState* states, unsigned long long* histograms) {
@@ -66,8 +73,8 @@ __global__ void __launch_bounds__(kThreads)
     fix_group_digit(unsigned long long* histograms, Digit digit, SelectState* states) {
   const SelectState state = states[blockIdx.x];
   if (state.status != SelectStatus::kOpen) return;
-  fix_in_block<kThreads>(histograms + (int64_t{blockIdx.x} << kGroupDigitBits), kGroupDigitBits,
-                         digit, state, states + blockIdx.x);
+  fix_in_block<kThreads, kGroupDigitBits>(histograms + (int64_t{blockIdx.x} << kGroupDigitBits),
+                                          digit, state, states + blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -23,47 +23,61 @@ constexpr int kUpperEnd = 0;
 constexpr int kLowerEnd = 1;
 constexpr int kAmongCandidates = 2;
 
+constexpr int kSampleLoads = 2;  // in flight per thread; each is of another page
+
 // Takes the sample, counts its first digit and fixes that digit for both ends of the bracket.
 __global__ void __launch_bounds__(kCountThreads)
     sample_keys(const float* scores, int64_t n, int64_t sample, uint32_t* keys, Digit digit,
                 int64_t rank_above, int64_t rank_below, SelectState* states,
                 unsigned long long* histogram, Control* control) {
-  __shared__ uint32_t bins[kBins * kCopies];
-  clear_bins(bins, kBins * kCopies);
+  alignas(16) __shared__ uint32_t bins[kBins * kCopies];
+  clear_bins<kBins * kCopies>(bins);
   const unsigned copy = threadIdx.x % kCopies;
   const uint64_t stretch = static_cast<uint64_t>(n / sample);
   const int64_t step = int64_t{gridDim.x} * kCountThreads;
-#pragma unroll 4
-  for (int64_t i = int64_t{blockIdx.x} * kCountThreads + threadIdx.x; i < sample; i += step) {
-    // One score from each of `sample` equal stretches, at a scattered place, so that a period in
-    // the scores cannot line up with the sample.
-    const uint64_t scattered = static_cast<uint32_t>(i) * 2654435761u;
-    const uint64_t at = static_cast<uint64_t>(i) * stretch + (scattered * stretch >> 32);
-    const uint32_t key = order_key(__float_as_uint(__ldg(scores + at)));
-    keys[i] = key;
-    atomicAdd(bins + digit.of({key, 0}) * kCopies + copy, 1u);
+  for (int64_t first = int64_t{blockIdx.x} * kCountThreads + threadIdx.x; first < sample;
+       first += kSampleLoads * step) {
+    uint32_t key[kSampleLoads];
+#pragma unroll
+    for (int l = 0; l < kSampleLoads; ++l) {
+      // One score from each of `sample` equal stretches, at a scattered place, so that a period in
+      // the scores cannot line up with the sample.
+      const int64_t i = min(first + l * step, sample - 1);
+      const uint64_t scattered = static_cast<uint32_t>(i) * 2654435761u;
+      const uint64_t at = static_cast<uint64_t>(i) * stretch + (scattered * stretch >> 32);
+      key[l] = order_key(__float_as_uint(__ldg(scores + at)));
+    }
+#pragma unroll
+    for (int l = 0; l < kSampleLoads; ++l) {
+      const int64_t i = first + l * step;
+      if (i >= sample) break;
+      keys[i] = key[l];
+      atomicAdd(bins + digit.of({key[l], 0}) * kCopies + copy, 1u);
+    }
   }
   flush_bins<kCopies>(bins, histogram);
   if (!last_block(&control->arrived)) return;
+  OwnBins<kCountThreads, kDigitBits> own;
+  own.load(histogram);
   for (int end = kUpperEnd; end <= kLowerEnd; ++end) {
     const int64_t rank = end == kUpperEnd ? rank_above : rank_below;
-    const SelectState state = SelectState::start(static_cast<uint64_t>(rank));
-    if (threadIdx.x == 0 && rank == 0) states[end] = state;
-    const bool clear = end == kLowerEnd;  // then both are fixed
-    fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, states + end, clear);
+    SelectState state = SelectState::start(static_cast<uint64_t>(rank));
+    const bool is_nothing = rank == 0 && threadIdx.x == 0;
+    if (own.fix(digit, state) || is_nothing) states[end] = state;
   }
+  own.clear(histogram);
 }
 
 // Fixes the next digit for both ends of the bracket.
 __global__ void __launch_bounds__(kCountThreads)
     count_sample(const uint32_t* keys, int64_t sample, Digit digit, SelectState* states,
                  unsigned long long* histograms, Control* control) {
-  __shared__ uint32_t bins[2 * kBins];
+  alignas(16) __shared__ uint32_t bins[2 * kBins];
   const SelectState ends[2] = {states[kUpperEnd], states[kLowerEnd]};
   const bool open[2] = {ends[0].status == SelectStatus::kOpen,
                         ends[1].status == SelectStatus::kOpen};
   if (!open[0] && !open[1]) return;
-  clear_bins(bins, 2 * kBins);
+  clear_bins<2 * kBins>(bins);
   const int64_t step = int64_t{gridDim.x} * kCountThreads;
 #pragma unroll 2
   for (int64_t i = int64_t{blockIdx.x} * kCountThreads + threadIdx.x; i < sample; i += step) {
@@ -77,8 +91,14 @@ __global__ void __launch_bounds__(kCountThreads)
   }
   for (int p = 0; p < 2; ++p) flush_bins<1>(bins + p * kBins, histograms + p * kBins);
   if (!last_block(&control->arrived)) return;
+  OwnBins<kCountThreads, kDigitBits> own[2];
+#pragma unroll
+  for (int p = 0; p < 2; ++p) own[p].load(histograms + p * kBins);
+#pragma unroll
   for (int p = 0; p < 2; ++p) {
-    fix_in_block<kCountThreads>(histograms + p * kBins, kDigitBits, digit, states[p], states + p);
+    SelectState state = ends[p];
+    if (own[p].fix(digit, state)) states[p] = state;
+    own[p].clear(histograms + p * kBins);
   }
 }
 
@@ -206,10 +226,10 @@ __global__ void __launch_bounds__(kThreads, 4)
 __global__ void __launch_bounds__(kCountThreads)
     count_candidates(Candidates candidates, int index_bits, Digit digit, SelectState* among,
                      unsigned long long* histogram, Control* control) {
-  __shared__ uint32_t bins[kBins * kCopies];
+  alignas(16) __shared__ uint32_t bins[kBins * kCopies];
   const SelectState state = *among;
   if (state.status != SelectStatus::kOpen) return;
-  clear_bins(bins, kBins * kCopies);
+  clear_bins<kBins * kCopies>(bins);
   const unsigned copy = threadIdx.x % kCopies;
   const int64_t count = candidates.count();
   const int64_t step = int64_t{gridDim.x} * kCountThreads * kPerThread;
@@ -233,7 +253,7 @@ __global__ void __launch_bounds__(kCountThreads)
   }
   flush_bins<kCopies>(bins, histogram);
   if (last_block(&control->arrived)) {
-    fix_in_block<kCountThreads>(histogram, kDigitBits, digit, state, among);
+    fix_in_block<kCountThreads, kDigitBits>(histogram, digit, state, among);
   }
 }
 

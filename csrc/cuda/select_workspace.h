@@ -19,13 +19,21 @@ struct Control {
 };
 static_assert(sizeof(Control) == kControlBytes);
 
+// The marked scores of a run of tiles, or of all runs before it. A score that ties with the k-th is
+// `equal` and not `sure` where the expansion has yet to find out which of these are selected.
+struct Total {
+  unsigned long long sure, equal;
+};
+static_assert(sizeof(Total) == kTotalBytes);
+
 struct Workspace {
   unsigned long long* histograms;
   Control* control;
   SelectState* states;
-  unsigned long long* totals;
-  uint32_t* tile_counts;
+  Total* totals;
+  uint32_t* tile_counts;  // of a tile: sure in the lower half, equal in the upper
   uint32_t* bitmap;
+  uint32_t* ties;  // the bits of those that are equal, if there are any
   uint32_t* candidate_keys;
   int64_t* candidate_indices;
 
@@ -34,9 +42,10 @@ struct Workspace {
     histograms = reinterpret_cast<unsigned long long*>(base + p.histograms);
     control = reinterpret_cast<Control*>(base + p.control);
     states = reinterpret_cast<SelectState*>(base + p.states);
-    totals = reinterpret_cast<unsigned long long*>(base + p.totals);
+    totals = reinterpret_cast<Total*>(base + p.totals);
     tile_counts = reinterpret_cast<uint32_t*>(base + p.tile_counts);
     bitmap = reinterpret_cast<uint32_t*>(base + p.bitmap);
+    ties = reinterpret_cast<uint32_t*>(base + p.ties);
     candidate_keys = reinterpret_cast<uint32_t*>(base + p.candidate_keys);
     candidate_indices = reinterpret_cast<int64_t*>(base + p.candidate_indices);
   }

@@ -3,8 +3,9 @@
 //
 // Few scores: one block does it all in one launch.
 //
-// Plain: three reads of the scores fix the key. If scores tie at the threshold, up to four more fix
-// the index. One more read marks a bitmap. In all 16 N + 8 k bytes.
+// Plain: three reads of the scores fix the key. One more read marks a bitmap. In all 16 N + 8 k
+// bytes. If scores tie at the threshold, a second bitmap marks those, and the expansion selects as
+// many of the first as belong to the k.
 //
 // Sampled, for many scores: a sample gives the ends of a narrow bracket around the threshold. ONE
 // read marks the scores above it in the bitmap and collects those inside it (about 0.8 %), among
@@ -15,7 +16,8 @@
 // state and a histogram of its own.
 //
 // Each warp marks and expands tiles of kTile scores by itself. Where a sum over the grid is needed,
-// the last block to arrive continues with it, which saves a launch.
+// the last block to arrive continues with it, or every block of the next launch; either saves a
+// launch.
 //
 // Here is the host's side: which kernels run, in which order. The kernel for few scores is in
 // select_few.cuh. The kernels of each plan are in select_plain.cuh, select_sampled.cuh and
@@ -48,19 +50,24 @@ void clear(const SelectionPlan& plan, void* workspace, cudaStream_t stream) {
   check_launch("cudaMemsetAsync of topk");
 }
 
-void start(SelectState* states, int64_t problems, const int64_t* group_k, int64_t k0,
-           cudaStream_t stream) {
-  launch("start_states", start_states, grid_of(problems, kThreads, kMaxGridX), kThreads, 0, stream,
-         states, problems, group_k, k0);
+void expand_tiles(const SelectionPlan& plan, const Device& device, const Workspace& w, bool scanned,
+                  const Ties& ties, int64_t k, int64_t* out, const int64_t* misled,
+                  cudaStream_t stream) {
+  // Several tiles per warp where there are enough for all warps that are resident at once.
+  constexpr int kEach = 4;
+  const bool several = plan.tiles >= int64_t{kEach} * kWarps * 8 * device.multiprocessors;
+  launch("expand", several ? expand<kEach> : expand<1>,
+         grid_of(plan.tiles, kWarps * (several ? kEach : 1), kMaxGridX), kThreads, 0, stream,
+         w.bitmap, plan.tiles, w.tile_counts, w.totals, scanned, ties, k, out, misled);
 }
 
 // `misled`: null, or nothing is written if *misled is not 0.
-void write_indices(const SelectionPlan& plan, const Device& device, const Workspace& w, int64_t k,
-                   int64_t* out, const int64_t* misled, cudaStream_t stream) {
+void write_indices(const SelectionPlan& plan, const Device& device, const Workspace& w,
+                   const Ties& ties, int64_t k, int64_t* out, const int64_t* misled,
+                   cudaStream_t stream) {
   launch("scan_runs", scan_runs, grid_of(plan.runs, kWarps, int64_t{4} * device.multiprocessors),
          kThreads, 0, stream, w.tile_counts, plan.tiles, plan.runs, w.totals, w.control, misled);
-  launch("expand", expand, grid_of(plan.tiles, kWarps * kExpandTiles, kMaxGridX), kThreads, 0,
-         stream, w.bitmap, plan.tiles, w.tile_counts, w.totals, k, out, misled);
+  expand_tiles(plan, device, w, true, ties, k, out, misled, stream);
 }
 
 // As many blocks as are resident at once; each warp loops over tiles.
@@ -70,17 +77,28 @@ unsigned mark_grid(const SelectionPlan& plan, const Device& device) {
 
 void plain_topk(const SelectionPlan& plan, const Device& device, const float* scores, int64_t n,
                 int64_t k, int64_t* out, const Workspace& w, cudaStream_t stream) {
-  start(w.states, 1, nullptr, k, stream);
-  const unsigned grid = grid_of(n, kCountTile, int64_t{4} * device.multiprocessors);
-  Digit digit;
-  for (int pass = 0; nth_digit(pass, kDigitBits, plan.index_bits, digit); ++pass) {
-    launch("count_scores", digit.in_countdown ? count_scores<true> : count_scores<false>, grid,
-           kCountThreads, 0, stream, scores, n, plan.index_bits, digit, w.states, w.histograms,
-           w.control);
+  // Two blocks per multiprocessor have enough bytes in flight, and more would flush more bins.
+  const unsigned grid = grid_of(n, kCountTile, int64_t{2} * device.multiprocessors);
+  // Few runs are added up by the marking and by the expansion, without a launch between them.
+  const bool few_runs = plan.runs <= kFewRuns;
+  const int cleared_runs = few_runs ? static_cast<int>(plan.runs) : 0;
+  Known known{static_cast<uint64_t>(k), nullptr, {}, nullptr, nullptr};
+  for (int pass = 0; pass < kKeyDigits; ++pass) {
+    Digit digit;
+    nth_digit(pass, kDigitBits, 0, digit);
+    unsigned long long* histogram = w.histograms + (int64_t{pass} << kDigitBits);
+    launch("count_scores", pass == 0 ? count_scores<true> : count_scores<false>, grid,
+           kCountThreads, 0, stream, scores, n, known, digit, histogram, w.totals, cleared_runs);
+    known = {known.k, histogram, digit, known.after, w.states + pass};
   }
   launch("mark_selected", mark_selected, mark_grid(plan, device), kThreads, 0, stream, scores, n,
-         plan.tiles, plan.index_bits, w.states, w.bitmap, w.tile_counts);
-  write_indices(plan, device, w, k, out, nullptr, stream);
+         plan.tiles, known, w.bitmap, w.ties, w.tile_counts, few_runs ? w.totals : nullptr);
+  const Ties ties{w.ties, known.after};
+  if (few_runs) {
+    expand_tiles(plan, device, w, false, ties, k, out, nullptr, stream);
+  } else {
+    write_indices(plan, device, w, ties, k, out, nullptr, stream);
+  }
 }
 
 void sampled_topk(const SelectionPlan& plan, const Device& device, const float* scores, int64_t n,
@@ -113,7 +131,7 @@ void sampled_topk(const SelectionPlan& plan, const Device& device, const float* 
   }
   launch("mark_candidates", mark_candidates, grid_of(plan.candidates, kThreads * 4, 4 * most),
          kThreads, 0, stream, candidates, plan.index_bits, among, w.bitmap, w.tile_counts);
-  write_indices(plan, device, w, k, out, misled, stream);
+  write_indices(plan, device, w, {}, k, out, misled, stream);
 }
 
 }  // namespace
@@ -141,7 +159,8 @@ void grouped_topk(const SelectionPlan& plan, const Device& device, const float* 
                   void* workspace, cudaStream_t stream) {
   const Workspace w(plan, workspace);
   clear(plan, workspace, stream);
-  start(w.states, plan.problems, group_k, 0, stream);
+  launch("start_states", start_states, grid_of(plan.problems, kThreads, kMaxGridX), kThreads, 0,
+         stream, w.states, plan.problems, group_k);
   const unsigned grid = grid_of(n, kThreads * 4, int64_t{8} * device.multiprocessors);
   // Two blocks per multiprocessor hide each other's latencies.
   const int64_t bins_bytes = (plan.problems << kGroupDigitBits) * int64_t{sizeof(uint32_t)};
@@ -162,7 +181,7 @@ void grouped_topk(const SelectionPlan& plan, const Device& device, const float* 
   }
   launch("mark_grouped", mark_grouped, grid_of(plan.tiles, kWarps, kMaxGridX), kThreads, 0, stream,
          scores, groups, n, plan.tiles, plan.index_bits, w.states, w.bitmap, w.tile_counts);
-  write_indices(plan, device, w, k, out, nullptr, stream);
+  write_indices(plan, device, w, {}, k, out, nullptr, stream);
 }
 
 }  // namespace emp_fast::cuda
