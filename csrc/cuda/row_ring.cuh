@@ -316,7 +316,7 @@ __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, S
   team.template gather<kRare>(SharedSums::of(sums), set, turn, cluster);
   // Only as many lanes as there are warps load a sum; the remaining lanes duplicate theirs.
   const unsigned lanes = min(warps, 32u);
-  RowSums all = set[threadIdx.x % lanes].value<kRare>();
+  RowSums all = set[threadIdx.x & (lanes - 1)].value<kRare>();
   for (unsigned p = threadIdx.x % 32 + 32; p < warps; p += 32) {
     all.merge(set[p].value<kRare>());
   }
@@ -392,23 +392,74 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
   }
 }
 
+// The gradient off the target with its slope in the exponent, which saves a multiplication per
+// logit:
+//
+//   slope e^(x - max) = 2^(x log2(e) - base)    base = max log2(e) - log2(slope)
+//
+// Rounding the base and the exponent changes the result by up to 2^-17, if the base is small. This
+// is little beside the rounding to 16 bits, but not for float32.
+struct FoldedSlope {
+  float base;
+
+  __device__ __forceinline__ static FoldedSlope of(const GradientRow& gradient) {
+    return {fmaf(gradient.max, kLog2E, -__log2f(gradient.slope))};
+  }
+
+  // Also whether the slope has a logarithm.
+  __device__ __forceinline__ bool is_small() const { return fabsf(base) < 128.0f; }
+
+  __device__ __forceinline__ float value(float x) const {
+    return exp2_flushed(fmaf(x, kLog2E, -base));
+  }
+};
+
+// Replaces each logit of a vector by value(logit).
+template <class T, class Value>
+__device__ __forceinline__ uint4 each_of(const uint4& raw, const Value& value) {
+  float x[kElements<T>];
+  unpack<T>(raw, x);
+#pragma unroll
+  for (int e = 0; e < kElements<T>; ++e) x[e] = value(x[e]);
+  return pack<T>(x);
+}
+
+// Writes the gradient of a chunk that is plain, in a row that is `quick`, to the vectors at `to`.
+template <class T>
+__device__ __forceinline__ void emit_plain(const uint4* chunk, uint4* to,
+                                           const GradientRow& gradient, const FoldedSlope& folded) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int u = 0; u < kLaneVectors; ++u) {
+      __stcs(to + lane + u * 32, quick_vector<T>(gradient, chunk[lane + u * 32]));
+    }
+  } else if (folded.is_small()) {
+    const auto value = [&](float x) { return folded.value(x); };
+#pragma unroll
+    for (int u = 0; u < kLaneVectors; ++u) {
+      __stcs(to + lane + u * 32, each_of<T>(chunk[lane + u * 32], value));
+    }
+  } else {  // rare, so in few instructions and registers
+    const auto value = [&](float x) { return gradient.slope * exp_flushed(x - gradient.max); };
+#pragma unroll 1
+    for (int v = lane; v < kChunkVectors; v += 32) __stcs(to + v, each_of<T>(chunk[v], value));
+  }
+}
+
 // Writes the gradient of this warp's chunk, which begins at vector `first`. quick: the row is
 // `quick`, and its gradient is aligned as its logits are.
 template <class T, bool kRare>
 __device__ __forceinline__ void emit_chunk(const RowArgs& a, const uint4* chunk, int first,
                                            const RowPart<T>& part, T* out, bool quick,
-                                           const GradientRow& gradient) {
+                                           const GradientRow& gradient, const FoldedSlope& folded) {
   constexpr int kCount = kElements<T>;
   if (first >= part.end) return;
   const auto& window = part.window;
   const int lane = threadIdx.x % 32;
   const int column = window.column(first);
   if (!kRare && quick && is_plain<T>(window, first, gradient.target)) {
-    auto* to = reinterpret_cast<uint4*>(out + column) + lane;
-#pragma unroll
-    for (int u = 0; u < kLaneVectors; ++u) {
-      __stcs(to + u * 32, quick_vector<T>(gradient, chunk[lane + u * 32]));
-    }
+    emit_plain<T>(chunk, reinterpret_cast<uint4*>(out + column), gradient, folded);
     return;
   }
   const int count = part.count(first);
@@ -418,6 +469,19 @@ __device__ __forceinline__ void emit_chunk(const RowArgs& a, const uint4* chunk,
         a, chunk[v], column + v * kCount, out, window,
         [&](int at, float (&x)[kCount]) { gradient.template apply<kRare>(a, at, x); });
   }
+}
+
+// A row's gradient, from the maximum and the exponentials among its sums. raw_y: the target's logit
+// before the softcap. kRare: softcap or label smoothing.
+template <bool kRare>
+__device__ __forceinline__ GradientRow gradient_of(const RowArgs& a, const RowSums& sums,
+                                                   float raw_y, const Target& target, float g) {
+  const Scores<float> scores = scores_of<kRare>(a, sums, raw_y);
+  // In place of the loss, which is NaN if inv_sum is and costs a logarithm.
+  const RowResult result = complete(scores, scores.inv_sum, scores.el2n, target);
+  auto gradient = GradientRow::of<kRare>(a, target, g, result);
+  if constexpr (!kRare) gradient.even = 0.0f;  // as it is, but the compiler does not know
+  return gradient;
 }
 
 // Every block of the launch must call it. The teams of `cluster` blocks take rows in turn. kRare:
@@ -438,9 +502,6 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
   team.start();
   for (int turn = 0; row < rows; row += shape.teams, turn = (turn + 1) % kTurns) {
     const auto part = RowPart<T>::of(a, shape, rank, row);
-    if (a.step != StepPart::kNone && rank == 0 && threadIdx.x == 0) {
-      claim_row(a, row, __ldg(a.update.indices + row), id != kIgnored);
-    }
     RowSums sums = RowSums::empty();
     auto walked = WalkedSums::of(sums.sums);
     for (int round = 0; round < shape.rounds; ++round) {
@@ -455,25 +516,33 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
     const Target target = target_of(id);
     // These loads are in flight while the sums are gathered.
     const T logit = part.logits[target.column];
+    const bool claims = a.step != StepPart::kNone;
+    const int64_t sample = claims ? __ldg(a.update.indices + row) : 0;
     const int64_t y = __ldg(a.target + min(row + shape.teams, rows - 1));
+    const float g = loss_gradient(a, row);
     sums = gather_sums<kRare>(sums, team, sets, turn, cluster);
 
-    const RowResult result = finish_row<kRare, kRare>(a, sums, to_float(logit), target);
-    // Written before the gradient, which then needs only a few registers of the result.
-    write_scores<kRingThreads>(a, row, rank == 0, result);
-    id = class_of(Target::from_class(a, y));
-    if (a.grad == nullptr) continue;
-    T* out = static_cast<T*>(a.grad) + int64_t{row} * a.classes;
-    const auto gradient = GradientRow::of<kRare>(a, target, loss_gradient(a, row), result);
-    const bool quick = gradient.quick && lies_alike(out, part.window);
-    const int kept = shape.rounds - shape.again;
-    for (int i = 0; i < shape.rounds; ++i) {
-      const bool stayed = i < kept;
-      const uint4* chunk = stayed ? ring.oldest() : ring.take(shape);
-      const int first = part.first(stayed ? shape.again + i : shape.rounds - 1 - i);
-      emit_chunk<T, kRare>(a, chunk, first, part, out, quick, gradient);
-      ring.release(a, shape, rank);
+    if (claims && rank == 0 && threadIdx.x == 0) claim_row(a, row, sample, id != kIgnored);
+    if (a.grad != nullptr) {
+      const auto gradient = gradient_of<kRare>(a, sums, to_float(logit), target, g);
+      T* out = static_cast<T*>(a.grad) + int64_t{row} * a.classes;
+      const auto folded = FoldedSlope::of(gradient);
+      const bool quick = gradient.quick && lies_alike(out, part.window);
+      const int kept = shape.rounds - shape.again;
+      for (int i = 0; i < shape.rounds; ++i) {
+        const bool stayed = i < kept;
+        const uint4* chunk = stayed ? ring.oldest() : ring.take(shape);
+        const int first = part.first(stayed ? shape.again + i : shape.rounds - 1 - i);
+        emit_chunk<T, kRare>(a, chunk, first, part, out, quick, gradient, folded);
+        ring.release(a, shape, rank);
+      }
     }
+    // One warp computes the scores, the one with the fewest chunks, and only when its copies of the
+    // next row are under way. In every warp, and before the gradient, they would hold up the row.
+    if (rank == 0 && threadIdx.x == blockDim.x - 32) {
+      write_row(a, row, finish_row<kRare, kRare>(a, sums, to_float(logit), target));
+    }
+    id = class_of(Target::from_class(a, y));
   }
 }
 
