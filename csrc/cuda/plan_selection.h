@@ -33,7 +33,7 @@ struct SelectionPlan {
   int64_t candidates;  // capacity (sampled)
   int64_t rank_above;  // rank in the sample of the bracket's upper end, from 1; 0: above all
   int64_t rank_below;  // rank of its lower end; sample + 1: below all
-  int64_t histograms, states, control, totals, tile_counts, bitmap, ties, candidate_keys,
+  int64_t histograms, states, control, totals, tile_counts, bitmap, candidate_keys,
       candidate_indices;  // byte offsets in the workspace
   int64_t cleared_bytes;  // from the start; must be zero before the first kernel
   int64_t workspace_bytes;
@@ -74,9 +74,6 @@ inline SelectionPlan plan_selection(int64_t n, int64_t k, int64_t groups, int sa
   p.totals = reserve(p.runs * kTotalBytes);
   p.tile_counts = reserve(p.tiles * int64_t{sizeof(uint32_t)});
   p.bitmap = reserve(p.tiles * kTileWords * int64_t{sizeof(uint32_t)});
-  if (!sampled && groups == 0) {
-    p.ties = reserve(p.tiles * kTileWords * int64_t{sizeof(uint32_t)});
-  }
   if (sampled) {
     const double share = static_cast<double>(k) / static_cast<double>(n);
     const double sigma = std::sqrt(static_cast<double>(p.sample) * share * (1.0 - share));

@@ -10,8 +10,8 @@
 
 namespace emp_fast::cuda {
 
-constexpr int64_t kScanUpdateRows = 4096;    // update_state in one launch, update_by_scan
-constexpr int64_t kWholeStepRows = 1024;     // of a step that one block takes, at most
+constexpr int64_t kScanUpdateRows = 512;     // update_state in one launch, update_by_scan
+constexpr int64_t kWholeStepRows = 256;      // of a step that one block takes, at most
 constexpr int64_t kWholeStepThreadRows = 4;  // of such a step per thread, at most
 constexpr int64_t kMaxStepRows = INT32_MAX;  // row numbers plus one must fit a claim
 constexpr int kStateThreads = 256;

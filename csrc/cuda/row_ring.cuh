@@ -392,74 +392,23 @@ __device__ __forceinline__ void absorb_chunk(const RowArgs& a, const uint4* chun
   }
 }
 
-// The gradient off the target with its slope in the exponent, which saves a multiplication per
-// logit:
-//
-//   slope e^(x - max) = 2^(x log2(e) - base)    base = max log2(e) - log2(slope)
-//
-// Rounding the base and the exponent changes the result by up to 2^-17, if the base is small. This
-// is little beside the rounding to 16 bits, but not for float32.
-struct FoldedSlope {
-  float base;
-
-  __device__ __forceinline__ static FoldedSlope of(const GradientRow& gradient) {
-    return {fmaf(gradient.max, kLog2E, -__log2f(gradient.slope))};
-  }
-
-  // Also whether the slope has a logarithm.
-  __device__ __forceinline__ bool is_small() const { return fabsf(base) < 128.0f; }
-
-  __device__ __forceinline__ float value(float x) const {
-    return exp2_flushed(fmaf(x, kLog2E, -base));
-  }
-};
-
-// Replaces each logit of a vector by value(logit).
-template <class T, class Value>
-__device__ __forceinline__ uint4 each_of(const uint4& raw, const Value& value) {
-  float x[kElements<T>];
-  unpack<T>(raw, x);
-#pragma unroll
-  for (int e = 0; e < kElements<T>; ++e) x[e] = value(x[e]);
-  return pack<T>(x);
-}
-
-// Writes the gradient of a chunk that is plain, in a row that is `quick`, to the vectors at `to`.
-template <class T>
-__device__ __forceinline__ void emit_plain(const uint4* chunk, uint4* to,
-                                           const GradientRow& gradient, const FoldedSlope& folded) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int u = 0; u < kLaneVectors; ++u) {
-      __stcs(to + lane + u * 32, quick_vector<T>(gradient, chunk[lane + u * 32]));
-    }
-  } else if (folded.is_small()) {
-    const auto value = [&](float x) { return folded.value(x); };
-#pragma unroll
-    for (int u = 0; u < kLaneVectors; ++u) {
-      __stcs(to + lane + u * 32, each_of<T>(chunk[lane + u * 32], value));
-    }
-  } else {  // rare, so in few instructions and registers
-    const auto value = [&](float x) { return gradient.slope * exp_flushed(x - gradient.max); };
-#pragma unroll 1
-    for (int v = lane; v < kChunkVectors; v += 32) __stcs(to + v, each_of<T>(chunk[v], value));
-  }
-}
-
 // Writes the gradient of this warp's chunk, which begins at vector `first`. quick: the row is
 // `quick`, and its gradient is aligned as its logits are.
 template <class T, bool kRare>
 __device__ __forceinline__ void emit_chunk(const RowArgs& a, const uint4* chunk, int first,
                                            const RowPart<T>& part, T* out, bool quick,
-                                           const GradientRow& gradient, const FoldedSlope& folded) {
+                                           const GradientRow& gradient) {
   constexpr int kCount = kElements<T>;
   if (first >= part.end) return;
   const auto& window = part.window;
   const int lane = threadIdx.x % 32;
   const int column = window.column(first);
   if (!kRare && quick && is_plain<T>(window, first, gradient.target)) {
-    emit_plain<T>(chunk, reinterpret_cast<uint4*>(out + column), gradient, folded);
+    auto* to = reinterpret_cast<uint4*>(out + column) + lane;
+#pragma unroll
+    for (int u = 0; u < kLaneVectors; ++u) {
+      __stcs(to + u * 32, quick_vector<T>(gradient, chunk[lane + u * 32]));
+    }
     return;
   }
   const int count = part.count(first);
@@ -526,14 +475,13 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
     if (a.grad != nullptr) {
       const auto gradient = gradient_of<kRare>(a, sums, to_float(logit), target, g);
       T* out = static_cast<T*>(a.grad) + int64_t{row} * a.classes;
-      const auto folded = FoldedSlope::of(gradient);
       const bool quick = gradient.quick && lies_alike(out, part.window);
       const int kept = shape.rounds - shape.again;
       for (int i = 0; i < shape.rounds; ++i) {
         const bool stayed = i < kept;
         const uint4* chunk = stayed ? ring.oldest() : ring.take(shape);
         const int first = part.first(stayed ? shape.again + i : shape.rounds - 1 - i);
-        emit_chunk<T, kRare>(a, chunk, first, part, out, quick, gradient, folded);
+        emit_chunk<T, kRare>(a, chunk, first, part, out, quick, gradient);
         ring.release(a, shape, rank);
       }
     }

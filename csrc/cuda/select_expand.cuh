@@ -7,10 +7,12 @@
 // At most k are written.
 //
 // Of the ties of a plain plan (mark_selected), those of the lowest indices are selected: all of
-// them in the tiles before the one in which they reach their number, none in the tiles after it.
+// them in the tiles before the one in which they reach their number, none in the tiles after it. Of
+// a tile that loses ties, the scores are read again to tell which they are.
 #pragma once
 #include <cstdint>
 
+#include "core/order_key.h"
 #include "cuda/block_prefix.cuh"
 #include "cuda/grid.cuh"
 #include "cuda/select_tile.cuh"
@@ -96,10 +98,37 @@ __device__ __forceinline__ uint32_t lowest(uint32_t word, int64_t room) {
   return kept;
 }
 
-// Which scores tie with the k-th, and how many of them are selected.
+// The scores that tie with the k-th.
 struct Ties {
-  const uint32_t* words;     // null: there are none
-  const SelectState* state;  // of the k-th element, whose key is known
+  const float* scores;  // [n]; null: all ties are selected
+  int64_t n;
+  const SelectState* state;  // of the k-th element: its key, and how many ties are selected
+
+  // The bits of those in a tile, in the order of its word. What lies past the end counts as NaN.
+  __device__ __forceinline__ uint32_t in_tile(int64_t tile, uint32_t key) const {
+    constexpr int kAtOnce = 4;
+    const bool aligned = is_aligned(scores);
+    uint32_t word = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < kChunks; begin += kAtOnce) {
+      uint4 loaded[kAtOnce];
+#pragma unroll
+      for (int c = 0; c < kAtOnce; ++c) {
+        const int64_t first = Tile::first(tile) + (begin + c) * (32 * kPerThread);
+        loaded[c] = load_bits(scores, first, n, aligned);
+      }
+#pragma unroll
+      for (int c = 0; c < kAtOnce; ++c) {
+        const unsigned bits[kPerThread] = {loaded[c].x, loaded[c].y, loaded[c].z, loaded[c].w};
+#pragma unroll
+        for (int e = 0; e < kPerThread; ++e) {
+          const auto equal = static_cast<uint32_t>(order_key(bits[e]) == key);
+          word |= equal << ((begin + c) * kPerThread + e);
+        }
+      }
+    }
+    return word;
+  }
 };
 
 // kEach: tiles of one run that a warp expands. `scanned`: the totals are prefix sums.
@@ -126,9 +155,14 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t tile = run * kRunTiles + i * 32 + lane;
     before[i] = tile < first ? __ldg(tile_counts + tile) : 0;
   }
+  uint32_t counts[kEach];
+#pragma unroll
+  for (int t = 0; t < kEach; ++t) {
+    counts[t] = first + t < tiles ? __ldg(tile_counts + first + t) : 0;
+  }
   SelectState state{};
-  if (ties.words != nullptr) state = *ties.state;
-  // All loads but those of ties are underway; only now are values used.
+  if (ties.scores != nullptr) state = *ties.state;
+  // All loads are underway; only now are values used.
   const Total in_runs = scanned ? Total{__ldg(&totals[run].sure), __ldg(&totals[run].equal)}
                                 : total_before(totals, run);
   // Less than kRunTiles * kTile of either kind, so that each has a half of the sum to itself.
@@ -137,31 +171,25 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kRunTiles / 32; ++i) in_run += before[i];
   in_run = __reduce_add_sync(kFullWarp, in_run);
-  const bool tied = ties.words != nullptr && state.status == SelectStatus::kOpen;
+  const bool tied = ties.scores != nullptr && state.status == SelectStatus::kOpen;
   const int64_t take = tied ? static_cast<int64_t>(state.remaining) : 0;
-  uint32_t equal_words[kEach] = {};
-  if (tied) {
-#pragma unroll
-    for (int t = 0; t < kEach; ++t) {
-      if (first + t < tiles) equal_words[t] = __ldg(ties.words + (first + t) * kTileWords + lane);
-    }
-  }
   int64_t equal = static_cast<int64_t>(in_runs.equal) + (in_run >> 16);
   int64_t base = static_cast<int64_t>(in_runs.sure) + (in_run & 0xFFFFu) + min(equal, take);
 #pragma unroll 1
   for (int t = 0; t < kEach; ++t) {
     uint32_t word = words[0];
-    const uint32_t equal_word = equal_words[0];
+    const auto in_tile = static_cast<int64_t>(counts[0] >> 16);
 #pragma unroll
     for (int i = 0; i + 1 < kEach; ++i) {
       words[i] = words[i + 1];
-      equal_words[i] = equal_words[i + 1];
+      counts[i] = counts[i + 1];
     }
     if (tied) {
       const int64_t left = take - equal;
-      const unsigned in_tile =
-          __reduce_add_sync(kFullWarp, static_cast<unsigned>(__popc(equal_word)));
-      if (left < in_tile) word ^= equal_word ^ (left > 0 ? lowest(equal_word, left) : 0);
+      if (left < in_tile) {
+        const uint32_t equal_word = word & ties.in_tile(first + t, state.key);
+        word ^= equal_word ^ (left > 0 ? lowest(equal_word, left) : 0);
+      }
       equal += in_tile;
     }
     // The number of bits in each chunk, in a byte of its own: at most 128 over the warp.

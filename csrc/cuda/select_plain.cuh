@@ -1,7 +1,8 @@
 // Part of selection.cu: the kernels of the plain plan. count_scores reads all scores once for each
 // digit of the key of the k-th element, until that is known; mark_selected reads them once more and
-// marks that element and all higher ones. Scores of the same key are all marked, as ties if not all
-// of them are selected; the expansion knows the order of the indices and takes the first of them.
+// marks that element and all higher ones. Scores of the same key are all marked, and counted as
+// ties if not all of them are selected; the expansion, which knows the order of the indices, drops
+// the last.
 //
 // Every block of a launch fixes the digit that the launch before it has counted, while its first
 // scores are underway. So no block waits for the others of its own launch.
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kCountThreads, 2)
 // `totals`: of the runs, to be added to; null: others add up.
 __global__ void __launch_bounds__(kThreads, 4)
     mark_selected(const float* scores, int64_t n, int64_t tiles, Known known, uint32_t* bitmap,
-                  uint32_t* ties, uint32_t* tile_counts, Total* totals) {
+                  uint32_t* tile_counts, Total* totals) {
   const int lane = threadIdx.x % 32;
   const bool aligned = is_aligned(scores);
   const int64_t line = first_tile() * kTile + lane * kTileWords;  // of 128 bytes, of the first tile
@@ -140,7 +141,6 @@ __global__ void __launch_bounds__(kThreads, 4)
     const unsigned word = mine.taken(ties_too);
     const unsigned equal = all_ties ? 0 : word & ~mine.taken(higher);
     bitmap[tile * kTileWords + lane] = word;
-    if (!all_ties) ties[tile * kTileWords + lane] = equal;
     const auto num_equal = static_cast<unsigned>(__popc(equal));
     const unsigned count = __reduce_add_sync(
         kFullWarp, static_cast<unsigned>(__popc(word)) - num_equal + (num_equal << 16));

@@ -33,7 +33,6 @@ struct Workspace {
   Total* totals;
   uint32_t* tile_counts;  // of a tile: sure in the lower half, equal in the upper
   uint32_t* bitmap;
-  uint32_t* ties;  // the bits of those that are equal, if there are any
   uint32_t* candidate_keys;
   int64_t* candidate_indices;
 
@@ -45,7 +44,6 @@ struct Workspace {
     totals = reinterpret_cast<Total*>(base + p.totals);
     tile_counts = reinterpret_cast<uint32_t*>(base + p.tile_counts);
     bitmap = reinterpret_cast<uint32_t*>(base + p.bitmap);
-    ties = reinterpret_cast<uint32_t*>(base + p.ties);
     candidate_keys = reinterpret_cast<uint32_t*>(base + p.candidate_keys);
     candidate_indices = reinterpret_cast<int64_t*>(base + p.candidate_indices);
   }

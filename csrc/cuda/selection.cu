@@ -4,8 +4,8 @@
 // Few scores: one block does it all in one launch.
 //
 // Plain: three reads of the scores fix the key. One more read marks a bitmap. In all 16 N + 8 k
-// bytes. If scores tie at the threshold, a second bitmap marks those, and the expansion selects as
-// many of the first as belong to the k.
+// bytes. Scores that tie at the threshold are all marked, and the expansion drops the last of them,
+// for which it reads up to 4 N bytes more.
 //
 // Sampled, for many scores: a sample gives the ends of a narrow bracket around the threshold. ONE
 // read marks the scores above it in the bitmap and collects those inside it (about 0.8 %), among
@@ -92,8 +92,8 @@ void plain_topk(const SelectionPlan& plan, const Device& device, const float* sc
     known = {known.k, histogram, digit, known.after, w.states + pass};
   }
   launch("mark_selected", mark_selected, mark_grid(plan, device), kThreads, 0, stream, scores, n,
-         plan.tiles, known, w.bitmap, w.ties, w.tile_counts, few_runs ? w.totals : nullptr);
-  const Ties ties{w.ties, known.after};
+         plan.tiles, known, w.bitmap, w.tile_counts, few_runs ? w.totals : nullptr);
+  const Ties ties{scores, n, known.after};
   if (few_runs) {
     expand_tiles(plan, device, w, false, ties, k, out, nullptr, stream);
   } else {

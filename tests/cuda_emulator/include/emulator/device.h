@@ -286,6 +286,5 @@ inline unsigned __brev(unsigned x) {
 }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __log2f(float x) { return std::log2(x); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
