@@ -32,6 +32,14 @@ SHORT_CLASSES = 16
 
 #: Rows whose scores a program of score_rows computes at once, one row per thread.
 KEPT_ROWS = 32
+#: Elements of a long row of 16-bit logits, in whole vectors, that one thread of score_rows reads:
+#: the fewer threads share a row, the fewer take part in the reductions at its end.
+ROWS_ELEMENTS = 64
+#: Such a row would take a warp for itself if its threads had THREAD_ELEMENTS each.
+ROWS_LONG_BLOCK = 1024
+#: The shortest tile that score_rows loads while it computes the one before. With shorter ones, more
+#: of which share a warp, that takes too many registers.
+ROWS_AHEAD_BLOCK = 512
 #: The shortest tile, and the fewest tiles of a program, for which that pays.
 KEPT_BLOCK = 64
 KEPT_TILES = 4
@@ -40,6 +48,10 @@ KEPT_TILES = 4
 ROWS_WARPS = 28
 ROWS_WARPS_GRAD = 20
 ROWS_WARPS_SHARED = 24
+#: The same if it loads a tile ahead, for scores and with the gradient; and with ROWS_ELEMENTS.
+ROWS_WARPS_AHEAD = 20
+ROWS_WARPS_AHEAD_GRAD = 16
+ROWS_WARPS_LONG = 12
 
 #: Vectors that a thread has in flight in a walk.
 LOOP_UNROLL = 4
@@ -64,7 +76,12 @@ STEP_UPDATE_ROWS = 1024
 #: Rows that one program of update_state takes through both phases. One multiprocessor has fewer
 #: memory accesses in flight than all of them; for more rows this costs more than a second launch.
 ONE_PROGRAM_ROWS = 1024
-UPDATE_BLOCK = 1024
+#: Rows of such a program at a time, and its warps.
+ONE_PROGRAM_BLOCK = 1024
+ONE_PROGRAM_WARPS = 32
+#: The same of the programs that share more rows.
+UPDATE_BLOCK = 128
+UPDATE_WARPS = 4
 PHILOX_BLOCK = 1024
 #: Rows that a program of mean_loss or sum_losses has in flight.
 MEAN_BLOCK = 4096
@@ -142,6 +159,7 @@ class RowsPlan(NamedTuple):
     align: int
     warps: int
     tiles: int  # per program
+    ahead: bool  # a tile is loaded while the one before is computed
     grid: int
 
 
@@ -266,12 +284,20 @@ def plan_rows(
     if block < KEPT_BLOCK:
         return None
     align = alignment(num_classes, row_stride, address, itemsize)
-    threads = block // THREAD_ELEMENTS  # of a row
+    vectors = align * itemsize == VECTOR_BYTES
+    long = itemsize == 2 and vectors and block >= ROWS_LONG_BLOCK
+    threads = block // (ROWS_ELEMENTS if long else THREAD_ELEMENTS)  # of a row
     warps = max(32, threads) // 32
     rows = max(1, 32 // threads)
-    resident = ROWS_WARPS
-    if grad:
+    ahead = block >= ROWS_AHEAD_BLOCK
+    if long:
+        resident = ROWS_WARPS_LONG
+    elif ahead:
+        resident = ROWS_WARPS_AHEAD_GRAD if grad else ROWS_WARPS_AHEAD
+    elif grad:
         resident = ROWS_WARPS_GRAD if warps == 1 else ROWS_WARPS_SHARED
+    else:
+        resident = ROWS_WARPS
     programs = multiprocessors * (resident // warps)
     tiles = ceil_div(num_rows, rows)
     if tiles < KEPT_TILES * programs:
@@ -285,6 +311,7 @@ def plan_rows(
         align=align,
         warps=warps,
         tiles=own_tiles,
+        ahead=ahead,
         grid=ceil_div(tiles, own_tiles),
     )
 

@@ -6,8 +6,9 @@ values are finite; only valid rows claim a sample. Two phases:
     claim   atomic max of row + 1 into claims[index]: the claim of a sample is its last valid row
     apply   the row that finds its own number there updates the state and resets the claim to 0
 
-Only the winner reads a sample's state. A loser that reads the claim after the winner has reset it
+Only the winner uses a sample's state. A loser that reads the claim after the winner has reset it
 does not see its own number, either. The result therefore does not depend on the order of programs.
+The state is read together with the claim, because nearly every row wins.
 
 Every product, sum and quotient of the state is rounded separately, as in every other backend. A
 fused multiply-add in one backend alone would change the last bit of a state, and with it the order
@@ -15,8 +16,10 @@ of samples.
 
 Traffic: 20 bytes per row for index, values and count, twice; 28 bytes of state per sample, in
 random access.
-Tiles: `BLOCK` rows per program and step. Up to `plan.ONE_PROGRAM_ROWS` rows one program does both
-phases in one launch, with a barrier in between; beyond that each phase is a launch of its own.
+Tiles: `BLOCK` rows per program and step, one per thread. With more rows per thread, few programs
+would share the work, and the code, which a launch of a few microseconds has to wait for, would be
+several times as long. Up to `plan.ONE_PROGRAM_ROWS` rows one program does both phases in one
+launch, with a barrier in between; beyond that each phase is a launch of its own.
 """
 
 from typing import NamedTuple
@@ -88,10 +91,10 @@ def claim_rows(visits, state):
     valid, non_finite, outside = valid_rows(visits, state.num_samples)
     at = state.claims + visits.index
     tl.atomic_max(at, (visits.row + 1).to(tl.int32), mask=valid, sem="relaxed")
-    refused = tl.sum(non_finite.to(tl.int64), axis=0)
-    tl.atomic_add(state.counters + NONFINITE, refused, mask=refused > 0, sem="relaxed")
-    refused = tl.sum(outside.to(tl.int64), axis=0)
-    tl.atomic_add(state.counters + OUT_OF_RANGE, refused, mask=refused > 0, sem="relaxed")
+    # One atomic per refused row, of which there are few, instead of a sum over the program.
+    refused = state.counters + tl.where(outside, OUT_OF_RANGE, NONFINITE)
+    one = tl.full(refused.shape, 1, tl.int64)
+    tl.atomic_add(refused, one, mask=non_finite | outside, sem="relaxed")
 
 
 @triton.jit
@@ -107,9 +110,12 @@ def apply_rows(visits, state, rule):
     valid, _, _ = valid_rows(visits, state.num_samples)
     # From L2, where the atomics wrote: a line in L1 may be out of date.
     claim = tl.load(state.claims + index, mask=valid, other=0, cache_modifier=".cg")
+    memory = tl.load(state.memory + index, mask=valid, other=0.0)
+    count = tl.load(state.visits + index, mask=valid, other=0)
+    variance = None
+    if state.variance is not None:
+        variance = tl.load(state.variance + index, mask=valid, other=0.0)
     won = valid & (claim == (visits.row + 1).to(tl.int32))
-    memory = tl.load(state.memory + index, mask=won, other=0.0)
-    count = tl.load(state.visits + index, mask=won, other=0)
     zero = (state.num_samples >> 62).to(tl.int32)
     following = count + (count < MOST_VISITS).to(tl.int32)
     change = signal - memory
@@ -120,7 +126,6 @@ def apply_rows(visits, state, rule):
     score = rounded(rule.direct_scale * visits.direct, zero)
     score += rounded(rule.memory_scale * moved, zero)
     if state.variance is not None:
-        variance = tl.load(state.variance + index, mask=won, other=0.0)
         square = rounded(change * change, zero)
         variance = rounded(rule.decay * variance, zero) + rounded(rule.gain * square, zero)
         variance = tl.where(count == 0, 0.0, variance)

@@ -59,8 +59,8 @@ def test_kernels_and_host_number_the_fields_alike() -> None:
 def filled(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
     """Any number of rows is enough to take in steps, on a device that runs two warps at a time."""
     monkeypatch.setattr(plan, "KEPT_TILES", 0)
-    for warps in ("ROWS_WARPS", "ROWS_WARPS_GRAD", "ROWS_WARPS_SHARED"):
-        monkeypatch.setattr(plan, warps, 2)
+    for kind in ("", "_GRAD", "_SHARED", "_AHEAD", "_AHEAD_GRAD", "_LONG"):
+        monkeypatch.setattr(plan, f"ROWS_WARPS{kind}", 2)
     monkeypatch.setattr(triton, "multiprocessors", lambda _: 1)
 
 
@@ -153,6 +153,7 @@ def assert_step(case: Case, options: LossOptions, kernel: str) -> None:
         (5, 512),
         (35, 1000),
         (3, 1001),
+        (3, 4096),
         (3, 8190),
     ],
 )
@@ -160,7 +161,7 @@ def test_steps_of_any_shape_give_scores_and_gradient(
     rows: int, classes: int, dtype: torch.dtype, stepped: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "STEP_UPDATE_ROWS", 0)
-    monkeypatch.setattr(plan, "ROWS_WARPS_SHARED", 8)  # that many share a row of 8190
+    monkeypatch.setattr(plan, "ROWS_WARPS_AHEAD_GRAD", 8)  # that many share a row of 8190
     case = Case("steps", rows, classes, dtype=dtype, logits="nan_row", ignored="some")
     assert_step(case, LossOptions(), "score_rows")
 

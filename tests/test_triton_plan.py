@@ -72,15 +72,24 @@ def test_steps_hold_every_row_once_and_fill_the_device(itemsize: int, grad: bool
         assert all(
             math.log2(n).is_integer() for n in (taken.rows, taken.block, taken.segment, taken.warps)
         ), shape
-        assert taken.rows * taken.block == 32 * taken.warps * plan.THREAD_ELEMENTS, shape
+        elements = taken.rows * taken.block // (32 * taken.warps)  # per thread
+        long = elements != plan.THREAD_ELEMENTS
+        if long:
+            assert elements == plan.ROWS_ELEMENTS, shape
+            assert taken.block >= plan.ROWS_LONG_BLOCK, shape
+            assert (taken.align, itemsize) == (8, 2), shape
         assert taken.rows == 1 or taken.warps == 1, shape
         own = taken.rows * taken.tiles
         assert own <= plan.KEPT_ROWS, shape
         assert (taken.grid - 1) * own < rows <= taken.grid * own, shape
         # No more waves of programs than the rows that one keeps ask for, and the last as full.
-        warps = plan.ROWS_WARPS
-        if grad:
-            warps = plan.ROWS_WARPS_GRAD if taken.warps == 1 else plan.ROWS_WARPS_SHARED
+        assert taken.ahead == (taken.block >= plan.ROWS_AHEAD_BLOCK), shape
+        if long:
+            warps = plan.ROWS_WARPS_LONG
+        elif taken.ahead:
+            warps = plan.ROWS_WARPS_AHEAD_GRAD if grad else plan.ROWS_WARPS_AHEAD
+        else:
+            warps = plan.ROWS_WARPS_GRAD if grad else plan.ROWS_WARPS
         programs = multiprocessors * (warps // taken.warps)
         waves = plan.ceil_div(rows, programs * plan.KEPT_ROWS)
         assert taken.grid <= waves * programs, shape

@@ -243,15 +243,18 @@ class TritonBackend(RowKernelsChoice, Backend):
         require_countable(indices)
         pointers = (indices, signal, direct, count, *_state_pointers(state, recurrence))
         numbers = (num_rows, state.scores.shape[0], *_recurrence_numbers(recurrence))
-        single = num_rows <= plan.ONE_PROGRAM_ROWS
-        grid = (1 if single else plan.ceil_div(num_rows, plan.UPDATE_BLOCK), 1, 1)
-        phases = (state_kernels.BOTH,) if single else (state_kernels.CLAIM, state_kernels.APPLY)
+        if num_rows <= plan.ONE_PROGRAM_ROWS:
+            phases = (state_kernels.BOTH,)
+            programs, block, warps = 1, plan.ONE_PROGRAM_BLOCK, plan.ONE_PROGRAM_WARPS
+        else:
+            phases = (state_kernels.CLAIM, state_kernels.APPLY)
+            block, warps = plan.UPDATE_BLOCK, plan.UPDATE_WARPS
+            programs = plan.ceil_div(num_rows, block)
         with on_device(indices.device):
             try:
                 for phase in phases:
-                    constants = (phase.value, plan.UPDATE_BLOCK)
-                    kernel = state_kernels.update_state
-                    launch(kernel, grid, pointers, numbers, constants, DEFAULT_WARPS)
+                    constants, kernel = (phase.value, block), state_kernels.update_state
+                    launch(kernel, (programs, 1, 1), pointers, numbers, constants, warps)
             except BaseException:  # Ctrl-C too, while the second phase is being compiled
                 state.claims.zero_()  # later updates would lose to what the first has left there
                 raise
@@ -313,7 +316,7 @@ def _score_rows(chosen: plan.RowsPlan, rows: _Rows, scores: RowScores, wanted: _
     ignore_index = rows.options.ignore_index
     numbers = (*rows.sizes(chosen.align), chosen.tiles, ignore_index, wanted.scale)
     align_bytes = chosen.align * rows.logits.element_size()
-    shape = (chosen.rows, chosen.block, chosen.segment, plan.KEPT_ROWS)
+    shape = (chosen.rows, chosen.block, chosen.segment, plan.KEPT_ROWS, chosen.ahead)
     constants = (chosen.align, align_bytes, *shape)
     launch(score_rows.score_rows, (chosen.grid, 1, 1), pointers, numbers, constants, chosen.warps)
 
