@@ -51,7 +51,10 @@ ROWS_WARPS_SHARED = 24
 #: The same if it loads a tile ahead, for scores and with the gradient; and with ROWS_ELEMENTS.
 ROWS_WARPS_AHEAD = 20
 ROWS_WARPS_AHEAD_GRAD = 16
-ROWS_WARPS_LONG = 12
+ROWS_WARPS_LONG = 16
+ROWS_WARPS_LONG_GRAD = 12
+#: Registers of a multiprocessor, for each of the 32 threads of a warp.
+REGISTERS = 2048
 
 #: Vectors that a thread has in flight in a walk.
 LOOP_UNROLL = 4
@@ -75,10 +78,10 @@ MAX_PARTS = 512
 STEP_UPDATE_ROWS = 1024
 #: Rows that one program of update_state takes through both phases. One multiprocessor has fewer
 #: memory accesses in flight than all of them; for more rows this costs more than a second launch.
-ONE_PROGRAM_ROWS = 1024
+ONE_PROGRAM_ROWS = 256
 #: Rows of such a program at a time, and its warps.
-ONE_PROGRAM_BLOCK = 1024
-ONE_PROGRAM_WARPS = 32
+ONE_PROGRAM_BLOCK = 256
+ONE_PROGRAM_WARPS = 8
 #: The same of the programs that share more rows.
 UPDATE_BLOCK = 128
 UPDATE_WARPS = 4
@@ -160,6 +163,7 @@ class RowsPlan(NamedTuple):
     warps: int
     tiles: int  # per program
     ahead: bool  # a tile is loaded while the one before is computed
+    registers: int  # at most, per thread; 0: as the compiler likes
     grid: int
 
 
@@ -290,8 +294,11 @@ def plan_rows(
     warps = max(32, threads) // 32
     rows = max(1, 32 // threads)
     ahead = block >= ROWS_AHEAD_BLOCK
+    registers = 0
     if long:
-        resident = ROWS_WARPS_LONG
+        resident = ROWS_WARPS_LONG_GRAD if grad else ROWS_WARPS_LONG
+        # The compiler would take more, and fewer warps would be resident.
+        registers = REGISTERS // resident // 8 * 8
     elif ahead:
         resident = ROWS_WARPS_AHEAD_GRAD if grad else ROWS_WARPS_AHEAD
     elif grad:
@@ -312,6 +319,7 @@ def plan_rows(
         warps=warps,
         tiles=own_tiles,
         ahead=ahead,
+        registers=registers,
         grid=ceil_div(tiles, own_tiles),
     )
 

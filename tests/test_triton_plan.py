@@ -85,11 +85,14 @@ def test_steps_hold_every_row_once_and_fill_the_device(itemsize: int, grad: bool
         # No more waves of programs than the rows that one keeps ask for, and the last as full.
         assert taken.ahead == (taken.block >= plan.ROWS_AHEAD_BLOCK), shape
         if long:
-            warps = plan.ROWS_WARPS_LONG
+            warps = plan.ROWS_WARPS_LONG_GRAD if grad else plan.ROWS_WARPS_LONG
         elif taken.ahead:
             warps = plan.ROWS_WARPS_AHEAD_GRAD if grad else plan.ROWS_WARPS_AHEAD
         else:
             warps = plan.ROWS_WARPS_GRAD if grad else plan.ROWS_WARPS
+        # As many warps fit on a multiprocessor as it is planned for.
+        assert bool(taken.registers) == long, shape
+        assert taken.registers * 32 * warps <= 65536, shape
         programs = multiprocessors * (warps // taken.warps)
         waves = plan.ceil_div(rows, programs * plan.KEPT_ROWS)
         assert taken.grid <= waves * programs, shape

@@ -106,25 +106,15 @@ struct Ties {
 
   // The bits of those in a tile, in the order of its word. What lies past the end counts as NaN.
   __device__ __forceinline__ uint32_t in_tile(int64_t tile, uint32_t key) const {
-    constexpr int kAtOnce = 4;
     const bool aligned = is_aligned(scores);
     uint32_t word = 0;
 #pragma unroll 1
-    for (int begin = 0; begin < kChunks; begin += kAtOnce) {
-      uint4 loaded[kAtOnce];
+    for (int c = 0; c < kChunks; ++c) {
+      const uint4 loaded = load_bits(scores, Tile::first(tile) + c * (32 * kPerThread), n, aligned);
+      const unsigned bits[kPerThread] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
-      for (int c = 0; c < kAtOnce; ++c) {
-        const int64_t first = Tile::first(tile) + (begin + c) * (32 * kPerThread);
-        loaded[c] = load_bits(scores, first, n, aligned);
-      }
-#pragma unroll
-      for (int c = 0; c < kAtOnce; ++c) {
-        const unsigned bits[kPerThread] = {loaded[c].x, loaded[c].y, loaded[c].z, loaded[c].w};
-#pragma unroll
-        for (int e = 0; e < kPerThread; ++e) {
-          const auto equal = static_cast<uint32_t>(order_key(bits[e]) == key);
-          word |= equal << ((begin + c) * kPerThread + e);
-        }
+      for (int e = 0; e < kPerThread; ++e) {
+        word |= static_cast<uint32_t>(order_key(bits[e]) == key) << (c * kPerThread + e);
       }
     }
     return word;
@@ -188,7 +178,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t left = take - equal;
       if (left < in_tile) {
         const uint32_t equal_word = word & ties.in_tile(first + t, state.key);
-        word ^= equal_word ^ (left > 0 ? lowest(equal_word, left) : 0);
+        word ^= equal_word ^ lowest(equal_word, left);
       }
       equal += in_tile;
     }

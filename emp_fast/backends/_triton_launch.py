@@ -18,8 +18,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 #: Warps of a program of the kernels that are not planned; what Triton takes by default.
 DEFAULT_WARPS = 4
 
-#: Binaries by kernel, device, argument types, constants and warps: all that a binary depends on.
+#: Binaries by kernel, device, argument types, constants, warps and registers: all that a binary depends on.
 _binaries: dict[Any, Any] = {}
+
+
+def compile_options(warps: int, registers: int) -> dict[str, int]:
+    """Triton's options for a launch."""
+    return {"num_warps": warps, **({"maxnreg": registers} if registers else {})}
 
 
 def launch(
@@ -29,6 +34,7 @@ def launch(
     numbers: Sequence[int | float],
     constants: tuple[int | bool, ...],
     warps: int,
+    registers: int = 0,  # per thread at most; 0: as the compiler likes
 ) -> None:
     """Launches on the current stream of the current device; compiles on the first use of a variant.
 
@@ -41,10 +47,11 @@ def launch(
         return
     types = tuple([None if pointer is None else pointer.dtype for pointer in pointers])
     device = current_device()
-    key = (id(kernel), device, types, constants, warps)
+    key = (id(kernel), device, types, constants, warps, registers)
     binary = _binaries.get(key)
     if binary is None:
-        _binaries[key] = kernel[grid](*pointers, *numbers, *constants, num_warps=warps)
+        options = compile_options(warps, registers)
+        _binaries[key] = kernel[grid](*pointers, *numbers, *constants, **options)
         return
     # For a tensor, Triton asks the driver in every call where it is; for an address it does not.
     addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]

@@ -318,7 +318,9 @@ def _score_rows(chosen: plan.RowsPlan, rows: _Rows, scores: RowScores, wanted: _
     align_bytes = chosen.align * rows.logits.element_size()
     shape = (chosen.rows, chosen.block, chosen.segment, plan.KEPT_ROWS, chosen.ahead)
     constants = (chosen.align, align_bytes, *shape)
-    launch(score_rows.score_rows, (chosen.grid, 1, 1), pointers, numbers, constants, chosen.warps)
+    grid = (chosen.grid, 1, 1)
+    resources = (chosen.warps, chosen.registers)
+    launch(score_rows.score_rows, grid, pointers, numbers, constants, *resources)
 
 
 def _score_arguments(

@@ -106,7 +106,6 @@ py::dict plan_selection_of(int64_t n, int64_t k, int64_t groups, int sample_bits
   region(p.totals, p.runs * kTotalBytes);
   region(p.tile_counts, p.tiles * 4);
   region(p.bitmap, p.tiles * kTileWords * 4);
-  if (p.ties > 0) region(p.ties, p.tiles * kTileWords * 4);
   if (p.sample > 0) {
     region(p.candidate_keys, p.candidates * 4);
     region(p.candidate_indices, p.candidates * 8);

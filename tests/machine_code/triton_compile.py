@@ -8,6 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from emp_fast.backends._triton_launch import compile_options
 from machine_code.triton_variants import Variant
 
 #: Compute capabilities for which the Triton backend is checked.
@@ -24,7 +25,7 @@ def compile_ahead(variant: Variant, capability: int) -> bytes:
     compiled: Any = triton.compile(
         ASTSource(variant.function(), signature, constants),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.warps},
+        options=compile_options(variant.warps, variant.registers),
     )
     cubin: bytes = compiled.asm["cubin"]
     return cubin

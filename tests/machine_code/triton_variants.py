@@ -57,6 +57,7 @@ class Variant:
     pointers: tuple[str | None, ...]  # Triton's names of their types
     constants: tuple[int | bool, ...]
     warps: int
+    registers: int = 0  # per thread at most; 0: as the compiler likes
 
     def __str__(self) -> str:
         settings = [
@@ -73,6 +74,7 @@ class Variant:
             **dict(zip(pointers, self.pointers, strict=True)),
             **dict(zip(constants, self.constants, strict=True)),
             "warps": self.warps,
+            "registers": self.registers or None,
         }
 
     def function(self) -> Any:
@@ -88,10 +90,11 @@ def variant_of(
     pointers: Sequence[Tensor | None],
     constants: tuple[int | bool, ...],
     warps: int,
+    registers: int = 0,
 ) -> Variant:
     """The variant that a call of `launch` needs."""
     types = tuple(None if p is None else _POINTER_TYPES[p.dtype] for p in pointers)
-    return Variant(_name_of(kernel), types, constants, warps)
+    return Variant(_name_of(kernel), types, constants, warps, registers)
 
 
 @contextmanager
@@ -104,11 +107,11 @@ def recorded(then: Launch | None = None) -> Iterator[dict[Variant, None]]:
     seen: dict[Variant, None] = {}
 
     def record(
-        kernel: Any, grid: Any, pointers: Any, numbers: Any, constants: Any, warps: int
+        kernel: Any, grid: Any, pointers: Any, numbers: Any, constants: Any, *resources: int
     ) -> None:
-        seen[variant_of(kernel, pointers, constants, warps)] = None
+        seen[variant_of(kernel, pointers, constants, *resources)] = None
         if then is not None:
-            then(kernel, grid, pointers, numbers, constants, warps)
+            then(kernel, grid, pointers, numbers, constants, *resources)
 
     with (
         mock.patch.object(triton_backend, "launch", record),
@@ -326,7 +329,7 @@ def _selection_calls() -> Iterator[_Call]:
 
 
 def _answer(
-    kernel: Any, grid: Any, pointers: Any, numbers: Any, constants: Any, warps: int
+    kernel: Any, grid: Any, pointers: Any, numbers: Any, constants: Any, *resources: int
 ) -> None:
     """Replaces the kernels whose results decide what the selection launches next.
 
