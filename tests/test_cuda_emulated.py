@@ -801,15 +801,16 @@ def test_update_refuses_indices_out_of_range(rows: int, emulated: EmulatedBacken
 #: that it begins.
 STEPS = [
     (("shared", 130, 10, 0.0), ("shared", "whole")),
-    (("shared", 300, 32, 0.0), ("shared", "whole")),
+    (("shared", 256, 32, 0.0), ("shared", "whole")),
+    (("shared", 300, 32, 0.0), ("shared", "claims")),
     (("shared", 600, 10, 0.0), ("shared", "claims")),
     (("shared", 1025, 10, 0.0), ("shared", "claims")),
     (("held", 170, 516, 0.0), ("held", "whole")),
     (("held", 650, 132, 0.0), ("held", "claims")),
     (("plain", 9, 10, 0.0), ("registers", "whole")),
-    (("plain", 512, 10, 0.0), ("registers", "whole")),
-    (("plain", 513, 10, 0.0), ("registers", "claims")),
-    (("plain", 300, 10, 5.0), ("looped", "whole")),
+    (("plain", 256, 10, 0.0), ("registers", "whole")),
+    (("plain", 257, 10, 0.0), ("registers", "claims")),
+    (("plain", 250, 10, 5.0), ("looped", "whole")),
     (("plain", 600, 10, 5.0), ("looped", "claims")),
     (("ring", 60, 1100, 0.0), ("ring", "claims")),
     (("ring", 130, 1100, 0.0), ("ring", "claims")),
@@ -864,8 +865,9 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
             wanted,
             recurrence,
         )
-        plain = emulated.cross_entropy(logits, target, None, LossOptions(softcap=softcap))
-        assert torch.equal(scores.loss.nan_to_num(7.0), plain.loss.nan_to_num(7.0))
+        # Another kernel may compute scores alone.
+        alone = emulated.cross_entropy(logits, target, None, LossOptions(softcap=softcap))
+        assert torch.allclose(scores.loss, alone.loss, rtol=1e-5, atol=1e-6, equal_nan=True)
         counted = scores.count > 0  # a softcap's derivative spoils the others too
         assert torch.equal(grad[counted].isnan().any(1), scores.loss[counted].isnan())
     assert_same_state(got, wanted)

@@ -165,7 +165,7 @@ def test_row_plans_cover_every_row_and_column(
             assert plan["cached_vectors"] <= vectors, shape
             assert grad or plan["cached_vectors"] == 0, shape
         # Of few rows the block that ends last takes the step, at most four a thread.
-        whole = rows <= min(1024, 4 * plan["threads"])
+        whole = rows <= min(256, 4 * plan["threads"])
         assert plan["step"] == ("whole" if whole else "claims"), shape
 
 
