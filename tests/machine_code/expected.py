@@ -129,7 +129,8 @@ EXPECTED = (
     *(
         Expected(
             rf"^(score_tile|score_rows|mean_loss)\..*\(.*ALIGN_BYTES={align},",
-            r"^(raw = tl\.load|tl\.store\(tl\.multiple_of\(out|grad = tl\.load)|address, grad",
+            r"^(raw = tl\.load|tl\.store\(tl\.multiple_of\(out|grad = tl\.load)|address, grad"
+            r"|tl\.load\(address, mask=tile\.beside_load",
             8 * align,
             "logits and gradient move by the widest access that fits every row",
             1,
