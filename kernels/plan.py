@@ -75,7 +75,7 @@ MAX_PARTS = 512
 #: Rows whose state the last program of a scoring launch updates by itself, one per thread at a
 #: time. With more rows this would take longer than another launch; more at a time would take
 #: registers from the scoring part.
-STEP_UPDATE_ROWS = 1024
+STEP_UPDATE_ROWS = 256
 #: Rows that one program of update_state takes through both phases. One multiprocessor has fewer
 #: memory accesses in flight than all of them; for more rows this costs more than a second launch.
 ONE_PROGRAM_ROWS = 256
