@@ -326,8 +326,9 @@ __device__ __forceinline__ RowSums gather_sums(RowSums sums, const Team& team, S
 
 // ---- rows ----
 
-// Vectors of a chunk that a thread holds in registers at once: all of them, or fewer if each is
-// masked. For compute capability 10.0 and up there are fewer still, because ptxas would spill.
+// Vectors of a chunk that a thread holds in registers at once: all of them, or fewer in sums where
+// each is masked. For compute capability 10.0 and up there are fewer still, because ptxas would
+// spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T>
 constexpr int kWholeVectors = 8 / kElements<T>;
@@ -405,7 +406,8 @@ __device__ __forceinline__ void emit_chunk(const RowArgs& a, const uint4* chunk,
   const int column = window.column(first);
   if (!kRare && quick && is_plain<T>(window, first, gradient.target)) {
     auto* to = reinterpret_cast<uint4*>(out + column) + lane;
-#pragma unroll
+    constexpr int kAtOnce = kWholeVectors<T>;
+#pragma unroll kAtOnce
     for (int u = 0; u < kLaneVectors; ++u) {
       __stcs(to + u * 32, quick_vector<T>(gradient, chunk[lane + u * 32]));
     }

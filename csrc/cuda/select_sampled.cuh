@@ -222,8 +222,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   states[kAmongCandidates] = SelectState::start(failed ? 0 : static_cast<uint64_t>(k - taken));
 }
 
-// One pass over the candidates; the last block fixes the digit in *among.
-__global__ void __launch_bounds__(kCountThreads)
+// One pass over the candidates; the last block fixes the digit in *among. Without a number of
+// blocks ptxas 13.0 spills for compute capability 8.0.
+__global__ void __launch_bounds__(kCountThreads, 1)
     count_candidates(Candidates candidates, int index_bits, Digit digit, SelectState* among,
                      unsigned long long* histogram, Control* control) {
   alignas(16) __shared__ uint32_t bins[kBins * kCopies];

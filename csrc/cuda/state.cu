@@ -75,9 +75,10 @@ __global__ void __launch_bounds__(kStateThreads) claim_rows(const __grid_constan
 
 // Starts while the launch that claims is still running, and loads what that does not write. The
 // last block to arrive adds up the sums of all blocks, in an order that depends on the grid alone.
-// kScored: the claims were made before the values were known, so a winner may not be finite.
+// kScored: the claims were made before the values were known, so a winner may not be finite. With
+// one block per multiprocessor asked for, ptxas 13.0 gives several rows the registers they need.
 template <int kRows, bool kScored>
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, kRows > 1 ? 1 : 0)
     step_rows(const __grid_constant__ UpdateArgs a, const __grid_constant__ MeanArgs mean) {
   auto rows = ThreadRows<kRows>::with_samples(a, first_row<kRows>(), kStateThreads);
   rows.load_states(a.state);
