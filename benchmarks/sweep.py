@@ -122,6 +122,9 @@ def variants(device: torch.device) -> list[Variant]:
     def stepped(classes: int) -> bool:
         return plan.KEPT_BLOCK // 2 < classes <= plan.TILE_CLASSES_GRAD
 
+    def long_rows(classes: int) -> bool:
+        return plan.ROWS_LONG_BLOCK // 2 < classes <= plan.TILE_CLASSES_GRAD
+
     def long(classes: int) -> bool:
         return classes > plan.TILE_CLASSES
 
@@ -140,6 +143,7 @@ def variants(device: torch.device) -> list[Variant]:
             )
             for n in (16, 32, 64)
         ),
+        *(planned(long_rows, ROWS_WARPS_LONG=n, ROWS_WARPS_LONG_GRAD=n) for n in (10, 12, 14, 16)),
         *(planned(long, LOOP_UNROLL=n, LOOP_UNROLL_CROWDED=n) for n in (1, 2, 4)),
         *(planned(long, LOOP_UNROLL=n, LOOP_UNROLL_CROWDED=n, WIDE_CLASSES=2**30) for n in (2, 4)),
     ]

@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 #: Warps of a program of the kernels that are not planned; what Triton takes by default.
 DEFAULT_WARPS = 4
 
-#: Binaries by kernel, device, argument types, constants, warps and registers: all that a binary depends on.
+#: Binaries by kernel, device, argument types, constants, warps and registers: all they depend on.
 _binaries: dict[Any, Any] = {}
 
 

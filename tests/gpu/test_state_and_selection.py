@@ -60,7 +60,8 @@ def test_the_state_moves_as_on_the_cpu(recurrence, rows, backend, device, poison
 @pytest.mark.sanitize
 @pytest.mark.parametrize("recurrence", RECURRENCES.values(), ids=RECURRENCES)
 @pytest.mark.parametrize(
-    ("rows", "classes"), [(1, 12), (500, 12), (300, 1000), (1025, 12), (40_001, 12), (1100, 5000)]
+    ("rows", "classes"),
+    [(1, 12), (200, 12), (500, 12), (300, 1000), (1025, 12), (40_001, 12), (1100, 5000)],
 )
 def test_a_fused_step_moves_the_state_by_its_own_scores(
     recurrence, rows, classes, backend, device, poison
