@@ -244,10 +244,10 @@ class TritonBackend(RowKernelsChoice, Backend):
         pointers = (indices, signal, direct, count, *_state_pointers(state, recurrence))
         numbers = (num_rows, state.scores.shape[0], *_recurrence_numbers(recurrence))
         if num_rows <= plan.ONE_PROGRAM_ROWS:
-            phases = (state_kernels.BOTH,)
+            phases = [state_kernels.BOTH]
             programs, block, warps = 1, plan.ONE_PROGRAM_BLOCK, plan.ONE_PROGRAM_WARPS
         else:
-            phases = (state_kernels.CLAIM, state_kernels.APPLY)
+            phases = [state_kernels.CLAIM, state_kernels.APPLY]
             block, warps = plan.UPDATE_BLOCK, plan.UPDATE_WARPS
             programs = plan.ceil_div(num_rows, block)
         with on_device(indices.device):
