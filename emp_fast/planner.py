@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emp_fast import random
-from emp_fast.backends import use_any_backend
+from emp_fast.backends import any_backend_on_the_host
 from emp_fast.distributed.ranks import ProcessGroup, world_size_of
 from emp_fast.quotas import Balance
 from emp_fast.random import Stream
@@ -35,7 +35,7 @@ class Plan:
         self.selection = selection
         indices = selection.indices
         # The selection of a full epoch is on the host, wherever the state is.
-        with use_any_backend(indices.device):
+        with any_backend_on_the_host():
             keys = random.random_keys(
                 num_samples, seed=seed, epoch=epoch, stream=Stream.SHUFFLE, device=indices.device
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emp_fast.backends import use_any_backend
+from emp_fast.backends import any_backend_on_the_host
 from emp_fast.backends.base import NONFINITE, OUT_OF_RANGE
 from emp_fast.candidates import Candidates, groups_of
 from emp_fast.distributed.ranks import ProcessGroup, require_group
@@ -206,7 +206,7 @@ class ScoreStore:
             self.scores, self.visits > 0, groups, num_groups, seed=seed, epoch=epoch
         )
         # A state that follows the stats is on the host until the first of them come.
-        with use_any_backend(self.device) if self._samples.follows else nullcontext():
+        with any_backend_on_the_host() if self._samples.follows else nullcontext():
             return choose(policy, candidates, k, balance)
 
     def _report_refused(self) -> None:

@@ -32,6 +32,9 @@ SHORT_CLASSES = 16
 
 #: Rows whose scores a program of score_rows computes at once, one row per thread.
 KEPT_ROWS = 32
+#: The shortest tile, and the fewest tiles of a program, for which that pays.
+KEPT_BLOCK = 64
+KEPT_TILES = 4
 #: Elements of a long row of 16-bit logits, in whole vectors, that one thread of score_rows reads:
 #: the fewer threads share a row, the fewer take part in the reductions at its end.
 ROWS_ELEMENTS = 64
@@ -40,9 +43,6 @@ ROWS_LONG_BLOCK = 1024
 #: The shortest tile that score_rows loads while it computes the one before. With shorter ones, more
 #: of which share a warp, that takes too many registers.
 ROWS_AHEAD_BLOCK = 512
-#: The shortest tile, and the fewest tiles of a program, for which that pays.
-KEPT_BLOCK = 64
-KEPT_TILES = 4
 #: Warps of score_rows for which a multiprocessor has the registers: for scores, with the gradient,
 #: and with the gradient if several warps share a row.
 ROWS_WARPS = 28

@@ -159,11 +159,30 @@ def test_a_run_begins_on_the_host_whatever_serves_its_batches(
     chosen = plans(None)
     with use_backend("cuda"):
         assert plans(None) == chosen
+        with pytest.raises(BackendError, match="the cuda backend cannot serve cpu"):
+            resolve(CPU)
     fresh.setenv("EMP_FAST_BACKEND", "cuda")
     assert plans(None) == chosen
     if rate > 0:
         with pytest.raises(BackendError, match="the cuda backend cannot serve cpu"):
             plans("cpu")
+    fresh.setenv("EMP_FAST_BACKEND", "cada")
+    with pytest.raises(ValueError, match="cada"):
+        plans(None)
+
+
+def test_only_a_backend_that_cannot_serve_the_host_is_replaced_there(
+    fresh: pytest.MonkeyPatch,
+) -> None:
+    with use_backend("reference"), backends.any_backend_on_the_host():
+        assert resolve(CPU).name == "reference"
+    with use_backend("cuda"):
+        with backends.any_backend_on_the_host():
+            assert resolve(CPU).name in ("cpu", "reference")
+            with pytest.raises(BackendError, match="the cuda backend cannot serve meta"):
+                resolve(torch.device("meta"))
+        with pytest.raises(BackendError, match="the cuda backend cannot serve cpu"):
+            resolve(CPU)
 
 
 def test_a_backend_that_cannot_be_imported_says_why(fresh: pytest.MonkeyPatch) -> None:

@@ -764,7 +764,9 @@ def update_case(
 
 
 @pytest.mark.parametrize("name", RECURRENCES)
-@pytest.mark.parametrize(("rows", "samples"), [(1, 1), (9, 4), (300, 70), (4097, 900)])
+@pytest.mark.parametrize(
+    ("rows", "samples"), [(1, 1), (9, 4), (300, 70), (512, 90), (513, 90), (4097, 900)]
+)
 @each_seed
 def test_update_equals_the_reference_bit_for_bit(
     name: str, rows: int, samples: int, seed: int, emulated: EmulatedBackend
@@ -1117,6 +1119,28 @@ def test_topk_of_more_runs_than_a_thread_sums(emulated: EmulatedBackend, module:
     got = backend.topk_indices(scores, k)
     wanted = scores.topk(k).indices.sort().values  # no ties among these
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("n", "multiprocessors"),
+    [
+        (2**18 + 5, 1),  # four tiles per warp of the expansion
+        (2**24 + 2 * 4096 + 5, 132),  # more runs of tiles than the expansion adds up
+    ],
+)
+def test_ties_in_many_tiles(
+    n: int, multiprocessors: int, emulated: EmulatedBackend, module: Any
+) -> None:
+    backend = EmulatedBackend(module, SAMPLED_FROM=2**30)
+    backend.set_device(multiprocessors, 227 * 1024)
+    scores = torch.zeros(n)
+    generator = torch.Generator().manual_seed(0)
+    scores[torch.randperm(n, generator=generator)[: n // 3]] = 1.0
+    high = (scores == 1).nonzero().flatten()
+    low = (scores == 0).nonzero().flatten()
+    for k in (len(high) // 2, len(high), len(high) + len(low) // 2):
+        wanted = torch.cat([high[:k], low[: max(0, k - len(high))]]).sort().values
+        assert torch.equal(backend.topk_indices(scores, k), wanted)
 
 
 @pytest.mark.parametrize("distribution", test_selection.DISTRIBUTIONS)

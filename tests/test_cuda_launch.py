@@ -149,6 +149,10 @@ def test_row_plans_cover_every_row_and_column(
             lanes = min(n for n in (8, 32, 128, 256, math.inf) if n >= vectors)
             assert one == (grad and rows * lanes <= 1024 * device[0]), shape
             assert not one or plan["lanes"] == lanes, shape
+        if kernels == PLAIN:
+            room = min(n for n in (8, 16, 32, 64, 128, 256, math.inf) if n >= vectors)
+            few = not (soft or general or grad) and rows * room <= 1024 * device[0]
+            assert (plan["path"] == "few") == few, shape
         if plan["path"] == "few":
             room = plan["lanes"] * plan["lane_vectors"]
             assert vectors <= room, shape

@@ -59,7 +59,7 @@ def test_kernels_and_host_number_the_fields_alike() -> None:
 def filled(monkeypatch: pytest.MonkeyPatch, unlisted: None) -> None:
     """Any number of rows is enough to take in steps, on a device that runs two warps at a time."""
     monkeypatch.setattr(plan, "KEPT_TILES", 0)
-    for kind in ("", "_GRAD", "_SHARED", "_AHEAD", "_AHEAD_GRAD", "_LONG"):
+    for kind in ("", "_GRAD", "_SHARED", "_AHEAD", "_AHEAD_GRAD", "_LONG", "_LONG_GRAD"):
         monkeypatch.setattr(plan, f"ROWS_WARPS{kind}", 2)
     monkeypatch.setattr(triton, "multiprocessors", lambda _: 1)
 

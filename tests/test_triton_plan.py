@@ -73,11 +73,8 @@ def test_steps_hold_every_row_once_and_fill_the_device(itemsize: int, grad: bool
             math.log2(n).is_integer() for n in (taken.rows, taken.block, taken.segment, taken.warps)
         ), shape
         elements = taken.rows * taken.block // (32 * taken.warps)  # per thread
-        long = elements != plan.THREAD_ELEMENTS
-        if long:
-            assert elements == plan.ROWS_ELEMENTS, shape
-            assert taken.block >= plan.ROWS_LONG_BLOCK, shape
-            assert (taken.align, itemsize) == (8, 2), shape
+        long = (taken.align, itemsize) == (8, 2) and taken.block >= plan.ROWS_LONG_BLOCK
+        assert elements == (plan.ROWS_ELEMENTS if long else plan.THREAD_ELEMENTS), shape
         assert taken.rows == 1 or taken.warps == 1, shape
         own = taken.rows * taken.tiles
         assert own <= plan.KEPT_ROWS, shape

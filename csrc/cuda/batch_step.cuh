@@ -2,8 +2,8 @@
 //
 // Of several rows of one sample, the last one that is counted, in range and finite wins. Every row
 // that is counted and in range raises the sample's claim to its row number plus one. This needs no
-// scores, so a scoring kernel does it while the logits are loading. Once all rows have claimed, the
-// row that finds its own number in the claim updates the state and clears the claim. If the
+// scores, so most scoring kernels do it while the logits are loading. Once all rows have claimed,
+// the row that finds its own number in the claim updates the state and clears the claim. If the
 // winner's values are not finite, which is rare, it leaves the sample to the last block to finish,
 // in which the finite rows claim once more (`settle`). No row waits for another, and the result
 // does not depend on the order in which rows run.
@@ -259,7 +259,7 @@ struct ThreadLosses {
 
 constexpr int kRowsAtOnce = 2;  // per thread of the last block
 
-// Called by one thread of each row once the target is known, while the logits are loading.
+// Called by one thread of each row once the target is known, mostly while the logits are loading.
 __device__ __forceinline__ void claim_row(const RowArgs& a, int64_t row, int64_t sample,
                                           bool counted) {
   const StateArgs& s = a.update.state;

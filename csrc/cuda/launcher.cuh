@@ -3,7 +3,7 @@
 //   launch("row_parts", row_parts<T>, grid, threads, shared_bytes, stream, arguments...);
 //
 //   launch_clusters("rows_cluster", kernel, grid, threads, cluster, shared_bytes, stream, a);
-//   launch_after("step_rows", step_rows<1>, grid, threads, stream, arguments...);
+//   launch_after("step_rows", step_rows<1, true>, grid, threads, stream, arguments...);
 //
 //   uint4* cache = dynamic_shared<uint4>();
 //

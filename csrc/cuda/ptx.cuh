@@ -28,15 +28,16 @@ __device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu
 // Lets a launch that was made by `launch_after` start as soon as all blocks of this one have called
 // this or ended; otherwise it starts at the end of this launch.
 __device__ __forceinline__ void let_next_launch_start() {
-#if __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
 // In a launch made by `launch_after`: waits until the launch before has ended and all that it wrote
-// is visible. Until then only memory may be read that the launch before does not write.
+// is visible. Every thread calls it before it ends. Until then only memory may be touched that no
+// launch still running writes; other launches may add to the same counters.
 __device__ __forceinline__ void wait_for_launch_before() {
-#if __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -428,7 +428,7 @@ template <bool kRare>
 __device__ __forceinline__ GradientRow gradient_of(const RowArgs& a, const RowSums& sums,
                                                    float raw_y, const Target& target, float g) {
   const Scores<float> scores = scores_of<kRare>(a, sums, raw_y);
-  // In place of the loss, which is NaN if inv_sum is and costs a logarithm.
+  // In place of the loss, which costs a logarithm and is NaN where inv_sum is.
   const RowResult result = complete(scores, scores.inv_sum, scores.el2n, target);
   auto gradient = GradientRow::of<kRare>(a, target, g, result);
   if constexpr (!kRare) gradient.even = 0.0f;  // as it is, but the compiler does not know
@@ -487,8 +487,9 @@ __device__ __forceinline__ void score_through_ring(const RowArgs& a, const RingS
         ring.release(a, shape, rank);
       }
     }
-    // One warp computes the scores, the one with the fewest chunks, and only when its copies of the
-    // next row are under way. In every warp, and before the gradient, they would hold up the row.
+    // One warp computes the scores, the last, which may have a chunk less than others, and only
+    // when its copies of the next row are under way. In every warp, and before the gradient, they
+    // would hold up the row.
     if (rank == 0 && threadIdx.x == blockDim.x - 32) {
       write_row(a, row, finish_row<kRare, kRare>(a, sums, to_float(logit), target));
     }

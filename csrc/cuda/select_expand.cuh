@@ -1,10 +1,10 @@
 // Part of selection.cu: the expansion of the bitmap into ascending indices.
 //
 // A warp of expand adds the counts of the runs of kRunTiles tiles before its own and of the tiles
-// before its own in the run, so it knows where its indices begin. With more than kFewRuns runs,
-// scan_runs comes first: it adds up the runs, and its last block turns the sums into exclusive
-// prefix sums. expand sorts the indices of a tile in shared memory, and writes them in whole lines.
-// At most k are written.
+// before its own in the run, so it knows where its indices begin. Except with the plain plan and up
+// to kFewRuns runs, scan_runs comes first: it adds up the runs, and its last block turns the sums
+// into exclusive prefix sums. expand sorts the indices of a tile in shared memory, and writes them
+// in whole lines. At most k are written.
 //
 // Of the ties of a plain plan (mark_selected), those of the lowest indices are selected: all of
 // them in the tiles before the one in which they reach their number, none in the tiles after it. Of
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (tied) {
       const int64_t left = take - equal;
-      if (left < in_tile) {
+      if (in_tile > 0 && left < in_tile) {
         const uint32_t equal_word = word & ties.in_tile(first + t, state.key);
         word ^= equal_word ^ lowest(equal_word, left);
       }

@@ -3,7 +3,7 @@
 //
 // Few scores: one block does it all in one launch.
 //
-// Plain: three reads of the scores fix the key. One more read marks a bitmap. In all 16 N + 8 k
+// Plain: three reads of the scores fix the key. One more read marks a bitmap. In all 16.25 N + 8 k
 // bytes. Scores that tie at the threshold are all marked, and the expansion drops the last of them,
 // for which it reads up to 4 N bytes more.
 //

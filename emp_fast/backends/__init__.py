@@ -1,8 +1,8 @@
 """Chooses the backend of a device: the fastest that serves it, or the one that the user names.
 
 If an automatic choice fails, it falls back with one warning; an explicit one raises with the
-reason. On first use on a device, a kernel backend must agree with the reference on a tiny case
-(`selfcheck`).
+reason, except for what a run keeps on the host (`any_backend_on_the_host`). On first use on a
+device, a kernel backend must agree with the reference on a tiny case (`selfcheck`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import NamedTuple
 
@@ -34,6 +35,8 @@ _ENCODED = getattr(os.environ, "encodekey", str)(_ENVIRONMENT)
 
 # One per process, not per thread, because autograd runs the backward pass in its own threads.
 _explicit: str | None = None
+
+_any_on_host: ContextVar[bool] = ContextVar("any_on_host", default=False)
 
 
 class BackendError(RuntimeError):
@@ -70,19 +73,17 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def use_any_backend(device: torch.device) -> Iterator[None]:
-    """Serves tensors of ``device`` by the automatic choice if the explicit one cannot serve them.
+def any_backend_on_the_host() -> Iterator[None]:
+    """Serves CPU tensors by the automatic choice if the explicit one cannot serve them.
 
-    For tensors whose device was not the user's choice: a backend chosen for the batches on a GPU
-    must not fail at what a run keeps on the host. All backends agree about it bit for bit.
+    For what a run keeps on the host, which was not the user's choice: a backend chosen for batches
+    on a GPU must not fail there. All backends agree about it bit for bit.
     """
-    name = _explicit or _asked_for() or "auto"
-    _require_name(name, _ENVIRONMENT)
-    if name == "auto" or _status_or_bad_setting(name, device).available:
+    token = _any_on_host.set(True)
+    try:
         yield
-        return
-    with use_backend("auto"):
-        yield
+    finally:
+        _any_on_host.reset(token)
 
 
 def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
@@ -92,7 +93,12 @@ def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """
     if dtype == torch.float64:
         return load("reference")
-    return _choose(_explicit or _asked_for() or "auto", device)
+    name = _explicit or _asked_for() or "auto"
+    if name != "auto" and device.type == "cpu" and _any_on_host.get():
+        _require_name(name, _ENVIRONMENT)
+        if not _status_or_bad_setting(name, device).available:
+            name = "auto"
+    return _choose(name, device)
 
 
 def _asked_for() -> str | None:

@@ -255,7 +255,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         """Few scores take one launch, and of many a sample tells where the k-th lies.
 
         One read of the scores is then enough; the host checks that the sample was right. Otherwise
-        there are four reads, more for ties.
+        there are four reads, and tiles that lose ties are read once more.
         """
         n, device = scores.shape[0], scores.device
         if k == n:
