@@ -43,6 +43,8 @@ ROWS_LONG_BLOCK = 1024
 #: The shortest tile that score_rows loads while it computes the one before. With shorter ones, more
 #: of which share a warp, that takes too many registers.
 ROWS_AHEAD_BLOCK = 512
+#: The longest with the gradient; for longer ones the compiler spills in the loop.
+ROWS_AHEAD_BLOCK_GRAD = 4096
 #: Warps of score_rows for which a multiprocessor has the registers: for scores, with the gradient,
 #: and with the gradient if several warps share a row.
 ROWS_WARPS = 28
@@ -293,12 +295,12 @@ def plan_rows(
     threads = block // (ROWS_ELEMENTS if long else THREAD_ELEMENTS)  # of a row
     warps = max(32, threads) // 32
     rows = max(1, 32 // threads)
-    ahead = block >= ROWS_AHEAD_BLOCK
+    ahead = ROWS_AHEAD_BLOCK <= block <= (ROWS_AHEAD_BLOCK_GRAD if grad else block)
     registers = 0
     if long:
         resident = ROWS_WARPS_LONG_GRAD if grad else ROWS_WARPS_LONG
-        # The compiler would take more, and fewer warps would be resident.
-        registers = REGISTERS // resident // 8 * 8
+        # For scores the compiler would take more, and fewer warps would be resident.
+        registers = 0 if grad else REGISTERS // resident // 8 * 8
     elif ahead:
         resident = ROWS_WARPS_AHEAD_GRAD if grad else ROWS_WARPS_AHEAD
     elif grad:

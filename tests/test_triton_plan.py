@@ -80,15 +80,18 @@ def test_steps_hold_every_row_once_and_fill_the_device(itemsize: int, grad: bool
         assert own <= plan.KEPT_ROWS, shape
         assert (taken.grid - 1) * own < rows <= taken.grid * own, shape
         # No more waves of programs than the rows that one keeps ask for, and the last as full.
-        assert taken.ahead == (taken.block >= plan.ROWS_AHEAD_BLOCK), shape
+        most_ahead = plan.ROWS_AHEAD_BLOCK_GRAD if grad else plan.TILE_CLASSES
+        assert taken.ahead == (plan.ROWS_AHEAD_BLOCK <= taken.block <= most_ahead), shape
         if long:
             warps = plan.ROWS_WARPS_LONG_GRAD if grad else plan.ROWS_WARPS_LONG
         elif taken.ahead:
             warps = plan.ROWS_WARPS_AHEAD_GRAD if grad else plan.ROWS_WARPS_AHEAD
+        elif grad:
+            warps = plan.ROWS_WARPS_GRAD if taken.warps == 1 else plan.ROWS_WARPS_SHARED
         else:
-            warps = plan.ROWS_WARPS_GRAD if grad else plan.ROWS_WARPS
+            warps = plan.ROWS_WARPS
         # As many warps fit on a multiprocessor as it is planned for.
-        assert bool(taken.registers) == long, shape
+        assert bool(taken.registers) == (long and not grad), shape
         assert taken.registers * 32 * warps <= 65536, shape
         programs = multiprocessors * (warps // taken.warps)
         waves = plan.ceil_div(rows, programs * plan.KEPT_ROWS)
