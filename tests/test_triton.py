@@ -161,7 +161,8 @@ def test_steps_of_any_shape_give_scores_and_gradient(
     rows: int, classes: int, dtype: torch.dtype, stepped: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "STEP_UPDATE_ROWS", 0)
-    monkeypatch.setattr(plan, "ROWS_WARPS_AHEAD_GRAD", 8)  # that many share a row of 8190
+    for kind in ("_AHEAD_GRAD", "_SHARED"):  # that many share a row of 4096 or 8190
+        monkeypatch.setattr(plan, f"ROWS_WARPS{kind}", 8)
     case = Case("steps", rows, classes, dtype=dtype, logits="nan_row", ignored="some")
     assert_step(case, LossOptions(), "score_rows")
 
