@@ -203,6 +203,8 @@ def _pairs(variants: Sequence[Variant]) -> npt.NDArray[np.int64]:
 
 #: The most rows whose state a scoring launch updates, and one more.
 _ROWS = (plan.STEP_UPDATE_ROWS, plan.STEP_UPDATE_ROWS + 1)
+#: Enough rows for `score_rows` on one multiprocessor, whatever the tile.
+_MANY_ROWS = 2 * 1025
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MANY = 10**6  # multiprocessors: enough to split rows as far as possible
 
@@ -280,7 +282,7 @@ def _tile_shapes(dtype: torch.dtype, ragged: int) -> Iterator[_Shape]:
     while block <= plan.TILE_CLASSES_GRAD:
         for rows in _ROWS:
             yield _Shape(rows, block - ragged, 0, dtype, _MANY)
-        yield _Shape(_ROWS[-1] * 2, block - ragged, 0, dtype, 1)  # enough rows for `score_rows`
+        yield _Shape(_MANY_ROWS, block - ragged, 0, dtype, 1)  # enough for `score_rows`
         block *= 2
 
 
