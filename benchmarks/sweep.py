@@ -143,7 +143,10 @@ def variants(device: torch.device) -> list[Variant]:
             )
             for n in (16, 32, 64)
         ),
-        *(planned(long_rows, ROWS_WARPS_LONG=n, ROWS_WARPS_LONG_GRAD=n) for n in (10, 12, 14, 16)),
+        *(
+            planned(long_rows, "triton, stepped", ROWS_WARPS_LONG=n, ROWS_WARPS_LONG_GRAD=n)
+            for n in (10, 12, 14, 16)
+        ),
         *(planned(long, LOOP_UNROLL=n, LOOP_UNROLL_CROWDED=n) for n in (1, 2, 4)),
         *(planned(long, LOOP_UNROLL=n, LOOP_UNROLL_CROWDED=n, WIDE_CLASSES=2**30) for n in (2, 4)),
     ]
