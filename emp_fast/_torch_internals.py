@@ -19,6 +19,7 @@ __all__ = [
     "current_device",
     "current_stream",
     "forward_level",
+    "in_backward",
     "innermost_transform",
     "is_batched_gradient",
     "is_profiled",
@@ -57,8 +58,15 @@ innermost_transform = _torch_or("_C._functorch.peek_interpreter_stack", _assume_
 is_batched_gradient = _torch_or("_C._functorch.is_legacy_batchedtensor", lambda _: True)
 #: The tensor inside one that a transform of torch.func has left behind, else the tensor itself.
 unwrap_if_dead = _torch_or("_C._functorch.unwrap_if_dead", lambda tensor: tensor)
+#: Which backward pass this thread is executing; negative if none. Without it, none is assumed.
+_backward_pass = _torch_or("_C._current_graph_task_id", lambda: -1)
 #: True while a profiler records.
 is_profiled = _torch_or("_C._autograd._profiler_enabled", _assume_active)
+
+
+def in_backward() -> bool:
+    """Whether autograd called the code that runs, such as a checkpointed function once more."""
+    return bool(_backward_pass() >= 0)
 
 
 def forward_level() -> int:

@@ -118,11 +118,16 @@ def checked_integers(name: str, values: object) -> Tensor:
             values = torch.as_tensor(values, dtype=torch.int64 if none else None)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be integers, got {shown(values)}") from error
-    if values.dtype in (torch.uint16, torch.uint32):  # torch computes little with them
-        values = values.to(torch.int64)
+    values = _computable(values)
     if values.dtype not in INTEGERS:
         raise TypeError(f"{name} must be integers, got {values.dtype}")
     return values
+
+
+def _computable(integers: Tensor) -> Tensor:
+    """The tensor, as int64 if it has one of the unsigned types that torch computes little with."""
+    wide = integers.dtype in (torch.uint16, torch.uint32)
+    return integers.to(torch.int64) if wide else integers
 
 
 def require_rows(name: str, tensor: Tensor, axis: str, packed: bool) -> None:
@@ -198,6 +203,7 @@ def checked_target(
                 f"got {tuple(target.shape)}"
             )
         return target.detach().to(carried_type(dtype)).contiguous()
+    target = _computable(target)
     if target.dtype not in INTEGERS:
         raise TypeError(f"target must be integer class ids or probabilities, got {target.dtype}")
     if target.shape != shape[:-1]:

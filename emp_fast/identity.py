@@ -19,9 +19,9 @@ __all__ = ["Identified"]
 class Identified:
     """A rule or policy, whose repr names its class and its settings.
 
-    The settings are the fields of a dataclass, and the attributes of any other class. A tensor
-    or array is replaced by its dtype, its shape and a digest of its values, because its own repr
-    rounds and abridges them, and names the device.
+    The settings are the fields of a dataclass, and the attributes and slots of any other class. A
+    tensor or array is replaced by its dtype, its shape and a digest of its values, because its own
+    repr rounds and abridges them, and names the device.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -35,7 +35,8 @@ class Identified:
         if is_dataclass(self):
             names = [field.name for field in fields(self) if field.repr]
         else:
-            names = list(vars(self))
+            slots = [name for name in _slots(type(self)) if hasattr(self, name)]
+            names = [*vars(self), *(name for name in slots if not name.startswith("__"))]
         settings = ", ".join(f"{name}={_digested(getattr(self, name))!r}" for name in names)
         return f"{type(self).__name__}({settings})"
 
@@ -61,6 +62,12 @@ class Identified:
         if isinstance(number, int) and not whole:
             number = float(number)  # 1 and 1.0 are the same setting
         object.__setattr__(self, name, number)  # also of a frozen dataclass
+
+
+def _slots(cls: type) -> list[str]:
+    """The names that ``__slots__`` of a class and its bases declare."""
+    declared = [vars(base).get("__slots__", ()) for base in reversed(cls.__mro__)]
+    return [name for slots in declared for name in ([slots] if isinstance(slots, str) else slots)]
 
 
 class _Unquoted(str):

@@ -92,8 +92,8 @@ class Planner:
         store.replicas.process_group = process_group
         self._balance = balance
         self._digest: str | None = None  # of the labels
-        #: The last plan made, and the store's revision that it was made from.
-        self._last: tuple[tuple[int, int], Plan] | None = None
+        #: The last plan made, and the store's revision and the budget that it was made from.
+        self._last: tuple[tuple[int, int], int | None, Plan] | None = None
 
     def world_size(self) -> int:
         """The number of ranks that train together."""
@@ -104,15 +104,16 @@ class Planner:
     def plan_of(self, epoch: int) -> Plan:
         """The plan of that epoch, made from the current scores. Collective on several ranks.
 
-        It is made once, as long as the store does not change.
+        It is made once, as long as neither the store nor the budget changes.
         """
+        budget = self.schedule.budget(epoch)  # a function of the epoch may have changed its mind
         if self._last is not None:
-            revision, plan = self._last
-            if revision == self.store.revision and plan.epoch == epoch:
+            revision, for_budget, plan = self._last
+            if (revision, for_budget, plan.epoch) == (self.store.revision, budget, epoch):
                 return plan
         self.merge(epoch)
-        plan = self.plan_with(epoch, self._select(epoch))
-        self._last = self.store.revision, plan
+        plan = self.plan_with(epoch, self._select(epoch, budget))
+        self._last = self.store.revision, budget, plan
         return plan
 
     def plan_with(self, epoch: int, selection: Selection) -> Plan:
@@ -128,11 +129,11 @@ class Planner:
         """Forgets the last plan made: its epoch has begun, or another state has been loaded."""
         self._last = None
 
-    def _select(self, epoch: int) -> Selection:
+    def _select(self, epoch: int, budget: int | None) -> Selection:
         if self.schedule.is_full(epoch):
             return Selection(torch.arange(self.store.num_samples, device="cpu"), None)
         return self.store.select(
-            self.schedule.budget(epoch),
+            budget,
             self.schedule.policy,
             labels=self.labels,
             epoch=epoch,

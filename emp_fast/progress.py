@@ -135,7 +135,12 @@ class Progress:
         if self.plan is not None and self._loop_is_running():
             return len(self.plan)
         epoch = self._last_if_beyond(self._next_epoch())
-        budget = self.schedule.budget(epoch)
+        try:
+            budget = self.schedule.budget(epoch)
+        except Exception:
+            if self.plan is None or not self._may_be_beyond():
+                raise
+            return len(self.plan)  # if the function is wrong, the next epoch will raise
         if self.plan is not None and self.plan.epoch == epoch:
             return len(self.plan)
         return len(self.plan_of(epoch)) if budget is None else budget
@@ -144,8 +149,8 @@ class Progress:
         """Samples of `epoch`; 0 before it begins if their number is not certain before."""
         if self.plan is not None and self.plan.epoch == self.epoch:
             return len(self.plan)
-        if callable(self.schedule.rate) and self.schedule.epochs is None:
-            return 0  # the function may not know epochs after the last one
+        if self._may_be_beyond():
+            return 0
         return self.schedule.budget(self._last_if_beyond(self.epoch)) or 0
 
     def _last_if_beyond(self, epoch: int) -> int:
@@ -153,11 +158,16 @@ class Progress:
         last = self.schedule.epochs
         return epoch if last is None else min(epoch, last - 1)
 
+    def _may_be_beyond(self) -> bool:
+        """Whether a function gives the rates and may not know the next epoch, after the last."""
+        return callable(self.schedule.rate) and self.schedule.epochs is None
+
     def settings(self) -> str:
         """N, schedule, rule and epoch, for the repr of a `Pruner` and its samplers."""
         schedule = self.schedule
+        rate = "" if schedule.policy.budget == "none" else f"prune_rate={schedule.rate!r}, "
         return (
-            f"{self.store.num_samples}, prune_rate={schedule.rate!r}, "
+            f"{self.store.num_samples}, {rate}"
             f"rule={self.store.rule!r}, policy={schedule.policy!r}, epoch={self.epoch}"
         )
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from emp_fast import functional, ops
+from emp_fast._torch_internals import in_backward
 from emp_fast._transfer import to_device
 from emp_fast._validation import (
     checked_int,
@@ -161,7 +163,15 @@ class Pruner:
             ValueError: as `functional.cross_entropy` and `ScoreStore.update`.
             TypeError: likewise.
             IndexError: likewise.
+            RuntimeError: called within a backward pass, as for activation checkpointing.
         """
+        if not is_compiling() and in_backward():
+            raise RuntimeError(
+                "pruner.loss must not run within a backward pass, in which torch.utils.checkpoint "
+                "runs a function again: every sample would be scored twice. Keep pruner.loss "
+                "outside the checkpointed function, or use functional.cross_entropy there and "
+                "pruner.update outside"
+            )
         if offsets is None and not extra:
             row_scale = self.weights(indices) if self._has_weights() else None
             mean = self.store.try_mean_step(
@@ -252,6 +262,9 @@ class Pruner:
     def weights(self, indices: Tensor) -> Tensor:
         """[S] float32 loss weights that the policy gives these samples in this epoch; usually 1.
 
+        They are on the store's device, wherever the indices are: that of the stats, once there have
+        been some and unless the pruner was given another.
+
         Raises:
             TypeError: the indices are not integers.
             IndexError: on the CPU, an index lies outside [0, N), and the policy gives weights. On a
@@ -261,7 +274,7 @@ class Pruner:
         plan = self.progress.plan
         weights = None if plan is None else plan.weights_on(self.store.device)
         if weights is None:
-            return torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
+            return torch.ones(indices.shape, dtype=torch.float32, device=self.store.device)
         indices, num_samples = indices.to(torch.int64), self.store.num_samples
         if indices.device.type != "cpu":  # there, a bad index would make the device unusable
             indices = indices.clamp(0, num_samples - 1)
@@ -270,7 +283,7 @@ class Pruner:
         return weights[to_device(indices, self.store.device)]
 
     def _has_weights(self) -> bool:
-        """Whether any sample of this epoch has a weight other than 1."""
+        """Whether the policy gives the samples of this epoch weights, if only of 1."""
         plan = self.progress.plan
         return plan is not None and plan.weights is not None
 
@@ -315,6 +328,8 @@ class Pruner:
 
     def prune_rate(self, epoch: int) -> float:
         """The share of samples to leave out in that epoch; 0 in the full epochs.
+
+        A policy that fixes its own number, `BelowMean`, ignores it.
 
         Raises:
             ValueError: the function given as ``prune_rate`` returned something outside [0, 1).
@@ -472,7 +487,7 @@ def _indices_of_rows(indices: Tensor, loss: Tensor) -> Tensor:
     indices = checked_integers("indices", indices)
     if indices.shape != loss.shape:
         raise ValueError(
-            f"indices must have shape {tuple(loss.shape)} to go with stats, "
+            f"indices must have shape {tuple(loss.shape)}, one for each sample, "
             f"got {tuple(indices.shape)}"
         )
     return indices

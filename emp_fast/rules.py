@@ -401,8 +401,8 @@ def require_rule(rule: object) -> None:
     """Raises unless ``rule`` is a `Rule` that can work.
 
     Raises:
-        TypeError: it is something else, does not override ``step`` or ``recurrence``, or its
-            ``reads`` are not a tuple of names.
+        TypeError: it is something else, does not override ``step`` or ``recurrence``, overrides the
+            ``step`` of a rule with a recurrence, or its ``reads`` are not a tuple of names.
         ValueError: its recurrence has an unknown kind, a setting out of range, or reads a stat that
             ``reads`` does not name.
     """
@@ -415,8 +415,22 @@ def require_rule(rule: object) -> None:
     recurrence = rule.recurrence()
     if recurrence is not None:
         _require_recurrence(recurrence, rule)
+        if _is_newer("step", "recurrence", type(rule)):
+            raise TypeError(
+                f"step() of {type(rule).__name__} would never run, because recurrence() takes its "
+                "place: override recurrence() instead, or to return None"
+            )
     elif type(rule).step is Rule.step:
         raise TypeError(f"rule must override step() or recurrence(), got {rule!r}")
+
+
+def _is_newer(name: str, other: str, cls: type) -> bool:
+    """Whether ``cls`` gets the method ``name`` from a class that comes before that of ``other``."""
+    mine, others = (
+        next(at for at, base in enumerate(cls.__mro__) if method in vars(base))
+        for method in (name, other)
+    )
+    return mine < others
 
 
 def _require_recurrence(recurrence: Recurrence, rule: Rule) -> None:

@@ -136,8 +136,8 @@ class SampleState:
         rows, device = indices.numel(), logits.device
         if rows != logits.shape[0]:
             raise ValueError(
-                f"indices must have one index for each of {logits.shape[0]} rows of logits, "
-                f"got {rows}"
+                f"indices must have shape {(logits.shape[0],)}, one for each sample, "
+                f"got {tuple(indices.shape)}"
             )
         moves = device != self.state.scores.device
         if moves and not self.follows:
@@ -146,7 +146,7 @@ class SampleState:
             logits, target, weight, ignore_index, label_smoothing, softcap
         )
         if moves:
-            self.move(device)
+            self._follow(device)
         if row_scale is not None:  # it was made on the state's device, which may have changed
             row_scale = to_device(row_scale, device)
         if indices.device != device:
@@ -243,11 +243,20 @@ class SampleState:
                 count = count.to(torch.int32)
         device = next(iter(read.values())).device if read else indices.device
         if self.follows and device != self.device:
-            self.move(device)
+            self._follow(device)
         indices = to_device(indices, self.device)
         read = {name: to_device(value, self.device) for name, value in read.items()}
         count = None if count is None else to_device(count, self.device)
         return indices, read, count
+
+    def _follow(self, device: torch.device) -> None:
+        """Moves the state to the device of a batch."""
+        if device.type == "meta":  # the values of the state would be lost
+            raise ValueError(
+                "a batch must have values to update the state, got tensors on the meta device; "
+                "functional.cross_entropy takes them"
+            )
+        self.move(device)
 
     def _checked_stat(self, name: str, given: Mapping[str, Tensor], samples: int) -> Tensor:
         value = given.get(name)

@@ -98,7 +98,7 @@ def logits_and_hidden() -> Iterator[Bad]:
 
 def target(function: str) -> Iterator[Bad]:
     yield from not_tensors(function, "target")
-    yield from of_wrong_type(function, "target", IDS, "bool", "complex64", "uint16")
+    yield from of_wrong_type(function, "target", IDS, "bool", "complex64", "uint64")
     yield from of_wrong_shape(function, "target", (), (S - 1,), (S, T), (S, 1))
     for shape in ((S,), (S, C + 1), (S + 1, C)):  # of probabilities
         yield Bad(function, "target", torch.zeros(shape), ValueError, f"got {shape}")

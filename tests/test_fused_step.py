@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from emp_fast import Pruner
 from emp_fast.backends import load
@@ -12,6 +13,7 @@ from emp_fast.backends.base import Backend
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean
 from emp_fast.rules import AUM, EMP, UCB, Forgetting, Loss
+from emp_fast.sample_state import SampleState
 
 
 @pytest.fixture(params=[False, True], ids=["separate", "fused"])
@@ -89,6 +91,7 @@ def test_policy_weights_follow_the_state_to_the_logits(monkeypatch):
 
     monkeypatch.setattr("emp_fast.ops.fuses_step", lambda logits: True)
     monkeypatch.setattr("emp_fast.ops.mean_step", record)
+    monkeypatch.setattr(SampleState, "_follow", SampleState.move)  # to a device that has no values
     pruner = Pruner(12, policy=BelowMean(0.5))
     list(pruner.sampler)
     logits = torch.empty(3, 5, device="meta", requires_grad=True)
@@ -141,6 +144,34 @@ def test_a_refused_call_does_not_move_the_state_to_its_logits(fuses):
     with pytest.raises(ValueError, match="target must have shape"):
         pruner.loss(logits, bad, torch.arange(3))
     assert pruner.store.device.type == "meta"
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_batch_without_values_leaves_the_state_where_it_is(gradient):
+    pruner = Pruner(4)
+    pruner.update(torch.arange(4), loss=torch.arange(4.0), memory=torch.ones(4))
+    logits = torch.empty(3, 5, device="meta", requires_grad=gradient)
+    target = torch.zeros(3, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"must have values to update the state, .* meta device"):
+        pruner.loss(logits, target, torch.arange(3))
+    assert pruner.store.scores.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_function_scores_nothing_a_second_time(reentrant, backend):
+    pruner, model = Pruner(4), torch.nn.Linear(2, 3)
+    inputs, target = torch.randn(4, 2, requires_grad=True), torch.arange(4) % 3
+    loss = checkpoint(
+        lambda x: pruner.loss(model(x), target, torch.arange(4)), inputs, use_reentrant=reentrant
+    )
+    with pytest.raises(RuntimeError, match=r"Keep pruner\.loss outside the checkpointed"):
+        loss.backward()
+    assert pruner.store.visits.tolist() == [1, 1, 1, 1]
+
+    stats = checkpoint(lambda x: cross_entropy(model(x), target), inputs, use_reentrant=False)
+    pruner.update(torch.arange(4), stats)
+    pruner.mean_loss(torch.arange(4), stats).backward()
+    assert pruner.store.visits.tolist() == [2, 2, 2, 2]
 
 
 def test_a_bad_index_leaves_state_and_count_alone(fuses):

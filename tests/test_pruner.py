@@ -243,7 +243,36 @@ def test_weights_of_samples_that_do_not_exist(policy):
             pruner.weights(torch.tensor([0, index]))
 
 
+@pytest.mark.parametrize("policy", [TopK(), BelowMean(0.5)], ids=repr)
+def test_the_weights_are_where_the_scores_are(policy):
+    pruner = Pruner(N, policy=policy)
+    list(pruner.sampler)
+    pruner.store._samples.move(torch.device("meta"))
+    assert pruner.weights(torch.arange(3)).is_meta
+
+
+def test_the_length_after_the_last_epoch_that_a_function_knows():
+    pruner = Pruner(N, lambda epoch: [0.5, 0.75][epoch], rule=Loss())
+    loader = make_loader(pruner, num_workers=1)  # asks for the end of the epoch ahead
+    run_epoch(pruner, loader)
+    for _, indices in loader:
+        pruner.update(indices, loss=loss_of(indices))
+        assert len(loader) == 2
+    assert len(loader) == 2
+    with pytest.raises(IndexError):
+        next(iter(pruner.sampler))
+
+
+def test_a_rate_that_changes_after_the_selection_was_looked_at():
+    rate = 0.5
+    pruner = Pruner(N, lambda epoch: rate)
+    assert len(pruner.selection.indices) == N // 2
+    rate = 0.25
+    assert len(pruner.sampler) == len(list(pruner.sampler)) == N * 3 // 4
+
+
 def test_a_policy_that_fixes_its_own_number_ignores_the_prune_rate():
+    assert "prune_rate" not in repr(Pruner(N, prune_rate=0.9, policy=BelowMean()))
     assert Pruner(N, prune_rate=0.999, policy=BelowMean()).schedule.budget(0) is None
     with pytest.raises(ValueError, match=r"prune_rate must lie in \[0, 1\), got 1"):
         Pruner(N, prune_rate=1, policy=BelowMean())
@@ -755,7 +784,7 @@ def test_samplers_say_what_they_are_of():
         (
             lambda: Pruner(N).loss(torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), [0]),
             ValueError,
-            r"indices must have shape \(2,\) to go with stats, got \(1,\)",
+            r"indices must have shape \(2,\), one for each sample, got \(1,\)",
         ),
         (
             lambda: Pruner(N).mean_loss(torch.arange(2), torch.ones(2)),
@@ -767,7 +796,7 @@ def test_samplers_say_what_they_are_of():
                 torch.arange(1), cross_entropy(torch.zeros(2, 3), torch.arange(2))
             ),
             ValueError,
-            r"indices must have shape \(2,\) to go with stats, got \(1,\)",
+            r"indices must have shape \(2,\), one for each sample, got \(1,\)",
         ),
         (
             lambda: Pruner(N).loss(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([N])),

@@ -316,6 +316,44 @@ def test_a_number_is_the_same_setting_as_int_and_as_float() -> None:
     store.load_state_dict(other.state_dict())
 
 
+def test_slots_are_settings() -> None:
+    class Scaled(Rule):
+        __slots__ = ("__private", "bias", "scale")
+
+        def __init__(self, scale: float) -> None:
+            self.scale = scale  # and no bias
+
+        def step(self, stats: Any, state: Any) -> dict[str, torch.Tensor]:
+            return {"score": self.scale * stats["loss"]}
+
+    class Shifted(Scaled):
+        __slots__ = "shift"
+
+    shifted = Shifted(2.0)
+    shifted.shift = 1
+    assert repr(Scaled(2.0)) == "Scaled(scale=2.0)"
+    assert repr(shifted) == "Shifted(scale=2.0, shift=1)"
+
+
+def test_a_step_that_would_never_run_is_refused() -> None:
+    def step(self: Rule, stats: Any, state: Any) -> dict[str, torch.Tensor]:
+        return {"score": -stats["loss"]}
+
+    turned = type("Turned", (Loss,), {"step": step})
+    mixed = type("Mixed", (type("Mixin", (Rule,), {"step": step}), Loss), {})
+    for rule in (turned, mixed):
+        with pytest.raises(TypeError, match=r"^step\(\) of (Turned|Mixed) would never run"):
+            ScoreStore(3, rule())
+    alone = type("Alone", (Loss,), {"step": step, "recurrence": lambda self: None})
+    store = ScoreStore(3, alone())
+    store.update(torch.arange(3), {"loss": torch.arange(3.0)})
+    assert store.scores.tolist() == [0, -1, -2]
+    both = type("Both", (RHO,), {"recurrence": Loss.recurrence})  # the newer one runs
+    store = ScoreStore(3, both(torch.zeros(3)))
+    store.update(torch.arange(3), {"loss": torch.arange(3.0)})
+    assert store.scores.tolist() == [0, 1, 2]
+
+
 def test_a_dataclass_keeps_a_repr_of_its_own() -> None:
     class Short(Rule):
         def __repr__(self) -> str:

@@ -184,7 +184,7 @@ struct ThreadRows {
       } else {
         left = true;
       }
-      // Volatile-like store (bypasses L1): losers may read this claim concurrently.
+      // Past the L1 cache, as in read_state: the losing rows read this claim meanwhile.
       __stcg(s.claims + v.sample, v.finite() ? 0 : kLeftClaim);
     }
     return left;

@@ -12,7 +12,7 @@ namespace {
 static_assert(sizeof(SelectState) == kStateBytes);
 
 struct Control {
-  unsigned long long candidates;  // found inside it, which may exceed the capacity
+  unsigned long long candidates;  // found inside the bracket; may exceed the capacity
   unsigned long long above;       // scores above the bracket
   unsigned arrived;               // blocks of the running launch; see last_block
   unsigned unused[3];

@@ -141,8 +141,6 @@ def select(
     for given in (scores, labels, dataset):
         if given is not None and output.resolve() == given.resolve():
             raise InputError(f"OUTPUT must differ from {given}, which is read")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists already; --overwrite replaces it")
     if dataset is None:
         require_writable(output, WRITABLE, overwrite=True)
     numbers = {
@@ -157,6 +155,8 @@ def select(
     values, rounded = _scores(scores, column, policy, lowest=lowest, allow_nan=allow_nan)
     budget = _budget(len(values), keep, k, chosen) if chosen.budget != "none" else None
     groups, num_groups = (None, 1) if labels is None else _labels(labels, label_column, len(values))
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} exists already; --overwrite replaces it")
     candidates = Candidates(
         values, torch.ones_like(values, dtype=torch.bool), groups, num_groups, seed=seed
     )
