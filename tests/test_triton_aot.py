@@ -21,7 +21,7 @@ if find_spec("triton") is None or INTERPRETED:
     pytest.skip("Triton's compiler is not at hand", allow_module_level=True)
 
 import triton
-from machine_code.triton_compile import CAPABILITIES, compile_ahead, source_of
+from machine_code.triton_compile import CAPABILITIES, Compiled, compile_ahead, source_of
 from machine_code.triton_variants import Variant, covering, every_variant, kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
@@ -148,6 +148,20 @@ def test_every_kernel_compiles(capability: int, variants: tuple[Variant, ...]) -
             key=lambda variant: len(str(variant)),
         )
         assert compile_ahead(most, capability).startswith(b"\x7fELF"), str(most)
+
+
+def test_a_translation_serves_every_capability(
+    variants: tuple[Variant, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the report compiles: the cubins are those of a translation for each capability."""
+    for name in ("score_rows.score_rows", "score_tile.gradient_tile", "split_rows.part_sums"):
+        variant = next(v for v in variants if v.kernel == name)
+        compiled = Compiled(variant)
+        for capability in CAPABILITIES:
+            monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "once"))
+            once = compiled.cubin(capability)
+            monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "anew"))
+            assert once == compile_ahead(variant, capability), f"{capability} {variant}"
 
 
 # ---- the report ---------------------------------------------------------------------------------

@@ -113,16 +113,23 @@ def check_triton(every: bool, capabilities: Sequence[int], pool: Executor) -> li
         f" {', '.join(map(str, capabilities))}",
         flush=True,
     )
-    work = [(variant, capability) for capability in capabilities for variant in chosen]
-    return list(pool.map(_check_variant, work, chunksize=4))
+    work = [(variant, tuple(capabilities)) for variant in chosen]
+    found = list(pool.map(_check_variant, work, chunksize=2))
+    return [finding for findings in zip(*found, strict=True) for finding in findings]
 
 
-def _check_variant(work: tuple[Any, int]) -> Finding:
-    from machine_code.triton_compile import compile_ahead
+def _check_variant(work: tuple[Any, tuple[int, ...]]) -> list[Finding]:
+    """The findings for one variant, one for each capability."""
+    from machine_code.triton_compile import Compiled
 
-    variant, capability = work
+    variant, capabilities = work
+    compiled = Compiled(variant)
+    return [_check_compiled(variant, compiled, capability) for capability in capabilities]
+
+
+def _check_compiled(variant: Any, compiled: Any, capability: int) -> Finding:
     try:
-        cubin = compile_ahead(variant, capability)
+        cubin = compiled.cubin(capability)
     except Exception as error:  # the compiler may fail with any exception
         kernel = Kernel(str(variant), f"sm_{capability}", 0, 0, 0, ())
         return Finding(kernel, (f"it does not compile: {type(error).__name__}: {error}",))
