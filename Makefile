@@ -20,7 +20,11 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find c
 	@# Debian's python3 comes without ensurepip; virtualenv brings its own pip.
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(PYTHON) -m pip install --quiet --target .virtualenv virtualenv \
 	  && PYTHONPATH=.virtualenv $(PYTHON) -m virtualenv --quiet $(VENV); }
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@# The native build needs few of the requirements, and its compilers' time is most of the setup: they
+	@# start before the rest is downloaded. What they made is kept, and the install finds it.
+	sed -n '/^# build$$/,/^# run$$/p' requirements.txt | $(BIN)/python -m pip install --quiet -r /dev/stdin
+	$(BIN)/python setup.py --quiet build_ext >/dev/null 2>&1 & native=$$!; \
+	  $(BIN)/python -m pip install --quiet -r requirements.txt; installed=$$?; wait $$native; exit $$installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $(STAMP)
 

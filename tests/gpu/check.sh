@@ -25,6 +25,8 @@ summary=$folder/summary.txt
 if [ "${EMP_FAST_GPU_DRY_RUN:-0}" = 1 ]; then
   build_environment=(EMP_FAST_REQUIRE_NATIVE=1)
   bench_flags=(--device cpu --quick)
+  # No kernel of the CPU depends on the choice: each run would repeat the first.
+  choice_flags=(--collect-only)
 else
   export EMP_FAST_REQUIRE_GPU=1
   architecture=$("$python" -c '
@@ -33,6 +35,7 @@ major, minor = torch.cuda.get_device_capability()
 print(f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "") + "-real")')
   build_environment=(EMP_FAST_REQUIRE_NATIVE=1 EMP_FAST_CUDA=1 "EMP_FAST_CUDA_ARCHS=$architecture")
   bench_flags=(--device cuda)
+  choice_flags=()
 fi
 
 build() { env "${build_environment[@]}" "$python" setup.py build_ext --inplace; }
@@ -44,11 +47,11 @@ test() {
   # Rows again by the kernels that auto, the default, does not choose (docs/kernels.md).
   for kernels in plain shared cluster ring held; do
     EMP_FAST_CUDA_ROWS=$kernels "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
-      -q -k 'not triton' --junitxml="$folder/test-$kernels.xml" "${flags[@]}" || return
+      -q -k 'not triton' --junitxml="$folder/test-$kernels.xml" "${choice_flags[@]}" "${flags[@]}" || return
   done
   for kernels in plain stepped; do
     EMP_FAST_TRITON_ROWS=$kernels "$python" -m pytest tests/gpu/test_scores.py tests/gpu/test_device.py \
-      -q -k 'not cuda' --junitxml="$folder/test-triton-$kernels.xml" "${flags[@]}" || return
+      -q -k 'not cuda' --junitxml="$folder/test-triton-$kernels.xml" "${choice_flags[@]}" "${flags[@]}" || return
   done
 }
 
