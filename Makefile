@@ -16,15 +16,15 @@ help:  ## this list
 
 setup: $(STAMP)  ## virtual environment, dependencies, native build
 
-$(STAMP): pyproject.toml setup.py CMakeLists.txt requirements.txt $(shell find csrc -type f)
+$(STAMP): pyproject.toml setup.py CMakeLists.txt requirements.txt requirements-build.txt $(shell find csrc -type f)
 	@# Debian's python3 comes without ensurepip; virtualenv brings its own pip.
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(PYTHON) -m pip install --quiet --target .virtualenv virtualenv \
 	  && PYTHONPATH=.virtualenv $(PYTHON) -m virtualenv --quiet $(VENV); }
-	@# The native build needs few of the requirements, and its compilers' time is most of the setup: they
-	@# start before the rest is downloaded. What they made is kept, and the install finds it.
-	sed -n '/^# build$$/,/^# run$$/p' requirements.txt | $(BIN)/python -m pip install --quiet -r /dev/stdin
-	$(BIN)/python setup.py --quiet build_ext >/dev/null 2>&1 & native=$$!; \
-	  $(BIN)/python -m pip install --quiet -r requirements.txt; installed=$$?; wait $$native; exit $$installed
+	@# Compiling takes most of the time, so it runs while the rest is downloaded; the install finds what it made,
+	@# or says what failed.
+	$(BIN)/python -m pip install --quiet -r requirements-build.txt
+	$(BIN)/python setup.py --quiet build_ext >/dev/null 2>&1 & compiling=$$!; \
+	  $(BIN)/python -m pip install --quiet -r requirements.txt; status=$$?; wait $$compiling; exit $$status
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $(STAMP)
 

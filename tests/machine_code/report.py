@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -17,7 +17,7 @@ from machine_code.expected import (
     TRITON_STACK,
     Expected,
 )
-from machine_code.sass import Access, Kernel, kernels_of, kernels_of_each
+from machine_code.sass import Access, Kernel, kernels_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,45 +113,31 @@ def check_triton(every: bool, capabilities: Sequence[int], pool: Executor) -> li
         f" {', '.join(map(str, capabilities))}",
         flush=True,
     )
-    parts = [chosen[at : at + _TOGETHER] for at in range(0, len(chosen), _TOGETHER)]
-    work = [(part, tuple(capabilities)) for part in parts]
-    return list(itertools.chain(*pool.map(_check_variants, work)))
+    work = [(variant, tuple(capabilities)) for variant in chosen]
+    found = list(pool.map(_check_variant, work, chunksize=2))
+    return [finding for findings in zip(*found, strict=True) for finding in findings]
 
 
-#: Variants that a process compiles before it reads their code. The disassembler takes a third of a
-#: second to start, and then little for each.
-_TOGETHER = 6
-
-
-def _check_variants(work: tuple[Sequence[Any], tuple[int, ...]]) -> list[Finding]:
-    """The findings for some variants, each for every capability."""
+def _check_variant(work: tuple[Any, tuple[int, ...]]) -> list[Finding]:
+    """The findings for one variant, one for each capability."""
     from machine_code.triton_compile import Compiled
 
-    variants, capabilities = work
-    sources = [Compiled(variant) for variant in variants]
-    findings = []
-    for capability in capabilities:
-        cubins = {}
-        for variant, source in zip(variants, sources, strict=True):
-            cubin = _cubin_or_error(source, capability)
-            if isinstance(cubin, str):
-                kernel = Kernel(str(variant), f"sm_{capability}", 0, 0, 0, ())
-                findings.append(Finding(kernel, (f"it does not compile: {cubin}",)))
-            else:
-                cubins[str(variant)] = cubin
-        if cubins:
-            kernels = kernels_of_each(list(cubins.values()), [ROOT])
-            for name, kernel in zip(cubins, kernels, strict=True):
-                findings.append(check(kernel._replace(name=name), TRITON_STACK))
-    return findings
+    variant, capabilities = work
+    compiled = Compiled(variant)
+    return [_check_compiled(variant, compiled, capability) for capability in capabilities]
 
 
-def _cubin_or_error(source: Any, capability: int) -> bytes | str:
+def _check_compiled(variant: Any, compiled: Any, capability: int) -> Finding:
     try:
-        cubin: bytes = source.cubin(capability)
+        cubin = compiled.cubin(capability)
     except Exception as error:  # the compiler may fail with any exception
-        return f"{type(error).__name__}: {error}"
-    return cubin
+        kernel = Kernel(str(variant), f"sm_{capability}", 0, 0, 0, ())
+        return Finding(kernel, (f"it does not compile: {type(error).__name__}: {error}",))
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "kernel.cubin"
+        image.write_bytes(cubin)
+        (kernel,) = kernels_of(image, [ROOT])
+    return check(kernel._replace(name=str(variant)), TRITON_STACK)
 
 
 def table(findings: Iterable[Finding]) -> str:

@@ -12,11 +12,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
-
-from machine_code.merging import merged
 
 
 class Access(NamedTuple):
@@ -86,38 +84,8 @@ def kernels_of(image: Path, sources: Iterable[Path] = ()) -> list[Kernel]:
         return [kernel for cubin in cubins for kernel in _kernels_of_cubin(cubin, folders)]
 
 
-def kernels_of_each(cubins: Sequence[bytes], sources: Iterable[Path] = ()) -> list[Kernel]:
-    """The kernel in each of ``cubins``, which have one each and are for one architecture.
-
-    Raises:
-        FileNotFoundError: the tools are not installed.
-        RuntimeError: a tool refused a file.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        image = Path(folder) / "kernel.cubin"
-        usage = {}
-        names = []
-        for number, cubin in enumerate(cubins):
-            image.write_bytes(cubin)
-            ((name, used),) = _usage(_run("cuobjdump", "-res-usage", str(image))).items()
-            usage[f"kernel{number}"] = used
-            names.append(name)
-        image.write_bytes(merged(cubins))
-        kernels = _disassembled(image, usage, tuple(sources))
-    found = {kernel.name: kernel for kernel in kernels}
-    return [
-        found[f"kernel{number}"]._replace(name=_plain(name)) for number, name in enumerate(names)
-    ]
-
-
 def _kernels_of_cubin(cubin: Path, sources: tuple[Path, ...]) -> list[Kernel]:
     usage = _usage(_run("cuobjdump", "-res-usage", str(cubin)))
-    return _disassembled(cubin, usage, sources)
-
-
-def _disassembled(
-    cubin: Path, usage: dict[str, tuple[int, int, int]], sources: tuple[Path, ...]
-) -> list[Kernel]:
     text = _run("nvdisasm", "-c", "-gi", str(cubin))
     # Code for the newest architectures names its target; older code has a flag.
     target = re.search(r"\.target\s+(sm_\w+)|EF_CUDA_(SM\d+)", text)
