@@ -80,6 +80,7 @@ FAULTS = [
     "bulk_copy_over_what_is_read",
     "bulk_copy_without_fence",
     "bytes_that_never_come",
+    "change_before_the_wait",
     "cluster_barrier_that_one_thread_misses",
     "divergent_barrier",
     "end_before_the_bulk_copy",
@@ -96,16 +97,23 @@ FAULTS = [
     "out_of_bounds",
     "plain_sum",
     "read_before_the_bulk_copy_ends",
+    "read_before_the_wait",
+    "read_before_two_launches_have_ended",
+    "read_only_load_after_the_wait",
     "read_only_load_of_written_memory",
     "small_copy_not_awaited",
     "small_copy_of_another_lane",
     "store_over_what_the_other_block_reads",
     "store_to_a_block_that_is_not_ready",
+    "strong_read_before_the_wait",
+    "sum_before_the_wait",
+    "thread_that_does_not_wait",
     "two_blocks_write_one_word",
     "unwritten_dynamic_memory",
     "unwritten_shared_memory",
     "vote_that_nobody_casts",
     "wait_for_the_wrong_phase",
+    "write_before_the_wait",
 ]
 
 
@@ -135,6 +143,36 @@ def test_the_emulator_tells_a_faulty_kernel_from_a_mended_one(
     run(wrong=False)
     with pytest.raises(RuntimeError, match=rf"^{name}: .*block"):
         run(wrong=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (
+            "change_before_the_wait",
+            "write before wait_for_launch_before and an access of lower_half",
+        ),
+        ("read_before_the_wait", "read before wait_for_launch_before and a write of lower_half"),
+        ("read_before_two_launches_have_ended", "and a write of lower_half"),
+        ("read_only_load_after_the_wait", "read-only load .* that lower_half has written"),
+        ("strong_read_before_the_wait", "and a write of strong_lower_half"),
+        ("sum_before_the_wait", "atomic before wait_for_launch_before and an access of sums"),
+        ("thread_that_does_not_wait", r"\(13, 0, 0\): this thread ends without .* lower_half"),
+        ("write_before_the_wait", "and an access of lower_half"),
+    ],
+)
+def test_a_launch_that_starts_too_early_is_told_which_it_runs_beside(
+    name: str, what: str, module: Any
+) -> None:
+    emulator = module.emulator
+    data = torch.arange(128, dtype=torch.int32)
+    emulator.set_schedule(0, 1, 0)
+    emulator.allow(data.data_ptr(), 4 * 128, 4, True, True)
+    try:
+        with pytest.raises(RuntimeError, match=f"^{name}: block .*{what}"):
+            emulator.run_fault(name, data.data_ptr(), True)
+    finally:
+        emulator.forget_memory()
 
 
 def test_an_input_cannot_be_written(emulated: EmulatedBackend) -> None:

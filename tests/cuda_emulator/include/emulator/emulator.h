@@ -5,7 +5,7 @@
 // registers and stack. So it finds what a GPU does silently: an access outside the tensors that
 // Python registered, a misaligned one, a read of memory that nothing wrote, two accesses of
 // different threads that nothing orders, a barrier or a warp's collective that some threads never
-// reach.
+// reach, an access to what a launch before, which may still run, works on.
 //
 // Threads run one at a time. They switch at barriers, warp collectives and, with a seed, at random
 // accesses; with a seed several blocks are in flight and start in any order.
@@ -22,6 +22,7 @@ struct Launch {
   const char* name;
   dim3 grid, block;
   unsigned cluster;  // blocks along x
+  bool early;        // may start while the launch before it is still running
   int64_t shared_bytes;
   const void* kernel;
   const void* call;  // the kernel's arguments: constant memory
@@ -60,6 +61,11 @@ struct WarpValues {
   uint64_t of[32];
 };
 WarpValues warp_exchange(WarpOp op, unsigned mask, uint64_t value);
+
+// Launches run one after the other. What an early one does before it waits is checked as if all
+// that may still be running then ran at the same time; every thread of it must wait.
+void let_next_launch_start();
+void wait_for_launch_before();
 
 unsigned cluster_rank();
 void cluster_barrier();
