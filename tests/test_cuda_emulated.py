@@ -1181,6 +1181,33 @@ def test_ties_in_many_tiles(
         assert torch.equal(backend.topk_indices(scores, k), wanted)
 
 
+@pytest.mark.parametrize("selected", ["distinct", 5, 8, 12, 15])
+@pytest.mark.parametrize(
+    ("n", "multiprocessors"),
+    [(20 * 1024 + 5, 4), (2**18 + 5, 1)],  # a tile of 1024 scores per warp of the expansion; four
+)
+def test_the_expansion_reads_only_the_scores_of_tiles_that_lose_ties(
+    n: int, multiprocessors: int, selected: str | int, emulated: EmulatedBackend, module: Any
+) -> None:
+    """There are 15 ties, in four tiles; all that are in a tile may be lost, some, or none."""
+    backend = EmulatedBackend(module, SAMPLED_FROM=2**30, FEW_SCORES=0)
+    backend.set_device(multiprocessors, 227 * 1024)
+    scores = torch.randperm(n, generator=torch.Generator().manual_seed(0)).float()
+    threshold, lost, k = float(n // 3), torch.tensor([], dtype=torch.int64), n - n // 3
+    if selected != "distinct":
+        tile = torch.tensor([3] * 5 + [10] * 7 + [n // 1024 - 4] * 2 + [n // 1024])
+        ties = tile * 1024 + torch.tensor([*range(100, 105), *range(900, 907), 0, 1023, 4])
+        scores[scores == threshold] = 0
+        scores[ties] = threshold
+        k = int((scores > threshold).sum()) + int(selected)
+        lost = ties[int(selected) :]
+    module.emulator.count_reads("expand", scores.data_ptr(), n)
+    got = backend.topk_indices(scores, k)
+    reads = torch.tensor(module.emulator.take_reads())
+    np.testing.assert_array_equal(got.numpy(), test_selection.oracle(scores.numpy(), k))
+    assert torch.equal(reads, torch.isin(torch.arange(n) // 1024, lost // 1024).long())
+
+
 @pytest.mark.parametrize("distribution", test_selection.DISTRIBUTIONS)
 @pytest.mark.parametrize(
     ("n", "num_groups"), [(1, 1), (64, 3), (4097, 10), (6001, 40), (3000, 300)]

@@ -19,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace emulator {
@@ -263,6 +264,7 @@ struct Grid {
   std::vector<std::unique_ptr<Block>> in_flight;
   uint32_t unfinished;  // the tag of the first launch that may still run; its own, if none does
   bool is_overtaken;    // the next launch may start before this one has waited
+  bool counts_reads;    // of the memory in `counted`
   uint64_t fruitless;   // switches away from a thread that waits for a value
   std::string error;
 };
@@ -277,6 +279,12 @@ struct Module {
 struct Unfinished {
   uint32_t tag;
   std::string name;
+};
+
+struct CountedReads {
+  std::string kernel;
+  uintptr_t begin = 0;
+  std::vector<uint32_t> words;
 };
 
 Schedule schedule{0, 1, 0};
@@ -297,6 +305,7 @@ uint64_t random_state = 1;
 std::unordered_map<const void*, int> opted_in;
 std::map<std::string, unsigned> most_blocks;  // along x, by kernel
 std::string failing_kernel;
+CountedReads counted;
 
 constexpr int kSpinsBeforeSwitch = 16;
 constexpr uint64_t kMostFruitless = 200000;
@@ -604,6 +613,13 @@ void check_launches(const GlobalGranule& granule, bool write, Access access, uin
   }
 }
 
+void count_read(uintptr_t begin, uintptr_t end) {
+  const uintptr_t end_of_all = counted.begin + 4 * counted.words.size();
+  for (uintptr_t at = std::max(begin, counted.begin); at < std::min(end, end_of_all); at += 4) {
+    ++counted.words[(at - counted.begin) / 4];
+  }
+}
+
 void access_global(Range& range, uintptr_t address, size_t size, bool write, Access access) {
   if (write && !range.writable) fail("write of %zu bytes to an input at %#lx", size, address);
   // A vector that holds one byte of a tensor may be read whole.
@@ -616,6 +632,7 @@ void access_global(Range& range, uintptr_t address, size_t size, bool write, Acc
            address);
     }
   }
+  if (!write && grid->counts_reads) count_read(begin, end);
   if (!range.writable) return;
   for (size_t g = range.granule(begin); g <= range.granule(end - 1); ++g) {
     if (write) {
@@ -967,6 +984,7 @@ void run(const Launch& wanted) {
   here.thread_stride = (here.threads_per_block + 31) / 32 * 32;
   if (!launch.early) unfinished.clear();  // all have ended
   here.unfinished = unfinished.empty() ? here.tag : unfinished.front().tag;
+  here.counts_reads = !counted.words.empty() && counted.kernel == launch.name;
   grid = &here;
   touched_begin = UINTPTR_MAX;
   touched_end = 0;
@@ -1328,6 +1346,12 @@ void forget_memory() {
 void limit_blocks(const std::string& kernel, unsigned most) { most_blocks[kernel] = most; }
 
 void fail_launches(const std::string& kernel) { failing_kernel = kernel; }
+
+void count_reads(const std::string& kernel, uintptr_t address, size_t words) {
+  counted = {kernel, address, std::vector<uint32_t>(words)};
+}
+
+std::vector<uint32_t> take_reads() { return std::exchange(counted, {}).words; }
 
 void set_device(int index, int multiprocessors, int shared_bytes, int max_cluster) {
   devices[index] = {multiprocessors, shared_bytes, max_cluster};

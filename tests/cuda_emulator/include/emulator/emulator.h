@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace emulator {
 
@@ -103,6 +104,9 @@ void forget_memory();
 void limit_blocks(const std::string& kernel, unsigned most);
 // Makes every launch of that kernel fail; "" makes none fail.
 void fail_launches(const std::string& kernel);
+// Counts how often launches of that kernel read each word of 4 bytes, until the counts are taken.
+void count_reads(const std::string& kernel, uintptr_t address, size_t words);
+std::vector<uint32_t> take_reads();
 // The device that kernels run on from now on. max_cluster: 0 for one without clusters.
 void set_device(int index, int multiprocessors, int shared_bytes, int max_cluster);
 
