@@ -80,6 +80,7 @@ FAULTS = [
     "bulk_copy_over_what_is_read",
     "bulk_copy_without_fence",
     "bytes_that_never_come",
+    "change_before_the_wait",
     "cluster_barrier_that_one_thread_misses",
     "divergent_barrier",
     "end_before_the_bulk_copy",
@@ -96,16 +97,23 @@ FAULTS = [
     "out_of_bounds",
     "plain_sum",
     "read_before_the_bulk_copy_ends",
+    "read_before_the_wait",
+    "read_before_two_launches_have_ended",
+    "read_only_load_after_the_wait",
     "read_only_load_of_written_memory",
     "small_copy_not_awaited",
     "small_copy_of_another_lane",
     "store_over_what_the_other_block_reads",
     "store_to_a_block_that_is_not_ready",
+    "strong_read_before_the_wait",
+    "sum_before_the_wait",
+    "thread_that_does_not_wait",
     "two_blocks_write_one_word",
     "unwritten_dynamic_memory",
     "unwritten_shared_memory",
     "vote_that_nobody_casts",
     "wait_for_the_wrong_phase",
+    "write_before_the_wait",
 ]
 
 
@@ -135,6 +143,36 @@ def test_the_emulator_tells_a_faulty_kernel_from_a_mended_one(
     run(wrong=False)
     with pytest.raises(RuntimeError, match=rf"^{name}: .*block"):
         run(wrong=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (
+            "change_before_the_wait",
+            "write before wait_for_launch_before and an access of lower_half",
+        ),
+        ("read_before_the_wait", "read before wait_for_launch_before and a write of lower_half"),
+        ("read_before_two_launches_have_ended", "and a write of lower_half"),
+        ("read_only_load_after_the_wait", "read-only load .* that lower_half has written"),
+        ("strong_read_before_the_wait", "and a write of strong_lower_half"),
+        ("sum_before_the_wait", "atomic before wait_for_launch_before and an access of sums"),
+        ("thread_that_does_not_wait", r"\(13, 0, 0\): this thread ends without .* lower_half"),
+        ("write_before_the_wait", "and an access of lower_half"),
+    ],
+)
+def test_a_launch_that_starts_too_early_is_told_which_it_runs_beside(
+    name: str, what: str, module: Any
+) -> None:
+    emulator = module.emulator
+    data = torch.arange(128, dtype=torch.int32)
+    emulator.set_schedule(0, 1, 0)
+    emulator.allow(data.data_ptr(), 4 * 128, 4, True, True)
+    try:
+        with pytest.raises(RuntimeError, match=f"^{name}: block .*{what}"):
+            emulator.run_fault(name, data.data_ptr(), True)
+    finally:
+        emulator.forget_memory()
 
 
 def test_an_input_cannot_be_written(emulated: EmulatedBackend) -> None:
@@ -1141,6 +1179,33 @@ def test_ties_in_many_tiles(
     for k in (len(high) // 2, len(high), len(high) + len(low) // 2):
         wanted = torch.cat([high[:k], low[: max(0, k - len(high))]]).sort().values
         assert torch.equal(backend.topk_indices(scores, k), wanted)
+
+
+@pytest.mark.parametrize("selected", ["distinct", 5, 8, 12, 15])
+@pytest.mark.parametrize(
+    ("n", "multiprocessors"),
+    [(20 * 1024 + 5, 4), (2**18 + 5, 1)],  # a tile of 1024 scores per warp of the expansion; four
+)
+def test_the_expansion_reads_only_the_scores_of_tiles_that_lose_ties(
+    n: int, multiprocessors: int, selected: str | int, emulated: EmulatedBackend, module: Any
+) -> None:
+    """There are 15 ties, in four tiles; all that are in a tile may be lost, some, or none."""
+    backend = EmulatedBackend(module, SAMPLED_FROM=2**30, FEW_SCORES=0)
+    backend.set_device(multiprocessors, 227 * 1024)
+    scores = torch.randperm(n, generator=torch.Generator().manual_seed(0)).float()
+    threshold, lost, k = float(n // 3), torch.tensor([], dtype=torch.int64), n - n // 3
+    if selected != "distinct":
+        tile = torch.tensor([3] * 5 + [10] * 7 + [n // 1024 - 4] * 2 + [n // 1024])
+        ties = tile * 1024 + torch.tensor([*range(100, 105), *range(900, 907), 0, 1023, 4])
+        scores[scores == threshold] = 0
+        scores[ties] = threshold
+        k = int((scores > threshold).sum()) + int(selected)
+        lost = ties[int(selected) :]
+    module.emulator.count_reads("expand", scores.data_ptr(), n)
+    got = backend.topk_indices(scores, k)
+    reads = torch.tensor(module.emulator.take_reads())
+    np.testing.assert_array_equal(got.numpy(), test_selection.oracle(scores.numpy(), k))
+    assert torch.equal(reads, torch.isin(torch.arange(n) // 1024, lost // 1024).long())
 
 
 @pytest.mark.parametrize("distribution", test_selection.DISTRIBUTIONS)

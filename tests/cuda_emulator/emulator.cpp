@@ -19,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace emulator {
@@ -128,7 +129,28 @@ struct Record {
 
 struct Shadow {
   Record write, read;
+};
+
+struct SharedGranule : Shadow {
   uint32_t filling;  // the tag, while an asynchronous copy is under way to here
+};
+
+// The launch that did something last, and the last one of those before it.
+struct Latest {
+  uint32_t launch, before;  // tags
+
+  void note(uint32_t tag) {
+    if (tag == launch) return;
+    before = launch;
+    launch = tag;
+  }
+  uint32_t other_than(uint32_t tag) const { return tag == launch ? before : launch; }
+};
+
+// A launch that starts early is checked against what those that may still run have done to it,
+// however much it does to it itself.
+struct GlobalGranule : Shadow {
+  Latest written, touched, touched_otherwise;  // the last one other than by atomic operations
 };
 
 struct Range {
@@ -136,7 +158,7 @@ struct Range {
   unsigned granule_shift;
   bool writable;
   std::vector<bool> initialised;  // by granule
-  std::vector<Shadow> shadow;
+  std::vector<GlobalGranule> shadow;
 
   size_t granule(uintptr_t address) const { return (address - begin) >> granule_shift; }
 };
@@ -145,7 +167,7 @@ constexpr unsigned kSharedGranuleShift = 1;  // no kernel shares bytes
 
 // Shadow memory of one block's shared memory; reused from block to block, told apart by tags.
 struct SharedShadow {
-  std::vector<Shadow> fixed, dynamic;
+  std::vector<SharedGranule> fixed, dynamic;
 };
 
 // ---- the grid
@@ -179,6 +201,7 @@ struct Thread {
   std::shared_ptr<const Knowledge> published;
   const void* awaited;  // the mbarrier that it waits for
   bool unfenced;        // has touched shared memory since its last fence for asynchronous copies
+  bool after_launches;  // every launch before has ended for it
   std::deque<std::vector<SmallCopy>> copy_groups;  // the last one is open
 
   int lane() const { return number % 32; }
@@ -239,7 +262,10 @@ struct Grid {
   std::unordered_map<uintptr_t, std::shared_ptr<const Knowledge>> published;
   std::deque<AsyncCopy> copies;
   std::vector<std::unique_ptr<Block>> in_flight;
-  uint64_t fruitless;  // switches away from a thread that waits for a value
+  uint32_t unfinished;  // the tag of the first launch that may still run; its own, if none does
+  bool is_overtaken;    // the next launch may start before this one has waited
+  bool counts_reads;    // of the memory in `counted`
+  uint64_t fruitless;   // switches away from a thread that waits for a value
   std::string error;
 };
 
@@ -248,7 +274,21 @@ struct Module {
   uintptr_t fixed_begin = 0, fixed_end = 0;  // its thread-local memory: __shared__
 };
 
+// What may still run when the next launch starts early: the last launch and, if that let the next
+// one start before it had waited for them, those that it found running itself.
+struct Unfinished {
+  uint32_t tag;
+  std::string name;
+};
+
+struct CountedReads {
+  std::string kernel;
+  uintptr_t begin = 0;
+  std::vector<uint32_t> words;
+};
+
 Schedule schedule{0, 1, 0};
+std::vector<Unfinished> unfinished;  // in order
 Grid* grid = nullptr;
 Thread* running = nullptr;
 Block* in_fixed_memory = nullptr;  // whose shared memory lies in the thread-local memory
@@ -265,6 +305,7 @@ uint64_t random_state = 1;
 std::unordered_map<const void*, int> opted_in;
 std::map<std::string, unsigned> most_blocks;  // along x, by kernel
 std::string failing_kernel;
+CountedReads counted;
 
 constexpr int kSpinsBeforeSwitch = 16;
 constexpr uint64_t kMostFruitless = 200000;
@@ -328,6 +369,10 @@ std::vector<Block*> cluster_of(const Block& block);
 
 void finish_thread() {
   Block& block = *running->block;
+  if (!running->after_launches) {
+    fail("this thread ends without wait_for_launch_before, while %s may still run",
+         unfinished.empty() ? "the launch before" : unfinished.back().name.c_str());
+  }
   running->state = State::kDone;
   ++block.done;
   if (block.waiting > 0) {
@@ -490,10 +535,6 @@ const char* name_of(bool write, Access access) {
 
 void check_order(Shadow& shadow, bool write, Access access, uint32_t tag, const char* space,
                  uintptr_t address) {
-  if (shadow.filling == tag) {
-    fail("%s of %s memory at %#lx, which an asynchronous copy is still filling",
-         name_of(write, access), space, address);
-  }
   const bool strong = is_strong(access);
   const auto conflicts = [&](const Record& r) {
     return r.tag == tag && !(strong && is_strong(r.access)) && !is_ordered(r);
@@ -515,7 +556,16 @@ void check_order(Shadow& shadow, bool write, Access access, uint32_t tag, const 
   }
 }
 
-void access_shared(uint32_t tag, std::vector<Shadow>& shadow, size_t offset, size_t size,
+void check_shared(SharedGranule& granule, bool write, Access access, uint32_t tag,
+                  uintptr_t address) {
+  if (granule.filling == tag) {
+    fail("%s of shared memory at %#lx, which an asynchronous copy is still filling",
+         name_of(write, access), address);
+  }
+  check_order(granule, write, access, tag, "shared", address);
+}
+
+void access_shared(uint32_t tag, std::vector<SharedGranule>& shadow, size_t offset, size_t size,
                    bool write, Access access, uintptr_t address) {
   if (!is_strong(access)) running->unfenced = true;
   const size_t last = (offset + size - 1) >> kSharedGranuleShift;
@@ -524,7 +574,49 @@ void access_shared(uint32_t tag, std::vector<Shadow>& shadow, size_t offset, siz
       fail("read of %zu bytes of shared memory at offset %zu that no thread has written", size,
            offset);
     }
-    check_order(shadow[g], write, access, tag, "shared", address);
+    check_shared(shadow[g], write, access, tag, address);
+  }
+}
+
+// Until it waits, a launch that starts early may read only what no launch that may still run
+// writes, and write only what none of them touches. Strong accesses are no exception, as they may
+// find the value from before. Atomic operations are: counters may be added to in any order. What
+// those launches write must not be read by read-only loads even later: a compiler may move such a
+// load to before the wait.
+void check_launches(const GlobalGranule& granule, bool write, Access access, uintptr_t address) {
+  const auto running_still = [&](const Latest& latest) -> const char* {
+    const uint32_t tag = latest.other_than(grid->tag);
+    if (tag < grid->unfinished) return nullptr;
+    const auto found = std::find_if(unfinished.begin(), unfinished.end(),
+                                    [tag](const Unfinished& u) { return u.tag == tag; });
+    return found->name.c_str();
+  };
+  if (!running->after_launches) {
+    const bool atomic = access == Access::kAtomic;
+    const bool reads = !write && !atomic;
+    const char* other = running_still(reads    ? granule.written
+                                      : atomic ? granule.touched_otherwise
+                                               : granule.touched);
+    if (other != nullptr) {
+      fail(
+          "race on global memory at %#lx: this %s before wait_for_launch_before and %s of %s are "
+          "not ordered",
+          address, name_of(write, access), reads ? "a write" : "an access", other);
+    }
+  }
+  if (access != Access::kReadOnly) return;
+  if (const char* other = running_still(granule.written)) {
+    fail(
+        "read-only load of global memory at %#lx that %s has written, beside which this launch "
+        "may have started",
+        address, other);
+  }
+}
+
+void count_read(uintptr_t begin, uintptr_t end) {
+  const uintptr_t end_of_all = counted.begin + 4 * counted.words.size();
+  for (uintptr_t at = std::max(begin, counted.begin); at < std::min(end, end_of_all); at += 4) {
+    ++counted.words[(at - counted.begin) / 4];
   }
 }
 
@@ -540,6 +632,7 @@ void access_global(Range& range, uintptr_t address, size_t size, bool write, Acc
            address);
     }
   }
+  if (!write && grid->counts_reads) count_read(begin, end);
   if (!range.writable) return;
   for (size_t g = range.granule(begin); g <= range.granule(end - 1); ++g) {
     if (write) {
@@ -547,7 +640,12 @@ void access_global(Range& range, uintptr_t address, size_t size, bool write, Acc
     } else if (!range.initialised[g]) {
       fail("read of %zu bytes at %#lx that nothing has written", size, address);
     }
-    check_order(range.shadow[g], write, access, grid->tag, "global", address);
+    GlobalGranule& granule = range.shadow[g];
+    if (grid->unfinished != grid->tag) check_launches(granule, write, access, address);
+    check_order(granule, write, access, grid->tag, "global", address);
+    if (write) granule.written.note(grid->tag);
+    granule.touched.note(grid->tag);
+    if (access != Access::kAtomic) granule.touched_otherwise.note(grid->tag);
   }
 }
 
@@ -605,7 +703,7 @@ void notice_waiting(uintptr_t address) {
 // ---- asynchronous copies
 
 // The shadow of one granule of a block's dynamic shared memory.
-Shadow& shadow_of(Block& block, const void* shared) {
+SharedGranule& shadow_of(Block& block, const void* shared) {
   const size_t offset = static_cast<size_t>(static_cast<const char*>(shared) - block.dynamic);
   return block.shadow->dynamic[offset >> kSharedGranuleShift];
 }
@@ -616,10 +714,9 @@ void start_filling(Block& block, char* to, size_t bytes) {
     fail("asynchronous copy of %zu bytes to a place that is not in dynamic shared memory", bytes);
   }
   for (size_t at = 0; at < bytes; at += size_t{1} << kSharedGranuleShift) {
-    Shadow& shadow = shadow_of(block, to + at);
-    check_order(shadow, true, Access::kPlain, block.tag, "shared",
-                reinterpret_cast<uintptr_t>(to + at));
-    shadow.filling = block.tag;
+    SharedGranule& granule = shadow_of(block, to + at);
+    check_shared(granule, true, Access::kPlain, block.tag, reinterpret_cast<uintptr_t>(to + at));
+    granule.filling = block.tag;
   }
 }
 
@@ -686,7 +783,7 @@ uint32_t new_tag() {
   return last_tag;
 }
 
-void resize_shadow(std::vector<Shadow>& shadow, size_t bytes) {
+void resize_shadow(std::vector<SharedGranule>& shadow, size_t bytes) {
   const size_t granules = (bytes >> kSharedGranuleShift) + 9;
   if (shadow.size() < granules) shadow.resize(granules);
 }
@@ -730,6 +827,7 @@ std::unique_ptr<Block> start_block(uint64_t number, std::vector<size_t>& free_st
     thread->pending.clear();
     thread->published.reset();
     thread->unfenced = false;
+    thread->after_launches = !launch.early;
     thread->copy_groups.clear();
     thread->copy_groups.emplace_back();
     *reinterpret_cast<uint64_t*>(thread->stack) = kCanary;
@@ -884,6 +982,9 @@ void run(const Launch& wanted) {
   here.tag = new_tag();
   here.threads_per_block = launch.block.x * launch.block.y * launch.block.z;
   here.thread_stride = (here.threads_per_block + 31) / 32 * 32;
+  if (!launch.early) unfinished.clear();  // all have ended
+  here.unfinished = unfinished.empty() ? here.tag : unfinished.front().tag;
+  here.counts_reads = !counted.words.empty() && counted.kernel == launch.name;
   grid = &here;
   touched_begin = UINTPTR_MAX;
   touched_end = 0;
@@ -896,6 +997,8 @@ void run(const Launch& wanted) {
   std::copy(of_host.begin(), of_host.end(), fixed);
   for (const auto& block : here.in_flight) retire(*block);
   grid = nullptr;
+  if (!here.is_overtaken) unfinished.clear();
+  unfinished.push_back({here.tag, launch.name});
   if (!here.error.empty()) throw std::runtime_error(std::string(launch.name) + ": " + here.error);
 }
 
@@ -1050,6 +1153,18 @@ WarpValues warp_exchange(WarpOp op, unsigned mask, uint64_t value) {
   return running->result;
 }
 
+// ---- launches that start early
+
+void let_next_launch_start() {
+  maybe_preempt();
+  if (!running->after_launches) grid->is_overtaken = true;
+}
+
+void wait_for_launch_before() {
+  maybe_preempt();
+  running->after_launches = true;
+}
+
 // ---- clusters and asynchronous copies
 
 unsigned cluster_rank() { return rank_of(*running->block); }
@@ -1150,8 +1265,8 @@ void store_async(void* shared, const void* value, size_t bytes, void* barrier, u
   char* to = target->dynamic + (static_cast<char*>(shared) - mine.dynamic);
   char* there = target->dynamic + (static_cast<char*>(barrier) - mine.dynamic);
   mbarrier_of(*target, there);
-  check_order(shadow_of(*target, there), false, Access::kAtomic, target->tag, "shared",
-              reinterpret_cast<uintptr_t>(there));
+  check_shared(shadow_of(*target, there), false, Access::kAtomic, target->tag,
+               reinterpret_cast<uintptr_t>(there));
   start_filling(*target, to, bytes);
   AsyncCopy copy{target, to, nullptr, bytes, {}, there, release()};
   std::memcpy(copy.value, value, bytes);
@@ -1174,10 +1289,10 @@ void wait_copies(size_t pending) {
     for (const SmallCopy& copy : me.copy_groups.front()) {
       std::memcpy(copy.to, copy.from, 16);
       for (size_t at = 0; at < 16; at += size_t{1} << kSharedGranuleShift) {
-        Shadow& shadow = shadow_of(*me.block, copy.to + at);
-        shadow.filling = 0;
-        shadow.write.barriers = me.block->barriers;
-        shadow.write.clock = me.clock;
+        SharedGranule& granule = shadow_of(*me.block, copy.to + at);
+        granule.filling = 0;
+        granule.write.barriers = me.block->barriers;
+        granule.write.clock = me.clock;
       }
     }
     me.copy_groups.pop_front();
@@ -1231,6 +1346,12 @@ void forget_memory() {
 void limit_blocks(const std::string& kernel, unsigned most) { most_blocks[kernel] = most; }
 
 void fail_launches(const std::string& kernel) { failing_kernel = kernel; }
+
+void count_reads(const std::string& kernel, uintptr_t address, size_t words) {
+  counted = {kernel, address, std::vector<uint32_t>(words)};
+}
+
+std::vector<uint32_t> take_reads() { return std::exchange(counted, {}).words; }
 
 void set_device(int index, int multiprocessors, int shared_bytes, int max_cluster) {
   devices[index] = {multiprocessors, shared_bytes, max_cluster};
@@ -1315,6 +1436,7 @@ extern "C" cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttrib
 
 extern "C" cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) {
   emulator::mark_initialised(reinterpret_cast<uintptr_t>(to), size);
+  emulator::unfinished.clear();  // it begins after all launches, and the next one after it
   std::memset(to, value, size);
   return cudaSuccess;
 }

@@ -3,6 +3,8 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cuda/async_copy.cuh"
 #include "cuda/launcher.cuh"
@@ -288,10 +290,95 @@ __global__ void cluster_barrier_that_one_thread_misses(int* data, bool wrong) {
   data[global_thread()] = 0;
 }
 
+// ---- launches that start early, after those beside which they do
+
+__global__ void lower_half(int* data, bool) {
+  let_next_launch_start();
+  if (blockIdx.x == 0) data[threadIdx.x] = data[threadIdx.x + kThreads] + 1;
+}
+
+__global__ void strong_lower_half(int* data, bool) {
+  let_next_launch_start();
+  if (blockIdx.x == 0) __stcg(data + threadIdx.x, 1);
+}
+
+__global__ void sums(int* data, bool wrong) {
+  let_next_launch_start();
+  if (wrong && global_thread() == 0) data[0] = 0;
+  __syncthreads();
+  if (blockIdx.x == 0) atomicAdd(data, 1);
+}
+
+// Starts early itself. Before it has waited it must not let another start that relies on its wait.
+__global__ void upper_half_after_the_lower(int* data, bool wrong) {
+  if (wrong) let_next_launch_start();
+  wait_for_launch_before();
+  if (!wrong) let_next_launch_start();
+  if (blockIdx.x == 1) data[global_thread()] += data[threadIdx.x];
+}
+
+__global__ void read_before_the_wait(int* data, bool wrong) {
+  int early = 0;
+  if (blockIdx.x == 0) early = data[threadIdx.x + (wrong ? 0 : kThreads)];
+  wait_for_launch_before();
+  if (blockIdx.x == 0) data[threadIdx.x] += early;
+}
+
+// No race, but the value may be the one from before.
+__global__ void strong_read_before_the_wait(int* data, bool wrong) {
+  if (!wrong) wait_for_launch_before();
+  const int value = __ldcg(data + threadIdx.x);
+  if (wrong) wait_for_launch_before();
+  if (blockIdx.x == 1) data[global_thread()] = value;
+}
+
+__global__ void write_before_the_wait(int* data, bool wrong) {
+  if (!wrong) wait_for_launch_before();
+  if (blockIdx.x == 0) data[threadIdx.x] = 1;
+  if (wrong) wait_for_launch_before();
+}
+
+// What the launch before only reads may be read here, too, but not changed.
+__global__ void change_before_the_wait(int* data, bool wrong) {
+  int value = 0;
+  if (blockIdx.x == 1) value = data[global_thread()];
+  if (!wrong) wait_for_launch_before();
+  if (blockIdx.x == 1) data[global_thread()] = value + 1;
+  if (wrong) wait_for_launch_before();
+}
+
+// Sums of both launches add up, unless one of them also sets what they add to.
+__global__ void sum_before_the_wait(int* data, bool) {
+  if (threadIdx.x < 2) atomicAdd(data + threadIdx.x, 1);
+  wait_for_launch_before();
+}
+
+// The launch before the last may still write, unless the last has waited for it.
+__global__ void read_before_two_launches_have_ended(int* data, bool) {
+  int value = 0;
+  if (blockIdx.x == 0) value = data[threadIdx.x];
+  wait_for_launch_before();
+  if (blockIdx.x == 0) data[threadIdx.x] = value + 1;
+}
+
+__global__ void read_only_load_after_the_wait(int* data, bool wrong) {
+  wait_for_launch_before();
+  const int value = wrong ? __ldg(data + threadIdx.x) : data[threadIdx.x];
+  if (blockIdx.x == 1) data[global_thread()] = value;
+}
+
+__global__ void thread_that_does_not_wait(int*, bool wrong) {
+  if (wrong && global_thread() == 77) return;
+  wait_for_launch_before();
+}
+
+using Kernel = void (*)(int*, bool);
 struct Fault {
-  void (*kernel)(int*, bool);
+  Kernel kernel;
   unsigned cluster;
+  std::vector<std::pair<const char*, Kernel>> before;  // each starts early, but the first
 };
+const std::pair<const char*, Kernel> kLowerHalf{"lower_half", lower_half};
 const std::map<std::string, Fault>& faults() {
   static const std::map<std::string, Fault> all = {
       {"out_of_bounds", {out_of_bounds, 1}},
@@ -325,6 +412,18 @@ const std::map<std::string, Fault>& faults() {
       {"store_to_a_block_that_is_not_ready", {store_to_a_block_that_is_not_ready, 2}},
       {"store_over_what_the_other_block_reads", {store_over_what_the_other_block_reads, 2}},
       {"cluster_barrier_that_one_thread_misses", {cluster_barrier_that_one_thread_misses, 2}},
+      {"read_before_the_wait", {read_before_the_wait, 1, {kLowerHalf}}},
+      {"strong_read_before_the_wait",
+       {strong_read_before_the_wait, 1, {{"strong_lower_half", strong_lower_half}}}},
+      {"write_before_the_wait", {write_before_the_wait, 1, {kLowerHalf}}},
+      {"change_before_the_wait", {change_before_the_wait, 1, {kLowerHalf}}},
+      {"sum_before_the_wait", {sum_before_the_wait, 1, {{"sums", sums}}}},
+      {"read_before_two_launches_have_ended",
+       {read_before_two_launches_have_ended,
+        1,
+        {kLowerHalf, {"upper_half_after_the_lower", upper_half_after_the_lower}}}},
+      {"read_only_load_after_the_wait", {read_only_load_after_the_wait, 1, {kLowerHalf}}},
+      {"thread_that_does_not_wait", {thread_that_does_not_wait, 1, {kLowerHalf}}},
   };
   return all;
 }
@@ -339,10 +438,18 @@ std::vector<std::string> fault_names() {
 
 void run_fault(const std::string& name, uintptr_t data, bool wrong) {
   const Fault& fault = faults().at(name);
+  int* const all = reinterpret_cast<int*>(data);
+  if (!fault.before.empty()) {
+    launch(fault.before[0].first, fault.before[0].second, 2, kThreads, 0, nullptr, all, wrong);
+    for (size_t i = 1; i < fault.before.size(); ++i) {
+      launch_after(fault.before[i].first, fault.before[i].second, 2, kThreads, nullptr, all, wrong);
+    }
+    return launch_after(name.c_str(), fault.kernel, 2, kThreads, nullptr, all, wrong);
+  }
   const int64_t shared_bytes =
       name == "beyond_dynamic_memory" ? kThreads * sizeof(int) : sizeof(Staged);
   launch_clusters(name.c_str(), fault.kernel, 2, kThreads, fault.cluster, shared_bytes, nullptr,
-                  reinterpret_cast<int*>(data), wrong);
+                  all, wrong);
 }
 
 }  // namespace emp_fast::cuda

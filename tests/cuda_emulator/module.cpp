@@ -20,6 +20,8 @@ PYBIND11_MODULE(emp_fast_emulated, m) {
   e.def("forget_memory", &emulator::forget_memory);
   e.def("limit_blocks", &emulator::limit_blocks);
   e.def("fail_launches", &emulator::fail_launches);
+  e.def("count_reads", &emulator::count_reads);
+  e.def("take_reads", &emulator::take_reads);
   e.def("set_device", &emulator::set_device);
   e.def("fault_names", &emp_fast::cuda::fault_names);
   e.def("run_fault", &emp_fast::cuda::run_fault);

@@ -12,8 +12,8 @@
 namespace emp_fast::cuda {
 
 template <class... Params, class... Args>
-void launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
-                     unsigned cluster, int64_t shared_bytes, cudaStream_t, const Args&... args) {
+void run_launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                unsigned cluster, bool early, int64_t shared_bytes, const Args&... args) {
   struct Call {
     void (*kernel)(Params...);
     std::tuple<std::decay_t<Params>...> arguments;
@@ -25,6 +25,7 @@ void launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim
   launch.grid = grid;
   launch.block = block;
   launch.cluster = cluster;
+  launch.early = early;
   launch.shared_bytes = shared_bytes;
   launch.kernel = reinterpret_cast<const void*>(kernel);
   launch.call = &call;
@@ -38,15 +39,22 @@ void launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim
 }
 
 template <class... Params, class... Args>
+void launch_clusters(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                     unsigned cluster, int64_t shared_bytes, cudaStream_t, const Args&... args) {
+  run_launch(name, kernel, grid, block, cluster, false, shared_bytes, args...);
+}
+
+template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
             int64_t shared_bytes, cudaStream_t stream, const Args&... args) {
   launch_clusters(name, kernel, grid, block, 1, shared_bytes, stream, args...);
 }
 
 template <class... Params, class... Args>
-void launch_after(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
-                  cudaStream_t stream, const Args&... args) {
-  launch_clusters(name, kernel, grid, block, 1, 0, stream, args...);
+void launch_after(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t,
+                  const Args&... args) {
+  const bool early = waits_for_launches(reinterpret_cast<const void*>(kernel));
+  run_launch(name, kernel, grid, block, 1, early, 0, args...);
 }
 
 template <class T>

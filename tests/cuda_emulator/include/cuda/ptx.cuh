@@ -26,9 +26,8 @@ inline void keep_order() { asm volatile("" ::: "memory"); }
 
 inline void fence_device() { emulator::fence(); }
 
-// A launch runs whole before the next one.
-inline void let_next_launch_start() {}
-inline void wait_for_launch_before() {}
+inline void let_next_launch_start() { emulator::let_next_launch_start(); }
+inline void wait_for_launch_before() { emulator::wait_for_launch_before(); }
 
 inline void prefetch(const void* p) { __ldcg(static_cast<const unsigned char*>(p)); }
 

@@ -5,7 +5,7 @@
 // registers and stack. So it finds what a GPU does silently: an access outside the tensors that
 // Python registered, a misaligned one, a read of memory that nothing wrote, two accesses of
 // different threads that nothing orders, a barrier or a warp's collective that some threads never
-// reach.
+// reach, an access to what a launch before, which may still run, works on.
 //
 // Threads run one at a time. They switch at barriers, warp collectives and, with a seed, at random
 // accesses; with a seed several blocks are in flight and start in any order.
@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace emulator {
 
@@ -22,6 +23,7 @@ struct Launch {
   const char* name;
   dim3 grid, block;
   unsigned cluster;  // blocks along x
+  bool early;        // may start while the launch before it is still running
   int64_t shared_bytes;
   const void* kernel;
   const void* call;  // the kernel's arguments: constant memory
@@ -61,6 +63,11 @@ struct WarpValues {
 };
 WarpValues warp_exchange(WarpOp op, unsigned mask, uint64_t value);
 
+// Launches run one after the other. What an early one does before it waits is checked as if all
+// that may still be running then ran at the same time; every thread of it must wait.
+void let_next_launch_start();
+void wait_for_launch_before();
+
 unsigned cluster_rank();
 void cluster_barrier();
 
@@ -97,6 +104,9 @@ void forget_memory();
 void limit_blocks(const std::string& kernel, unsigned most);
 // Makes every launch of that kernel fail; "" makes none fail.
 void fail_launches(const std::string& kernel);
+// Counts how often launches of that kernel read each word of 4 bytes, until the counts are taken.
+void count_reads(const std::string& kernel, uintptr_t address, size_t words);
+std::vector<uint32_t> take_reads();
 // The device that kernels run on from now on. max_cluster: 0 for one without clusters.
 void set_device(int index, int multiprocessors, int shared_bytes, int max_cluster);
 
