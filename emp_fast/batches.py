@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -125,6 +125,13 @@ class _Batches(Sampler[list[int]]):
             yield list(range(low, min(low + self.batch_size, self.num_samples)))
 
 
+def batch_size_of(loader: Iterable[Any]) -> int | None:
+    """The batch size of a `DataLoader` over `with_indices`; None for anything else."""
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IndexedDataset):
+        return loader.batch_size
+    return None
+
+
 def rebatched(
     loader: Iterable[Any], wanted: Callable[[Tensor], Tensor], rank: int, world_size: int, seed: int
 ) -> Iterable[Any] | None:
@@ -141,13 +148,10 @@ def rebatched(
         world_size: R.
         seed: seed of the workers; the global generators are neither read nor written.
     """
-    if (
-        not isinstance(loader, DataLoader)
-        or not isinstance(loader.dataset, IndexedDataset)
-        or loader.batch_size is None
-    ):
+    size = batch_size_of(loader)
+    if size is None or not isinstance(loader, DataLoader):
         return None
-    size, samples = loader.batch_size, len(loader.dataset)
+    samples = len(cast(IndexedDataset, loader.dataset))
     flags = torch.nn.functional.pad(
         wanted(torch.arange(samples, device="cpu")), (0, -samples % size)
     )

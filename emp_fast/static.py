@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emp_fast._validation import checked_at_least, checked_device, checked_integers
 from emp_fast._warnings import warn
-from emp_fast.batches import nested_to_device, rebatched, score_by_logits
+from emp_fast.batches import batch_size_of, nested_to_device, rebatched, score_by_logits
 from emp_fast.data import IndexedDataset
 from emp_fast.distributed.ranks import ProcessGroup, Ranks, rank_of, together
 from emp_fast.files import FileProblem, require_writable, write_columns
@@ -126,7 +126,14 @@ def score_dataset(
             require_writable(out, _WRITABLE, overwrite=overwrite)
         partial_path = _partial_path(partial, out)
     run = {"num_samples": n, "passes": passes, "scoring": _scoring(score_batch, shift, options)}
-    ranks = Ranks.open(process_group, scored_on, "score_dataset", {**run, "rule": repr(rule)})
+    shared = {"rule": repr(rule), "batch_size": batch_size_of(loader)}
+    ranks = Ranks.open(process_group, scored_on, "score_dataset", {**run, **shared})
+    if ranks.size > 1:
+        with on_all("the model"):
+            parameters = _digest(bare, buffers=False)
+        Ranks.open(
+            process_group, scored_on, "score_dataset", {"digest of the parameters": parameters}
+        )
     tally = Tally(n, scored_on)
     # The digest is collective, and perhaps not all ranks were given an output.
     saves = ranks.all_reduce(torch.tensor(int(partial_path is not None), device="cpu"), "max")
@@ -306,16 +313,21 @@ def _scoring(score_batch: ScoreBatch | None, shift_labels: bool, options: dict[s
     return f"logits, shift_labels={shift_labels}, {sorted(plain.items())}"
 
 
-def _digest(model: Any) -> str:
+def _digest(model: Any, *, buffers: bool = True) -> str:
     """A hash of the model's weights; a callable that is not a Module is not checked.
 
     It is that of the whole model on each rank, however the weights are sharded. Then it is
     collective.
+
+    Args:
+        model: the model.
+        buffers: include them. After training in DDP, running statistics differ between ranks.
     """
     digest = hashlib.sha256()
     if isinstance(model, nn.Module):
+        left_out = set() if buffers else {name for name, _ in model.named_buffers()}
         for name, tensor in sorted(model.state_dict().items()):
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) or name in left_out:
                 continue
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
             raw = whole.detach().cpu().contiguous().view(-1).view(torch.uint8)

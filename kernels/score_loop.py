@@ -93,6 +93,7 @@ def _second_pass(
     head, end, begin = walk.head, walk.end, walk.begin
     factor = factors.sharp * factors.grad_loss * factors.inv_sum
     factor = factor * tl.exp2(-log2_exp(largest, largest, NARROW))
+    factor = tl.where(target.valid, factor, 0.0)  # class weights may be infinite
     squares = tl.zeros([shape.LANES], tl.float32)
     tiles = tl.cdiv(walk.stop - begin, SPAN)
     for tile in range(tiles):

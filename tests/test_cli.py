@@ -178,7 +178,11 @@ def test_doctor_believes_its_eyes_where_no_build_was_recorded(tmp_path, monkeypa
 
 
 def test_doctor_shows_which_row_kernels_are_chosen(monkeypatch):
-    for variable, kernels in (("EMP_FAST_CUDA_ROWS", "cluster"), ("EMP_FAST_TRITON_ROWS", "plain")):
+    for variable, kernels in (
+        ("EMP_FAST_CPU_ISA", "avx2"),
+        ("EMP_FAST_CUDA_ROWS", "cluster"),
+        ("EMP_FAST_TRITON_ROWS", "plain"),
+    ):
         monkeypatch.delenv(variable, raising=False)
         settings = json.loads(run("doctor", "--json").stdout)["settings"]
         assert settings[variable] == "auto"

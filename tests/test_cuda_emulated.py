@@ -243,6 +243,16 @@ def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
 
 
 @each_choice
+@pytest.mark.parametrize("classes", [4, 300, 9000])
+def test_an_ignored_row_has_no_gradient_even_with_an_infinite_weight(
+    classes: int, kernels: str, emulated: EmulatedBackend
+) -> None:
+    emulated.row_kernels = kernels
+    emulated.set_device(1, 227 * 1024)
+    test_functional.assert_no_gradient_of_ignored_rows(classes)
+
+
+@each_choice
 def test_gradients_of_unlikely_targets_are_as_good_as_torchs(
     kernels: str, emulated: EmulatedBackend
 ) -> None:

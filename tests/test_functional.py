@@ -259,6 +259,19 @@ def assert_margins_beyond_the_cap(classes: int, device: torch.device = CPU) -> N
         assert_stats(got, oracle(logits, target, softcap=cap)[0])
 
 
+def assert_no_gradient_of_ignored_rows(classes: int, device: torch.device = CPU) -> None:
+    """Whatever the weight of class 0, which stands in for their target."""
+    logits = torch.linspace(-1, 1, classes, device=device).repeat(2, 1).requires_grad_()
+    target = torch.tensor([-100, 1], device=device)
+    weight = torch.ones(classes, device=device)
+    weight[0] = math.inf
+    for softcap in (None, 5.0):
+        loss = cross_entropy(logits, target, weight=weight, softcap=softcap).loss
+        ignored, counted = torch.autograd.grad(loss.sum(), logits)[0]
+        assert not ignored.any()
+        assert counted.isfinite().all()
+
+
 def assert_no_loss_without_weight(classes: int, device: torch.device = CPU) -> None:
     """Of a target at -inf, where the plain loss is infinite."""
     logits = torch.linspace(-1, 1, classes, device=device)[None].clone()
@@ -318,6 +331,13 @@ def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
     classes: int, backend: str
 ) -> None:
     assert_no_loss_without_weight(classes)
+
+
+@pytest.mark.parametrize("classes", [4, 300, 9000])
+def test_an_ignored_row_has_no_gradient_even_with_an_infinite_weight(
+    classes: int, backend: str
+) -> None:
+    assert_no_gradient_of_ignored_rows(classes)
 
 
 @pytest.mark.parametrize("classes", [100, 1000])

@@ -201,6 +201,14 @@ def test_what_is_no_pruner_is_refused(tmp_path):
     ("options", "message"),
     [
         ({"full_epochs_first": 1}, "22 samples in epoch 0 and 11 samples in epoch 1"),
+        (
+            {"full_epochs_first": 1, "max_steps": 7},  # of which epoch 0 takes 6
+            "22 samples in epoch 0 and 11 samples in epoch 1",
+        ),
+        (
+            {"prune_rate": lambda epoch: 0.5 if epoch < 2 else 0.0, "max_steps": 8},
+            "11 samples in epoch 0 and 22 samples in epoch 2",
+        ),
         ({"full_epochs_last": 1, "epochs": 2}, "11 samples in epoch 0 and 22 samples in epoch 1"),
         ({"prune_rate": lambda epoch: epoch / 2}, "22 samples in epoch 0 and 11 samples"),
         ({"policy": BelowMean(0.5)}, "fixes its number of samples anew"),
@@ -208,7 +216,9 @@ def test_what_is_no_pruner_is_refused(tmp_path):
     ],
 )
 def test_epochs_of_several_lengths_are_refused_before_the_first_step(options, message, tmp_path):
-    trainer = trainer_of(CLASSES, tmp_path, Pruner(N, **{"prune_rate": 0.5, **options}))
+    settings = {"prune_rate": 0.5, **options}
+    steps = settings.pop("max_steps", -1)
+    trainer = trainer_of(CLASSES, tmp_path, Pruner(N, **settings), max_steps=steps)
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -698,8 +698,11 @@ def an_error_of_one_rank_is_one_of_all(rank: int, size: int, folder: str):
         unwilling.train = None  # which eval() calls
     with raised_by(1, TypeError, TypeError, "not callable"):
         quiet(unwilling, make_loader())
+    silent = make_model()
+    if rank == 0:
+        silent.forward = lambda x: {}
     with raised_by(0, TypeError, TypeError, "model must return logits"):
-        quiet(make_model() if rank else (lambda x: {}), make_loader())
+        quiet(silent, make_loader())
     with raised_by(1, ValueError, ValueError, "passes must be at least 1"):
         quiet(make_model(), make_loader(), passes=0 if rank == 1 else 1)
 
@@ -707,6 +710,21 @@ def an_error_of_one_rank_is_one_of_all(rank: int, size: int, folder: str):
 def ranks_that_disagree_are_told(rank: int, size: int, folder: str):
     with pytest.raises(ValueError, match=r"passes is 1 on rank 0, 2 on rank 1"):
         quiet(make_model(), make_loader(), passes=1 + rank)
+    with pytest.raises(ValueError, match=r"batch_size is 8 on rank 0, 4 on rank 1"):
+        quiet(make_model(), make_loader(batch_size=4 if rank == 1 else 8))
+    other = make_model()
+    if rank == 1:
+        with torch.no_grad():
+            next(other.parameters()).add_(1)
+    with pytest.raises(ValueError, match=r"digest of the parameters is '\w+' on rank 0, '\w+' on"):
+        quiet(other, make_loader())
+
+
+def running_statistics_may_differ(rank: int, size: int, folder: str):
+    """As after training in DDP, which keeps those of rank 0."""
+    model = make_model()
+    model[1].running_mean += rank
+    assert len(quiet(model, make_loader()).loss) == N
 
 
 RANK_CHECKS = [
@@ -719,6 +737,7 @@ RANK_CHECKS = [
     an_output_refused_on_one_rank_is_refused_on_all,
     an_error_of_one_rank_is_one_of_all,
     ranks_that_disagree_are_told,
+    running_statistics_may_differ,
 ]
 
 

@@ -23,6 +23,8 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
   const Problem& problem = logits.problem;
   const int64_t classes = problem.classes;
   const float share = problem.label_smoothing / static_cast<float>(classes);
+  // Without smoothing no weight but the target's counts, and it may be infinite.
+  const bool is_weighted = problem.target && problem.weight && share > 0;
   for (int64_t r = begin; r < end; ++r) {
     typename Rows::Element* to = grad + r * classes;
     const typename Rows::Element* row = logits.row(r);
@@ -41,7 +43,7 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       const float weight_y = problem.weight ? problem.weight[y] : 1.0f;
       total = static_cast<float>(share * problem.weight_sum);
       a = (1.0f - problem.label_smoothing) * weight_y;
-      u_y = share * weight_y;
+      u_y = is_weighted ? share * weight_y : share;
     } else {
       t_row = problem.soft_target + r * classes;
       y = largest_class(t_row, classes);
@@ -56,12 +58,11 @@ void gradient_rows(const Rows& logits, const GradientInputs& in, typename Rows::
       const CappedLogits x = logits.capped_with_slope(raw);
       const Floats e = exp_nonpositive(floored_difference(x.value, max));
       Floats u = even;
-      const float* weight = problem.weight ? problem.weight + j : nullptr;
       if (t_row) {
         const Floats t = read_up_to<Float32>(t_row + j, size);
         u = u * effective_target(problem, t, j, size);
-      } else if (weight) {
-        u = u * read_up_to<Float32>(weight, size);
+      } else if (is_weighted) {
+        u = u * read_up_to<Float32>(problem.weight + j, size);
       }
       return (e * scale - u) * x.slope;
     };

@@ -2,8 +2,8 @@
 // thread-block clusters. One wrapper per instruction (PTX ISA, data movement and parallel
 // synchronisation), so that no kernel contains PTX.
 //
-// Everything above cp_async16 needs compute capability 9.0. For older targets, kernels that use it
-// compile to a trap that no launcher reaches.
+// Barriers, bulk copies and clusters need compute capability 9.0. For older targets, kernels that
+// use them compile to a trap that no launcher reaches.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -16,8 +16,6 @@
 
 namespace emp_fast::cuda {
 
-static_assert(kLaneVectors == kUnrolled);
-
 // The part of a plan that the ring kernels need.
 struct RingShape {
   int cluster;           // blocks that share a row

@@ -238,7 +238,7 @@ class CudaBackend(RowKernelsChoice, Backend):
         state: State,
         recurrence: Recurrence,
     ) -> None:
-        """One launch up to 4096 rows, two beyond."""
+        """One launch up to 512 rows, two beyond."""
         require_countable(indices)
         with on_device(indices.device):
             self._native.update_state(

@@ -121,7 +121,9 @@ class ReferenceBackend(Backend):
             valid, _, y_flat = _class_ids(target, num_classes, options.ignore_index)
             y = y_flat[:, None]
             share = options.label_smoothing / num_classes
-            even = torch.full_like(p[:1], share) if weight is None else share * weight[None]
+            # Without smoothing no weight but the target's counts, and it may be infinite.
+            every = None if share == 0 else weight
+            even = torch.full_like(p[:1], share) if every is None else share * every[None]
             sharp = 1 - options.label_smoothing
             a = sharp if weight is None else sharp * weight[y]
             total = even.sum(1, keepdim=True)

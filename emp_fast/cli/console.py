@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ __all__ = ["InputError", "OneLineErrors", "chosen_device", "stderr", "stdout"]
 
 #: Width of tables in a log file, where there is no terminal that has a width.
 _WIDTH_WITHOUT_TERMINAL = 120
+#: What output in ASCII has in place of characters that the commands print.
+_NEAREST = {"µ": "u", "±": "+-"}
 _INTERRUPTED = 130  # exit code with which a shell reports SIGINT
 
 # Some versions of typer use click, others bundle a copy of it. The base class of errors is found
@@ -46,6 +50,7 @@ class OneLineErrors(TyperGroup):
         **extra: Any,
     ) -> Any:
         """Runs like the base class; with ``standalone_mode`` it ends the process."""
+        _write_any_text()
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -99,6 +104,22 @@ def _console(*, stderr: bool) -> Console:
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH_WITHOUT_TERMINAL)
     return console
+
+
+def _write_any_text() -> None:
+    """Makes an output that cannot hold a character get the nearest that it can."""
+    codecs.register_error("emp_fast.nearest", _nearest)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="emp_fast.nearest")
+
+
+def _nearest(error: UnicodeError) -> tuple[str, int]:
+    """A handler of codec errors."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_NEAREST.get(character, "?") for character in text), error.end
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -157,8 +157,9 @@ def _run(images: ImageData, settings: Settings, names: list[str], num_seeds: int
     total = budget * len(names) * num_seeds
     console = stderr()
     console.print(
-        f"{images.name}: {len(images.train_labels):,} training images; {len(names)} methods x "
-        f"{num_seeds} seeds, each on {budget:,} samples (batches of {settings.batch_size})"
+        f"{images.name}: {len(images.train_labels):,} training images; "
+        f"{_counted(len(names), 'method')} x {_counted(num_seeds, 'seed')}, "
+        f"each on {budget:,} samples (batches of {settings.batch_size})"
     )
     columns = (
         TextColumn("{task.description}"),
@@ -177,6 +178,10 @@ def _run(images: ImageData, settings: Settings, names: list[str], num_seeds: int
         comparison = compare(images, settings, names, range(num_seeds), advance)
         progress.update(task, description="training".ljust(18))
     return comparison
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _save_figure(comparison: Comparison, output: Path) -> str | None:
@@ -198,7 +203,7 @@ def _print(comparison: Comparison) -> None:
     budget = comparison.settings.budget(comparison.num_samples)
     table = Table(
         title=f"{comparison.data}: every method sees {budget:,} samples "
-        f"({comparison.settings.epochs} epochs of "
+        f"({_counted(comparison.settings.epochs, 'epoch')} of "
         f"{1 - comparison.settings.prune_rate:.0%} of {comparison.num_samples:,})",
         title_justify="left",
         title_style="bold",

@@ -24,9 +24,13 @@ from emp_fast.functional import cross_entropy, topk_indices
 __all__ = ["doctor"]
 
 #: The environment variables that choose kernels, and their defaults.
-_SETTINGS = dict.fromkeys(
-    ("EMP_FAST_BACKEND", "EMP_FAST_CUDA_ROWS", "EMP_FAST_TRITON_ROWS"), "auto"
-)
+_SETTINGS = {
+    "EMP_FAST_BACKEND": "auto",
+    "EMP_FAST_CPU_ISA": "auto",
+    "EMP_FAST_CUDA_ROWS": "auto",
+    "EMP_FAST_TRITON_ROWS": "auto",
+    "TRITON_INTERPRET": "0",
+}
 _PACKAGES = ("triton", "numpy", "scikit-learn", "matplotlib", "pyarrow")
 
 

@@ -135,12 +135,24 @@ class PrunerMixin(_Base):
                 "pruner, got no length"
             )
         require_data_of(self.pruner, self.train_dataset, "train_dataset")
-        epochs = math.ceil(self.args.num_train_epochs) if self.args.max_steps < 0 else 1
         require_one_length(
             self.pruner,
-            max(epochs, self.pruner.schedule.epochs or 1),
+            max(self._epochs(), self.pruner.schedule.epochs or 1),
             "use a constant prune_rate without full epochs and a policy that takes a budget",
         )
+
+    def _epochs(self) -> int:
+        """How many epochs the run begins, if all are as long as the first."""
+        args = self.args
+        if args.max_steps < 0:
+            return int(math.ceil(args.num_train_epochs))
+        samples = self.pruner.schedule.budget(0)
+        if samples is None:  # which is refused anyway
+            return 1
+        batch = args.train_batch_size * args.world_size
+        batches = samples // batch if args.dataloader_drop_last else math.ceil(samples / batch)
+        steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        return int(math.ceil(args.max_steps / steps))
 
     @contextmanager
     def _indexed_train_set(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from test_functional import (
     assert_gradients_beyond_the_cap,
     assert_gradients_of_unlikely_targets,
     assert_margins_beyond_the_cap,
+    assert_no_gradient_of_ignored_rows,
     assert_no_loss_without_weight,
     assert_stats,
     incoming,
@@ -104,6 +105,13 @@ def test_a_class_without_weight_adds_nothing_to_the_loss_even_at_minus_infinity(
     classes: int, backend: str, device: torch.device
 ) -> None:
     assert_no_loss_without_weight(classes, device)
+
+
+@pytest.mark.parametrize("classes", FEW_TO_MANY)
+def test_an_ignored_row_has_no_gradient_even_with_an_infinite_weight(
+    classes: int, backend: str, device: torch.device
+) -> None:
+    assert_no_gradient_of_ignored_rows(classes, device)
 
 
 @pytest.mark.parametrize("classes", [100, 1000, 8200])
