@@ -14,10 +14,10 @@ import pytest
 import torch
 from pytest_benchmark.stats import Stats
 
+from benchmarks import parameters
 from benchmarks.models import WORKLOADS
 from benchmarks.peak_memory import PeakMemory
 from emp_fast import machine
-from emp_fast.testing.benchmark_cases import benchmark_shapes
 from emp_fast.testing.contest import (
     BenchmarkCase,
     Clock,
@@ -31,13 +31,6 @@ from emp_fast.testing.contest import (
 
 _COPY = pytest.StashKey[dict[str, float]]()
 _LOAD = pytest.StashKey["float | None"]()
-_QUICK_SHAPES = ((128, 10), (33, 1000))
-_SELECTION_SIZES = {"cpu": (50_000, 1_280_000, 20_000_000), "cuda": (10**6, 10**7, 10**8, 10**9)}
-_SELECTION_SHARES = {"cpu": (0.3,), "cuda": (0.1, 0.3, 0.7)}
-#: Rows, features and classes of `linear_cross_entropy`.
-_LINEAR_SHAPES = {"cpu": ((256, 128, 32000), (2048, 128, 32000)), "cuda": ((8192, 2048, 128256),)}
-_QUICK_LINEAR = ((16, 8, 100),)
-_UPDATE_ROWS = (128, 1024, 16384)
 
 Race = Callable[..., None]
 
@@ -65,22 +58,21 @@ def _device(config: pytest.Config) -> torch.device:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrises the same cases on every device, with the sizes that are usual there."""
-    device, quick = _device(metafunc.config), metafunc.config.getoption("--quick")
+    device, quick = _device(metafunc.config).type, metafunc.config.getoption("--quick")
 
     def over(name: str, values: Sequence[Any], spelled: Callable[[Any], str] = str) -> None:
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values, ids=spelled)
 
-    halves = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
-    over("dtype", halves, lambda dtype: str(dtype).removeprefix("torch."))
-    over("shape", _QUICK_SHAPES if quick else benchmark_shapes(device), _spelled_shape)
-    over("logits_kind", ("random", "peaked"))
-    over("linear_shape", _QUICK_LINEAR if quick else _LINEAR_SHAPES[device.type], _spelled_shape)
-    over("num_scores", (1_000,) if quick else _SELECTION_SIZES[device.type])
-    over("share", _SELECTION_SHARES[device.type])
-    over("scores_kind", ("random", "peaked"))
-    over("rows", (16,) if quick else _UPDATE_ROWS)
-    over("workload", WORKLOADS[device.type], lambda workload: f"{workload.name}-{workload.batch}")
+    over("dtype", parameters.DTYPES[device], lambda dtype: str(dtype).removeprefix("torch."))
+    over("shape", parameters.shapes(device, quick), _spelled_shape)
+    over("logits_kind", parameters.KINDS)
+    over("linear_shape", parameters.linear_shapes(device, quick), _spelled_shape)
+    over("num_scores", parameters.selection_sizes(device, quick))
+    over("share", parameters.SHARES[device])
+    over("scores_kind", parameters.KINDS)
+    over("rows", parameters.update_rows(quick))
+    over("workload", WORKLOADS[device], lambda workload: f"{workload.name}-{workload.batch}")
 
 
 def _spelled_shape(shape: Sequence[int]) -> str:

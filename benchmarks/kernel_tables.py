@@ -72,11 +72,12 @@ def _report(files: dict[str, Any], shown: Sequence[Shown]) -> str:
         raw = files[one.file]
         run = raw["runs"][one.run]
         rate = run["copy_bytes_per_second"]
+        rounds = f"{run['rounds']} rounds, " if "rounds" in run else ""
         parts += [
             f"## {one.title}",
             f"{raw['date']}, {_commit(run['commit'])}, copy bandwidth {rate / 1e9:.0f} GB/s; "
-            f"all numbers in [{one.file}]({one.file}).",
-            *([one.note] if one.note else []),
+            f"{rounds}all numbers in [{one.file}]({one.file}).",
+            *(note for note in (one.note, run.get("note")) if note),
             _run_table(run["seconds"], rate, one.decimal_below_us),
         ]
     return "\n\n".join(parts) + "\n"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from benchmarks.parameters import defined_cases
 from benchmarks.result import (
     EVERYBODY,
     STEP,
@@ -15,11 +17,21 @@ from benchmarks.result import (
     Measured,
     Result,
     Run,
+    kind_of,
     names,
 )
 from emp_fast.testing.benchmark_cases import ONLY_LOSS
 
 _PLAIN = "F.cross_entropy"
+#: What contenders of a suite compute beyond need, or leave out; their own notes come first.
+_ALL_SCORES = (
+    "computes loss and all scores, as the kernels do, though EMP by hand needs the loss and the "
+    "entropy alone (as in the training steps)"
+)
+_NOTES = {
+    ("forward + backward + state", "eager"): _ALL_SCORES,
+    ("forward + backward + state", "torch.compile"): _ALL_SCORES,
+}
 
 
 def markdown(result: Result, plot: str | None) -> str:
@@ -28,20 +40,29 @@ def markdown(result: Result, plot: str | None) -> str:
     if plot is not None:
         parts.append(f"![Time relative to emp_fast]({plot})")
     parts.append(
-        "Times are medians of interleaved rounds with the 20 and 80 percentiles in brackets; a "
-        "ratio says how many times as long as emp_fast a peer takes. `% of copy` is the bytes that "
-        "the work cannot do without (inputs read once, outputs written once) a second, as a share "
-        "of the copy bandwidth of its run; what a cache holds can exceed it. Every contender shown "
-        "passed the check against the reference in its run."
+        f"Times are {_what_is_timed(result)}: medians of interleaved rounds with the 20 and 80 "
+        "percentiles in brackets; a ratio says how many times as long as emp_fast a peer takes. "
+        "`% of copy` is the bytes that the work cannot do without (inputs read once, outputs "
+        "written once) a second, as a share of the copy bandwidth of its run; what a cache holds "
+        "can exceed it. Every contender shown passed the check against the reference in its run."
     )
     for suite, title in SUITES.items():
         cases = result.suite(suite)
         if not cases:
             continue
-        parts += [f"## {title}", *(_step_tables(cases) if suite == STEP else _tables(cases))]
-    if result.refused:
-        parts += ["## Not measured", _refused_list(result)]
+        tables = _step_tables(cases) if suite == STEP else _tables(cases, result.calls_of(suite))
+        parts += [f"## {title}", *tables]
+    if lines := [*_refused_lines(result), *_lines_not_run(result)]:
+        parts += ["## Not measured", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _what_is_timed(result: Result) -> str:
+    """What the times are of, in a few words for the first sentence."""
+    if not result.of_kernels:
+        return "those of whole calls"
+    steps = "; of training steps, wall times" if result.suite(STEP) else ""
+    return f"kernel times (between events, behind a flushed L2 cache{steps})"
 
 
 def _machine_table(result: Result) -> str:
@@ -78,11 +99,13 @@ def _run_rows(run: Run, which: str) -> dict[str, str]:
         )
     if run.machine.get("load_before") is not None:
         rows[f"Load before the run{which}"] = f"{run.machine['load_before']:.1f} processes"
+    if run.rounds:
+        rows[f"Rounds{which}"] = f"{_rounds(run.rounds)} a case"
     files = ", ".join(f"`{name}`" for name in run.files)
     return rows | {f"Date{which}": run.when, f"All numbers{which}": files}
 
 
-def _tables(cases: list[CaseResult]) -> Iterator[str]:
+def _tables(cases: list[CaseResult], calls: list[CaseResult]) -> Iterator[str]:
     ours, peers = names(cases, ours=True), names(cases, ours=False)
     first, others = ours[:1], [*ours[1:], *peers]
     with_peak = cases[0].suite == "selection"
@@ -97,13 +120,18 @@ def _tables(cases: list[CaseResult]) -> Iterator[str]:
         if with_peak:
             row.append(_extra_memory(case, mine))
         rows.append(row + [_ratio(case.ratio(name)) for name in others])
-    for title, summary in (("geometric mean", _geometric_mean), ("lowest", min)):
-        found = [[r for case in cases if (r := case.ratio(name)) is not None] for name in others]
-        cells = [f"**{_ratio(summary(ratios))}**" if ratios else "" for ratios in found]
-        rows.append([f"**{title}**", *[""] * (len(header) - len(cells) - 1), *cells])
-    yield table(header, rows)
-    notes = {one.name: one.note for case in cases for one in case.contenders.values() if one.note}
-    lines = [f"{name}: {note}." for name, note in notes.items()]
+    found = [[r for case in cases if (r := case.ratio(name)) is not None] for name in others]
+    yield table(header, rows + _mean_rows(found, len(header)))
+    notes = {
+        one.name: note
+        for case in cases
+        for one in case.contenders.values()
+        if (note := one.note or _NOTES.get((case.suite, one.name)))
+    }
+    lines = [
+        f"{', '.join(name for name in notes if notes[name] == note)}: {note}."
+        for note in dict.fromkeys(notes.values())
+    ]
     if with_peak:
         lines.append(
             "*Memory that the call held at its height beyond its input and its output, over the "
@@ -118,13 +146,30 @@ def _tables(cases: list[CaseResult]) -> Iterator[str]:
             ["case", *everyone],
             [[case.name, *(_peak(case.contenders.get(one)) for one in everyone)] for case in cases],
         )
-    if any(one.host is not None for case in cases for one in case.contenders.values()):
-        yield "Host time of a call, and latency until its result is there:"
-        everyone = [*ours, *peers]
-        yield table(
-            ["case", *everyone],
-            [[case.name, *(_call(case.contenders.get(one)) for one in everyone)] for case in cases],
+    if any(one.host is not None for case in calls for one in case.contenders.values()):
+        yield (
+            "Host time of a call, and latency from its start until its result is there, in the "
+            "end as a multiple of the first column's. Calls whose kernel times were too unsteady "
+            "to report are among them:"
         )
+        everyone = [*ours, *peers]
+        rows = [
+            [case.name, *(_call(case.contenders.get(one)) for one in everyone)] for case in calls
+        ]
+        found = [
+            [r for case in calls if (r := case.latency_ratio(name)) is not None]
+            for name in everyone[1:]
+        ]
+        yield table(["case", *everyone], rows + _mean_rows(found, len(everyone) + 1, "latency, "))
+
+
+def _mean_rows(ratios: list[list[float]], width: int, of: str = "") -> list[list[str]]:
+    """The last rows of a table: means and lowest of the ratios, which are its last columns."""
+    rows = []
+    for title, summary in (("geometric mean", _geometric_mean), ("lowest", min)):
+        cells = [f"**{_ratio(summary(found))}**" if found else "" for found in ratios]
+        rows.append([f"**{of}{title}**", *[""] * (width - len(cells) - 1), *cells])
+    return rows
 
 
 def _step_tables(cases: list[CaseResult]) -> Iterator[str]:
@@ -134,7 +179,7 @@ def _step_tables(cases: list[CaseResult]) -> Iterator[str]:
         row = [case.name, _span(case.contenders[_PLAIN])]
         for name in ("pruner.loss", "eager pruning"):
             row += [_span(case.contenders[name]), _overhead(overheads[name])]
-        rows.append([*row, _span(case.contenders["selection"])])
+        rows.append([*row, _span(case.contenders[_per_epoch(case)])])
     yield table(
         [
             "step",
@@ -143,19 +188,45 @@ def _step_tables(cases: list[CaseResult]) -> Iterator[str]:
             "overhead",
             "eager EMP",
             "overhead",
-            "selection, per epoch",
+            f"{_per_epoch(cases[0])}, per epoch",
         ],
         rows,
     )
     steps = cases[0].facts["steps"]
     yield (
-        "The overhead is that of a step with scores, state update and the epoch's selection shared "
-        f"out over its steps ({steps} in the first row), against the plain step of the same round: "
-        "median with the 20 and 80 percentiles over the rounds."
+        "The overhead is that of a step with scores, state update and its share of the last "
+        f"column, spread over the steps of an epoch ({steps} in the first row), against the plain "
+        "step of the same round: median with the 20 and 80 percentiles over "
+        f"{_rounds_of(cases)} rounds. The last column is {_about_epoch(cases[0])}; eager EMP has "
+        "the same share of it."
     )
 
 
-def _refused_list(result: Result) -> str:
+def _per_epoch(case: CaseResult) -> str:
+    """The contender that is timed once an epoch, which older files do not name."""
+    return str(case.facts.get("per_epoch", "selection"))
+
+
+def _about_epoch(case: CaseResult) -> str:
+    """What was timed once an epoch."""
+    if "per_epoch" in case.facts:
+        return case.contenders[_per_epoch(case)].note
+    return "`store.select`, without the making of the epoch's order and without the sampler"
+
+
+def _rounds_of(cases: list[CaseResult]) -> str:
+    return _rounds({r for case in cases for one in case.contenders.values() if (r := one.rounds)})
+
+
+def _rounds(rounds: set[int]) -> str:
+    """Their number, or the range; "the" where the files do not say."""
+    if not rounds:
+        return "the"
+    low, high = min(rounds), max(rounds)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _refused_lines(result: Result) -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for one in result.refused:
         at = f"{one['suite']} {one['case']}"
@@ -167,7 +238,28 @@ def _refused_list(result: Result) -> str:
         else:
             where = f"{len(cases)} cases, the first {cases[0]}"
         lines.append(f"- {name} ({where}): {reason}")
-    return "\n".join(lines)
+    return lines
+
+
+def _lines_not_run(result: Result) -> list[str]:
+    """A line for the cases that the suites have on this kind of device and the files do not."""
+    known = {(one.suite, one.name): one.kind for one in result.calls}
+    for refused in result.refused:
+        kind = kind_of(refused.get("facts", {}))
+        known.setdefault((refused["suite"], refused["case"]), kind)
+    there = Counter((suite, kind) for (suite, _), kind in known.items())
+    quick = any(run.machine.get("quick") for run in result.runs)
+    gaps = []
+    for (suite, kind), number in defined_cases(result.machine["device"], quick).items():
+        if (found := there[suite, kind]) < number:
+            named = f"{suite}, {kind}" if kind else suite
+            gaps.append(f"{named}: {number - found} of {number} cases" if found else named)
+    if not gaps:
+        return []
+    return [
+        f"- every contender ({'; '.join(gaps)}): not in the files, which are of a selection of the "
+        "present suites"
+    ]
 
 
 # ---- README --------------------------------------------------------------------------------------
@@ -180,7 +272,7 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
         for name in names(result.cases, ours=False)
         if any(case.ratio(name) is not None for case in result.cases if case.suite != STEP)
     ]
-    rows = []
+    rows, by_latency = [], []
     for suite, title in SUITES.items():
         cases = [] if suite == STEP else result.suite(suite)
         ratios = {
@@ -191,27 +283,39 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
                 one["suite"] == suite and one["name"] == EVERYBODY for one in result.refused
             )
             of = f"{len(cases)} of {len(cases) + dropped}" if dropped else f"{len(cases)}"
-            rows.append(
-                [f"{title}, {of} case{'' if of == '1' else 's'}"]
-                + [
-                    f"{_ratio(_geometric_mean(found))} ({_ratio(min(found))})" if found else ""
-                    for found in ratios.values()
+            row = f"{title}, {of} case{'' if of == '1' else 's'}"
+            rows.append([row, *map(_mean_and_lowest, ratios.values())])
+            latencies = [
+                [
+                    ratio
+                    for case in result.calls_of(suite)
+                    if (ratio := case.latency_ratio(name)) is not None
                 ]
-            )
+                for name in peers
+            ]
+            by_latency.append([title, *map(_mean_and_lowest, latencies)])
     without_scores = [name for name in peers if _scores_nothing(result, name)]
     verb = "compute" if len(without_scores) > 1 else "computes"
     lines = [
-        "The time of each peer as a multiple of emp_fast's, geometric mean over the cases (lowest "
-        f"case in brackets), on {result.hardware}, {result.date}."
+        f"{_time_of_each_peer(result)} as a multiple of emp_fast's, geometric mean over the cases "
+        f"(lowest case in brackets), on {result.hardware}, {result.date}."
         + (f" {_listed(without_scores)} {verb} only the loss." if without_scores else ""),
         table(["", *peers], rows),
     ]
+    if result.of_kernels:
+        less = f" (`{_PLAIN}` alone launches less and computes less)" if _PLAIN in peers else ""
+        lines += [
+            "The same by latency, over all cases: what a single call takes from its start to its "
+            f"result, without a flush, host time of Python and launches included{less}:",
+            table(["", *peers], by_latency),
+        ]
     if len(result.runs) > 1:
         lines += [_measured_when(run) for run in result.runs]
     if steps := result.suite(STEP):
         lines += [
-            "The whole overhead of pruning on a training step, with the 20 and 80 percentiles over "
-            "the rounds:",
+            "What pruning adds to the wall time of a training step: scores, state update and, "
+            f"spread over the steps of an epoch, {_about_epoch(steps[0])} (the same for both). "
+            f"Median over {_rounds_of(steps)} rounds, with the 20 and 80 percentiles:",
             table(
                 ["training step", "pruner.loss", "by hand in eager PyTorch"],
                 [[case.name, *_overheads(case)] for case in steps],
@@ -221,6 +325,16 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
         lines.append(f"![Time of the peers relative to emp_fast]({picture})")
     lines.append(f"Every case, the machine, versions and method: [{report}]({report}).")
     return "\n\n".join(lines)
+
+
+def _time_of_each_peer(result: Result) -> str:
+    if result.of_kernels:
+        return "The kernel time (behind a flushed L2 cache) of each peer"
+    return "The time of a call of each peer"
+
+
+def _mean_and_lowest(ratios: Sequence[float]) -> str:
+    return f"{_ratio(_geometric_mean(ratios))} ({_ratio(min(ratios))})" if ratios else ""
 
 
 def _overheads(case: CaseResult) -> list[str]:

@@ -58,7 +58,8 @@ def plot(result: Result, path: Path) -> None:
         axis.grid(axis="x", which="both", alpha=0.25)
         axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("time relative to emp_fast (the line at 1x); further right is slower")
+    time = "kernel time" if result.of_kernels else "time"
+    axes[-1, 0].set_xlabel(f"{time} relative to emp_fast (the line at 1x); further right is slower")
     handles = [
         Line2D([], [], color=colour, marker="o", linestyle="", label=name)
         for name, colour in colours.items()

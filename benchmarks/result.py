@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Measured:
     host: float | None
     latency: float | None
     peak_bytes: int | None
+    rounds: int | None
 
     @property
     def steady(self) -> bool:
@@ -82,11 +83,23 @@ class CaseResult:
             for name, reason in gone.items()
         ]
 
+    @property
+    def kind(self) -> str:
+        """Its kind of logits or scores; "" in a suite without kinds."""
+        return kind_of(self.facts)
+
     def ratio(self, peer: str) -> float | None:
         """The time of ``peer`` divided by ours."""
         if self.ours is None or peer not in self.contenders:
             return None
         return self.contenders[peer].median / self.ours.median
+
+    def latency_ratio(self, peer: str) -> float | None:
+        """The latency of ``peer`` divided by ours."""
+        theirs = self.contenders[peer].latency if peer in self.contenders else None
+        if self.ours is None or self.ours.latency is None or theirs is None:
+            return None
+        return theirs / self.ours.latency
 
 
 @dataclass
@@ -98,6 +111,7 @@ class Run:
     date: str
     suites: list[str]
     files: list[str]
+    rounds: set[int]  # of its cases
 
     @property
     def titles(self) -> list[str]:
@@ -123,6 +137,8 @@ class Result:
 
     runs: list[Run]
     cases: list[CaseResult]
+    #: The same cases with those of unsteady kernel times, which say nothing against latencies.
+    calls: list[CaseResult]
     refused: list[dict[str, Any]]
 
     @property
@@ -141,9 +157,20 @@ class Result:
         """The date of the latest run."""
         return max(run.date for run in self.runs)
 
+    @property
+    def of_kernels(self) -> bool:
+        """Whether times are of kernels alone, with latencies besides; else they are of calls."""
+        return any(
+            one.latency is not None for case in self.calls for one in case.contenders.values()
+        )
+
     def suite(self, name: str) -> list[CaseResult]:
         """The cases of one suite."""
         return [case for case in self.cases if case.suite == name]
+
+    def calls_of(self, name: str) -> list[CaseResult]:
+        """The calls of one suite."""
+        return [case for case in self.calls if case.suite == name]
 
     def add(self, other: Result, path: Path) -> None:
         """Adds the result file ``path``.
@@ -170,9 +197,16 @@ class Result:
         else:
             same.suites += [suite for suite in new.suites if suite not in same.suites]
             same.files += new.files
+            same.rounds |= new.rounds
             same.date = max(same.date, new.date)
         self.cases += other.cases
+        self.calls += other.calls
         self.refused += other.refused
+
+
+def kind_of(facts: dict[str, Any]) -> str:
+    """The kind of logits or scores of a case with these facts; "" in a suite without kinds."""
+    return str(facts.get("logits") or facts.get("scores") or "")
 
 
 def names(cases: Iterable[CaseResult], *, ours: bool) -> list[str]:
@@ -226,23 +260,29 @@ def _load(path: Path) -> Result:
             info = bench["extra_info"]
             key = info["suite"], info["case"]
             case = cases.setdefault(key, CaseResult(*key, info["facts"]))
-            case.contenders[info["name"]] = _measured(info)
+            rounds = bench.get("stats", {}).get("rounds")
+            case.contenders[info["name"]] = _measured(info, rounds)
     except KeyError as error:
         raise BadResult(f"{path} is no result of these benchmarks: it lacks {error}") from None
     if not cases:
         raise BadResult(f"{path} holds no benchmarks")
+    calls = [replace(case, contenders=dict(case.contenders)) for case in cases.values()]
+    rounds = {
+        one.rounds for case in calls for one in case.contenders.values() if one.rounds is not None
+    }
     unsteady = [one for case in cases.values() for one in case.drop_unsteady()]
     measured = [case.suite for case in cases.values()]
     suites = list(dict.fromkeys([*measured, *(one["suite"] for one in raw["refused"])]))
     commit = raw.get("commit_info") or {}
     return Result(
-        [Run(machine, commit, raw["datetime"][:10], suites, [path.name])],
+        [Run(machine, commit, raw["datetime"][:10], suites, [path.name], rounds)],
         [case for case in cases.values() if case.contenders],
+        calls,
         raw["refused"] + unsteady,
     )
 
 
-def _measured(info: dict[str, Any]) -> Measured:
+def _measured(info: dict[str, Any], rounds: int | None) -> Measured:
     return Measured(
         name=info["name"],
         ours=info["ours"],
@@ -254,6 +294,7 @@ def _measured(info: dict[str, Any]) -> Measured:
         host=info["host"]["median"] if "host" in info else None,
         latency=info["latency"]["median"] if "latency" in info else None,
         peak_bytes=info.get("peak_bytes"),
+        rounds=rounds,
     )
 
 

@@ -287,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = {
             "commit": _commit(),
             "copy_bytes_per_second": rate,
+            "rounds": _ROUNDS,
             "seconds": results,
             **({"host_seconds": host} if host else {}),
         }

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import contenders
 from benchmarks.conftest import Race
+from benchmarks.parameters import GRADIENT_KINDS
 from emp_fast.testing.benchmark_cases import score_case
 
 
@@ -31,7 +32,7 @@ def test_forward_backward(
     device: torch.device,
     quick: bool,
 ) -> None:
-    if device.type == "cuda" and logits_kind == "peaked":
+    if logits_kind not in GRADIENT_KINDS[device.type]:
         pytest.skip("the forward pass shows what peaked logits cost")
     case = score_case(shape, dtype, device, logits_kind, gradient=True)
     race(case, contenders.scoring(device, gradient=True, compile=not quick))

@@ -24,6 +24,7 @@ from emp_fast.testing.contest import (
 )
 
 _PRUNE_RATE = 0.7
+_BEGINNING = "beginning"
 
 #: The loss of a step, from logits, target and indices.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -104,8 +105,14 @@ class StepBench:
         )
         return loss.mean()
 
-    def select(self, *_: Tensor) -> emp_fast.Selection:
-        return self.pruner.store.select(self.kept)
+    def begin_epoch(self, *_: Tensor) -> emp_fast.Selection:
+        """A new epoch up to its first sample, and what it selected.
+
+        The warnings' look at a wholly trained epoch is not in it: none is trained here.
+        """
+        self.pruner.set_epoch(self.pruner.epoch + 1)
+        next(iter(self.pruner.sampler))
+        return self.pruner.selection
 
     # ---- what is checked ------------------------------------------------------------------------
 
@@ -115,7 +122,7 @@ class StepBench:
         with torch.no_grad():
             stats = emp_fast.functional.cross_entropy(self.forward(images).double(), target)
         with emp_fast.use_backend("reference"):
-            selected = self.select()
+            selected = self.pruner.store.select(self.kept)
         scores = stats.loss + stats.entropy
         return {"loss": stats.loss.mean(), "scores": scores, "indices": selected.indices}
 
@@ -126,7 +133,7 @@ class StepBench:
 
 
 def test_step(race: Race, workload: Workload, device: torch.device) -> None:
-    """The total overhead of pruning: scores, update and the selection's share of a step."""
+    """What pruning adds to a step: scores, update and its share of the epoch's beginning."""
     bench = StepBench(workload, device)
     steps = math.ceil(bench.kept / workload.batch)
     # Convolutions are not reproducible in the last bits, least of all in half precision.
@@ -142,11 +149,19 @@ def test_step(race: Race, workload: Workload, device: torch.device) -> None:
                 "num_samples": workload.num_samples,
                 "prune_rate": _PRUNE_RATE,
                 "steps": steps,
+                "per_epoch": _BEGINNING,
             },
         ),
         [
             # It comes first, because its check needs the state as `expected` saw it.
-            Contender("selection", bench.select, _indices_of, EXACT, ours=True),
+            Contender(
+                _BEGINNING,
+                bench.begin_epoch,
+                _indices_of,
+                EXACT,
+                note="`set_epoch`, selection, order and the first index from `pruner.sampler`",
+                ours=True,
+            ),
             Contender(
                 "pruner.loss",
                 bench.step(bench.pruner.loss),
@@ -176,17 +191,17 @@ def _indices_of(selection: emp_fast.Selection) -> Mapping[str, Tensor]:
 
 
 def _overhead(contest: Contest, steps: int) -> dict[str, dict[str, float]]:
-    """The cost of a pruned step, with its share of the selection, beyond the round's plain step."""
+    """The cost of a pruned step, with its share of a beginning, beyond the round's plain step."""
     seconds = {
         standing.contender.name: [sample.seconds for sample in standing.samples]
         for standing in contest.standings
     }
-    selection, plain = seconds["selection"], seconds["F.cross_entropy"]
+    beginning, plain = seconds[_BEGINNING], seconds["F.cross_entropy"]
     return {
         name: percentiles(
             [
                 100 * ((a + b / steps) / c - 1)
-                for a, b, c in zip(seconds[name], selection, plain, strict=True)
+                for a, b, c in zip(seconds[name], beginning, plain, strict=True)
             ]
         )
         for name in ("pruner.loss", "eager pruning")

@@ -397,6 +397,95 @@ def test_the_report_tells_times_ratios_and_means(tmp_path: Path) -> None:
     assert "| s | 2 s (1.8 to 2.2) |  | 1.00 | 4.50x |" in text
     assert "1.2 % (0.5 to 2.0)" in text or "1.3 % (0.5 to 2.0)" in text
     assert "- Liger (2 cases, the first forward a): not importable" in text
+    assert "Times are those of whole calls: medians" in text
+    assert "| Rounds |" not in text, "a file that does not say how many"
+    told = readme_block(load([tmp_path / "cpu.json"]), "cpu.md", None)
+    assert told.startswith("The time of a call of each peer")
+    assert "latency" not in told
+
+
+def test_a_gpus_times_are_called_kernel_times_and_latencies_stand_beside_them(
+    tmp_path: Path,
+) -> None:
+    def timed(name: str, who: str, kernel: float, latency: float, **more: Any) -> dict[str, Any]:
+        times = {"host": {"median": latency / 2}, "latency": {"median": latency}}
+        return record("forward", name, who, kernel, **times, **more)
+
+    path = result_file(
+        tmp_path,
+        benchmarks=[
+            timed("a", "emp_fast cuda", 1e-5, 4e-5),
+            timed("a", "F.cross_entropy", 2e-5, 3e-5, note="computes the loss alone"),
+            timed("b", "emp_fast cuda", 1e-5, 4e-5),
+            timed("b", "F.cross_entropy", 8e-5, 12e-5, note="computes the loss alone"),
+            # Its kernel times are unsteady: its latency counts all the same.
+            timed("c", "emp_fast cuda", 1e-5, 1e-4, p80=1e-4),
+            timed("c", "F.cross_entropy", 1e-5, 1.5e-4),
+        ],
+    )
+    result = load([path])
+    text = markdown(result, None)
+    assert "Times are kernel times (between events, behind a flushed L2 cache): medians" in text
+    assert "| **geometric mean** |  |  | **4.00x** |" in text
+    assert "| a | 20.0 / 40.0 us | 15.0 / 30.0 us |" in text
+    assert "| c | 50.0 / 100.0 us | 75.0 / 150.0 us |" in text
+    assert "| **latency, geometric mean** |  | **1.50x** |" in text
+    assert "| **latency, lowest** |  | **0.75x** |" in text
+    told = readme_block(result, "cuda.md", None)
+    assert told.startswith("The kernel time (behind a flushed L2 cache) of each peer")
+    assert "| Loss and four scores, 2 of 3 cases | 4.00x (2.00x) |" in told
+    assert "launches included (`F.cross_entropy` alone launches less and computes less):" in told
+    assert "| Loss and four scores | 1.50x (0.75x) |" in told
+
+
+def test_an_overhead_says_what_was_timed_once_an_epoch(tmp_path: Path) -> None:
+    path = result_file(tmp_path)
+    old = "`store.select`, without the making of the epoch's order and without the sampler"
+    for told in (markdown(load([path]), None), readme_block(load([path]), "cpu.md", None)):
+        assert old in told
+        assert "the 20 and 80 percentiles" in told
+    assert "| selection, per epoch |" in markdown(load([path]), None)
+    benches = json.loads(path.read_text())["benchmarks"]
+    for bench in benches:
+        info = bench["extra_info"]
+        bench["stats"] = {"rounds": 9 if info["suite"] == "training step" else 7}
+        if info["suite"] == "training step":
+            info["facts"]["per_epoch"] = "beginning"
+        if info["name"] == "selection":
+            info |= {"name": "beginning", "note": "all of it"}
+    new = load([result_file(tmp_path, benchmarks=benches)])
+    text, told = markdown(new, None), readme_block(new, "cpu.md", None)
+    assert "| beginning, per epoch |" in text
+    assert "The last column is all of it;" in text
+    assert "percentiles over 9 rounds" in text
+    assert "| Rounds | 7 to 9 a case |" in text
+    assert "spread over the steps of an epoch, all of it (the same for both)" in told
+    assert "Median over 9 rounds" in told
+    assert old not in text + told
+
+
+def test_baselines_that_compute_more_than_emp_needs_have_a_footnote(tmp_path: Path) -> None:
+    names = ("emp_fast cpu", "eager", "torch.compile", "F.cross_entropy")
+    suite = "forward + backward + state"
+    benches = [record(suite, "a", name, 1e-3) for name in names]
+    text = markdown(load([result_file(tmp_path, benchmarks=benches)]), None)
+    assert "eager, torch.compile: computes loss and all scores, as the kernels do, though" in text
+    assert "F.cross_entropy:" not in text
+
+
+def test_cases_of_the_suites_that_the_files_lack_are_named(tmp_path: Path) -> None:
+    machine = json.loads(result_file(tmp_path).read_text())["machine_info"] | {"device": "cuda"}
+    size = {"num_scores": 1000, "k": 100}
+    random, peaked = size | {"scores": "random"}, size | {"scores": "peaked"}
+    cases = [record("selection", f"{n}", "emp_fast cuda", 1.0, facts=random) for n in range(12)]
+    cases += [record("selection", f"p{n}", "emp_fast cuda", 1.0, facts=peaked) for n in range(10)]
+    lost = {"suite": "selection", "case": "p10", "name": "torch.sort", "refused": "no memory"}
+    changes = {"machine_info": machine, "refused": [lost | {"facts": peaked}]}
+    text = markdown(load([result_file(tmp_path, benchmarks=cases, **changes)]), None)
+    (line,) = (line for line in text.splitlines() if "present suites" in line)
+    assert line.startswith("- every contender (forward, random; forward, peaked; ")
+    assert "forward + backward, random; forward + backward + state, random; linear; " in line
+    assert "; selection, peaked: 1 of 12 cases; training step): not in the files" in line
 
 
 def test_kernel_times_with_the_hosts_pauses_in_them_are_not_reported(tmp_path: Path) -> None:
@@ -520,6 +609,13 @@ def test_every_committed_page_is_what_its_generator_makes() -> None:
         assert path.read_text() == text, f"{path.relative_to(ROOT)} is stale: make results"
 
 
+def test_the_committed_results_are_of_the_suites_as_they_are_but_for_those_named() -> None:
+    _, reports = committed.index_and_reports()
+    gaps = "- every contender (forward, peaked; linear; selection, peaked): not in the files"
+    assert gaps in markdown(reports["h200"], None)
+    assert "present suites" not in markdown(reports["cpu"], None)
+
+
 def test_every_result_file_is_reported() -> None:
     index = json.loads((committed.RESULTS / "index.json").read_text())
     used = {name for files in index["reports"].values() for name in files}
@@ -552,7 +648,8 @@ def test_a_sweep_becomes_a_table(tmp_path: Path) -> None:
         "scores 4 x 10 bfloat16": {"cuda": 9.96e-6, "cuda, plain": 1.234e-5},
         "update 128": {"cuda": 0.0123},
     }
-    run = {"commit": "0123456789abcdef", "copy_bytes_per_second": 1e8, "seconds": seconds}
+    run: dict[str, Any] = {"commit": "0123456789abcdef", "seconds": seconds}
+    run["copy_bytes_per_second"] = 1e8
     versions = {"torch": "2.11.0", "triton": "3.6.0"}
     machine = {"gpu": "GPU", "cuda": "13.0", "python": "3.12.3", "versions": versions}
     path = tmp_path / "sweep.json"
@@ -570,6 +667,11 @@ def test_a_sweep_becomes_a_table(tmp_path: Path) -> None:
         dirty = {"date": "2026-11-24", "machine": machine, "runs": [run | {"commit": commit}]}
         path.write_text(json.dumps(dirty))
         assert told in kernel_report(tmp_path, shown)
+    noted = run | {"note": "From a printed table.", "rounds": 10}
+    path.write_text(json.dumps({"date": "2026-11-24", "machine": machine, "runs": [noted]}))
+    text = kernel_report(tmp_path, shown)
+    assert "\n\nA note.\n\nFrom a printed table.\n\n| case" in text
+    assert "GB/s; 10 rounds, all numbers in" in text
     with pytest.raises(BadResult, match="no results of the sweep"):
         kernel_report(tmp_path, [shown[0]._replace(run=1)])
     other = {"date": "2026-11-24", "machine": machine | {"gpu": "another"}, "runs": [run]}
@@ -623,7 +725,11 @@ def test_a_quick_run_measures_and_reports_every_suite(tmp_path: Path) -> None:
         for measured in one.contenders.values():
             assert 0 < measured.p20 <= measured.median <= measured.p80
     assert report.main([str(path)]) == 0
-    assert "a smoke test and no measurement" in (tmp_path / "quick.md").read_text()
+    text = (tmp_path / "quick.md").read_text()
+    assert "a smoke test and no measurement" in text
+    assert "| Rounds | 2 a case |" in text
+    assert "| beginning, per epoch |" in text
+    assert "present suites" not in text, "every case is in the file"
 
 
 def test_a_wrong_score_fails_the_run_and_leaves_no_speed(tmp_path: Path) -> None:
@@ -668,6 +774,7 @@ def test_the_sweep_times_every_case_by_every_backend(small_sweep: None, tmp_path
     (measured,) = written["runs"]
     assert measured["copy_bytes_per_second"] > 0
     assert measured["commit"] == sweep._commit()
+    assert measured["rounds"] == 2
     found = measured["seconds"]
     rows = [
         f"{work} {shape} {dtype}"
