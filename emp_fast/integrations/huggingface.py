@@ -145,14 +145,16 @@ class PrunerMixin(_Base):
         """How many epochs the run begins, if all are as long as the first."""
         args = self.args
         if args.max_steps < 0:
-            return int(math.ceil(args.num_train_epochs))
+            epochs: int = math.ceil(args.num_train_epochs)
+            return epochs
         samples = self.pruner.schedule.budget(0)
         if samples is None:  # which is refused anyway
             return 1
         batch = args.train_batch_size * args.world_size
         batches = samples // batch if args.dataloader_drop_last else math.ceil(samples / batch)
         steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-        return int(math.ceil(args.max_steps / steps))
+        epochs = math.ceil(args.max_steps / steps)
+        return epochs
 
     @contextmanager
     def _indexed_train_set(self) -> Iterator[None]:
