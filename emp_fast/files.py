@@ -180,7 +180,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
 
 
-class _Remembering(io.FileIO):
+class _Remembering(io.BufferedWriter):
     """A file that keeps the error with which it could first not be written."""
 
     problem: OSError | None = None
@@ -201,16 +201,16 @@ def _new_file(path: Path) -> Iterator[IO[bytes]]:
         OSError: it cannot be written, whatever the block made of that: torch.save raises a
             RuntimeError of its own instead.
     """
-    raw = _Remembering(path, "xb")
+    file = _Remembering(path.open("xb", buffering=0))
     try:
-        with io.BufferedWriter(raw) as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
     except Exception as error:
-        if raw.problem is None or raw.problem is error:
+        if file.problem is None or file.problem is error:
             raise
-        raise raw.problem from error
+        raise file.problem from error
 
 
 def _load(path: Path) -> NDArray[Any]:
