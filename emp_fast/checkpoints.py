@@ -15,11 +15,9 @@ from __future__ import annotations
 import copy
 import io
 import json
-import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from emp_fast._optional import needs
+from emp_fast.archives import read_archive, write_archive
 from emp_fast.files import FileProblem, write_atomically
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -38,6 +37,7 @@ _FORMAT = "emp_fast.checkpoint"
 _VERSION = 1
 #: What loads safely as it is. A subclass need not: torch refuses to load a `numpy.float64`.
 _PLAIN = (bool, int, float, str, type(None))
+_TENSORS = (Tensor, nn.Parameter)
 
 
 @runtime_checkable
@@ -72,22 +72,22 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
             scalars, enums and other subclasses are saved as the plain value that they are.
 
     Raises:
-        TypeError: a part holds something else, which could not be loaded safely; the error names
-            it.
+        TypeError: a part holds something else, which could not be loaded safely, or a tensor that
+            the format cannot hold; the error names it.
         FileProblem: the file cannot be written.
         ModuleNotFoundError: it is a .safetensors file, and safetensors is not installed.
     """
     path = Path(path)
+    named = path.suffix == ".safetensors"
+    held = _storable if named else _loadable
     saved = {
-        name: _plain(name, part.state_dict() if isinstance(part, Stateful) else part)
+        name: _plain(name, part.state_dict() if isinstance(part, Stateful) else part, held)
         for name, part in parts.items()
     }
-    if path.suffix == ".safetensors":
+    if named:
         _write_safetensors(path, saved)
     else:
-        whole = {"format": _FORMAT, "version": _VERSION, "parts": saved}
-        with _checksums():
-            write_atomically(path, lambda file: torch.save(whole, file), overwrite=True)
+        write_archive(path, {"format": _FORMAT, "version": _VERSION, "parts": saved})
 
 
 def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
@@ -139,18 +139,23 @@ def load_checkpoint(path: str | Path, **parts: Stateful) -> dict[str, Any]:
     return saved
 
 
-def _plain(where: str, value: Any) -> Any:
-    """The value as types that load again without running code.
+def _plain(where: str, value: Any, held: Callable[[str, Tensor], Tensor]) -> Any:
+    """The value as types that load again without running code, and its tensors as the file's.
+
+    Args:
+        where: the value's place, for error messages.
+        value: what to save.
+        held: from a place and a tensor, the tensor as the file's format holds it.
 
     Raises:
         TypeError: it is something else.
     """
     if isinstance(value, np.generic):
         value = value.item()
-    if type(value) in (*_PLAIN, Tensor, nn.Parameter):
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, Tensor):
-        return _loadable(where, value)
+        return held(where, value)
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
@@ -158,19 +163,21 @@ def _plain(where: str, value: Any) -> Any:
     if isinstance(value, str):
         return str.__str__(value)  # an enum's own __str__ gives its name
     if isinstance(value, Mapping):
-        return _plain_dict(where, value)
+        return _plain_dict(where, value, held)
     if isinstance(value, (list, tuple)):
-        items = [_plain(f"{where}[{at}]", item) for at, item in enumerate(value)]
+        items = [_plain(f"{where}[{at}]", item, held) for at, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
     raise TypeError(f"{where} must be a tensor or a plain value, got {value!r}")
 
 
-def _plain_dict(where: str, value: Mapping[Any, Any]) -> dict[str | int, Any]:
+def _plain_dict(
+    where: str, value: Mapping[Any, Any], held: Callable[[str, Tensor], Tensor]
+) -> dict[str | int, Any]:
     items: dict[str | int, Any] = {}
     for key, item in value.items():
         if not isinstance(key, (str, int)):
             raise TypeError(f"{where} must have str or int keys, got {key!r}")
-        items[_plain(f"a key of {where}", key)] = _plain(f"{where}[{key!r}]", item)
+        items[_plain(f"a key of {where}", key, held)] = _plain(f"{where}[{key!r}]", item, held)
     if type(value) is Counter:
         return Counter(items)
     if type(value) is not OrderedDict:
@@ -181,7 +188,9 @@ def _plain_dict(where: str, value: Mapping[Any, Any]) -> dict[str | int, Any]:
 
 
 def _loadable(where: str, value: Tensor) -> Tensor:
-    """A tensor of a subclass, such as a DTensor, if torch can load it again."""
+    """A tensor, also of a subclass such as a DTensor, if torch can load it again."""
+    if type(value) in _TENSORS and not value.is_mkldnn:  # torch.save has no storage of those
+        return value
     try:
         file = io.BytesIO()
         torch.save(value, file)
@@ -195,17 +204,6 @@ def _loadable(where: str, value: Tensor) -> Tensor:
     return value
 
 
-@contextmanager
-def _checksums() -> Iterator[None]:
-    """Makes torch.save write checksums, even if they are disabled."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
 def _require_readable(path: Path) -> None:
     """Raises for a file that cannot be opened, as opposed to one whose contents are wrong."""
     try:
@@ -217,11 +215,7 @@ def _require_readable(path: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     _require_readable(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not check
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        whole = read_archive(path)
     except Exception as error:  # a damaged file can raise nearly anything
         raise FileProblem(f"{path} is not a sound checkpoint: {error}") from error
     if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
@@ -242,19 +236,45 @@ def _parts(path: Path, version: Any, parts: Any) -> dict[str, Any]:
 # ---- safetensors: named tensors, and their structure as JSON -------------------------------------
 
 
+def _storable(where: str, value: Tensor) -> Tensor:
+    """A tensor as the format has it: a copy, because it knows neither views nor aliases.
+
+    Raises:
+        TypeError: the format does not hold such a tensor.
+    """
+    value = _loadable(where, value)
+    dense = value.layout is torch.strided and not (value.is_nested or value.is_quantized)
+    plain = type(value) in _TENSORS and not value.is_meta  # a DTensor holds a part, meta nothing
+    if not dense or not plain or not _has_dtype(value.dtype):
+        kind = f"nested {type(value).__name__}" if value.is_nested else type(value).__name__
+        raise TypeError(
+            f"{where} must be a dense torch.Tensor of a dtype that .safetensors has, got {kind} "
+            f"of {value.dtype} with layout {value.layout} on {value.device}"
+        )
+    # A single element counts as contiguous with any stride, which its bytes cannot be read with.
+    return value.detach().cpu().resolve_conj().clone(memory_format=torch.contiguous_format)
+
+
+def _has_dtype(dtype: torch.dtype) -> bool:
+    """Whether this version of safetensors has the dtype; only trying tells."""
+    try:
+        _safetensors("torch").save({"none": torch.empty(0, dtype=dtype, device="cpu")})
+    except KeyError:
+        return False
+    return True
+
+
 def _write_safetensors(path: Path, saved: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     structure = _encode("", saved, tensors)
-    # Aliases and views become separate tensors, because the format has neither.
-    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(structure, allow_nan=True)
     metadata = {
         "format": _FORMAT,
         "version": str(_VERSION),
         "structure": text,
-        "crc32": _checksum(text, owned),
+        "crc32": _checksum(text, tensors),
     }
-    raw = _safetensors("torch").save(owned, metadata)
+    raw = _safetensors("torch").save(tensors, metadata)
     write_atomically(path, lambda file: file.write(raw), overwrite=True)
 
 

@@ -7,11 +7,12 @@ ModuleNotFoundError.
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import stat
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -116,12 +117,13 @@ def require_writable(path: Path, suffixes: Sequence[str], *, overwrite: bool) ->
         raise FileProblem(f"the output must end in {', '.join(suffixes)}, got {path}")
     if path.suffix == ".parquet":
         _parquet()
-    if path.is_dir():
-        raise FileProblem(f"cannot write {path}: Is a directory")
-    if not path.parent.is_dir():
-        raise FileProblem(f"cannot write {path}: No such file or directory")
-    if path.exists() and not overwrite:
-        raise FileProblem(f"{path} exists already; overwrite replaces it")
+    with _writing(path):
+        if path.is_dir():
+            raise FileProblem(f"cannot write {path}: Is a directory")
+        if not path.parent.is_dir():
+            raise FileProblem(f"cannot write {path}: No such file or directory")
+        if path.exists() and not overwrite:
+            raise FileProblem(f"{path} exists already; overwrite replaces it")
 
 
 def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], *, overwrite: bool) -> None:
@@ -152,25 +154,63 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
     Raises:
         FileProblem: the file already exists, or it cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise FileProblem(f"{path} exists already; overwrite replaces it")
-    if path.is_dir():
-        raise FileProblem(f"cannot write {path}: Is a directory")
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with _writing(path):
+        if path.exists() and not overwrite:
+            raise FileProblem(f"{path} exists already; overwrite replaces it")
+        if path.is_dir():
+            raise FileProblem(f"cannot write {path}: Is a directory")
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with _new_file(temporary) as file:
+                write(file)
+            with suppress(OSError):  # of a new file, or a file system without permissions
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # of a path that cannot be written, after the error above
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        with temporary.open("xb") as file:  # unlike tempfile's, with the usual permissions
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(OSError):  # of a new file, or a file system without permissions
-            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-        os.replace(temporary, path)
+        yield
     except OSError as error:
         raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # of a path that cannot be written, after the error above
-            temporary.unlink(missing_ok=True)
+
+
+class _Remembering(io.BufferedWriter):
+    """A file that keeps the error with which it could first not be written."""
+
+    problem: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.problem = self.problem or error
+            raise
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, on the disk at the end of the block, with the usual permissions.
+
+    Raises:
+        OSError: it cannot be written, whatever the block made of that: torch.save raises a
+            RuntimeError of its own instead.
+    """
+    file = _Remembering(path.open("xb", buffering=0))
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception as error:
+        if file.problem is None or file.problem is error:
+            raise
+        raise file.problem from error
 
 
 def _load(path: Path) -> NDArray[Any]:

@@ -110,7 +110,7 @@ class Selection(NamedTuple):
             dataset: a `datasets.Dataset`, or the folder of one that was saved to disk.
             path: a folder to save the result to with `datasets.Dataset.save_to_disk`. It appears
                 complete or not at all.
-            overwrite: replace an existing folder.
+            overwrite: replace an existing folder, but not the one that ``dataset`` is read from.
 
         Returns:
             The `datasets.Dataset` of K samples.
@@ -124,6 +124,8 @@ class Selection(NamedTuple):
         """
         target = None if path is None else _checked_folder(Path(path), overwrite)
         whole = load_dataset(dataset)
+        if target is not None:
+            _require_apart(target, dataset, whole)
         if len(self.indices) and int(self.indices[-1]) >= len(whole):
             raise ValueError(
                 f"dataset must have the samples that were selected from, at least "
@@ -176,6 +178,16 @@ def _checked_folder(path: Path, overwrite: bool) -> Path:
     if not path.parent.is_dir():
         raise FileProblem(f"cannot write {path}: No such file or directory")
     return path
+
+
+def _require_apart(target: Path, dataset: Any, loaded: Any) -> None:
+    """Raises FileProblem if the folder holds the data set that the samples come from."""
+    sources = [file["filename"] for file in loaded.cache_files]
+    if isinstance(dataset, (str, os.PathLike)):
+        sources.append(dataset)
+    replaced = target.resolve()
+    if any(Path(source).resolve().is_relative_to(replaced) for source in sources):
+        raise FileProblem(f"cannot replace {target}: it holds the data set that is selected from")
 
 
 def _save_to_disk(dataset: Any, path: Path) -> None:

@@ -100,12 +100,13 @@ def score_dataset(
         ValueError: an argument is invalid, or the loader did not deliver every sample.
         TypeError: an argument has the wrong type, or the form of batches or logits is unknown.
         IndexError: the loader or ``score_batch`` gave an index outside [0, N).
-        emp_fast.FileProblem: a file cannot be read or written.
+        emp_fast.FileProblem: a partial result cannot be read, or the output cannot be written.
         ModuleNotFoundError: ``output`` is a .parquet file, and pyarrow is not installed.
         RuntimeError: a rank died or did not take part within the group's time-out.
 
     Warns:
-        EmpFastWarning: some samples have no finite score; they are NaN in the output.
+        EmpFastWarning: some samples have no finite score; they are NaN in the output. Or a partial
+            result cannot be written or removed; scoring goes on.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     out = None if output is None else Path(output)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from emp_fast._transfer import to_device
 from emp_fast._validation import is_real
+from emp_fast._warnings import warn
+from emp_fast.archives import read_archive, write_archive
 from emp_fast.backends.base import FLOAT_STATS
 from emp_fast.distributed.ranks import Ranks
-from emp_fast.files import FileProblem, write_atomically
+from emp_fast.files import FileProblem
 from emp_fast.functional import SampleStats
 from emp_fast.snapshot_checks import Form, require_form
 
@@ -134,7 +136,7 @@ class Tally:
             "done": self.done,
             "tensors": {name: tensor.cpu() for name, tensor in self._tensors.items()},
         }
-        write_atomically(path, lambda file: torch.save(state, file), overwrite=True)
+        write_archive(path, state)
 
     def load(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Takes over the samples that have more completed passes in a file.
@@ -143,7 +145,7 @@ class Tally:
             FileProblem: the file is damaged, or is of a run with other facts.
         """
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = read_archive(path)
             theirs, done, tensors = state["facts"], state["done"], state["tensors"]
             sound = state["format"] == _FORMAT and isinstance(theirs, dict)
             differing = sorted(
@@ -197,7 +199,8 @@ class PartialResults:
         self._facts = facts
         self._every = every
         self._due = time.monotonic() + every
-        self._read: list[Path] = []
+        self._files: set[Path] = set()  # that were read or written
+        self._warned = False
         if path is not None and ranks.size > 1:
             self._own = path.with_name(f"{path.name}.{ranks.rank}-of-{ranks.size}")
 
@@ -210,12 +213,12 @@ class PartialResults:
         if self._path is None:
             return
         name = self._path.name
-        self._read = sorted(
+        self._files = {
             path
             for path in self._path.parent.iterdir()
             if path.name == name or re.fullmatch(rf"{re.escape(name)}\.\d+-of-\d+", path.name)
-        )
-        for path in self._read:
+        }
+        for path in sorted(self._files):
             self.tally.load(path, self._facts)
 
     def save_if_due(self) -> None:
@@ -230,13 +233,24 @@ class PartialResults:
         )
 
     def save(self) -> None:
-        """Saves this rank's file.
+        """Saves this rank's file, if it can be written: the scores are worth more than it is.
 
-        Raises:
-            FileProblem: as `Tally.save`.
+        Warns:
+            EmpFastWarning: it cannot be written; once, for the next time may succeed.
         """
-        if self._own is not None:
+        if self._own is None:
+            return
+        try:
             self.tally.save(self._own, self._facts)
+        except FileProblem as problem:
+            if not self._warned:
+                self._warned = True
+                warn(
+                    "no partial result was saved, so that an interrupted run would score again "
+                    f"what it has scored since the last one: {problem}"
+                )
+        else:
+            self._files.add(self._own)
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
@@ -250,6 +264,17 @@ class PartialResults:
             raise
 
     def remove(self) -> None:
-        """Removes the files that were read or written; the results are complete."""
-        for path in {*self._read, *([] if self._own is None else [self._own])}:
-            path.unlink(missing_ok=True)  # another rank may have removed it already
+        """Removes the files that were read or written; the results are complete.
+
+        Warns:
+            EmpFastWarning: one cannot be removed. The same call would continue from it.
+        """
+        for path in sorted(self._files):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)  # another rank may have removed it already
+    except OSError as error:
+        warn(f"cannot remove {path}, a partial result: {error.strerror or error}")

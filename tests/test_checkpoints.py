@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import collections
 import enum
+import errno
 import math
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -175,6 +179,39 @@ def test_a_tensor_that_torch_could_not_load_is_not_saved(path):
         save_checkpoint(path, part={"x": torch.ones(2).as_subclass(Mine)})
 
 
+@pytest.mark.parametrize(
+    ("tensor", "got"),
+    [
+        (lambda: torch.ones(2, dtype=torch.complex128), "Tensor of torch.complex128"),
+        (lambda: torch.eye(2).to_sparse(), "Tensor of torch.float32 with layout torch.sparse_coo"),
+        (lambda: torch.ones(2, device="meta"), "Tensor of torch.float32 .* on meta"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested Tensor"),
+    ],
+    ids=["complex128", "sparse", "meta", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_tensor_that_safetensors_cannot_hold_is_named(tensor, got, tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(TypeError, match=rf"part\['x'\] must be a dense torch.Tensor.*got {got}"):
+        save_checkpoint(path, part={"x": tensor()})
+    assert not path.exists()
+
+
+def test_a_tensor_without_a_storage_is_not_saved(path):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch is built without oneDNN")
+    with pytest.raises(TypeError, match=r"part\['x'\] must be a tensor that torch.load"):
+        save_checkpoint(path, part={"x": torch.ones(2).to_mkldnn()})
+
+
+def test_a_tensor_of_any_strides_is_saved(path):
+    pair = torch.tensor([1 + 2j, 3 + 4j], dtype=torch.complex64)
+    given = [torch.arange(4.0)[::4], pair.conj(), pair[:1].clone().conj().imag]
+    save_checkpoint(path, given=given)
+    assert equal(load_checkpoint(path)["given"], given)
+
+
 def test_a_changed_bit_is_noticed(path):
     save_checkpoint(path, **trained())
     whole = path.read_bytes()
@@ -308,7 +345,9 @@ def test_missing_parts_and_parts_without_a_state_are_named(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["file/run.pt", "r" * 250 + ".pt", "."], ids=["no folder", "long", "folder"]
+    "name",
+    ["file/run.pt", "r" * 250 + ".pt", "r" * 300 + ".pt", "."],
+    ids=["no folder", "long", "too long", "folder"],
 )
 def test_a_path_that_cannot_be_is_named(name, tmp_path):
     (tmp_path / "file").write_text("")
@@ -320,6 +359,36 @@ def test_a_path_that_cannot_be_is_named(name, tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileProblem, match=r"cannot write .*missing/run.pt: No such file"):
         save_checkpoint(tmp_path / "missing" / "run.pt", step=1)
+
+
+@pytest.mark.parametrize("parts", [1, 60], ids=["large", "many"])
+def test_a_full_disk_is_named_and_leaves_the_previous_file(path, parts):
+    """torch.save makes another error of the file's, for some sizes."""
+    save_checkpoint(path, step=1)
+    code = f"""
+        import resource, signal, torch
+        from emp_fast import FileProblem, save_checkpoint
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        parts = {{f"part{{at}}": torch.ones(100_000 // {parts}) for at in range({parts})}}
+        try:
+            save_checkpoint({str(path)!r}, **parts)
+        except FileProblem as problem:
+            print(problem, end="")
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(emp_fast.__file__).parents[1])}
+    told = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        check=True,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout == f"cannot write {path}: {os.strerror(errno.EFBIG)}"
+    assert load_checkpoint(path) == {"step": 1}
+    assert list(path.parent.iterdir()) == [path]
 
 
 def _write_forever(path: Path) -> None:

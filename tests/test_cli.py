@@ -533,10 +533,10 @@ def test_select_refuses_an_output_that_cannot_be_written(file):
 def test_select_refuses_an_output_of_a_folder_that_takes_no_files(file, monkeypatch):
     opened = Path.open
 
-    def refuse(self, mode):
+    def refuse(self, mode, **options):
         if mode == "xb":
             raise PermissionError(13, "Permission denied")
-        return opened(self, mode)
+        return opened(self, mode, **options)
 
     monkeypatch.setattr("pathlib.Path.open", refuse)
     output = file.parent / "kept.npy"

@@ -154,6 +154,27 @@ def test_export_saves_to_disk_whole_or_not_at_all(tmp_path, hugging_face, plain,
         assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "whole"]
 
 
+def test_export_does_not_replace_what_it_selects_from(tmp_path, hugging_face, plain):
+    datasets = pytest.importorskip("datasets")
+    whole = tmp_path / "whole"
+    hugging_face.save_to_disk(whole)
+    (tmp_path / "link").symlink_to(whole)
+    read = datasets.load_from_disk(whole)
+    for dataset, path in (
+        (whole, whole),
+        (str(whole), tmp_path / "link"),
+        (tmp_path / "link", whole),
+        (read, whole),
+        (read.select(range(99, -1, -1)), tmp_path / "link"),
+    ):
+        with pytest.raises(FileProblem, match=rf"cannot replace {path}: it holds the data set"):
+            plain.export(dataset, path, overwrite=True)
+    assert len(datasets.load_from_disk(whole)) == 100
+    plain.export(whole, tmp_path / "part")
+    plain.export(read, tmp_path / "part", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "part", "whole"]
+
+
 def test_export_replaces_no_other_folder(tmp_path, hugging_face, plain):
     (tmp_path / "kept.txt").write_text("precious")
     with pytest.raises(FileProblem, match="a folder of other things than a data set"):

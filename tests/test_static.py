@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections import UserDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,6 +367,8 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path):
         quiet(model, make_loader(), output=tmp_path / "scores.txt")
     with pytest.raises(FileProblem, match="No such file"):
         quiet(model, make_loader(), output=tmp_path / "nowhere" / "scores.npy")
+    with pytest.raises(FileProblem, match="File name too long"):
+        quiet(model, make_loader(), output=tmp_path / f"{'s' * 300}.npy")
     assert [path.name for path in tmp_path.iterdir()] == ["scores.npy"]
     quiet(make_model(), make_loader(), output=tmp_path / "scores.npy", overwrite=True)
     assert np.load(tmp_path / "scores.npy").shape == (N,)
@@ -554,6 +557,87 @@ def test_a_partial_result_of_another_run_is_refused(tmp_path):
         quiet(Counting(), make_loader(), output=output)
 
 
+def test_a_partial_result_with_a_changed_bit_is_refused(tmp_path):
+    """In an array, where every value is possible: only the checksum tells."""
+    output, partial = tmp_path / "scores.npy", tmp_path / "scores.npy.partial"
+    with pytest.raises(Interrupted):
+        quiet(Counting(3), make_loader(), output=output)
+    damaged = bytearray(partial.read_bytes())
+    with zipfile.ZipFile(partial) as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith("data/1"))
+        at = damaged.index(archive.read(entry), entry.header_offset)
+    damaged[at + 1] ^= 1
+    partial.write_bytes(damaged)
+    with pytest.raises(FileProblem, match=r"not a sound partial result; delete it.*data/1"):
+        quiet(Counting(), make_loader(), output=output)
+    assert partial.read_bytes() == damaged
+
+
+def test_a_partial_result_has_checksums_even_if_torch_makes_none(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        with pytest.raises(Interrupted):
+            quiet(Counting(3), make_loader(), output=tmp_path / "scores.npy")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    rest = Counting()
+    quiet(rest, make_loader(), output=tmp_path / "scores.npy")
+    assert rest.calls == math.ceil(N / 8) - 3
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_partial_result_that_cannot_be_written_is_warned_of_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("emp_fast.archives.torch.save", full)
+    output = tmp_path / "scores.npy"
+    model = Counting()
+    with pytest.warns(EmpFastWarning, match="no partial result was saved.*No space left") as told:
+        stats = quiet(model, make_loader(), output=output, save_every=0)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    assert_close(stats, wanted_stats(model.inner, make_data()))
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.npy"]
+
+
+def test_a_partial_result_is_saved_again_when_there_is_room(tmp_path, monkeypatch):
+    class Freeing(Counting):
+        def forward(self, x):
+            if self.calls == 2:
+                monkeypatch.undo()
+            return super().forward(x)
+
+    monkeypatch.setattr("emp_fast.archives.torch.save", full)
+    options = {"output": tmp_path / "scores.npy", "save_every": 0}
+    with (
+        pytest.warns(EmpFastWarning, match="no partial result was saved"),
+        pytest.raises(Interrupted),
+    ):
+        quiet(Freeing(4), make_loader(), **options)
+    rest = Counting()
+    quiet(rest, make_loader(), **options)
+    assert rest.calls == math.ceil(N / 8) - 4
+
+
+def test_a_partial_result_that_cannot_be_removed_is_warned_of(tmp_path, monkeypatch):
+    def fixed(self, missing_ok=False):
+        if self.name.endswith(".partial"):
+            raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", fixed)
+    with pytest.warns(EmpFastWarning, match=r"cannot remove .*\.partial, .*: Read-only") as told:
+        quiet(make_model(), make_loader(), output=tmp_path / "scores.npy")
+    assert len(told) == 1
+    assert np.load(tmp_path / "scores.npy").shape == (N,)
+
+
+def test_a_partial_result_whose_name_cannot_be_stops_nothing(tmp_path):
+    with pytest.warns(EmpFastWarning, match="File name too long") as told:
+        quiet(make_model(), make_loader(), partial=tmp_path / ("p" * 300))
+    assert len(told) == 1
+
+
 DAMAGE = {
     "no format": lambda state: state.pop("format"),
     "no counts": lambda state: state.pop("done"),
@@ -589,9 +673,6 @@ def test_a_damaged_partial_result_is_refused_and_nothing_is_taken_from_it(damage
 
 
 def test_an_output_that_fails_at_the_end_keeps_the_partial_result(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr("emp_fast.files.np.save", full)
     output = tmp_path / "scores.npy"
     with pytest.raises(FileProblem, match="No space left"):
@@ -677,9 +758,8 @@ def a_loader_that_leaves_samples_out_is_refused_everywhere(rank: int, size: int,
 
 
 def an_output_refused_on_one_rank_is_refused_on_all(rank: int, size: int, folder: str):
-    expected = FileProblem if rank == 0 else RuntimeError
     told = "" if rank == 0 else "the arguments: rank 0 raised this.*"
-    with pytest.raises(expected, match=rf"{told}scores\.npy exists already"):
+    with pytest.raises(FileProblem, match=rf"{told}scores\.npy exists already"):
         quiet(make_model(), make_loader(), output=Path(folder) / "scores.npy")
 
 

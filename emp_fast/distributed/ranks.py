@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from emp_fast.files import FileProblem
+
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup
 else:
@@ -37,7 +39,7 @@ __all__ = [
     "world_size_of",
 ]
 
-_SHARED_ERRORS = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
+_SHARED_ERRORS = {kind.__name__: kind for kind in (FileProblem, IndexError, TypeError, ValueError)}
 
 
 def world_size_of(process_group: ProcessGroup | None = None) -> int:
@@ -154,6 +156,7 @@ class Ranks:
         Raises:
             ValueError: this process is not in the group, the operation or ``facts`` differ between
                 ranks (raised on all of them, with the difference), or a rank had such an ``error``.
+            FileProblem: a rank had such an ``error``.
             TypeError: a rank had such an ``error``.
             IndexError: a rank had such an ``error``.
             RuntimeError: a rank died or did not take part within the group's time-out, or had an
