@@ -43,6 +43,21 @@ def refused(*arguments):
 # ---- the group ----------------------------------------------------------------------------------
 
 
+def test_output_in_ascii_gets_what_is_nearest() -> None:
+    code = (
+        "import sys; from emp_fast.cli.console import OneLineErrors, stdout; import typer\n"
+        "app = typer.Typer(cls=OneLineErrors)\n"
+        "app.command()(lambda: stdout().print('1.5 µs ± 2 ☃'))\n"
+        "app.callback()(lambda: None)\n"
+        "app()"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "<lambda>"], env=environment, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, b"1.5 us +- 2 ?\n"), done.stderr
+
+
 def test_module_runs_as_a_command():
     environment = {**os.environ, "PYTHONPATH": str(Path(emp_fast.__file__).parents[1])}
 
@@ -501,6 +516,9 @@ def test_select_never_loses_a_file(file, scores):
     output.write_bytes(b"precious")
     assert "exists already; --overwrite" in refused("select", file, output, "--k", 3)
     assert output.read_bytes() == b"precious"
+    missing = file.parent / "none.npy"  # told before, since --overwrite would not help
+    assert "none.npy" in refused("select", missing, output, "--k", 3)
+    assert "--k must lie in" in refused("select", file, output, "--k", 0)
     run("select", file, output, "--k", 3, "--overwrite")
     assert np.load(output).tolist() == expected(scores, 3)
     labels = file.parent / "labels.npy"

@@ -101,7 +101,13 @@ def test_loss_agrees_with_torch(case: Case, backend: str) -> None:
     torch.testing.assert_close(loss, torchs, rtol=RTOL, atol=ATOL, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint16, torch.uint32),  # with which torch itself computes little
+    ],
+)
 def test_class_ids_of_any_integer_type(dtype: torch.dtype, backend: str) -> None:
     logits, target, _ = make(Case("integers", 6, 10))
     got = cross_entropy(logits, target.to(dtype))
