@@ -19,6 +19,7 @@ from emp_fast import Policy, backends
 from emp_fast.backends.native import NativeModule
 from emp_fast.cli import app, bench, doctor
 from emp_fast.cli import demo as demo_command
+from emp_fast.demo import comparison
 from emp_fast.files import write_atomically
 
 N = 1009
@@ -696,6 +697,86 @@ def test_demo_json_is_all_of_stdout(tmp_path):
     assert report == json.loads((tmp_path / "digits.json").read_text())
 
 
+def stop_at_run(monkeypatch, number, error):
+    """Makes the demo's run of that number, counted from 1, raise in place of training."""
+    module = sys.modules[comparison.__name__]
+    train, runs = module.train, []
+
+    def stopping(*arguments):
+        runs.append(arguments)
+        if len(runs) == number:
+            raise error
+        return train(*arguments)
+
+    monkeypatch.setattr(module, "train", stopping)
+
+
+DEMO = ("demo", "--quick", "--epochs", 1, "--seeds", 2, "--methods", "full,loss,emp")
+
+
+def test_an_interrupted_demo_prints_and_writes_the_finished_runs(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "digits.json").write_text("of an earlier, complete comparison")
+    stop_at_run(monkeypatch, 5, KeyboardInterrupt())
+    result = run(*DEMO, "--output", tmp_path, exit_code=130)
+    assert result.stderr.endswith("\nemp-fast: interrupted after 4 of 6 runs\n")
+    for label in ("full data", "loss", "EMP"):
+        assert f"│ {label}" in result.stdout
+    assert "standard deviation over 1 to 2 seeds" in result.stdout
+    assert "EMP against" not in result.stdout  # of two runs with one seed
+    files = tmp_path / "digits-partial.json", tmp_path / "digits-partial.png"
+    assert f"Written: {files[0]}, {files[1]}" in result.stdout
+    report = json.loads(files[0].read_text())
+    accuracies = {method["name"]: method["accuracies"] for method in report["methods"]}
+    assert {name: len(of) for name, of in accuracies.items()} == {"full": 2, "loss": 1, "emp": 1}
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "digits.json").read_text() == "of an earlier, complete comparison"
+
+
+def test_a_demo_with_a_failing_run_prints_the_finished_ones_and_then_the_error(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("sklearn")
+    stop_at_run(monkeypatch, 3, RuntimeError("out of memory"))
+    result = CliRunner().invoke(app, [*map(str, DEMO), "--output", str(tmp_path), "--json"])
+    assert str(result.exception) == "out of memory"
+    assert result.stderr.endswith("\nemp-fast: stopped after 2 of 6 runs\n")
+    assert [method["name"] for method in json.loads(result.stdout)["methods"]] == ["full", "loss"]
+
+
+def test_a_demo_interrupted_in_its_first_run_prints_only_that(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    stop_at_run(monkeypatch, 1, KeyboardInterrupt())
+    result = run(*DEMO, "--output", tmp_path, exit_code=130)
+    assert result.stdout == ""
+    assert result.stderr.endswith("\nemp-fast: interrupted after 0 of 6 runs\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".json", ".png"])
+def test_demo_refuses_results_that_cannot_be_written_before_it_trains(tmp_path, suffix):
+    pytest.importorskip("sklearn")
+    path = tmp_path / f"digits{suffix}"
+    path.mkdir()
+    told = refused(*DEMO, "--output", tmp_path)
+    assert told == f"emp-fast: cannot write {path}: Is a directory\n"
+
+
+def test_demo_prints_results_that_can_no_longer_be_written(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+
+    def full(path, write, *, overwrite):
+        raise emp_fast.FileProblem(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(sys.modules[demo_command.__module__], "write_atomically", full)
+    result = run(*DEMO, "--output", tmp_path, exit_code=2)
+    assert "│ EMP" in result.stdout
+    assert "Written" not in result.stdout
+    path = tmp_path / "digits.json"
+    assert result.stderr.endswith(f"\nemp-fast: cannot write {path}: No space left on device\n")
+
+
 def test_demo_without_matplotlib_says_so(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
@@ -755,6 +836,8 @@ def test_demo_states_no_winner_that_the_seeds_do_not_show():
         "EMP against loss, the best of the others here: -10.00 ± 0.00 points "
         "(mean ± standard error over seeds)."
     )
+    stopped = module._verdict([summary("loss", [0.9, 0.91, 0.1]), summary("emp", [0.8, 0.81])])
+    assert stopped == worse  # the third seed has run with one of them alone
     unclear = module._verdict([summary("loss", [0.9, 0.8]), summary("emp", [0.8, 0.91])])
     assert unclear.endswith("no clear difference.")
     assert module._verdict([summary("loss", [0.9]), summary("emp", [0.8])]) is None
@@ -818,6 +901,24 @@ def test_bench_times_nothing_that_is_wrong(small_bench, monkeypatch):
     assert problems["select 30% of 501"].startswith(f"{differs} indices of selection")
     assert all("microseconds" not in line for line in report["cases"] if line["problem"])
     assert "wrong" in run("bench", "--quick", exit_code=1).stdout
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_an_interrupted_bench_prints_what_was_measured(small_bench, monkeypatch, finished):
+    measured, cases = small_bench._measured, []
+
+    def interrupted(contest, *arguments):
+        cases.append(contest)
+        if len(cases) > finished:
+            raise KeyboardInterrupt
+        return measured(contest, *arguments)
+
+    monkeypatch.setattr(small_bench, "_measured", interrupted)
+    result = run("bench", "--quick", "--json", exit_code=130)
+    assert result.stderr.endswith(f"emp-fast: interrupted after {finished} of 6 cases\n")
+    names = [line["case"] for line in json.loads(result.stdout)["cases"]] if finished else []
+    assert names == ["scores 7 x 10", "scores + gradient 7 x 10"][:finished]
+    assert bool(result.stdout) == bool(finished)
 
 
 def test_bench_refuses_a_device_that_is_not_there():

@@ -20,7 +20,7 @@ from rich.table import Table
 import emp_fast
 from emp_fast import machine
 from emp_fast.backends import resolve
-from emp_fast.cli.console import chosen_device, stderr, stdout
+from emp_fast.cli.console import chosen_device, end_early, stderr, stdout
 from emp_fast.functional import cross_entropy, topk_indices
 from emp_fast.testing import baselines
 from emp_fast.testing.benchmark_cases import (
@@ -73,7 +73,8 @@ def bench(
     place = chosen_device(device)
     seconds = _QUICK_SECONDS if quick else _SECONDS
     load_before = machine.load_average()
-    lines = []
+    lines: list[dict[str, Any]] = []
+    stopped: BaseException | None = None
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with (
         torch.cuda.device(place) if place.type == "cuda" else nullcontext(),
@@ -85,11 +86,16 @@ def bench(
         task = progress.add_task("copy bandwidth".ljust(28), total=total)
         bandwidth = copy_bandwidth(place, _COPY_BYTES)["median"]
         clock = clock_of(place)
-        for name, case, contenders in _contests(shapes, sizes, place, compiled):
-            progress.update(task, description=name.ljust(28))
-            contest = Contest(case, contenders, clock)
-            lines.append({"case": name, **_measured(contest, seconds, bandwidth)})
-            progress.advance(task)
+        try:
+            for name, case, contenders in _contests(shapes, sizes, place, compiled):
+                progress.update(task, description=name.ljust(28))
+                contest = Contest(case, contenders, clock)
+                lines.append({"case": name, **_measured(contest, seconds, bandwidth)})
+                progress.advance(task)
+        except (Exception, KeyboardInterrupt) as error:
+            stopped = error
+    if stopped is not None and not lines:
+        end_early(stopped, 0, total, "cases")
     report = {
         "emp_fast": emp_fast.__version__,
         "torch": torch.__version__,
@@ -105,6 +111,8 @@ def bench(
         typer.echo(json.dumps(report, indent=2))
     else:
         _print(report)
+    if stopped is not None:
+        end_early(stopped, len(lines), total, "cases")
     if any(line["problem"] is not None for line in lines):
         raise typer.Exit(1)
 

@@ -18,7 +18,7 @@ from emp_fast._validation import checked_device
 from emp_fast.backends import BackendError, resolve
 from emp_fast.files import FileProblem
 
-__all__ = ["InputError", "OneLineErrors", "chosen_device", "stderr", "stdout"]
+__all__ = ["InputError", "OneLineErrors", "chosen_device", "end_early", "stderr", "stdout"]
 
 #: Width of tables in a log file, where there is no terminal that has a width.
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -35,6 +35,10 @@ _UsageProblem: type[Any] = next(
 
 class InputError(Exception):
     """The user's input cannot be used; the message is the one line that is printed."""
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, after what was finished has been printed; the message says how much that is."""
 
 
 class OneLineErrors(TyperGroup):
@@ -89,6 +93,22 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
+def end_early(error: BaseException, finished: int, planned: int, what: str) -> NoReturn:
+    """Ends a command that has printed what was finished before Ctrl-C or another error.
+
+    Args:
+        error: what stopped the command; anything but Ctrl-C is raised again.
+        finished: how much was finished.
+        planned: out of how much.
+        what: the name of it, in the plural.
+    """
+    after = f"after {finished} of {planned} {what}"
+    if isinstance(error, KeyboardInterrupt):
+        raise _Interrupted(f"interrupted {after}") from error
+    typer.echo(f"emp-fast: stopped {after}", err=True)
+    raise error
+
+
 def stdout() -> Console:
     """The console for results."""
     return _console(stderr=False)
@@ -129,8 +149,8 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _end(error: Exception) -> NoReturn:
     """Ends the process with the line and exit code of a user error; raises any other error."""
-    if isinstance(error, typer.Abort):
-        typer.echo("emp-fast: interrupted", err=True)
+    if isinstance(error, (typer.Abort, _Interrupted)):
+        typer.echo(f"emp-fast: {str(error) or 'interrupted'}", err=True)
         sys.exit(_INTERRUPTED)
     if isinstance(error, _UsageProblem):
         message = error.format_message()

@@ -8,7 +8,7 @@ import os
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -16,11 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from emp_fast import machine
-from emp_fast.cli.console import InputError, chosen_device, stderr, stdout
+from emp_fast.cli.console import InputError, chosen_device, end_early, stderr, stdout
 from emp_fast.demo.comparison import Comparison, Summary, compare, defaults
 from emp_fast.demo.datasets import DATASETS, ImageData, load
 from emp_fast.demo.training import METHODS, Settings
-from emp_fast.files import write_atomically
+from emp_fast.files import require_writable, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["demo"]
 
@@ -71,25 +74,16 @@ def demo(
     names = _method_names(methods)
     settings = _settings(images, prune_rate, epochs, batch_size, chosen_device(device), quick)
     num_seeds = seeds or (min(2, defaults(data).seeds) if quick else defaults(data).seeds)
-    _prepare(output)
+    _prepare(output, data)
 
-    comparison = _run(images, settings, names, num_seeds)
+    comparison, error = _run(images, settings, names, num_seeds)
 
-    report = {
-        **comparison.report(),
-        "date": date.today().isoformat(),
-        **machine.describe(settings.device),
-        "figure": _save_figure(comparison, output),
-    }
-    text = json.dumps(report, indent=2)
-    results = output / f"{data}.json"
-    write_atomically(results, lambda file: file.write(text.encode()), overwrite=True)
-    if as_json:
-        typer.echo(text)
-        return
-    _print(comparison)
-    figure = report["figure"]
-    stdout().print(f"Written: {results}" + (f", {figure}" if figure else ""), soft_wrap=True)
+    if comparison is not None:
+        # What is incomplete does not replace complete results of an earlier comparison.
+        _deliver(comparison, output, data if error is None else f"{data}-partial", as_json)
+    if error is not None:
+        finished = 0 if comparison is None else sum(map(len, comparison.runs.values()))
+        end_early(error, finished, len(names) * num_seeds, "runs")
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -139,7 +133,7 @@ def _settings(
     )
 
 
-def _prepare(output: Path) -> None:
+def _prepare(output: Path, data: str) -> None:
     """Checks before the training whether its results can be saved."""
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -147,12 +141,17 @@ def _prepare(output: Path) -> None:
         raise InputError(f"cannot make the folder {output}: {error.strerror}") from error
     if not os.access(output, os.W_OK):
         raise InputError(f"cannot write into the folder {output}")
+    for suffix in (".json", ".png"):
+        require_writable(output / f"{data}{suffix}", [suffix], overwrite=True)
 
 
 # ---- running ------------------------------------------------------------------------------------
 
 
-def _run(images: ImageData, settings: Settings, names: list[str], num_seeds: int) -> Comparison:
+def _run(
+    images: ImageData, settings: Settings, names: list[str], num_seeds: int
+) -> tuple[Comparison | None, BaseException | None]:
+    """The finished runs if there are any, and what stopped the others if anything did."""
     budget = settings.budget(len(images.train_labels))
     total = budget * len(names) * num_seeds
     console = stderr()
@@ -168,6 +167,7 @@ def _run(images: ImageData, settings: Settings, names: list[str], num_seeds: int
         TextColumn("samples"),
         TimeRemainingColumn(),
     )
+    so_far: list[Comparison] = []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=total)
 
@@ -175,24 +175,52 @@ def _run(images: ImageData, settings: Settings, names: list[str], num_seeds: int
             done = budget * (seed * len(names) + names.index(name)) + seen
             progress.update(task, completed=done, description=f"{name}, seed {seed}".ljust(18))
 
-        comparison = compare(images, settings, names, range(num_seeds), advance)
+        try:
+            comparison = compare(images, settings, names, range(num_seeds), advance, so_far.append)
+        except (Exception, KeyboardInterrupt) as error:
+            return (so_far[-1] if so_far else None), error
         progress.update(task, description="training".ljust(18))
-    return comparison
+    return comparison, None
 
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _save_figure(comparison: Comparison, output: Path) -> str | None:
+# ---- results ------------------------------------------------------------------------------------
+
+
+def _deliver(comparison: Comparison, output: Path, name: str, as_json: bool) -> None:
+    """Writes the results and the plot, and prints the results even if they cannot be written."""
+    figure = _figure(comparison)
+    results, plot = output / f"{name}.json", output / f"{name}.png"
+    report = {
+        **comparison.report(),
+        "date": date.today().isoformat(),
+        **machine.describe(comparison.settings.device),
+        "figure": None if figure is None else str(plot),
+    }
+    text = json.dumps(report, indent=2)
     try:
-        figure = comparison.figure()
+        write_atomically(results, lambda file: file.write(text.encode()), overwrite=True)
+        if figure is not None:
+            write_atomically(plot, lambda file: figure.savefig(file, format="png"), overwrite=True)
+    finally:
+        if as_json:
+            typer.echo(text)
+        else:
+            _print(comparison)
+    if not as_json:
+        files = f"{results}" if figure is None else f"{results}, {plot}"
+        stdout().print(f"Written: {files}", soft_wrap=True, markup=False)
+
+
+def _figure(comparison: Comparison) -> Figure | None:
+    try:
+        return comparison.figure()
     except ModuleNotFoundError as error:
         stderr().print(f"No plot: {error}", markup=False)
         return None
-    path = output / f"{comparison.data}.png"
-    write_atomically(path, lambda file: figure.savefig(file, format="png"), overwrite=True)
-    return str(path)
 
 
 # ---- table --------------------------------------------------------------------------------------
@@ -232,13 +260,14 @@ def _print(comparison: Comparison) -> None:
         )
     console = stdout()
     console.print(table)
-    seeds = len(summaries[0].accuracies)
+    fewest, most = _seeds(summaries)
+    seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
     console.print(
         f"Accuracy: mean ± standard deviation over {seeds} seeds; the highest mean is bold. "
         "Overhead: what scoring (median of a step, less the plain loss and gradient of 'full "
         "data') and selection add, as a share of the training time; below 0 where loss, gradient "
         "and scores together take less time than the plain loss and gradient."
-        if seeds > 1
+        if most > 1
         else "One seed alone: no deviation, so no conclusion about which method is better.",
         soft_wrap=True,
     )
@@ -247,19 +276,30 @@ def _print(comparison: Comparison) -> None:
         console.print(verdict, soft_wrap=True)
 
 
+def _seeds(summaries: list[Summary]) -> tuple[int, int]:
+    """The fewest and the most runs of a method; they differ if the comparison was stopped."""
+    runs = [len(summary.accuracies) for summary in summaries]
+    return min(runs), max(runs)
+
+
 def _accuracy(summary: Summary) -> str:
     text = f"{100 * summary.accuracy_mean:.2f}"
     return text if summary.accuracy_std is None else f"{text} ± {100 * summary.accuracy_std:.2f}"
 
 
 def _verdict(summaries: list[Summary]) -> str | None:
-    """Compares EMP with the best other method seed by seed, so that shared variation cancels."""
+    """Compares EMP with the best other method seed by seed, so that shared variation cancels.
+
+    Only seeds with which every method has run count.
+    """
     emp = next((summary for summary in summaries if summary.name == "emp"), None)
     others = [summary for summary in summaries if summary.name != "emp"]
-    if emp is None or not others or len(emp.accuracies) < 2:
+    seeds, _ = _seeds(summaries)
+    if emp is None or not others or seeds < 2:
         return None
-    best = max(others, key=lambda summary: summary.accuracy_mean)
-    gaps = [100 * (a - b) for a, b in zip(emp.accuracies, best.accuracies, strict=True)]
+    best = max(others, key=lambda summary: mean(summary.accuracies[:seeds]))
+    pairs = zip(emp.accuracies[:seeds], best.accuracies[:seeds], strict=True)
+    gaps = [100 * (a - b) for a, b in pairs]
     gap, error = mean(gaps), stdev(gaps) / math.sqrt(len(gaps))
     text = f"EMP against {best.label}, the best of the others here: {gap:+.2f} ± {error:.2f} points"
     if abs(gap) <= 2 * error:

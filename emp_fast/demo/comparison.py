@@ -57,14 +57,14 @@ class Summary(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Every run of a comparison."""
+    """The finished runs of a comparison, all or the first of them."""
 
     data: str
     num_samples: int
     num_classes: int
     settings: Settings
     methods: dict[str, Method]
-    runs: dict[str, list[Run]]
+    runs: dict[str, list[Run]]  # of every method with a finished run, in the order of the seeds
 
     def summaries(self) -> list[Summary]:
         """One summary per method, in the order in which they were requested."""
@@ -160,6 +160,7 @@ def compare(
     names: Iterable[str],
     seeds: Iterable[int],
     progress: Callable[[str, int, int], object] = lambda name, seed, seen: None,
+    finished: Callable[[Comparison], object] = lambda comparison: None,
 ) -> Comparison:
     """Runs the methods in turn, seed by seed, so that a change in machine load affects all.
 
@@ -169,11 +170,15 @@ def compare(
         names: names of the methods.
         seeds: every method runs once with each.
         progress: called after every step with method, seed and the samples seen.
+        finished: called after every run with all runs so far, of use if a later one fails.
     """
     chosen = {name: METHODS[name] for name in names}
-    runs: dict[str, list[Run]] = {name: [] for name in chosen}
+    comparison = Comparison(
+        data.name, len(data.train_labels), data.num_classes, settings, chosen, runs={}
+    )
     for seed in seeds:
         for name, method in chosen.items():
             run = train(data, method, settings, seed, partial(progress, name, seed))
-            runs[name].append(run)
-    return Comparison(data.name, len(data.train_labels), data.num_classes, settings, chosen, runs)
+            comparison.runs.setdefault(name, []).append(run)
+            finished(comparison)
+    return comparison
