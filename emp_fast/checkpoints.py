@@ -79,7 +79,7 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
     """
     path = Path(path)
     named = path.suffix == ".safetensors"
-    held = _storable if named else _loadable
+    held = _storable if named else _loadable_together()
     saved = {
         name: _plain(name, part.state_dict() if isinstance(part, Stateful) else part, held)
         for name, part in parts.items()
@@ -202,6 +202,26 @@ def _loadable(where: str, value: Tensor) -> Tensor:
             f"got {type(value).__name__}: {error}"
         ) from error
     return value
+
+
+def _loadable_together() -> Callable[[str, Tensor], Tensor]:
+    """`_loadable` for the tensors of one file, which torch.save must take together too.
+
+    It refuses two that view one storage with different dtypes; the second becomes a copy.
+    """
+    dtypes: dict[int, torch.dtype] = {}  # of the storages so far, by address
+
+    def loadable(where: str, value: Tensor) -> Tensor:
+        value = _loadable(where, value)
+        if type(value) not in _TENSORS or value.layout is not torch.strided or value.is_nested:
+            return value
+        address = value.untyped_storage().data_ptr()
+        if address == 0 or dtypes.setdefault(address, value.dtype) == value.dtype:
+            return value
+        copied = value.detach().clone().requires_grad_(value.requires_grad)
+        return nn.Parameter(copied, value.requires_grad) if type(value) is nn.Parameter else copied
+
+    return loadable
 
 
 def _require_readable(path: Path) -> None:

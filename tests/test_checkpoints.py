@@ -103,6 +103,18 @@ def test_views_aliases_and_scalars_survive(path):
     assert saved["empty"].shape == (0, 3)
 
 
+def test_views_with_other_dtypes_survive(path):
+    base, pair = torch.arange(4.0), torch.tensor([1 + 2j, 3 + 4j])
+    bits = torch.nn.Parameter(base.view(torch.int32)[1:], requires_grad=False)
+    parts = {"base": base, "bits": {"x": bits}, "tail": base[2:], "pair": [pair, pair.imag]}
+    save_checkpoint(path, **parts, model=torch.nn.Linear(2, 2))
+    saved = load_checkpoint(path)
+    assert equal({name: saved[name] for name in parts}, parts)
+    if path.suffix == ".pt":  # .safetensors knows neither parameters nor shared storages
+        assert type(saved["bits"]["x"]) is torch.nn.Parameter
+        assert saved["tail"].data_ptr() == saved["base"].data_ptr() + 8
+
+
 def test_tensors_under_keys_that_look_alike_stay_apart(path):
     one, two, three, four = torch.arange(4)
     given = {"a/b": one, "a": {"b": two}, 1: three, "1": four}
