@@ -146,6 +146,9 @@ def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], *, overwrite:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwrite: bool) -> None:
     """Writes a file so that at any moment ``path`` is either unchanged or complete.
 
+    A process that is killed meanwhile leaves the temporary file ``.NAME.XXXXXXXX.tmp``. Nothing
+    removes it, because nothing tells for certain that its writer, maybe on another host, has died.
+
     Args:
         path: the file. An existing one passes its permissions on; a link stays a link.
         write: called with a temporary binary file in the same folder.
@@ -160,7 +163,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
         if path.is_dir():
             raise FileProblem(f"cannot write {path}: Is a directory")
         path = Path(os.path.realpath(path)) if path.is_symlink() else path
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with _new_file(temporary) as file:
                 write(file)

@@ -193,7 +193,7 @@ def _require_apart(target: Path, dataset: Any, loaded: Any) -> None:
 def _save_to_disk(dataset: Any, path: Path) -> None:
     """Saves next to ``path`` and then renames, so that a folder of that name is always complete."""
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        aside = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
     except OSError as error:
         raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
     try:

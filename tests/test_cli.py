@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -667,6 +668,17 @@ def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path):
         write_atomically(path, fail, overwrite=True)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_being_written_has_a_name_of_its_own(tmp_path):
+    names = []
+
+    def write(file):
+        names.extend(path.name for path in tmp_path.iterdir())
+
+    write_atomically(tmp_path / "kept.npy", write, overwrite=False)
+    (name,) = names
+    assert re.fullmatch(r"\.kept\.npy\.[0-9a-f]{8}\.tmp", name)  # as docs/resuming.md has it
 
 
 # ---- demo ---------------------------------------------------------------------------------------
