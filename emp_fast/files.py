@@ -31,6 +31,7 @@ __all__ = [
     "require_writable",
     "write_atomically",
     "write_columns",
+    "writing",
 ]
 
 _READABLE = (".npy", ".parquet")
@@ -75,14 +76,17 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The named columns of a .parquet file.
 
     Raises:
-        FileProblem: the file cannot be read, is damaged, or lacks a column; or a column has nulls,
-            other than one of floats, where they are NaN: pandas writes NaN as null.
+        FileProblem: the file cannot be read, is damaged, lacks a column or has two of its name; or
+            a column has nulls, other than one of floats, where they are NaN: pandas writes NaN as
+            null.
     """
     names = column_names(path)
     for column in columns:
         if column not in names:
             held = ", ".join(map(repr, names)) or "no columns"
             raise FileProblem(f"{path} has no column {column!r}; it has {held}")
+        if names.count(column) > 1:
+            raise FileProblem(f"{path} has {names.count(column)} columns {column!r}")
     parquet, types = _parquet(), import_module("pyarrow.types")
     table = _reading(path, lambda: parquet.read_table(path, columns=list(columns)))
     read: dict[str, NDArray[Any]] = {}
@@ -117,7 +121,7 @@ def require_writable(path: Path, suffixes: Sequence[str], *, overwrite: bool) ->
         raise FileProblem(f"the output must end in {', '.join(suffixes)}, got {path}")
     if path.suffix == ".parquet":
         _parquet()
-    with _writing(path):
+    with writing(path):
         if path.is_dir():
             raise FileProblem(f"cannot write {path}: Is a directory")
         if not path.parent.is_dir():
@@ -157,7 +161,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
     Raises:
         FileProblem: the file already exists, or it cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         if path.exists() and not overwrite:
             raise FileProblem(f"{path} exists already; overwrite replaces it")
         if path.is_dir():
@@ -176,7 +180,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Makes an OSError in the block a FileProblem that names ``path``."""
     try:
         yield
     except OSError as error:

@@ -22,6 +22,7 @@ from emp_fast.files import (
     read_vector,
     require_writable,
     write_columns,
+    writing,
 )
 
 __all__ = ["WRITABLE", "Selection"]
@@ -122,7 +123,9 @@ class Selection(NamedTuple):
                 column "weight".
             emp_fast.FileProblem: a folder cannot be read or written.
         """
-        target = None if path is None else _checked_folder(Path(path), overwrite)
+        target = None if path is None else Path(path)
+        if target is not None:
+            _require_replaceable(target, overwrite)
         whole = load_dataset(dataset)
         if target is not None:
             _require_apart(target, dataset, whole)
@@ -168,16 +171,19 @@ def load_dataset(dataset: Any) -> Any:
     return dataset
 
 
-def _checked_folder(path: Path, overwrite: bool) -> Path:
-    if path.exists() and not overwrite:
-        raise FileProblem(f"{path} exists already; overwrite replaces it")
-    if path.exists() and not path.is_dir():
-        raise FileProblem(f"cannot write {path}: it is a file, and a data set is a folder")
-    if path.exists() and any(path.iterdir()) and not (path / "dataset_info.json").exists():
-        raise FileProblem(f"cannot replace {path}: it is a folder of other things than a data set")
-    if not path.parent.is_dir():
-        raise FileProblem(f"cannot write {path}: No such file or directory")
-    return path
+def _require_replaceable(path: Path, overwrite: bool) -> None:
+    """Raises FileProblem if a data set cannot, or must not, be saved to the folder."""
+    with writing(path):
+        if path.exists() and not overwrite:
+            raise FileProblem(f"{path} exists already; overwrite replaces it")
+        if path.exists() and not path.is_dir():
+            raise FileProblem(f"cannot write {path}: it is a file, and a data set is a folder")
+        if path.exists() and any(path.iterdir()) and not (path / "dataset_info.json").exists():
+            raise FileProblem(
+                f"cannot replace {path}: it is a folder of other things than a data set"
+            )
+        if not path.parent.is_dir():
+            raise FileProblem(f"cannot write {path}: No such file or directory")
 
 
 def _require_apart(target: Path, dataset: Any, loaded: Any) -> None:
@@ -185,25 +191,21 @@ def _require_apart(target: Path, dataset: Any, loaded: Any) -> None:
     sources = [file["filename"] for file in loaded.cache_files]
     if isinstance(dataset, (str, os.PathLike)):
         sources.append(dataset)
-    replaced = target.resolve()
-    if any(Path(source).resolve().is_relative_to(replaced) for source in sources):
+    replaced = os.path.realpath(target)  # Path.resolve refuses a link to itself
+    if any(Path(os.path.realpath(source)).is_relative_to(replaced) for source in sources):
         raise FileProblem(f"cannot replace {target}: it holds the data set that is selected from")
 
 
 def _save_to_disk(dataset: Any, path: Path) -> None:
     """Saves next to ``path`` and then renames, so that a folder of that name is always complete."""
-    try:
+    with writing(path):
         aside = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
-    except OSError as error:
-        raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        dataset.save_to_disk(aside / "new")
-        if path.exists():
-            path.rename(aside / "old")
-        (aside / "new").rename(path)
-    except OSError as error:
-        raise FileProblem(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if (aside / "old").exists() and not path.exists():
-            (aside / "old").rename(path)
-        shutil.rmtree(aside)
+        try:
+            dataset.save_to_disk(aside / "new")
+            if path.exists():
+                path.rename(aside / "old")
+            (aside / "new").rename(path)
+        finally:
+            if (aside / "old").exists() and not path.exists():
+                (aside / "old").rename(path)
+            shutil.rmtree(aside)

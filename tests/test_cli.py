@@ -118,6 +118,21 @@ def test_an_interrupt_is_one_line_and_the_shells_exit_code(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),  # of stdout
+        (OSError(13, "Permission denied", "/here"), "/here: Permission denied"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(monkeypatch, error, line):
+    def failing():
+        raise error
+
+    monkeypatch.setattr(sys.modules[doctor.__module__], "examine", failing)
+    assert refused("doctor") == f"emp-fast: {line}\n"
+
+
+@pytest.mark.parametrize(
     ("backend", "message"),
     [
         ("cuda", "the cuda backend cannot serve cpu: "),
@@ -321,6 +336,9 @@ def test_select_reads_parquet_columns(tmp_path, scores):
     assert "has no column 'no'; it has 'loss', 'score'" in message
     parquet.write_table(pa.table({"a": scores, "b": scores}), path)
     assert "no column 'score'" in refused("select", path, tmp_path / "x.npy", "--k", 1)
+    parquet.write_table(pa.table([scores, scores], names=["score", "score"]), path)
+    message = refused("select", path, tmp_path / "x.npy", "--k", 1)
+    assert "scores.parquet has 2 columns 'score'" in message
     parquet.write_table(pa.table({"a": [1, None, None]}), path)
     assert "holds 2 nulls" in refused("select", path, tmp_path / "x.npy", "--k", 1)
     parquet.write_table(pa.table({"a": ["x", "y"]}), path)
@@ -548,6 +566,19 @@ def test_select_refuses_an_output_that_cannot_be_written(file):
     options = ("--k", 3, "--overwrite")
     assert f"cannot write {folder}: Is a directory" in refused("select", file, folder, *options)
     assert list(folder.iterdir()) == []
+
+
+def test_select_refuses_a_name_that_is_too_long(file):
+    name = file.parent / ("n" * 300 + ".npy")
+    for arguments in ((name, file), (file, name), (file, name, "--dataset", file.parent)):
+        assert "File name too long" in refused("select", *arguments, "--k", 3, "--overwrite")
+
+
+def test_select_refuses_a_link_to_itself(file):
+    loop = file.parent / "loop.npy"
+    loop.symlink_to(loop)
+    told = refused("select", loop, file, "--k", 3, "--overwrite")
+    assert told == f"emp-fast: cannot read {loop}: Too many levels of symbolic links\n"
 
 
 def test_select_refuses_an_output_of_a_folder_that_takes_no_files(file, monkeypatch):

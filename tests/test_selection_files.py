@@ -126,6 +126,8 @@ def test_export_saves_to_disk_whole_or_not_at_all(tmp_path, hugging_face, plain,
     assert datasets.load_from_disk(tmp_path / "part")["x"][:] == wanted
     with pytest.raises(FileProblem, match="part exists already"):
         plain.export(hugging_face, tmp_path / "part")
+    with pytest.raises(FileProblem, match=r"cannot write .*: File name too long"):
+        plain.export(hugging_face, tmp_path / ("n" * 300))
     fewer = plain._replace(indices=plain.indices[:3])
     fewer.export(hugging_face, tmp_path / "part", overwrite=True)
     assert datasets.load_from_disk(tmp_path / "part")["x"][:] == wanted[:3]

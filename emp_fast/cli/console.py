@@ -156,6 +156,9 @@ def _end(error: Exception) -> NoReturn:
         message = error.format_message()
     elif isinstance(error, (InputError, FileProblem, BackendError, ModuleNotFoundError)):
         message = str(error)
+    elif isinstance(error, OSError):  # of a file, or of an output that takes no more
+        place = "" if error.filename is None else f"{error.filename}: "
+        message = f"{place}{error.strerror or error}"
     else:
         raise error
     typer.echo(f"emp-fast: {' '.join(message.split())}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, cast, get_args
@@ -139,7 +140,7 @@ def select(
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"--seed must fit 64 bits, got {seed}")
     for given in (scores, labels, dataset):
-        if given is not None and output.resolve() == given.resolve():
+        if given is not None and os.path.realpath(output) == os.path.realpath(given):
             raise InputError(f"OUTPUT must differ from {given}, which is read")
     if dataset is None:
         require_writable(output, WRITABLE, overwrite=True)
