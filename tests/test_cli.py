@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import emp_fast
@@ -182,6 +183,8 @@ def test_doctor_says_that_a_chosen_backend_cannot_serve(monkeypatch):
     monkeypatch.setenv("EMP_FAST_BACKEND", "magic")
     report = json.loads(run("doctor", "--json").stdout)
     assert "got 'magic'" in report["automatic_choice"]["cpu"]
+    monkeypatch.setenv("EMP_FAST_BACKEND", "[/magic]")  # which is no markup of the table's
+    assert "got '[/magic]' (EMP_FAST_BACKEND=[/magic])" in " ".join(run("doctor").stdout.split())
 
 
 def test_doctor_tells_a_failed_self_check_from_one_that_did_not_run(monkeypatch):
@@ -728,6 +731,16 @@ def test_demo_trains_prints_and_draws(tmp_path):
     assert (output / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_narrow_table_cuts_nothing_off(tmp_path, monkeypatch, small_bench):
+    pytest.importorskip("sklearn")
+    for command in (small_bench, sys.modules[demo_command.__module__]):
+        monkeypatch.setattr(command, "stdout", lambda: Console(width=44))
+    for arguments in (("bench", "--quick"), (*DEMO, "--output", tmp_path)):
+        text = run(*arguments).stdout
+        assert "┃" in text
+        assert "…" not in text
+
+
 def test_demo_json_is_all_of_stdout(tmp_path):
     pytest.importorskip("sklearn")
     options = ("--quick", "--epochs", 1, "--seeds", 1, "--prune-rate", 0.9, "--batch-size", 50)
@@ -849,6 +862,7 @@ def test_demo_without_matplotlib_says_so(tmp_path, monkeypatch):
         (("--device", "cuda:99"), "--device 'cuda:99' cannot be used"),
         (("--device", "meta"), "--device must be cpu or cuda, got 'meta'"),
         (("--batch-size", "0"), "'--batch-size'"),
+        (("--batch-size", 10**30), "--batch-size must be at most 1348, the number of training"),
     ],
 )
 def test_demo_refuses_bad_options(tmp_path, options, message):

@@ -16,6 +16,7 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 import emp_fast
 from emp_fast import machine
@@ -180,13 +181,13 @@ def _print(report: dict[str, Any]) -> None:
         title_justify="left",
         title_style="bold",
     )
-    table.add_column("case")
+    table.add_column("case", overflow="fold")
     for column in ("emp_fast", "share of copy bandwidth"):
-        table.add_column(column, justify="right")
-    table.add_column("times faster than")
+        table.add_column(column, justify="right", overflow="fold")  # nothing is cut off
+    table.add_column("times faster than", overflow="fold")
     for line in report["cases"]:
         if line["problem"] is not None:
-            table.add_row(line["case"], "[red]wrong[/red]", "", line["problem"])
+            table.add_row(line["case"], "[red]wrong[/red]", "", Text(line["problem"]))
             continue
         share = line["share_of_copy_bandwidth"]
         faster = [f"{name} {ratio:.2f}" for name, ratio in line["times_faster_than"].items()]

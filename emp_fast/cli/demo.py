@@ -121,6 +121,11 @@ def _settings(
         raise InputError(
             f"--prune-rate must leave at least one of {num_samples} samples, got {prune_rate!r}"
         )
+    if batch_size is not None and batch_size > num_samples:
+        raise InputError(
+            f"--batch-size must be at most {num_samples}, the number of training images, "
+            f"got {batch_size}"
+        )
     usual = defaults(images.name)
     few = 4 if images.name == "digits" else 1
     return Settings(
@@ -236,7 +241,7 @@ def _print(comparison: Comparison) -> None:
         title_justify="left",
         title_style="bold",
     )
-    table.add_column("method")
+    table.add_column("method", overflow="fold")
     for column in (
         "test accuracy, %",
         "samples seen",
@@ -245,7 +250,7 @@ def _print(comparison: Comparison) -> None:
         "selection, ms/epoch",
         "overhead, %",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")  # nothing is cut off
     best = max(summary.accuracy_mean for summary in summaries)
     for summary in summaries:
         accuracy = _accuracy(summary)

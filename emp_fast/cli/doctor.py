@@ -170,7 +170,7 @@ def _print(report: dict[str, Any]) -> None:
     for device, choice in report["automatic_choice"].items():
         forced = os.environ.get("EMP_FAST_BACKEND")
         why = f" (EMP_FAST_BACKEND={forced})" if forced else ""
-        console.print(f"On {device} emp_fast uses: [bold]{choice}[/bold]{why}")
+        console.print(Text.assemble(f"On {device} emp_fast uses: ", (choice, "bold"), why))
     console.print()
     build = dict(report["build"])
     if build.pop("native", False):
@@ -193,7 +193,9 @@ def _print(report: dict[str, Any]) -> None:
     )
     if report["reference_problem"] is not None:
         console.print(
-            f"The reference backend does not work: {report['reference_problem']}", style="red"
+            f"The reference backend does not work: {report['reference_problem']}",
+            style="red",
+            markup=False,
         )
 
 
