@@ -85,6 +85,16 @@ def test_fashion_mnist_refuses_damaged_files(fashion):
         load("fashion-mnist", root / "nowhere")
 
 
+@pytest.mark.parametrize("part", ["train", "t10k"])
+def test_fashion_mnist_refuses_images_of_another_size(fashion, part):
+    root, arrays = fashion
+    name = f"{part}-images-idx3-ubyte"
+    (root / name).write_bytes(idx(arrays[name][:, :20, :20]))
+    message = rf"{name} must hold images of 28 x 28 pixels, got shape \[{len(arrays[name])}, 20, 20"
+    with pytest.raises(ValueError, match=message):
+        load("fashion-mnist", root)
+
+
 def cifar_batch(path, images, labels, key, protocol=2):
     path.parent.mkdir(exist_ok=True)
     batch = {b"data": images, key: labels, b"batch_label": b"part", b"filenames": [b"a.png"]}
@@ -256,12 +266,15 @@ def test_training_learns(tiny):
     assert run.accuracy[-1][1] > 0.9
 
 
-def test_training_leaves_the_global_generator_alone(tiny):
+def test_training_leaves_the_global_generators_alone(tiny, monkeypatch):
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     train(tiny, METHODS["full"], SETTINGS, seed=0)
     assert torch.equal(torch.rand(3), wanted)
+    assert seeded == []
 
 
 def test_a_budget_below_one_batch_and_one_epoch(tiny):

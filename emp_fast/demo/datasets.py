@@ -93,7 +93,12 @@ def _fashion_mnist(root: Path | None) -> ImageData:
 
 
 def _idx_pair(folder: Path, part: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    images = read_idx(_idx_file(folder, f"{part}-images-idx3-ubyte"), dimensions=3)
+    image_file = _idx_file(folder, f"{part}-images-idx3-ubyte")
+    images = read_idx(image_file, dimensions=3)
+    if images.shape[1:] != (28, 28):  # those of another data set in the same format
+        raise ValueError(
+            f"{image_file} must hold images of 28 x 28 pixels, got shape {list(images.shape)}"
+        )
     label_file = _idx_file(folder, f"{part}-labels-idx1-ubyte")
     labels = read_idx(label_file, dimensions=1)
     _require_labels(label_file, labels, len(images), 10)
@@ -242,10 +247,10 @@ def _latin1(text: str, encoding: object) -> bytes:
 # ---- common -------------------------------------------------------------------------------------
 
 
-def _require_labels(path: Path, labels: NDArray[Any], images: int, num_classes: int) -> None:
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != images:
+def _require_labels(path: Path, labels: NDArray[Any], number: int, num_classes: int) -> None:
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != number:
         raise ValueError(
-            f"{path} must hold {images} integer labels, "
+            f"{path} must hold {number} integer labels, "
             f"got {labels.dtype} of shape {list(labels.shape)}"
         )
     if len(labels) == 0:
@@ -264,11 +269,6 @@ def _standardised(
     test_labels: NDArray[np.int64],
     num_classes: int,
 ) -> ImageData:
-    if train.shape[1:] != test.shape[1:]:
-        raise ValueError(
-            f"the images of {name} must have one shape, got {list(train.shape[1:])} to train on "
-            f"and {list(test.shape[1:])} to test on"
-        )
     mean = train.mean(axis=(0, 2, 3), keepdims=True)
     deviation = train.std(axis=(0, 2, 3), keepdims=True) + 1e-6
     return ImageData(

@@ -25,13 +25,13 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 @dataclass(frozen=True)
 class Curve:
-    """One method of `comparison_figure`; seeds are averaged by the caller."""
+    """One method of `comparison_figure`, averaged over its seeds by the caller."""
 
     label: str
     seen: ArrayLike  # [P] training samples seen at each test
     accuracy: ArrayLike  # [P] mean over the seeds, in [0, 1]
     deviation: ArrayLike  # [P] standard deviation over the seeds; zeros draw no band
-    visits: ArrayLike  # [N] visits of each training sample
+    visits: ArrayLike  # [seeds * N] visits of each training sample, seed by seed
 
 
 def comparison_figure(

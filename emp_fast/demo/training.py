@@ -150,7 +150,7 @@ def train(
 
 def _model(data: ImageData, seed: int, device: torch.device) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too
         return for_data(data.name, data.num_classes).to(device)
 
 
