@@ -135,6 +135,14 @@ def test_a_wrong_result_of_ours_fails() -> None:
         contest.check()
 
 
+def test_a_difference_is_not_said_to_be_one_of_infinities_that_agree() -> None:
+    values = {"sum": torch.tensor([torch.inf, 1.0, torch.nan])}
+    work = BenchmarkCase("halving", "three numbers", [()], lambda _: values)
+    ours = Contender("ours", lambda: values["sum"] / 2, lambda got: {"sum": got}, ours=True)
+    with pytest.raises(CheckFailed, match=r"sum of halving three numbers: by up to 0\.5$"):
+        Contest(work, [ours], WallClock()).check()
+
+
 @pytest.mark.parametrize(
     "wrong", [torch.full((4,), torch.nan), torch.ones(3)], ids=["nan", "shape"]
 )

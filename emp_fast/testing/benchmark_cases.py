@@ -32,7 +32,7 @@ from emp_fast.testing.oracle import ATOL, RTOL
 
 #: How far our results may be from the reference's.
 OUR_BOUND = Bound(RTOL, ATOL)
-#: For the gradient of a mean, which `and_gradient` rescales to a single sample.
+#: For the gradient of a mean, which `with_gradients` rescales to a single sample.
 OUR_GRADIENT_BOUND = Bound(1e-4, 2e-6)
 EXACT = Bound(0.0, 0.0)
 #: Bytes of a row besides its logits: a class id read; a loss and four scores written.

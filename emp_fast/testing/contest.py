@@ -251,7 +251,9 @@ class Contest:
             bound = contender.bound
             relative = max(bound.relative, _precision(tensor.dtype))
             if not torch.allclose(got, want, rtol=relative, atol=bound.absolute, equal_nan=True):
-                worst = float((got - want).abs().nan_to_num(math.inf).max())
+                # Of infinities and NaN that agree, the difference is NaN.
+                agree = torch.isclose(got, want, rtol=0.0, atol=0.0, equal_nan=True)
+                worst = float((got - want)[~agree].abs().nan_to_num(math.inf).max())
                 raise CheckFailed(f"{where}: by up to {worst:.3g}")
 
     def calibrate(self) -> None:
