@@ -213,7 +213,8 @@ def _loadable_together() -> Callable[[str, Tensor], Tensor]:
 
     def loadable(where: str, value: Tensor) -> Tensor:
         value = _loadable(where, value)
-        if type(value) not in _TENSORS or value.layout is not torch.strided or value.is_nested:
+        plain = type(value) in _TENSORS and value.layout is torch.strided and not value.is_nested
+        if not plain or value.device.type not in ("cpu", "cuda"):  # others may lack an address
             return value
         address = value.untyped_storage().data_ptr()
         if address == 0 or dtypes.setdefault(address, value.dtype) == value.dtype:
