@@ -69,7 +69,11 @@ def demo(
         bool, typer.Option("--json", help="Print JSON in place of the table.")
     ] = False,
 ) -> None:
-    """Train on real images with several pruning rules at exactly one budget of samples seen."""
+    """Train on real images with several pruning rules at exactly one budget of samples seen.
+
+    Ctrl-C ends it early: the results of the finished runs are printed, and written with "-partial"
+    in their names.
+    """
     images = _load(data, root)
     names = _method_names(methods)
     settings = _settings(images, prune_rate, epochs, batch_size, chosen_device(device), quick)
