@@ -242,6 +242,8 @@ def _reading(path: Path, read: Callable[[], Any]) -> Any:
         raise
     except OSError as error:
         raise FileProblem(f"cannot read {path}: {error.strerror or error}") from error
+    except MemoryError as error:  # maybe only of this machine
+        raise FileProblem(f"cannot read {path}: {error or 'out of memory'}") from error
     except Exception as error:  # a damaged file can raise nearly anything
         raise FileProblem(f"{path} is not a sound {path.suffix} file: {error}") from error
 

@@ -515,6 +515,15 @@ def test_select_refuses_files_that_are_not_what_they_are_called(file):
     assert "is not a sound .parquet file" in message
 
 
+def test_select_does_not_call_a_file_damaged_for_which_memory_is_short(file, monkeypatch):
+    def load(path, **_):
+        raise MemoryError("Unable to allocate 36.4 TiB")
+
+    monkeypatch.setattr(np, "load", load)
+    told = refused("select", file, file.parent / "kept.npy", "--k", 3)
+    assert told == f"emp-fast: cannot read {file}: Unable to allocate 36.4 TiB\n"
+
+
 def test_select_refuses_labels_that_do_not_fit(file):
     labels, output = file.parent / "labels.npy", file.parent / "kept.npy"
     for array, message in (
