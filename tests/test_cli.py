@@ -735,6 +735,7 @@ def test_demo_trains_prints_and_draws(tmp_path):
         assert label in result.stdout
     assert "every method sees 404 samples" in result.stdout
     report = json.loads((output / "digits.json").read_text())
+    assert report["figure"] == str(output / "digits.png")
     assert report["budget"] == 404
     assert [method["samples_seen"] for method in report["methods"]] == [404] * 5
     assert (output / "digits.png").read_bytes().startswith(b"\x89PNG")
@@ -808,6 +809,19 @@ def test_a_demo_with_a_failing_run_prints_the_finished_ones_and_then_the_error(
     assert str(result.exception) == "out of memory"
     assert result.stderr.endswith("\nemp-fast: stopped after 2 of 6 runs\n")
     assert [method["name"] for method in json.loads(result.stdout)["methods"]] == ["full", "loss"]
+
+
+def test_a_demo_interrupted_while_it_draws_keeps_the_results(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.Comparison, "figure", interrupted)
+    result = run(*DEMO, "--output", tmp_path, exit_code=130)
+    assert "│ EMP" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.json"]
+    assert json.loads((tmp_path / "digits.json").read_text())["figure"] is None
 
 
 def test_a_demo_interrupted_in_its_first_run_prints_only_that(tmp_path, monkeypatch):

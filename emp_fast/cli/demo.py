@@ -8,7 +8,7 @@ import os
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -200,28 +200,38 @@ def _counted(number: int, what: str) -> str:
 
 
 def _deliver(comparison: Comparison, output: Path, name: str, as_json: bool) -> None:
-    """Writes the results and the plot, and prints the results even if they cannot be written."""
-    figure = _figure(comparison)
+    """Writes the results and draws the plot, and prints the results whatever becomes of that."""
     results, plot = output / f"{name}.json", output / f"{name}.png"
     report = {
         **comparison.report(),
         "date": date.today().isoformat(),
         **machine.describe(comparison.settings.device),
-        "figure": None if figure is None else str(plot),
+        "figure": None,
     }
-    text = json.dumps(report, indent=2)
     try:
-        write_atomically(results, lambda file: file.write(text.encode()), overwrite=True)
+        _write(results, report)
+        figure = _figure(comparison)
         if figure is not None:
             write_atomically(plot, lambda file: figure.savefig(file, format="png"), overwrite=True)
+            report["figure"] = str(plot)
+            _write(results, report)
     finally:
         if as_json:
-            typer.echo(text)
+            typer.echo(_json(report))
         else:
             _print(comparison)
     if not as_json:
         files = f"{results}" if figure is None else f"{results}, {plot}"
         stdout().print(f"Written: {files}", soft_wrap=True, markup=False)
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    text = _json(report)
+    write_atomically(path, lambda file: file.write(text.encode()), overwrite=True)
+
+
+def _json(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=2)
 
 
 def _figure(comparison: Comparison) -> Figure | None:
