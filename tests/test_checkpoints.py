@@ -10,9 +10,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -362,31 +359,13 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [1, 60], ids=["large", "many"])
-def test_a_full_disk_is_named_and_leaves_the_previous_file(path, parts):
+def test_a_full_disk_is_named_and_leaves_the_previous_file(path, full_disk, parts):
     """torch.save makes another error of the file's, for some sizes."""
     save_checkpoint(path, step=1)
-    code = f"""
-        import resource, signal, torch
-        from emp_fast import FileProblem, save_checkpoint
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-        parts = {{f"part{{at}}": torch.ones(100_000 // {parts}) for at in range({parts})}}
-        try:
-            save_checkpoint({str(path)!r}, **parts)
-        except FileProblem as problem:
-            print(problem, end="")
-    """
-    environment = {**os.environ, "PYTHONPATH": str(Path(emp_fast.__file__).parents[1])}
-    told = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment,
-        check=True,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert told.stdout == f"cannot write {path}: {os.strerror(errno.EFBIG)}"
+    large = {f"part{at}": torch.ones(100_000 // parts) for at in range(parts)}
+    with full_disk(), pytest.raises(FileProblem) as told:
+        save_checkpoint(path, **large)
+    assert str(told.value) == f"cannot write {path}: {os.strerror(errno.EFBIG)}"
     assert load_checkpoint(path) == {"step": 1}
     assert list(path.parent.iterdir()) == [path]
 
