@@ -112,6 +112,7 @@ def test_tensors_under_keys_that_look_alike_stay_apart(path):
     [
         ({"a": [1, object()]}, r"part\['a'\]\[1\] must be a tensor or a plain value, got <object"),
         (lambda: 1, "part must be a tensor or a plain value, got <function"),
+        ({"keys": np.zeros(99)}, r"(?s)got array\(\[0.*; torch.from_numpy makes a tensor of it$"),
         ({(1, 2): 3}, r"part must have str or int keys, got \(1, 2\)"),
         ({"a": {1, 2}}, r"part\['a'\] must be a tensor or a plain value, got \{1, 2\}"),
     ],
