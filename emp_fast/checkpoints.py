@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from emp_fast._optional import needs
+from emp_fast._validation import shown
 from emp_fast.archives import read_archive, write_archive
 from emp_fast.files import FileProblem, write_atomically
 
@@ -167,7 +168,8 @@ def _plain(where: str, value: Any, held: Callable[[str, Tensor], Tensor]) -> Any
     if isinstance(value, (list, tuple)):
         items = [_plain(f"{where}[{at}]", item, held) for at, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    raise TypeError(f"{where} must be a tensor or a plain value, got {value!r}")
+    hint = "; torch.from_numpy makes a tensor of it" if isinstance(value, np.ndarray) else ""
+    raise TypeError(f"{where} must be a tensor or a plain value, got {shown(value)}{hint}")
 
 
 def _plain_dict(

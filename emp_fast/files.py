@@ -138,13 +138,20 @@ def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], *, overwrite:
     """
     first = next(iter(columns.values()))
     if path.suffix == ".npy":
-        write_atomically(path, lambda file: np.save(file, first), overwrite=overwrite)
+        write_atomically(path, lambda file: _write_npy(file, first), overwrite=overwrite)
     elif path.suffix == ".txt":
         text = "".join(f"{value}\n" for value in first.tolist())
         write_atomically(path, lambda file: file.write(text.encode()), overwrite=overwrite)
     else:
         parquet, table = _parquet(), import_module("pyarrow").table(dict(columns))
         write_atomically(path, lambda file: parquet.write_table(table, file), overwrite=overwrite)
+
+
+def _write_npy(file: IO[bytes], vector: NDArray[Any]) -> None:
+    """Writes what `np.save` would, which tells of a full disk only how many elements fitted."""
+    header = np.lib.format.header_data_from_array_1_0(vector)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(np.ascontiguousarray(vector).data)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwrite: bool) -> None:

@@ -111,7 +111,7 @@ class Planner:
             revision, for_budget, plan = self._last
             if (revision, for_budget, plan.epoch) == (self.store.revision, budget, epoch):
                 return plan
-        self.merge(epoch)
+        self.merge(epoch, budget)
         plan = self.plan_with(epoch, self._select(epoch, budget))
         self._last = self.store.revision, budget, plan
         return plan
@@ -143,11 +143,13 @@ class Planner:
 
     # ---- several ranks --------------------------------------------------------------------------
 
-    def merge(self, epoch: int) -> None:
+    def merge(self, epoch: int, budget: int | None = None) -> None:
         """Exchanges the updates of all ranks after checking that they agree about the run.
 
         Args:
             epoch: the epoch that the ranks are in or about to begin.
+            budget: how many samples it uses, if it begins with this merge. It need not be known
+                otherwise: a function of the epoch may raise for the one after the last.
 
         Raises:
             ValueError: as `Pruner.merge`.
@@ -160,7 +162,7 @@ class Planner:
                 "epoch": epoch,
                 "seed": self.seed,
                 "policy": repr(self.schedule.policy),
-                "samples of the epoch": self.schedule.budget(epoch),
+                "samples of the epoch": budget,
                 "balance": self._balance,
                 "labels": self._labels_digest(),
             }

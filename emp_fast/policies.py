@@ -368,7 +368,7 @@ def choose(policy: Policy, candidates: Candidates, k: int | None, balance: Balan
 
     Raises:
         ValueError: the policy cannot choose that many; or its `Policy.choose` did not return a mask
-            and weights of the samples, or not k of them (None: not one).
+            and finite weights of the samples, or not k of them (None: not one).
     """
     quotas = None if k is None else policy.quotas(candidates, k, balance)
     chosen = policy.choose(candidates, quotas)
@@ -380,6 +380,12 @@ def choose(policy: Policy, candidates: Candidates, k: int | None, balance: Balan
     if weights is not None:
         _require_vector(f"{where}[1], the weights,", weights, torch.float32, len(candidates))
     selection = Selection.of(mask, weights)
+    if selection.weights is not None:  # neither a checkpoint nor a file would load with others
+        bad = selection.weights[~torch.isfinite(selection.weights)]
+        if len(bad):
+            raise ValueError(
+                f"{where}[1], the weights, must be finite for chosen samples, got {float(bad[0])}"
+            )
     number = candidates.total(len(selection.indices))
     if number != k and (k is not None or number == 0):
         wanted = "at least one sample" if k is None else f"{k} samples"

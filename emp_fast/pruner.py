@@ -314,7 +314,10 @@ class Pruner:
 
     @property
     def selection(self) -> Selection:
-        """The samples of the epoch that began last; before the first epoch, those of the first."""
+        """The samples of the epoch that began last; before the first epoch, those of the first.
+
+        Before the first epoch this selects them, which is collective.
+        """
         return self.progress.selection
 
     def set_epoch(self, epoch: int) -> None:
@@ -398,7 +401,7 @@ class Pruner:
         return summary
 
     def plot(self, *, title: str | None = None) -> Figure:
-        """A figure of the state. Reads from the device.
+        """A figure of the state. Reads from the device; before the first epoch as `selection`.
 
         It shows the score distribution with the kept samples, visits per sample, class balance
         (with labels), and entropy against loss (for a rule made of the two, such as `EMP`). It

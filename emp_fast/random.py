@@ -95,8 +95,7 @@ def _exact_log(x: Tensor) -> Tensor:
     exponent = torch.where(low, exponent - 1, exponent)
     ratio = (mantissa - 1) / (mantissa + 1)
     square = ratio * ratio
-    series = torch.zeros_like(x)
-    for power in range(25, 0, -2):  # |ratio| < 0.172: the next term is below 2**-68
-        series = series * square
-        series = series + 1.0 / power
+    series = torch.full_like(x, 1 / 25)  # |ratio| < 0.172: the next term is below 2**-68
+    for power in range(23, 0, -2):
+        series.mul_(square).add_(1 / power)  # in place, which allocates nothing
     return 2 * ratio * series + exponent.double() * 0.6931471805599453

@@ -233,6 +233,23 @@ def merge_says_when_every_rank_trains_on_everything(rank: int, size: int) -> Non
 
 
 @ranks_check
+def a_run_that_is_over_is_merged(rank: int, size: int) -> None:
+    """Nothing asks for the rate of the epoch after the last, at which a finished run stands."""
+    rates = [0.1, 0.2]
+    pruner = emp_fast.Pruner(N, rates.__getitem__)
+    for epoch in range(2):
+        mine = torch.tensor(list(pruner.distributed_sampler()))
+        pruner.update(mine, stats_of(mine, epoch))
+    pruner.set_epoch(2)
+    pruner.merge()
+    resumed = emp_fast.Pruner(N, rates.__getitem__)
+    resumed.load_state_dict(pruner.state_dict())
+    assert resumed.epoch == 2
+    resumed.merge()
+    assert_same_state(resumed.store, pruner.store)
+
+
+@ranks_check
 def disagreement_is_an_error_on_all_ranks(rank: int, size: int) -> None:
     if size == 1:
         return

@@ -439,6 +439,10 @@ def test_bad_policies_name_the_argument_and_the_value(make, message):
         ),
         ((None, None), "mask, must be a tensor, got None"),
         ((torch.ones(4, dtype=torch.bool), torch.ones(2)), r"weights, must be.*got torch.float32"),
+        (
+            (torch.tensor([True, True, False, False]), torch.tensor([1.0, math.nan, 1.0, 1.0])),
+            "weights, must be finite for chosen samples, got nan",
+        ),
         ((torch.ones(4, dtype=torch.bool), None), r"must choose 2 samples, but .* chose 4"),
         ((torch.zeros(4, dtype=torch.bool), None), r"must choose 2 samples, but .* chose 0"),
     ],
@@ -450,6 +454,14 @@ def test_what_a_users_own_policy_chose_is_checked(chosen, message):
 
     with pytest.raises(ValueError, match=message):
         ScoreStore(4).select(2, Own())
+
+
+def test_only_the_weights_of_chosen_samples_must_be_finite():
+    class Own(Policy):
+        def choose(self, candidates, quotas):
+            return torch.tensor([True, True, False]), torch.tensor([1.0, 2.0, math.inf])
+
+    assert ScoreStore(3).select(2, Own()).weights.tolist() == [1.0, 2.0]
 
 
 def test_a_users_own_policy_that_fixes_its_number_must_choose_something():

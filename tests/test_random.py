@@ -51,3 +51,21 @@ def test_the_logarithm_of_basic_operations_is_the_logarithm():
     torch.testing.assert_close(_exact_log(x), x.log(), rtol=1e-15, atol=0)
     near_one = 1 + torch.linspace(-1e-3, 1e-3, 2001, dtype=torch.float64)
     torch.testing.assert_close(_exact_log(near_one), near_one.log(), rtol=1e-13, atol=1e-18)
+
+
+def test_every_step_of_the_logarithm_is_rounded_by_itself():
+    """As in plain Python, to the bit: a fused or reordered step would change a selection."""
+    from emp_fast.random import _exact_log
+
+    def logarithm(x: float) -> float:
+        mantissa, exponent = math.frexp(x)
+        if mantissa < 0.7071067811865476:
+            mantissa, exponent = 2 * mantissa, exponent - 1
+        ratio = (mantissa - 1) / (mantissa + 1)
+        series = 0.0
+        for power in range(25, 0, -2):
+            series = series * (ratio * ratio) + 1 / power
+        return 2 * ratio * series + exponent * 0.6931471805599453
+
+    x = torch.logspace(-30, 3, 3001, dtype=torch.float64)
+    assert _exact_log(x).tolist() == [logarithm(one) for one in x.tolist()]

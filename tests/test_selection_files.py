@@ -1,5 +1,7 @@
 """`Selection` on disk: what is saved is loaded, and nothing is lost or half written."""
 
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +52,25 @@ def test_parquet_keeps_the_weights(tmp_path, weighted):
     assert loaded.weights.dtype == torch.float32
     assert torch.equal(loaded.weights, weighted.weights)
     assert set(loaded.weights.tolist()) == {1.0, 2.0}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".txt"])
+def test_a_full_disk_is_named_and_leaves_the_previous_file(tmp_path, full_disk, plain, suffix):
+    path = tmp_path / f"kept{suffix}"
+    plain.save(path)
+    before = path.read_bytes()
+    large = Selection(torch.arange(100_000), None)
+    with full_disk(), pytest.raises(FileProblem) as told:
+        large.save(path, overwrite=True)
+    assert str(told.value) == f"cannot write {path}: {os.strerror(errno.EFBIG)}"
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+
+
+def test_a_npy_file_is_that_of_numpy(tmp_path, plain):
+    plain.save(tmp_path / "ours.npy")
+    np.save(tmp_path / "theirs.npy", plain.indices.numpy())
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".txt"])

@@ -1,7 +1,7 @@
 """The Triton kernels compile ahead of time, without a GPU; the report on their machine code.
 
-`make resources` compiles every variant or few for all; here are the list that
-it works from, one variant of each kernel, and code that the report must refuse.
+`make resources` compiles every variant, or a few that cover every pair of choices. Tested here are
+the list that it works from, one variant of each kernel, and code that the report must refuse.
 """
 
 from __future__ import annotations
