@@ -180,7 +180,15 @@ def is_real(value: object) -> TypeGuard[float]:
 def _checked_real(name: str, value: object) -> float:
     if not is_real(value):
         raise TypeError(f"{name} must be a float, got {shown(value)}")
-    return float(value)
+    return as_float(value)
+
+
+def as_float(number: float) -> float:
+    """A Python float; infinite for an int too large for one."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def checked_target(

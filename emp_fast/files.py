@@ -127,7 +127,7 @@ def require_writable(path: Path, suffixes: Sequence[str], *, overwrite: bool) ->
         if not path.parent.is_dir():
             raise FileProblem(f"cannot write {path}: No such file or directory")
         if path.exists() and not overwrite:
-            raise FileProblem(f"{path} exists already; overwrite replaces it")
+            raise _exists_already(path)
 
 
 def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], *, overwrite: bool) -> None:
@@ -170,7 +170,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
     """
     with writing(path):
         if path.exists() and not overwrite:
-            raise FileProblem(f"{path} exists already; overwrite replaces it")
+            raise _exists_already(path)
         if path.is_dir():
             raise FileProblem(f"cannot write {path}: Is a directory")
         path = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -180,10 +180,26 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, overwr
                 write(file)
             with suppress(OSError):  # of a new file, or a file system without permissions
                 temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-            os.replace(temporary, path)
+            _put_in_place(temporary, path, overwrite)
         finally:
             with suppress(OSError):  # of a path that cannot be written, after the error above
                 temporary.unlink(missing_ok=True)
+
+
+def _exists_already(path: Path) -> FileProblem:
+    return FileProblem(f"{path} exists already; overwrite replaces it")
+
+
+def _put_in_place(temporary: Path, path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        try:
+            os.link(temporary, path)  # unlike a renaming, it refuses a file made meanwhile
+            return
+        except FileExistsError:
+            raise _exists_already(path) from None
+        except OSError:  # of a file system without hard links
+            pass
+    os.replace(temporary, path)
 
 
 @contextmanager

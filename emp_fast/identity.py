@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emp_fast._validation import is_plain_int, is_real, plain_number
+from emp_fast._validation import as_float, is_plain_int, is_real, plain_number, shown
 
 __all__ = ["Identified"]
 
@@ -57,10 +57,10 @@ class Identified:
         value = getattr(self, name)
         number = plain_number(value)
         is_number = is_plain_int(number) if whole else is_real(number)
+        if is_real(number) and not whole:
+            number = as_float(number)  # 1 and 1.0 are the same setting
         if not (is_number and fits(number)):
-            raise ValueError(f"{name} must {wanted}, got {value!r}")
-        if isinstance(number, int) and not whole:
-            number = float(number)  # 1 and 1.0 are the same setting
+            raise ValueError(f"{name} must {wanted}, got {shown(value)}")
         object.__setattr__(self, name, number)  # also of a frozen dataclass
 
 

@@ -332,10 +332,9 @@ class Window(Policy):
             )
         ]
         if k > sum(holds):
-            raise ValueError(
-                f"k must fit the window: {self!r} and the never-visited samples are {sum(holds)} "
-                f"samples, got {k}"
-            )
+            new = sum(candidates.sizes) - sum(candidates.num_visited)
+            members = f"{self!r} and never visited" if new else repr(self)
+            raise ValueError(f"k must be at most {sum(holds)}, the samples in {members}, got {k}")
         return class_quotas(holds, k, balance)
 
     def _bounds(self, candidates: Candidates) -> tuple[list[int], list[int]]:

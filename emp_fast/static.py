@@ -383,12 +383,16 @@ def _bar(shown: bool) -> Iterator[Progress | None]:
 
 
 def _require_complete(tally: Tally, passes: int) -> None:
-    missing = (tally.done < passes).nonzero()[:, 0]
-    if len(missing):
-        raise ValueError(
-            f"loader must deliver each of {len(tally.done)} samples, but {len(missing)} were "
-            f"missing, the first of them {int(missing[0])}"
-        )
+    incomplete = int(tally.done.min()) + 1  # the first pass that may be
+    if incomplete > passes:
+        return
+    missing = (tally.done < incomplete).nonzero()[:, 0]
+    in_pass = f" in pass {incomplete}" if passes > 1 else ""
+    used_up = "; an iterator is used up after one pass" if incomplete > 1 else ""
+    raise ValueError(
+        f"loader must deliver each of {len(tally.done)} samples, but {len(missing)} were "
+        f"missing{in_pass}, the first of them {int(missing[0])}{used_up}"
+    )
 
 
 def _write(

@@ -440,7 +440,10 @@ def test_select_takes_infinities_and_counts_nan(tmp_path):
         (("--k", 3, "--policy", "epsilon-greedy", "--eps", 2), "eps must lie in [0, 1], got 2"),
         (("--k", 3, "--policy", "below-mean"), "--k has no effect with --policy below-mean"),
         (("--policy", "below-mean", "--keep", 7), "keep must lie in (0, 1], got 7"),
-        (("--k", 900, "--policy", "window", "--low", 0.5), "k must fit the window"),
+        (
+            ("--k", 900, "--policy", "window", "--low", 0.5),
+            "k must be at most 505, the samples in Window(low=0.5, high=1.0), got 900",
+        ),
         (("--k", 3, "--balance", "equal"), "--balance has no effect without --labels, got equal"),
         (("--k", 3, "--label-column", "y"), "--label-column has no effect without --labels, got y"),
         (

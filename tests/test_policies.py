@@ -345,8 +345,11 @@ def test_window_lies_between_its_quantiles():
     chosen = kept(store.select(10, Window(0.2, 0.5)))
     assert len(chosen) == 10
     assert chosen < set(range(20, 50))
-    with pytest.raises(ValueError, match=r"k must fit the window.* are 30 samples, got 31"):
+    with pytest.raises(ValueError, match=r"at most 30, the samples in Window\(.*0.5\), got 31"):
         store.select(31, Window(0.2, 0.5))
+    few = visited_store(torch.arange(100.0), torch.arange(100) < 90)
+    with pytest.raises(ValueError, match=r"Window\(.*\) and never visited, got 99"):
+        few.select(99, Window(0.2, 0.5))
 
 
 def test_window_means_the_quantiles_that_were_written():
@@ -376,7 +379,7 @@ def test_a_class_with_a_small_window_gives_the_rest_of_its_quota_away():
     chosen = store.select(30, Window(0.5, 0.75), labels=labels).indices
     assert torch.bincount(labels[chosen]).tolist() == [25, 5]
     assert set(chosen.tolist()) == {*range(50, 75), *range(110, 115)}
-    with pytest.raises(ValueError, match="are 30 samples, got 31"):
+    with pytest.raises(ValueError, match=r"at most 30, the samples in .*, got 31"):
         store.select(31, Window(0.5, 0.75), labels=labels)
 
 
@@ -416,6 +419,7 @@ def test_labels_may_be_any_integers():
         (lambda: EpsilonGreedy(1.5), r"eps must lie in \[0, 1\], got 1.5"),
         (lambda: GumbelTopK(0.0), "temperature must be a positive finite number, got 0.0"),
         (lambda: GumbelTopK(math.inf), "temperature must be.*got inf"),
+        (lambda: GumbelTopK(10**400), "temperature must be.*got "),
         (lambda: BelowMean(0.0), r"keep must lie in \(0, 1\], got 0.0"),
         (lambda: Stratified(0), r"bins must be an int in \[1, 1048576\], got 0"),
         (lambda: Stratified(5, 1.0), r"cutoff must lie in \[0, 1\), got 1.0"),

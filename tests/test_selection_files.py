@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Subset
 
 from emp_fast import EmpFastWarning, FileProblem, ScoreStore, Selection
+from emp_fast.files import write_atomically
 from emp_fast.policies import BelowMean
 from emp_fast.rules import Loss
 
@@ -89,6 +90,23 @@ def test_an_existing_file_is_replaced_on_request_alone(tmp_path, plain):
     assert path.read_bytes() == b"precious"
     plain.save(path, overwrite=True)
     assert torch.equal(Selection.load(path).indices, plain.indices)
+
+
+def test_a_file_made_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "kept.npy"
+    with pytest.raises(FileProblem, match=r"kept\.npy exists already; overwrite replaces it"):
+        write_atomically(path, lambda _: path.write_bytes(b"precious"), overwrite=False)
+    assert path.read_bytes() == b"precious"
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.npy"]
+
+
+def test_a_new_file_needs_no_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    write_atomically(tmp_path / "kept.npy", lambda file: file.write(b"ours"), overwrite=False)
+    assert (tmp_path / "kept.npy").read_bytes() == b"ours"
 
 
 @pytest.mark.parametrize(

@@ -673,7 +673,7 @@ def test_a_damaged_partial_result_is_refused_and_nothing_is_taken_from_it(damage
 
 
 def test_an_output_that_fails_at_the_end_keeps_the_partial_result(tmp_path, monkeypatch):
-    monkeypatch.setattr("emp_fast.files.np.save", full)
+    monkeypatch.setattr("emp_fast.files._write_npy", full)
     output = tmp_path / "scores.npy"
     with pytest.raises(FileProblem, match="No space left"):
         quiet(Counting(), make_loader(), output=output)
@@ -915,6 +915,9 @@ def test_bad_loaders():
         quiet(model, [((x[:2], y[:2]), torch.tensor([0]))], num_samples=N)
     with pytest.raises(ValueError, match=r"53 samples, but 51 were missing, the first.* 1$"):
         quiet(model, [((x[:2], y[:2]), torch.tensor([0, 3]))], num_samples=N)
+    once = iter([((x, y), torch.arange(N))])
+    with pytest.raises(ValueError, match=r"53 were missing in pass 2, .* an iterator is used up"):
+        quiet(model, once, num_samples=N, passes=2)
 
 
 def test_a_model_without_logits():
