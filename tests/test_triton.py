@@ -427,6 +427,17 @@ def test_candidates_are_solved_or_read_again(
     np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 100))
 
 
+def test_the_sample_reaches_the_last_scores(sampled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strata of equal length would leave out up to a fifth of the scores, all at the end."""
+    monkeypatch.setattr(plan, "CANDIDATE_SHARE", 4)
+    scores = test_selection.make("normal", 5 * plan.SAMPLES - 1)
+    scores[4 * plan.SAMPLES :] += 10
+    got = []
+    kernels = launched(lambda: got.append(TRITON.topk_indices(torch.from_numpy(scores), 2000)))
+    assert kernels == SOLVED
+    np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 2000))
+
+
 @pytest.mark.parametrize("ranks", [(-1, 3), (1000, 1024)])
 def test_a_sample_that_missed_costs_another_read(
     ranks: tuple[int, int], sampled: None, monkeypatch: pytest.MonkeyPatch

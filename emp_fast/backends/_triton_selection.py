@@ -124,7 +124,9 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
     numbers = (samples, 0, 0, 0, 0, 0)
     constants = (plan.PHILOX_BLOCK,)
     launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
-    starts = torch.arange(samples, device=scores.device) * stratum
+    # A stratum has n // samples scores or one more. If all had the same number, those left over
+    # would be the last, up to a fifth of all.
+    starts = torch.arange(samples, device=scores.device) * n // samples
     sample = scores[starts + bits.long().remainder(stratum)]
     keys = _kernel_keys(sample).sort(descending=True).values
     ends = keys[[max(upper, 0), min(lower, samples - 1)]].tolist()
