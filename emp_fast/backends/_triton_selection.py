@@ -72,8 +72,8 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
             DEFAULT_WARPS,
         )
         reached = bins.flip(1).cumsum(1)  # [G, 256], from the highest byte down
-        # The first byte at which a group reaches its share. For a share of 0 it is the highest
-        # byte, which no key has.
+        # The first byte at which a group reaches its share. For a share of 0 it is 255, and no key
+        # consists of these alone.
         steps = (reached < remaining[:, None]).sum(1, keepdim=True)
         before = torch.where(steps > 0, reached.gather(1, (steps - 1).clamp_min(0)), 0)
         remaining = remaining - before[:, 0]
