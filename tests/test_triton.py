@@ -456,6 +456,37 @@ def test_a_selection_that_would_be_captured_is_refused(monkeypatch: pytest.Monke
         TRITON.topk_indices(torch.randn(5), 2)
 
 
+@pytest.mark.parametrize(
+    ("num_groups", "kernels"),
+    [
+        (4, ["group_histogram", "mark_grouped", "expand_marked"]),
+        (5, []),
+        (20, []),
+    ],
+)
+def test_many_groups_of_few_scores_are_sorted(
+    num_groups: int, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MAX_GROUPS", 4)
+    rng = np.random.default_rng(0)
+    scores, groups = test_selection.make("few values", 300), rng.integers(0, num_groups, 300)
+    quotas = test_selection.quotas_of(groups, num_groups, rng)
+    got = []
+    assert (
+        launched(lambda: got.append(test_selection.grouped("triton", scores, groups, quotas)))
+        == kernels
+    )
+    np.testing.assert_array_equal(got[0], test_selection.grouped_oracle(scores, groups, quotas))
+
+
+def test_many_groups_of_many_scores_have_histograms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MAX_GROUPS", 4)
+    groups = np.arange(5 * plan.SORTED_PER_GROUP) % 5
+    scores = test_selection.make("normal", len(groups))
+    kernels = launched(lambda: test_selection.grouped("triton", scores, groups, [7] * 5))
+    assert "group_histogram" in kernels
+
+
 def test_groups_of_more_scores_than_their_keys_can_number_are_refused() -> None:
     scores = torch.empty(1, device="meta").expand(2**32 + 1)
     with pytest.raises(ValueError, match=r"at most 2\*\*32 elements with groups, got 4294967297"):

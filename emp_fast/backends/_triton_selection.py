@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emp_fast.backends._gpu import is_capturing
 from emp_fast.backends._triton_launch import DEFAULT_WARPS, launch, multiprocessors
-from emp_fast.backends.reference import order_keys
+from emp_fast.backends.reference import ReferenceBackend, order_keys
 from emp_fast.kernels import bracket, plan, selection
 from emp_fast.kernels import philox as philox_kernels
 
@@ -58,6 +58,8 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
         raise ValueError(f"scores must have at most 2**32 elements with groups, got {n}")
     if k == 0 or k == n:
         return torch.arange(k, dtype=torch.int64, device=device)
+    if len(group_k) > plan.MAX_GROUPS and n < plan.SORTED_PER_GROUP * len(group_k):
+        return ReferenceBackend().grouped_topk_indices(scores, groups, group_k)
     index_bytes = plan.ceil_div((n - 1).bit_length(), 8)
     remaining = group_k.to(device)
     prefix = torch.zeros_like(remaining)
