@@ -112,6 +112,11 @@ SAMPLES = 2**18
 #: one in 128, at most.
 CANDIDATE_SHARE = 112
 
+#: With more groups than MAX_GROUPS, and on average fewer scores in each than SORTED_PER_GROUP, the
+#: scores are sorted: histograms and what is computed of them take 6 KiB per group.
+MAX_GROUPS = 65536
+SORTED_PER_GROUP = 64
+
 MAX_CLASSES = 2**31 - 2**23
 
 

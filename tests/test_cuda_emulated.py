@@ -1089,7 +1089,7 @@ def test_one_launch_selects_among_few_scores(
     np.testing.assert_array_equal(got.numpy(), test_selection.oracle(scores, few // 2))
 
 
-#: A sample of 4096 in place of a million brings the sampled plan down to sizes for here.
+#: A sample of 4096 in place of 262 144 brings the sampled plan down to sizes for here.
 SAMPLED = {"SAMPLE_BITS": 12, "SAMPLED_FROM": 2**17}
 
 

@@ -161,6 +161,21 @@ def test_topk_property(backend: str, data: st.DataObject) -> None:
     np.testing.assert_array_equal(topk(backend, scores, k), oracle(scores, k))
 
 
+@pytest.mark.parametrize("heavy", [(2.0, 1.0), (np.inf, -np.inf), (0.0, np.nan)])
+def test_the_kth_is_one_of_two_heavy_values_or_lies_between(
+    each_isa: Iterator[str], heavy: tuple[float, float]
+) -> None:
+    """More candidates than there is room for, nearly all equal to an end of their bracket."""
+    n, part = 150_001, 74_000
+    high, low = (np.full(part, value, np.float32) for value in heavy)
+    between = np.linspace(-1e-3, -2e-3, n - 2 * part) + (1.5 if heavy == (2.0, 1.0) else 0)
+    scores = np.concatenate([high, low, between.astype(np.float32)])
+    np.random.default_rng(0).shuffle(scores)
+    for isa in each_isa:
+        for k in (part - 1, part, part + 1, n // 2, n - part - 1, n - part, n - part + 1):
+            np.testing.assert_array_equal(topk("cpu", scores, k), oracle(scores, k), f"{isa} {k=}")
+
+
 def test_topk_of_any_layout_and_dtype(backend: str) -> None:
     base = torch.from_numpy(make("few values", 9001))
     for scores in (base[1:], base[::3], base.half(), base.bfloat16(), base.double()):

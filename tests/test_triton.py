@@ -427,6 +427,17 @@ def test_candidates_are_solved_or_read_again(
     np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 100))
 
 
+def test_the_sample_reaches_the_last_scores(sampled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strata of equal length would leave out up to a fifth of the scores, all at the end."""
+    monkeypatch.setattr(plan, "CANDIDATE_SHARE", 4)
+    scores = test_selection.make("normal", 5 * plan.SAMPLES - 1)
+    scores[4 * plan.SAMPLES :] += 10
+    got = []
+    kernels = launched(lambda: got.append(TRITON.topk_indices(torch.from_numpy(scores), 2000)))
+    assert kernels == SOLVED
+    np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 2000))
+
+
 @pytest.mark.parametrize("ranks", [(-1, 3), (1000, 1024)])
 def test_a_sample_that_missed_costs_another_read(
     ranks: tuple[int, int], sampled: None, monkeypatch: pytest.MonkeyPatch
@@ -443,6 +454,37 @@ def test_a_selection_that_would_be_captured_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(_triton_selection, "is_capturing", lambda _: True)
     with pytest.raises(RuntimeError, match="a CUDA graph cannot capture a selection by the triton"):
         TRITON.topk_indices(torch.randn(5), 2)
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "kernels"),
+    [
+        (4, ["group_histogram", "mark_grouped", "expand_marked"]),
+        (5, []),
+        (20, []),
+    ],
+)
+def test_many_groups_of_few_scores_are_sorted(
+    num_groups: int, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MAX_GROUPS", 4)
+    rng = np.random.default_rng(0)
+    scores, groups = test_selection.make("few values", 300), rng.integers(0, num_groups, 300)
+    quotas = test_selection.quotas_of(groups, num_groups, rng)
+    got = []
+    assert (
+        launched(lambda: got.append(test_selection.grouped("triton", scores, groups, quotas)))
+        == kernels
+    )
+    np.testing.assert_array_equal(got[0], test_selection.grouped_oracle(scores, groups, quotas))
+
+
+def test_many_groups_of_many_scores_have_histograms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MAX_GROUPS", 4)
+    groups = np.arange(5 * plan.SORTED_PER_GROUP) % 5
+    scores = test_selection.make("normal", len(groups))
+    kernels = launched(lambda: test_selection.grouped("triton", scores, groups, [7] * 5))
+    assert "group_histogram" in kernels
 
 
 def test_groups_of_more_scores_than_their_keys_can_number_are_refused() -> None:

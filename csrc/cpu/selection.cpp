@@ -4,9 +4,10 @@
 // over the scores marks those above the bracket in one bitmap and those inside it in another, and
 // collects the keys of the latter, a few per cent of all. The threshold is found among those keys.
 // The ties are then divided and the bitmaps expanded to indices in order. The pass counts what the
-// bracket holds instead of trusting the sample: if the threshold lies outside, or the keys do not
-// fit in the pool, histograms of the scores narrow the bracket and the pass runs again. The result
-// does not depend on the sample or the number of threads.
+// bracket holds instead of trusting the sample: if the keys do not fit in the pool, ties with an
+// end of the bracket are the reason, and the pass runs again for either end and for what lies
+// between. If the threshold lies outside, histograms of the scores narrow the bracket and the pass
+// runs again. The result does not depend on the sample or the number of threads.
 //
 // Traffic: 4 n bytes read, 8 k written, n / 2 for the bitmaps. Workspace: n / 4 bytes for the
 // bitmaps and n for the keys.
@@ -82,11 +83,12 @@ const uint32_t* tile_keys(const float* scores, int n, uint32_t* keys) {
   return keys;
 }
 
-// Scores of other groups get kHighestKey, which no score has.
+// Scores of other groups get kHighestKey, which no score has. Groups often come in no order, so
+// that a branch on them would be mispredicted.
 const uint32_t* tile_keys(Members members, int n, uint32_t* keys) {
   selection_kernels().order_keys(members.scores, n, keys);
   for (int i = 0; i < n; ++i) {
-    if (members.groups[i] != members.group) keys[i] = kHighestKey;
+    keys[i] |= members.groups[i] == members.group ? 0 : kHighestKey;
   }
   return keys;
 }
@@ -192,14 +194,19 @@ Bracket sampled_bracket(const float* scores, int64_t n, int64_t k, uint32_t* poo
   return bracket;
 }
 
-struct Totals {
-  int64_t above;
-  int64_t bracket;
-  bool collected;  // the pool holds every key of the bracket, or needs none
+// A bracket, and what a pass over the scores found in it.
+struct Found {
+  Bracket bracket;
+  int64_t num_keys;  // in the bracket
+  int64_t wanted;    // how many of them are among the k highest, if the k-th is in the bracket
+  bool collected;    // the pool holds every key of the bracket, or needs none
+
+  bool single() const { return bracket.low == bracket.high; }
+  bool holds() const { return 0 <= wanted && wanted <= num_keys; }  // the k-th, or all above it
 };
 
-Totals classify(const float* scores, int64_t n, Bracket bracket, const Workspace& work,
-                int num_threads) {
+Found classify(const float* scores, int64_t n, int64_t k, Bracket bracket, const Workspace& work,
+               int num_threads) {
   const SelectionKernels& kernels = selection_kernels();
   // The keys of a bracket of one key are known without collecting them.
   const bool collect = bracket.low < bracket.high;
@@ -225,7 +232,7 @@ Totals classify(const float* scores, int64_t n, Bracket bracket, const Workspace
     above += counts.above;
     in_bracket += counts.bracket;
   }
-  return {above, in_bracket, !collect || in_bracket <= work.pool_size};
+  return {bracket, in_bracket, k - above, !collect || in_bracket <= work.pool_size};
 }
 
 // Marks the first `ties` scores of the bracket, all of which equal the threshold.
@@ -249,34 +256,34 @@ void raise_ties(uint32_t* keys, uint32_t threshold, int ties) {
   }
 }
 
-// A bracket that holds the k-th highest score, classified.
-struct Found {
-  Bracket bracket;
-  int64_t num_keys;  // in the bracket; unless it is a single key, the pool holds them
-  int64_t wanted;    // how many of them are among the k highest
-
-  bool single() const { return bracket.low == bracket.high; }
-};
-
+// A bracket that holds the k-th highest score, and whose keys are collected.
 Found find_bracket(const float* scores, int64_t n, int64_t k, const Workspace& work, int threads) {
-  Bracket bracket = sampled_bracket(scores, n, k, work.pool);
-  Totals totals = classify(scores, n, bracket, work, threads);
-  int64_t wanted = k - totals.above;
-  if (wanted < 0 || wanted > totals.bracket || !totals.collected) {
-    int64_t rank =
-        std::max<int64_t>(wanted, 1);  // if none is wanted, that of the bracket's highest key
-    if (wanted < 0) {
-      bracket = {bracket.high + 1, kHighestKey};
-      rank = k;
-    } else if (wanted > totals.bracket) {
-      bracket = {kNanKey, bracket.low - 1};
-      rank = wanted - totals.bracket;
+  const auto classified = [&](Bracket bracket) {
+    return classify(scores, n, k, bracket, work, threads);
+  };
+  Found found = classified(sampled_bracket(scores, n, k, work.pool));
+  if (found.holds() && !found.collected) {
+    // The sample has few keys between the ends, so most of the bracket ties with one of these.
+    const Bracket ends = found.bracket;
+    for (const uint32_t end : {ends.high, ends.low}) {
+      found = classified({end, end});
+      if (found.holds()) return found;
     }
-    bracket = narrow(scores, n, bracket, &rank, work.pool_size, threads);
-    totals = classify(scores, n, bracket, work, threads);
-    wanted = k - totals.above;
+    found = classified({ends.low + 1, ends.high - 1});
   }
-  return {bracket, totals.bracket, wanted};
+  if (found.holds() && found.collected) return found;
+
+  Bracket bracket = found.bracket;
+  int64_t rank =
+      std::max<int64_t>(found.wanted, 1);  // if none is wanted, that of the bracket's highest key
+  if (found.wanted < 0) {
+    bracket = {bracket.high + 1, kHighestKey};
+    rank = k;
+  } else if (found.wanted > found.num_keys) {
+    bracket = {kNanKey, bracket.low - 1};
+    rank = found.wanted - found.num_keys;
+  }
+  return classified(narrow(scores, n, bracket, &rank, work.pool_size, threads));
 }
 
 // Counts what each tile selects, with the ties of the lowest indices, and finds where that goes.

@@ -10,10 +10,13 @@
 namespace emp_fast::cpu::EMP_FAST_ISA {
 namespace {
 
+// order_key without branches, so that a loop over scores becomes vector instructions.
 inline uint32_t key_of(const float* score) {
   uint32_t bits;
   std::memcpy(&bits, score, sizeof bits);
-  return order_key(bits);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu, sign = 0u - (bits >> 31);
+  const uint32_t key = 0x80000000u + ((magnitude ^ sign) - sign);
+  return static_cast<int32_t>(magnitude) > 0x7F800000 ? kNanKey : key;
 }
 
 #if defined(__AVX512F__)
@@ -100,9 +103,11 @@ TileCounts classify(const float* scores, int n, uint32_t low, uint32_t high, uin
 #endif
   for (; i < n; i += 64) {
     const int width = n - i < 64 ? n - i : 64;
+    uint32_t word_keys[64];
+    order_keys(scores + i, width, word_keys);
     uint64_t above_word = 0, bracket_word = 0;
     for (int bit = 0; bit < width; ++bit) {
-      const uint32_t key = key_of(scores + i + bit);
+      const uint32_t key = word_keys[bit];
       const bool over = key > high;
       const bool in = key >= low && !over;
       above_word |= static_cast<uint64_t>(over) << bit;

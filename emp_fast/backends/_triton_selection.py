@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emp_fast.backends._gpu import is_capturing
 from emp_fast.backends._triton_launch import DEFAULT_WARPS, launch, multiprocessors
-from emp_fast.backends.reference import order_keys
+from emp_fast.backends.reference import ReferenceBackend, order_keys
 from emp_fast.kernels import bracket, plan, selection
 from emp_fast.kernels import philox as philox_kernels
 
@@ -58,6 +58,8 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
         raise ValueError(f"scores must have at most 2**32 elements with groups, got {n}")
     if k == 0 or k == n:
         return torch.arange(k, dtype=torch.int64, device=device)
+    if len(group_k) > plan.MAX_GROUPS and n < plan.SORTED_PER_GROUP * len(group_k):
+        return ReferenceBackend().grouped_topk_indices(scores, groups, group_k)
     index_bytes = plan.ceil_div((n - 1).bit_length(), 8)
     remaining = group_k.to(device)
     prefix = torch.zeros_like(remaining)
@@ -72,8 +74,8 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
             DEFAULT_WARPS,
         )
         reached = bins.flip(1).cumsum(1)  # [G, 256], from the highest byte down
-        # The first byte at which a group reaches its share. For a share of 0 it is the highest
-        # byte, which no key has.
+        # The first byte at which a group reaches its share. For a share of 0 it is 255, and no key
+        # consists of these alone.
         steps = (reached < remaining[:, None]).sum(1, keepdim=True)
         before = torch.where(steps > 0, reached.gather(1, (steps - 1).clamp_min(0)), 0)
         remaining = remaining - before[:, 0]
@@ -124,7 +126,9 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
     numbers = (samples, 0, 0, 0, 0, 0)
     constants = (plan.PHILOX_BLOCK,)
     launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
-    starts = torch.arange(samples, device=scores.device) * stratum
+    # A stratum has n // samples scores or one more. If all had the same number, those left over
+    # would be the last, up to a fifth of all.
+    starts = torch.arange(samples, device=scores.device) * n // samples
     sample = scores[starts + bits.long().remainder(stratum)]
     keys = _kernel_keys(sample).sort(descending=True).values
     ends = keys[[max(upper, 0), min(lower, samples - 1)]].tolist()
