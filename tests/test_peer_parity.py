@@ -1,12 +1,14 @@
 """Beside the peers themselves, where they are installed: what they do right is the same here.
 
-InfoBatch is not on PyPI: put a checkout of its repository on PYTHONPATH. datacull is.
+datacull is on PyPI. InfoBatch is not, so that even CI skips its tests: put a checkout of its
+repository on PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from importlib import import_module
 from types import ModuleType
 
 import numpy as np
@@ -36,7 +38,9 @@ def infobatch(global_numpy_state: None) -> Iterator[ModuleType]:
 
     untouched = _BaseDataLoaderIter.__next__
     try:
-        yield pytest.importorskip("infobatch.infobatch")
+        yield import_module("infobatch.infobatch")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"needs InfoBatch: {error}")
     finally:
         _BaseDataLoaderIter.__next__ = untouched
 
