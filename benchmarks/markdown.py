@@ -310,7 +310,7 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
             table(["", *peers], by_latency),
         ]
     if len(result.runs) > 1:
-        lines += [_measured_when(run) for run in result.runs]
+        lines.append(" ".join(map(_measured_when, result.runs)))
     if steps := result.suite(STEP):
         lines += [
             "What pruning adds to the wall time of a training step: scores, state update and, "
