@@ -90,7 +90,8 @@ class Rule(Identified):
         Args:
             stats: the stats that ``reads`` names, each [S, ...], detached.
             state: the rows of "score", "memory" (float32), "visits" (int32, before this visit) and
-                of every buffer, each [S, ...].
+                of every buffer, each [S, ...]. After a merge, the visits of a sample of several
+                ranks are those of all ranks, but the other rows are those of one rank.
 
         Returns:
             The new rows, by name: always "score", and whichever others changed ("visits" is counted
@@ -324,26 +325,28 @@ class DynUnc(Rule):
         )
 
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
-        history = torch.zeros(num_samples, self.window, dtype=torch.float32, device=device)
-        return {"history": history}
+        # The last p_y, and +inf in place of those before the first. The number of visits does not
+        # tell how many there are: after a merge it includes other ranks' visits of the same sample.
+        shape = num_samples, self.window
+        return {"recent": torch.full(shape, torch.inf, dtype=torch.float32, device=device)}
 
     def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        visits = state["visits"].long()
-        slot = (visits % self.window)[:, None]
-        history = state["history"].scatter(1, slot, stats["confidence"][:, None].float())
-        seen = (visits + 1).clamp_max(self.window)[:, None]
-        present = torch.arange(self.window, device=history.device) < seen
-        mean = history.where(present, 0).sum(1, keepdim=True) / seen
-        square = (history - mean).square().where(present, 0).sum(1)
+        before = state["recent"]
+        recent = torch.cat([before[:, 1:], stats["confidence"][:, None].float()], dim=1)
+        present = torch.isfinite(recent)
+        seen = present.sum(1)
+        mean = recent.where(present, 0).sum(1, keepdim=True) / seen[:, None]
+        square = (recent - mean).square().where(present, 0).sum(1)
         # The sample deviation (n - 1), as in the paper's code; for one visit it is 0.
-        deviation = (square / (seen[:, 0] - 1).clamp_min(1)).sqrt()
-        windows = visits + 2 - self.window  # full windows, this one included
-        mean_deviation = state["memory"] + (deviation - state["memory"]) / windows.clamp_min(1)
-        full = windows >= 1
+        deviation = (square / (seen - 1).clamp_min(1)).sqrt()
+        again = torch.isfinite(before[:, 0])  # this is not the first full window
+        windows = torch.where(again, state["visits"].long() + 2 - self.window, 1)
+        mean_deviation = state["memory"] + (deviation - state["memory"]) / windows
+        full = seen == self.window
         return {
             "score": torch.where(full, mean_deviation, deviation),
             "memory": torch.where(full, mean_deviation, 0.0),
-            "history": history,
+            "recent": recent,
         }
 
 

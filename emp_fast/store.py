@@ -263,6 +263,7 @@ class ScoreStore:
         return {
             **store_facts(self.num_samples, repr(self.rule)),
             "rows_seen": self.rows_seen,
+            "reported_nonfinite": self._reported_nonfinite,
             "tensors": self._samples.copies(),
             "unmerged": self.replicas.unmerged(),
         }
@@ -274,12 +275,12 @@ class ScoreStore:
             ValueError: the snapshot has another format, size or rule, or a tensor does not fit.
             TypeError: it is not a mapping.
         """
-        rows_seen, unmerged, saved = self._checked_state(state)
+        rows_seen, reported, unmerged, saved = self._checked_state(state)
         for name, tensor in self._samples.tensors().items():
             tensor.copy_(saved[name])
         self._rows.total = rows_seen
         self._loads += 1
-        self._reported_nonfinite = self.num_nonfinite
+        self._reported_nonfinite = reported
         self.replicas.restore(unmerged)
 
     def check_state_dict(self, state: Mapping[str, Any], where: str = "state") -> None:
@@ -293,15 +294,18 @@ class ScoreStore:
 
     def _checked_state(
         self, state: Mapping[str, Any], where: str = "state"
-    ) -> tuple[int, Any, Mapping[str, Tensor]]:
-        """Rows seen, the argument of `Replicas.restore`, and the tensors by name."""
+    ) -> tuple[int, int, Any, Mapping[str, Tensor]]:
+        """Rows seen, refused rows reported, the argument of `Replicas.restore`, the tensors."""
         require_state(state)
         require_entries(where, state, store_facts(self.num_samples, repr(self.rule)))
-        rows_seen = checked_count(f"{where}['rows_seen']", state.get("rows_seen"))
+        rows_seen, reported = (
+            checked_count(f"{where}[{name!r}]", state.get(name))
+            for name in ("rows_seen", "reported_nonfinite")
+        )
         unmerged = self.replicas.checked_unmerged(state.get("unmerged"), where)
         forms = self._samples.forms(self.num_samples)
         saved = checked_tensors(f"{where}['tensors']", state.get("tensors"), forms)
-        return rows_seen, unmerged, saved
+        return rows_seen, reported, unmerged, saved
 
     def __repr__(self) -> str:
         return f"ScoreStore({self.num_samples}, {self.rule!r}, device={self.device})"

@@ -155,6 +155,23 @@ def merge_settles_samples_of_several_ranks(rank: int, size: int) -> None:
 
 
 @ranks_check
+def merge_does_not_take_other_ranks_visits_for_remembered_ones(rank: int, size: int) -> None:
+    """Only one rank's history of a sample of several ranks is kept, while its visits add up."""
+    store, alone = emp_fast.ScoreStore(1, rules.DynUnc(3)), emp_fast.ScoreStore(1, rules.DynUnc(3))
+    for confidence in (0.1, 0.5, 0.7):  # up to the first full window
+        seen = {"confidence": torch.tensor([confidence])}
+        store.update(torch.tensor([0]), seen)
+        alone.update(torch.tensor([0]), seen)
+        store.merge()
+        assert torch.equal(store.scores, alone.scores)
+        assert torch.equal(store.memory, alone.memory)
+    for _ in range(5):
+        store.update(torch.tensor([0]), {"confidence": torch.tensor([0.7])})
+        store.merge()
+        assert 0 < store.scores.item() <= alone.scores.item()
+
+
+@ranks_check
 def rows_out_of_range_are_reported_once(rank: int, size: int) -> None:
     store = emp_fast.ScoreStore(N)
     # As a kernel on a GPU leaves it.

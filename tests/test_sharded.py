@@ -118,6 +118,13 @@ def assert_own_rows_equal(store: ShardedScoreStore, alone: ScoreStore) -> None:
     assert store.num_nonfinite == alone.num_nonfinite
 
 
+def parts_of(store: ShardedScoreStore, group: Any) -> list[Any]:
+    """The snapshots of all ranks."""
+    states: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(states, store.state_dict(), group=group)
+    return states
+
+
 def assert_own_part_equal(
     store: ShardedScoreStore, mine: emp_fast.Selection, alone: emp_fast.Selection
 ) -> None:
@@ -222,11 +229,19 @@ def refused_rows_are_told_once_on_every_rank(rank: int, size: int, group: Any) -
     batch = torch.tensor([rank, N - 1 - rank])
     stats = stats_of(batch, 0)
     store.update(batch, stats._replace(entropy=stats.entropy * torch.tensor([1, torch.inf])))
+    resumed, finished = (ShardedScoreStore(N, process_group=group) for _ in range(2))
+    resumed.load_state_dict(parts_of(store, group))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         store.select(5)
         store.select(5)
+    finished.load_state_dict(parts_of(store, group))
+    with warnings.catch_warnings(record=True) as later:
+        warnings.simplefilter("always")
+        resumed.select(5)
+        finished.select(5)
     assert len(caught) == 1
+    assert [str(w.message) for w in later] == [str(w.message) for w in caught]
     begins = f"{size} rows with non-finite stats were refused on all ranks since the last selection"
     assert str(caught[0].message).startswith(begins)
     assert caught[0].filename == __file__
@@ -558,6 +573,7 @@ def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> 
         ({"num_samples": 5}, r"state\[0\]\['num_samples'\] must be 1003, got 5"),
         ({"rule": "Loss()"}, r"state\[0\]\['rule'\] must be 'EMP"),
         ({"rows_seen": None}, r"state\[0\]\['rows_seen'\] must be a count, got None"),
+        ({"reported_nonfinite": None}, r"\['reported_nonfinite'\] must be a count, got None"),
         ({"start": False}, r"state\[0\]\['start'\] must be a count, got False"),
         ({"stop": N + 1}, r"state\[0\] must hold a range within \[0, 1003\], got 0 to 1004"),
         ({"start": 10}, r"state\[0\]\['tensors'\]\['scores'\] must be .* \(993,\), got"),

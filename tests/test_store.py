@@ -392,6 +392,20 @@ def test_non_finite_values_warn_once_at_the_next_selection():
         store.select(1)
 
 
+def test_a_checkpoint_does_not_end_the_warning_of_refused_rows():
+    """A run that is killed before the next selection warns when it goes on, and only then."""
+    store, killed = ScoreStore(3, Loss()), ScoreStore(3, Loss())
+    killed.update(torch.tensor([0, 1]), {"loss": torch.tensor([math.nan, math.inf])})
+    store.load_state_dict(killed.state_dict())
+    with pytest.warns(EmpFastWarning, match="^2 rows with non-finite stats were refused since"):
+        store.select(1)
+    again = ScoreStore(3, Loss())
+    again.load_state_dict(store.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.select(1)
+
+
 def test_rows_that_a_device_refused_as_out_of_range_raise_at_the_next_selection():
     store = ScoreStore(3, Loss())
     store._samples.state.counters[OUT_OF_RANGE] = 2  # as a kernel on a GPU leaves it
@@ -610,6 +624,7 @@ def test_a_checkpoint_is_a_snapshot():
         (lambda s: s.update(rule="Loss(decay=0.5)"), "rule.*got 'Loss"),
         (lambda s: s.update(format=99), "format.*got 99"),
         (lambda s: s.pop("rows_seen"), "rows_seen.*got None"),
+        (lambda s: s.update(reported_nonfinite=-1), "reported_nonfinite.*must be a count, got -1"),
         (lambda s: s.update(rows_seen=True), "rows_seen.*must be a count, got True"),
         (lambda s: s["tensors"].pop("visits"), "must hold.*visits"),
         (lambda s: s["tensors"].update(memory=torch.zeros(3)), r"memory.*got torch.float32 \(3,\)"),

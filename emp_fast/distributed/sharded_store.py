@@ -345,6 +345,7 @@ class ShardedScoreStore:
             "start": self.owned_range.start,
             "stop": self.owned_range.stop,
             "rows_seen": self.rows_seen,
+            "reported_nonfinite": self._reported_nonfinite,
             "tensors": self._shard.copies(),
         }
 
@@ -374,12 +375,13 @@ class ShardedScoreStore:
         )
         self._require_coverage(pieces)
         low, high = self.owned_range.start, self.owned_range.stop
+        # Refused rows go to the owner of a piece's first sample, so they count once.
+        counted = [piece for piece in pieces if low <= piece.start < high]
         for name, tensor in self._shard.tensors().items():
-            if name == "counters":  # go to the owner of a piece's first sample, so they count once
+            if name == "counters":
                 tensor.zero_()
-                for piece in pieces:
-                    if low <= piece.start < high:
-                        tensor += piece.tensors[name].to(tensor.device)
+                for piece in counted:
+                    tensor += piece.tensors[name].to(tensor.device)
                 continue
             for piece in pieces:
                 first, last = max(low, piece.start), min(high, piece.stop)
@@ -387,7 +389,7 @@ class ShardedScoreStore:
                     rows = piece.tensors[name][first - piece.start : last - piece.start]
                     tensor[first - low : last - low] = rows.to(tensor.device)
         self.rows_seen = pieces[0].rows_seen
-        self._reported_nonfinite = self._shard.num_nonfinite
+        self._reported_nonfinite = sum(piece.reported for piece in counted)
 
     def _checked_piece(self, position: int, state: Mapping[str, Any]) -> _Piece:
         where = f"state[{position}]"
@@ -398,14 +400,17 @@ class ShardedScoreStore:
             raise ValueError(f"{where} is of one rank between merges; merge before saving")
         start = checked_count(f"{where}['start']", state.get("start", 0))
         stop = checked_count(f"{where}['stop']", state.get("stop", self.num_samples))
-        rows_seen = checked_count(f"{where}['rows_seen']", state.get("rows_seen"))
+        rows_seen, reported = (
+            checked_count(f"{where}[{name!r}]", state.get(name))
+            for name in ("rows_seen", "reported_nonfinite")
+        )
         if not start <= stop <= self.num_samples:
             raise ValueError(
                 f"{where} must hold a range within [0, {self.num_samples}], got {start} to {stop}"
             )
         forms = self._shard.forms(stop - start)
         saved = checked_tensors(f"{where}['tensors']", state.get("tensors"), forms)
-        return _Piece(start, stop, rows_seen, saved)
+        return _Piece(start, stop, rows_seen, reported, saved)
 
     def _require_coverage(self, pieces: list[_Piece]) -> None:
         moments = sorted({piece.rows_seen for piece in pieces})
@@ -438,6 +443,7 @@ class _Piece(NamedTuple):
     start: int
     stop: int
     rows_seen: int
+    reported: int  # of the refused rows, those that a selection has warned of
     tensors: Mapping[str, Tensor]
 
 
