@@ -35,8 +35,14 @@ def hugging_face():
     return datasets.Dataset.from_dict({"x": list(range(0, 200, 2))})
 
 
+def needs_library_of(suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])
 def test_what_is_saved_is_loaded(tmp_path, plain, suffix):
+    needs_library_of(suffix)
     plain.save(tmp_path / f"kept{suffix}")
     loaded = Selection.load(str(tmp_path / f"kept{suffix}"))
     assert loaded.indices.dtype == torch.int64
@@ -47,6 +53,7 @@ def test_what_is_saved_is_loaded(tmp_path, plain, suffix):
 
 
 def test_parquet_keeps_the_weights(tmp_path, weighted):
+    needs_library_of(".parquet")
     weighted.save(tmp_path / "kept.parquet")
     loaded = Selection.load(tmp_path / "kept.parquet")
     assert torch.equal(loaded.indices, weighted.indices)
@@ -57,6 +64,7 @@ def test_parquet_keeps_the_weights(tmp_path, weighted):
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet", ".txt"])
 def test_a_full_disk_is_named_and_leaves_the_previous_file(tmp_path, full_disk, plain, suffix):
+    needs_library_of(suffix)
     path = tmp_path / f"kept{suffix}"
     plain.save(path)
     before = path.read_bytes()
@@ -127,6 +135,7 @@ def test_a_file_of_anything_else_is_refused(tmp_path, array, message):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
+    needs_library_of(".parquet")
     Selection(torch.arange(2), torch.tensor([1.0, torch.nan])).save(tmp_path / "kept.parquet")
     with pytest.raises(FileProblem, match="finite float32 weights, got nan"):
         Selection.load(tmp_path / "kept.parquet")
