@@ -401,6 +401,11 @@ def test_a_small_class_gives_the_rest_of_its_quota_away():
     assert class_quotas([5, 500, 500], 300) == [5, 147, 148]
 
 
+def test_proportional_quotas_round_up_the_largest_remainders():
+    assert class_quotas([10, 13, 17], 7, "proportional") == [2, 2, 3]  # of 1.75, 2.275 and 2.975
+    assert class_quotas([3, 3, 4], 5, "proportional") == [2, 1, 2]
+
+
 @pytest.mark.parametrize("k", [-1, 4])
 def test_quotas_of_more_than_there_is_are_refused(k):
     with pytest.raises(ValueError, match=rf"k must lie in \[0, 3\], .* got {k}"):

@@ -329,6 +329,18 @@ def test_a_schedule_of_prune_rates():
     assert [len(run_epoch(pruner, loader, e)) for e in range(4)] == [60, 54, 48, 42]
 
 
+def test_a_function_of_the_epoch_is_not_asked_about_full_epochs():
+    asked = []
+
+    def rate(epoch):
+        asked.append(epoch)
+        return 0.5
+
+    pruner = Pruner(N, rate, epochs=4, full_epochs_first=1, full_epochs_last=1)
+    assert [pruner.prune_rate(epoch) for epoch in range(4)] == [0, 0.5, 0.5, 0]
+    assert set(asked) == {1, 2}
+
+
 def test_numbers_may_be_numpys():
     plain = Pruner(N, 0.75, epochs=2, full_epochs_first=1, seed=3)
     numpys = Pruner(
@@ -742,6 +754,7 @@ def test_samplers_say_what_they_are_of():
             ValueError,
             r"epoch must be an int in \[0, 2\*\*32\), got -1",
         ),
+        (lambda: Pruner(N).prune_rate(-1), ValueError, r"epoch must be an int in .*got -1"),
         (lambda: Pruner(N).set_epoch("1"), TypeError, "epoch must be an int, got '1'"),
         (lambda: Pruner(N, None), ValueError, "got None: a float, or a function of the epoch"),
         (lambda: Pruner(N, epochs=0), ValueError, "epochs must be at least 1, got 0"),
