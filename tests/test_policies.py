@@ -537,6 +537,14 @@ def test_gumbel_draws_alike_in_classes_of_other_scores():
         assert float((group - 100).abs().max()) < 45
 
 
+def test_sums_of_scores_are_exact_for_every_group():
+    scores = torch.tensor([2.0**60, 1.0, -(2.0**60), 0.25])
+    visited, groups = torch.ones(4, dtype=torch.bool), torch.tensor([0, 0, 0, 2])
+    candidates = Candidates(scores, visited, groups, 3)
+    assert candidates.sums(visited) == [1, 0, Fraction(1, 4)]
+    assert candidates.sums(~visited) == [0, 0, 0]
+
+
 @pytest.mark.parametrize("policy", [TopK(), EpsilonGreedy(0.5), GumbelTopK()])
 def test_a_score_of_nan_ranks_last_and_can_be_chosen(policy):
     """As UCB makes one of finite losses whose variance overflows."""

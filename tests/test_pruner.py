@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 import emp_fast
 from emp_fast import EmpFastWarning, Pruner, with_indices
@@ -211,6 +211,14 @@ def test_a_state_loaded_into_the_store_is_what_the_next_epoch_selects_from():
     assert pruner.selection.indices.tolist() == list(range(N // 2, N))
     pruner.store.load_state_dict(other.store.state_dict())
     assert pruner.selection.indices.tolist() == list(range(N // 2))
+
+
+def test_an_announced_epoch_that_is_over_gives_way_to_the_length_of_the_next():
+    pruner = Pruner(N, rule=Loss(), policy=BelowMean(0.5))
+    pruner.set_epoch(0)
+    run_epoch(pruner, make_loader(pruner))
+    following = pruner.store.select(None, BelowMean(0.5), epoch=1)
+    assert len(pruner.sampler) == len(following.indices) < N
 
 
 def test_a_loss_without_the_memory_term_that_the_rule_reads_is_refused():
@@ -629,6 +637,42 @@ def test_what_a_distributed_sampler_drops_is_not_left_of_the_epoch():
     assert len(indices) == 10
     pruner.update(indices, loss=loss_of(indices))
     assert pruner.state_dict()["epoch"] == 1
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_long_epochs_are_yielded_block_by_block(monkeypatch, drop_last):
+    plan = Pruner(11, 0.0).progress.plan_of(0)
+    order = plan.order.tolist()
+    wanted = order[:10] if drop_last else [*order, order[0]]
+    monkeypatch.setattr("emp_fast.samplers._BLOCK", 2)
+    assert list(Pruner(11, 0.0).sampler) == order
+    for rank in (0, 1):
+        share = EpochIterator(Pruner(11, 0.0).progress, rank, 2, drop_last)
+        assert list(share) == wanted[rank::2]
+
+
+def test_a_distributed_sampler_has_what_torchs_has():
+    theirs = DistributedSampler(range(N), num_replicas=1, rank=0)
+    ours = Pruner(N, 0.0).distributed_sampler()
+    for name, value in vars(theirs).items():
+        assert getattr(ours, name) == value
+
+
+def test_an_epoch_of_one_sample_resumes():
+    pruner = Pruner(N, 1 - 1 / N, rule=Loss())
+    sample = next(iter(pruner.sampler))
+    resumed = Pruner(N, 1 - 1 / N, rule=Loss())
+    resumed.load_state_dict(pruner.state_dict())
+    assert list(resumed.sampler) == [sample]
+
+
+def test_a_state_holds_copies_of_the_selection():
+    pruner = Pruner(N, rule=Loss(), policy=BelowMean(0.5))
+    iter(pruner.sampler)
+    state = pruner.state_dict()
+    for entry, held in zip((state["indices"], state["weights"]), pruner.selection, strict=True):
+        assert entry.data_ptr() != held.data_ptr()
+        assert torch.equal(entry, held)
 
 
 def test_a_store_loaded_in_mid_epoch_gives_a_state_that_loads():

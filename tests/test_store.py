@@ -392,6 +392,21 @@ def test_non_finite_values_warn_once_at_the_next_selection():
         store.select(1)
 
 
+def test_rows_refused_before_a_snapshot_are_not_warned_of_after_it():
+    bad = {"loss": torch.tensor([math.nan, 1.0])}
+    store, other = ScoreStore(2, Loss()), ScoreStore(2, Loss())
+    store.update(torch.arange(2), bad)
+    other.load_state_dict(store.state_dict())
+    other.select(1)
+    other.update(torch.arange(2), bad)
+    with pytest.warns(EmpFastWarning, match="^1 row"):
+        other.select(1)
+    other.load_state_dict(ScoreStore(2, Loss()).state_dict())
+    other.update(torch.arange(2), bad)
+    with pytest.warns(EmpFastWarning, match="^1 row"):
+        other.select(1)
+
+
 def test_rows_that_a_device_refused_as_out_of_range_raise_at_the_next_selection():
     store = ScoreStore(3, Loss())
     store._samples.state.counters[OUT_OF_RANGE] = 2  # as a kernel on a GPU leaves it
