@@ -172,6 +172,6 @@ class Planner:
         if self.labels is None:
             return None
         if self._digest is None:
-            labels = self.labels.to("cpu", torch.int64).contiguous()
+            labels = self.labels.to("cpu", torch.int64)
             self._digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
         return self._digest

@@ -401,6 +401,11 @@ def test_a_small_class_gives_the_rest_of_its_quota_away():
     assert class_quotas([5, 500, 500], 300) == [5, 147, 148]
 
 
+def test_proportional_quotas_round_up_the_largest_remainders():
+    assert class_quotas([10, 13, 17], 7, "proportional") == [2, 2, 3]  # of 1.75, 2.275 and 2.975
+    assert class_quotas([3, 3, 4], 5, "proportional") == [2, 1, 2]
+
+
 @pytest.mark.parametrize("k", [-1, 4])
 def test_quotas_of_more_than_there_is_are_refused(k):
     with pytest.raises(ValueError, match=rf"k must lie in \[0, 3\], .* got {k}"):
@@ -530,6 +535,14 @@ def test_gumbel_draws_alike_in_classes_of_other_scores():
     for group in (drawn[:20], drawn[20:]):
         assert float(group.sum()) == 400 * 5
         assert float((group - 100).abs().max()) < 45
+
+
+def test_sums_of_scores_are_exact_for_every_group():
+    scores = torch.tensor([2.0**60, 1.0, -(2.0**60), 0.25])
+    visited, groups = torch.ones(4, dtype=torch.bool), torch.tensor([0, 0, 0, 2])
+    candidates = Candidates(scores, visited, groups, 3)
+    assert candidates.sums(visited) == [1, 0, Fraction(1, 4)]
+    assert candidates.sums(~visited) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("policy", [TopK(), EpsilonGreedy(0.5), GumbelTopK()])

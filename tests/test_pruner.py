@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 import emp_fast
 from emp_fast import EmpFastWarning, Pruner, with_indices
@@ -213,6 +213,14 @@ def test_a_state_loaded_into_the_store_is_what_the_next_epoch_selects_from():
     assert pruner.selection.indices.tolist() == list(range(N // 2))
 
 
+def test_an_announced_epoch_that_is_over_gives_way_to_the_length_of_the_next():
+    pruner = Pruner(N, rule=Loss(), policy=BelowMean(0.5))
+    pruner.set_epoch(0)
+    run_epoch(pruner, make_loader(pruner))
+    following = pruner.store.select(None, BelowMean(0.5), epoch=1)
+    assert len(pruner.sampler) == len(following.indices) < N
+
+
 def test_a_loss_without_the_memory_term_that_the_rule_reads_is_refused():
     pruner = Pruner(N)
     with pytest.raises(ValueError, match=r"memory must be given .*got None: EMP\(.*Loss\(\) would"):
@@ -327,6 +335,18 @@ def test_a_schedule_of_prune_rates():
     pruner = Pruner(N, lambda epoch: 0.1 * epoch, rule=Loss())
     loader = make_loader(pruner)
     assert [len(run_epoch(pruner, loader, e)) for e in range(4)] == [60, 54, 48, 42]
+
+
+def test_a_function_of_the_epoch_is_not_asked_about_full_epochs():
+    asked = []
+
+    def rate(epoch):
+        asked.append(epoch)
+        return 0.5
+
+    pruner = Pruner(N, rate, epochs=4, full_epochs_first=1, full_epochs_last=1)
+    assert [pruner.prune_rate(epoch) for epoch in range(4)] == [0, 0.5, 0.5, 0]
+    assert set(asked) == {1, 2}
 
 
 def test_numbers_may_be_numpys():
@@ -619,6 +639,42 @@ def test_what_a_distributed_sampler_drops_is_not_left_of_the_epoch():
     assert pruner.state_dict()["epoch"] == 1
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_long_epochs_are_yielded_block_by_block(monkeypatch, drop_last):
+    plan = Pruner(11, 0.0).progress.plan_of(0)
+    order = plan.order.tolist()
+    wanted = order[:10] if drop_last else [*order, order[0]]
+    monkeypatch.setattr("emp_fast.samplers._BLOCK", 2)
+    assert list(Pruner(11, 0.0).sampler) == order
+    for rank in (0, 1):
+        share = EpochIterator(Pruner(11, 0.0).progress, rank, 2, drop_last)
+        assert list(share) == wanted[rank::2]
+
+
+def test_a_distributed_sampler_has_what_torchs_has():
+    theirs = DistributedSampler(range(N), num_replicas=1, rank=0)
+    ours = Pruner(N, 0.0).distributed_sampler()
+    for name, value in vars(theirs).items():
+        assert getattr(ours, name) == value
+
+
+def test_an_epoch_of_one_sample_resumes():
+    pruner = Pruner(N, 1 - 1 / N, rule=Loss())
+    sample = next(iter(pruner.sampler))
+    resumed = Pruner(N, 1 - 1 / N, rule=Loss())
+    resumed.load_state_dict(pruner.state_dict())
+    assert list(resumed.sampler) == [sample]
+
+
+def test_a_state_holds_copies_of_the_selection():
+    pruner = Pruner(N, rule=Loss(), policy=BelowMean(0.5))
+    iter(pruner.sampler)
+    state = pruner.state_dict()
+    for entry, held in zip((state["indices"], state["weights"]), pruner.selection, strict=True):
+        assert entry.data_ptr() != held.data_ptr()
+        assert torch.equal(entry, held)
+
+
 def test_a_store_loaded_in_mid_epoch_gives_a_state_that_loads():
     pruner = Pruner(N, 0.5, rule=Loss())
     before = pruner.store.state_dict()
@@ -742,6 +798,7 @@ def test_samplers_say_what_they_are_of():
             ValueError,
             r"epoch must be an int in \[0, 2\*\*32\), got -1",
         ),
+        (lambda: Pruner(N).prune_rate(-1), ValueError, r"epoch must be an int in .*got -1"),
         (lambda: Pruner(N).set_epoch("1"), TypeError, "epoch must be an int, got '1'"),
         (lambda: Pruner(N, None), ValueError, "got None: a float, or a function of the epoch"),
         (lambda: Pruner(N, epochs=0), ValueError, "epochs must be at least 1, got 0"),

@@ -36,6 +36,24 @@ def test_seed_epoch_and_use_all_matter():
             assert (first == second).float().mean() < 0.05
 
 
+def test_every_use_keeps_its_numbers_from_version_to_version():
+    """A run that resumes with a later version goes on with the same samples in the same order."""
+    drawn = {
+        name: random_keys(2, seed=3, epoch=5, stream=stream, device=CPU).view(torch.int32).tolist()
+        for name, stream in Stream.__members__.items()
+    }
+    assert drawn == {
+        "UNVISITED": [1025251830, 717778209],
+        "RANDOM": [1636927719, 177464270],
+        "EPSILON": [218797676, 912405006],
+        "GUMBEL": [1628896181, 1367157792],
+        "BELOW_MEAN": [1510865437, 937762358],
+        "STRATIFIED": [381611555, 1908857316],
+        "WINDOW": [1805350287, 222456286],
+        "SHUFFLE": [1271490633, 171068130],
+    }
+
+
 def test_gumbel_noise_is_gumbel():
     noise = gumbel(200_000, seed=0, epoch=0, stream=Stream.GUMBEL, device=CPU).double()
     assert noise.mean().item() == pytest.approx(0.5772156649, abs=0.01)

@@ -12,7 +12,7 @@ import textwrap
 import zipfile
 from collections import UserDict
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -487,6 +487,8 @@ def test_batches_keep_their_types():
     assert nested_to_device(output, torch.device("meta"))["x"].is_meta
     listed = Listed(torch.ones(1), torch.ones(1))
     assert [x.is_meta for x in nested_to_device(listed, torch.device("meta"))]
+    read_only = MappingProxyType({"x": torch.zeros(1)})
+    assert nested_to_device(read_only, torch.device("meta"))["x"].is_meta
     assert type(nested_to_device((torch.ones(1),), torch.device("meta"))) is tuple
     packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
     assert torch.equal(nested_to_device(packed, torch.device("cpu")).data, packed.data)
