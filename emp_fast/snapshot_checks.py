@@ -24,7 +24,7 @@ __all__ = [
     "store_facts",
 ]
 
-_STORE_FORMAT = 1
+_STORE_FORMAT = 2
 
 
 class Form(NamedTuple):

@@ -569,7 +569,7 @@ def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"format": 99}, r"state\[0\]\['format'\] must be 1, got 99"),
+        ({"format": 99}, r"state\[0\]\['format'\] must be 2, got 99"),
         ({"num_samples": 5}, r"state\[0\]\['num_samples'\] must be 1003, got 5"),
         ({"rule": "Loss()"}, r"state\[0\]\['rule'\] must be 'EMP"),
         ({"rows_seen": None}, r"state\[0\]\['rows_seen'\] must be a count, got None"),
