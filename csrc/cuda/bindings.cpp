@@ -110,17 +110,17 @@ void run_scores(Dtype dtype, const RowPlan& plan, const RowArgs& a, Address work
   }
 }
 
-// The device properties that a choice of kernels needs. `device` must be the current device.
-Device device_for(RowKernels kernels, int device) {
-  Device properties = device_properties(device);
-  if (!may_use_clusters(kernels)) return properties;
+// All that the launch arithmetic of rows needs. `device` must be the current device.
+Device device_for_rows(int device) {
   static std::mutex mutex;
-  static std::unordered_map<int, int> known;
+  static std::unordered_map<int, Device> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(device);
-  properties.max_cluster =
-      found != known.end() ? found->second : known[device] = widest_cluster(properties);
-  return properties;
+  if (found != known.end()) return found->second;
+  Device properties = device_properties(device);
+  properties.max_cluster = widest_cluster(properties);
+  properties.bulk_stores = held_rows_stored_in_bulk();
+  return known[device] = properties;
 }
 
 // Bytes of workspace that `score` and `step` need for a shape; 0 for most.
@@ -128,7 +128,7 @@ int64_t score_workspace(int kernels, int device, int dtype, int64_t rows, int64_
                         int64_t stride) {
   const auto type = static_cast<Dtype>(dtype);
   const auto chosen = static_cast<RowKernels>(kernels);
-  const Device properties = device_for(chosen, device);
+  const Device properties = device_for_rows(device);
   RowShape shape;
   shape.rows = rows;
   shape.classes = classes;
@@ -152,7 +152,7 @@ void score(const py::args& args) {
   const cudaStream_t stream = stream_of(in.next<Address>());
   in.done();
   if (a.rows == 0) return;
-  const RowPlan plan = choose_rows(kernels, shape_of(a, dtype, false), device_for(kernels, device));
+  const RowPlan plan = choose_rows(kernels, shape_of(a, dtype, false), device_for_rows(device));
   run_scores(dtype, plan, a, workspace, stream);
 }
 
@@ -193,7 +193,7 @@ void run_step(RowKernels kernels, int device, Dtype type, RowArgs a, const Visit
     throw std::invalid_argument("logits must have fewer than " + std::to_string(kMaxStepRows) +
                                 " rows, got " + std::to_string(a.rows));
   }
-  const Device properties = device_for(kernels, device);
+  const Device properties = device_for_rows(device);
   const RowShape shape = shape_of(a, type, true);
   const RowPlan plan = choose_rows(kernels, shape, properties);
   // The gradient of split rows comes from the backward pass, which reads these fields.

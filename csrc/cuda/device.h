@@ -18,6 +18,7 @@ struct Device {
   int multiprocessors;
   int64_t shared_bytes;  // dynamic shared memory that a block can opt in to
   int max_cluster;       // largest cluster for bulk copies, in blocks; 0: none
+  bool bulk_stores;      // whether it runs kernels that store by bulk copies
 };
 
 }  // namespace emp_fast::cuda

@@ -18,9 +18,10 @@ void check_launch(const char* kernel);
 Device device_properties(int device);
 // Opts a kernel in to more dynamic shared memory than every device grants by default.
 void allow_shared_memory(const void* function, int64_t bytes, const char* kernel);
-// Whether a kernel's wait_for_launch_before waits on the current device. It needs code for compute
-// capability 9.0; without it the kernel must not start early.
-bool waits_for_launches(const void* function);
+// Whether the current device runs code for compute capability 9.0 or later of a kernel. It does not
+// where the driver compiled the kernel from the PTX of an older target, whatever the device
+// supports.
+bool runs_hopper_code(const void* function);
 // The largest cluster, a power of two of blocks, that the current device runs for a kernel that
 // needs compute capability 9.0. 0 if the device has no clusters, or this build has no such code for
 // it.
@@ -37,8 +38,9 @@ void score_in_registers(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_looped(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_cluster(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
 void score_in_ring(Dtype, const RowPlan&, const RowArgs&, cudaStream_t);
-// The value of Device::max_cluster for the current device.
+// The values of Device::max_cluster and Device::bulk_stores for the current device.
 int widest_cluster(const Device&);
+bool held_rows_stored_in_bulk();
 // Scores and args.step, no gradient; `partials` holds plan.workspace_bytes.
 void score_split(Dtype, const RowPlan&, const RowArgs&, float* partials, cudaStream_t);
 

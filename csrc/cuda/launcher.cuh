@@ -62,7 +62,8 @@ void launch_after(const char* name, void (*kernel)(Params...), dim3 grid, dim3 b
   config.blockDim = block;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = waits_for_launches(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+  // Other code would not wait in wait_for_launch_before.
+  config.numAttrs = runs_hopper_code(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   check_launch(name);
 }

@@ -51,19 +51,14 @@ inline int64_t ring_grid(int64_t rows, int cluster, int64_t resident_clusters) {
   return std::min(rows, std::max<int64_t>(resident_clusters, 1)) * cluster;
 }
 
-// Whether rings of `slots` slots keep enough of a row of `rounds` rounds. Up to a third of a 16-bit
-// row may be read twice: with half the bytes per logit, more blocks per row cost more time than the
-// second read.
-inline bool keeps_row(int element_bytes, int64_t rounds, int64_t slots) {
-  return element_bytes == 2 ? 2 * rounds <= 3 * slots : rounds <= slots;
-}
-inline bool keeps_row(const RowShape& s, const RowPlan& plan) {
-  return keeps_row(s.element_bytes, plan.rounds, plan.slots);
+// Whether rings keep enough of a row to be faster than a walk that reads it twice. Of a 16-bit row
+// up to a third may be read again.
+inline bool keeps_enough(const RowShape& s, const RowPlan& plan) {
+  return s.element_bytes == 2 ? 2 * plan.rounds <= 3 * plan.slots : plan.rounds <= plan.slots;
 }
 
 // The plan of rows_cluster, with `widest` blocks per cluster at most. For the gradient it takes the
-// fewest blocks that keep enough of the row on chip. If no cluster does, the widest one keeps what
-// it can.
+// fewest blocks that keep the row on chip. If no cluster does, the widest one keeps what it can.
 inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest) {
   const int64_t vectors = vectors_of(s);
   const auto rounds = [&](int cluster) {
@@ -77,10 +72,7 @@ inline RowPlan plan_cluster(const RowShape& s, const Device& device, int widest)
   plan.blocks_per_multiprocessor = 1;
   plan.slots = ring_slots(device);
   plan.cluster = 1;
-  while (s.grad && plan.cluster < widest &&
-         !keeps_row(s.element_bytes, rounds(plan.cluster), plan.slots)) {
-    plan.cluster *= 2;
-  }
+  while (s.grad && plan.cluster < widest && rounds(plan.cluster) > plan.slots) plan.cluster *= 2;
   // With few rows more blocks share a row, as long as each has enough to do.
   const int64_t blocks = device.multiprocessors;
   while (plan.cluster < widest && s.rows * plan.cluster < blocks &&

@@ -109,13 +109,19 @@ constexpr int kHeldLanes[] = {8, 16, 32};
 constexpr int kHeldVectors[] = {4, 6, 8};
 constexpr int kMostHeldVectors = 8;
 constexpr int kLineVectors = 8;  // in 128 bytes: a cache line, and one word of each bank
-// Blocks per multiprocessor, tuned by measurement: enough bytes in flight and no more, because the
-// first rows arrive late if all blocks request theirs at once.
-constexpr int held_blocks(int lanes, int lane_vectors, bool grad) {
-  if (lane_vectors == 4) return grad ? 5 : 6;
-  return grad ? 24 / lane_vectors - (lanes > 8) : 32 / lane_vectors;
+// Blocks per multiprocessor that a kernel leaves registers for.
+constexpr int held_room(int lanes, int lane_vectors, bool grad) {
+  if (lane_vectors == 4) return grad ? 6 : 7;
+  return 1 + (grad ? 24 / lane_vectors - (lanes > 8) : 32 / lane_vectors);
 }
-constexpr int kHeldTurns = 2;                       // rows per group of lanes, at least
+// Blocks per multiprocessor, tuned by measurement: enough bytes in flight and no more, because the
+// first rows arrive late if all blocks request theirs at once. Gradients that are stored by bulk
+// copies are in flight for longer.
+constexpr int held_blocks(int lanes, int lane_vectors, bool grad, bool bulk_stores) {
+  const int room = held_room(lanes, lane_vectors, grad);
+  return grad && bulk_stores ? room : !grad && lane_vectors == 8 ? room - 2 : room - 1;
+}
+constexpr int kHeldTurns = 2;  // rows per group of lanes, at least, if a block has no room
 constexpr int64_t kMaxHeldRows = int64_t{1} << 30;  // a row number plus a grid stride fits an int
 
 // The plan of rows_held, if it supports the rows and there are enough of them.
@@ -138,10 +144,16 @@ inline std::optional<RowPlan> plan_held(const RowShape& s, const Device& device)
       plan.lane_vectors = held;
       if (vectors <= lanes * held) break;
     }
-    plan.grid = int64_t{held_blocks(lanes, plan.lane_vectors, s.grad)} * device.multiprocessors;
-    plan.shared_bytes = (kHeldThreads / lanes * vectors + kLineVectors) * kVectorBytes;
-    const int64_t at_once = plan.grid * (kHeldThreads / lanes);
-    if (s.rows < kHeldTurns * at_once || s.rows > kMaxHeldRows) return std::nullopt;
+    const int64_t groups = int64_t{device.multiprocessors} * (kHeldThreads / lanes);
+    const int room = held_room(lanes, plan.lane_vectors, s.grad);
+    if (s.rows < kHeldTurns * (room - 1) * groups || s.rows > kMaxHeldRows) return std::nullopt;
+    const bool bulk_stores = s.grad && device.bulk_stores;
+    const int64_t block_vectors = kHeldThreads / lanes * vectors;
+    plan.shared_bytes = ((bulk_stores ? 2 : 1) * block_vectors + kLineVectors) * kVectorBytes;
+    const int64_t fit =
+        (device.shared_bytes + kSystemShared) / (plan.shared_bytes + kStepShared + kSystemShared);
+    const int64_t blocks = held_blocks(lanes, plan.lane_vectors, s.grad, device.bulk_stores);
+    plan.grid = std::clamp<int64_t>(fit, 1, blocks) * device.multiprocessors;
     return plan;
   }
   return std::nullopt;

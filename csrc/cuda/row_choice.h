@@ -27,12 +27,8 @@ inline RowPlan plan_auto(const RowShape& s, const Device& device) {
   if (s.grad && row_bytes > kSharedRowBytes / 2 && !s.general && !s.smoothed) {
     const auto ring = plan_ring(s, device);
     if (ring && ring->rounds <= ring->slots) return *ring;
-    // The row does not fit in one block's ring. rows_ring is still faster for a 16-bit row of which
-    // it reads at most a third again.
     const auto cluster = plan_clusters(s, device);
-    if (ring && cluster && keeps_row(s, *cluster)) {
-      return s.element_bytes == 2 && keeps_row(s, *ring) ? *ring : *cluster;
-    }
+    if (ring && cluster && keeps_enough(s, *cluster)) return *cluster;
   }
   if (s.grad) {
     if (const auto plan = plan_shared(s, device)) return *plan;
@@ -41,11 +37,6 @@ inline RowPlan plan_auto(const RowShape& s, const Device& device) {
     if (plan.lanes == 32) return plan;
   }
   return plan_plain(s, device);
-}
-
-// Whether a choice may plan clusters. Only then is the driver asked for the widest cluster.
-inline bool may_use_clusters(RowKernels kernels) {
-  return kernels == RowKernels::kCluster || kernels == RowKernels::kAuto;
 }
 
 // The plan of the rows by the kernels that were chosen.

@@ -127,7 +127,8 @@ __device__ __forceinline__ void emit_vector(const RowArgs& a, const uint4& raw, 
 
 // Adds the vectors begin <= v < end of a row to the sums of the kLanes threads that share it. The
 // first `cached` vectors are also kept in `cache`; a thread later reads only those that it wrote.
-template <class T, int kLanes>
+// kCached: there may be some.
+template <class T, int kLanes, bool kCached>
 __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
                                        const Window<kElements<T>>& window, int begin, int end,
                                        int target, RowSums& row, uint4* cache, int cached) {
@@ -137,7 +138,7 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
     for (int v = begin + lane; v < end; v += kLanes) {
       const int column = window.column(v);
       const uint4 raw = load_vector(logits + column);
-      if (v < cached) cache[v] = raw;
+      if (kCached && v < cached) cache[v] = raw;
       absorb_vector<T>(a, raw, column, window, target, row);
     }
     return;
@@ -155,10 +156,10 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
       const T* from = logits + window.column(v);
 #pragma unroll
       for (int u = 0; u < kUnrolled; ++u) raw[u] = load_vector(from + u * (kLanes * kCount));
-      if (v + kReach < cached) {
+      if (kCached && v + kReach < cached) {
 #pragma unroll
         for (int u = 0; u < kUnrolled; ++u) cache[v + u * kLanes] = raw[u];
-      } else if (v < cached) {
+      } else if (kCached && v < cached) {
 #pragma unroll
         for (int u = 0; u < kUnrolled; ++u) {
           if (v + u * kLanes < cached) cache[v + u * kLanes] = raw[u];
@@ -174,7 +175,7 @@ __device__ __forceinline__ void absorb(const RowArgs& a, const T* logits,
       for (int u = 0; u < kUnrolled; ++u) {
         const int at = v + u * kLanes;
         const int column = window.column(min(at, end - 1));  // those past the end are -inf already
-        if (at < min(end, cached)) cache[at] = raw[u];
+        if (kCached && at < min(end, cached)) cache[at] = raw[u];
         if (!window.interior(column) || offset_in_vector(column, target) < kCount) {
           raw[u] = leave_out<T>(raw[u], column, window, target);
         }

@@ -7,6 +7,9 @@
 // for its own copies. As in rows_in_shared, each lane keeps the sums of one row until the warp has
 // 32 rows; then each lane computes the scores of its row.
 //
+// Where the device can, a row's gradient goes to memory by one bulk copy from shared memory,
+// because the stores of all lanes keep the L2 cache busier than its memory.
+//
 // The lane with the target's vector hides the target (hidden_target.cuh) before it reads the
 // vector. The sums assume that no other logit is -inf and that the maximum is of common size
 // (`is_common`). A row for which this does not hold is read again by add_with_care.
@@ -149,6 +152,15 @@ __device__ __forceinline__ SoftmaxSums<float> add_quickly(const uint4 (&raw)[kVe
   return {m, quick.d, quick.s, quick.q};
 }
 
+// Stores a vector of the gradient to global memory, or to shared memory for a bulk copy.
+__device__ __forceinline__ void store_gradient(uint4* out, const uint4& value) {
+#if EMP_FAST_BULK_COPIES
+  *out = value;
+#else
+  __stcs(out, value);
+#endif
+}
+
 // Writes the gradient of a lane's vectors of a row: from `raw` if the row is `quick`, else from
 // `logits` in memory. The value at the target is wrong; the caller overwrites it.
 template <class T, int kLanes, int kVectors>
@@ -163,7 +175,7 @@ __device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint
       unpack<T>(raw[i], x);
 #pragma unroll
       for (int e = 0; e < kCount; ++e) x[e] = gradient.quick_value(x[e]);
-      if (i < kVectors - 2 || i * kLanes < left) __stcs(out + i * kLanes, pack<T>(x));
+      if (i < kVectors - 2 || i * kLanes < left) store_gradient(out + i * kLanes, pack<T>(x));
     }
     return;
   }
@@ -172,17 +184,15 @@ __device__ __forceinline__ void write_gradient(const GradientRow& gradient, uint
     float x[kCount];
     unpack<T>(load_vector(logits + at), x);
     gradient.off_target(x);
-    __stcs(out + at, pack<T>(x));
+    store_gradient(out + at, pack<T>(x));
   }
 }
 
-// kStep: with the gradient and the batch's step, as in rows_in_registers. The launch bounds limit
-// the registers to those of one block more than the grid has: with more registers, the compiler
-// chose a slower order of instructions.
+// kStep: with the gradient and the batch's step, as in rows_in_registers. With more registers than
+// the launch bounds leave, the compiler chose a slower order of instructions.
 template <class T, int kLanes, int kVectors, bool kStep>
-__global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kStep) + 1)
+__global__ void __launch_bounds__(kHeldThreads, held_room(kLanes, kVectors, kStep))
     rows_held(const __grid_constant__ RowArgs a) {
-  if constexpr (kStep) let_next_launch_start();
   constexpr int kCount = kElements<T>;
   constexpr int kRows = kHeldThreads / kLanes;  // per block, at a time
   const int part = threadIdx.x % kLanes;
@@ -198,10 +208,14 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
   // In shared memory the block's rows lie one behind the other, at the same offset within 128 bytes
   // as in global memory. A cache line is then copied to one line of banks.
   const auto first_row = reinterpret_cast<uintptr_t>(logits + int64_t{row - group} * vectors);
-  uint4* const line =
-      dynamic_shared<uint4>() + first_row / kVectorBytes % kLineVectors + group * vectors;
+  uint4* const dynamic = dynamic_shared<uint4>();
+  uint4* const line = dynamic + first_row / kVectorBytes % kLineVectors + group * vectors;
   Staging<T, kLanes, kVectors> staging{line, logits + int64_t{row} * vectors + part,
                                        int64_t{apart} * vectors, part, left};
+#if EMP_FAST_BULK_COPIES
+  // Behind the rows of the block lie their gradients.
+  [[maybe_unused]] uint4* const gradients = dynamic + kLineVectors + (kRows + group) * vectors;
+#endif
   RowInputs next{};
   // Starts loading what the next turn needs. A group past the end keeps what it has.
   const auto fetch = [&]() {
@@ -245,19 +259,38 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
     if constexpr (kStep) {
       const Target target = Target::from_class(a, now.y);
       const auto gradient = GradientRow::of<false>(a, target, now.scale, made.finish(a, target));
+      const int64_t first = int64_t{row_now} * vectors;  // of the row
+      uint4* const out = static_cast<uint4*>(a.grad) + first;
+#if EMP_FAST_BULK_COPIES
+      uint4* const written = gradients;
+      if (part == 0) bulk_store_wait_read();  // the gradient of the row before
+      __syncwarp();
+#else
+      uint4* const written = out;
+#endif
       if (active) {
         const uint32_t zero = opaque_zero(a.classes);
 #pragma unroll
         for (uint4& vector : raw) vector = forgotten(vector, zero);
-        const int64_t first = int64_t{row_now} * vectors;  // of the row
-        uint4* out = static_cast<uint4*>(a.grad) + first;
-        write_gradient<T, kLanes>(gradient, out + part, raw, logits + first + part, left);
-        if (owner) reinterpret_cast<T*>(out)[column] = from_float<T>(gradient.value_at_target());
+        write_gradient<T, kLanes>(gradient, written + part, raw, logits + first + part, left);
+        keep_order();  // the target's value is of another type
+        if (owner)
+          reinterpret_cast<T*>(written)[column] = from_float<T>(gradient.value_at_target());
       }
+#if EMP_FAST_BULK_COPIES
+      fence_proxy_async();
+      __syncwarp();
+      if (active && part == 0) {
+        bulk_store(out, written, static_cast<uint32_t>(vectors) * kVectorBytes);
+        bulk_store_commit();
+      }
+#endif
     }
     if (part == turn) kept = made;
     ++turn;
     const bool more = row < end;
+    // Earlier, its blocks would load what this launch needs the memory for.
+    if (kStep && !more) let_next_launch_start();
     if (turn == kLanes || !more) {
       const int first_kept = row - turn * apart;
       const int kept_row = first_kept + part * apart;
@@ -266,6 +299,9 @@ __global__ void __launch_bounds__(kHeldThreads, held_blocks(kLanes, kVectors, kS
     }
     if (!more) break;
   }
+#if EMP_FAST_BULK_COPIES
+  if (kStep && part == 0) bulk_store_wait_read();
+#endif
   if constexpr (kStep) end_launch(a);
 }
 
@@ -285,6 +321,10 @@ void score(const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool held_rows_stored_in_bulk() {
+  return runs_hopper_code(reinterpret_cast<const void*>(rows_held<float, 8, 4, true>));
+}
 
 void score_held(Dtype dtype, const RowPlan& plan, const RowArgs& args, cudaStream_t stream) {
   with_element_type(dtype, [&](auto element) {

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads<kLanes>, (kSoft ? 512 : 1024) / kThre
     if (kStep && active && Group<kLanes>::lane() == 0) claim_row(a, row, sample, target.valid);
 
     RowSums sums = RowSums::empty();
-    absorb<T, kLanes>(a, logits, window, 0, window.vectors, target.column, sums, cache,
-                      cached_vectors);
+    absorb<T, kLanes, kSoft || kStep>(a, logits, window, 0, window.vectors, target.column, sums,
+                                      cache, cached_vectors);
     sums.reduce<kLanes, true, true>();
     float total = 0.0f;
     RowResult result;

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kLoopedThreads)
   const int begin = static_cast<int>(blockIdx.y) * vectors_per_part;
   const int end = min(begin + vectors_per_part, window.vectors);
   RowSums sums = RowSums::empty();
-  absorb<T, kLoopedThreads>(a, logits, window, begin, end, target.column, sums, nullptr, 0);
+  absorb<T, kLoopedThreads, false>(a, logits, window, begin, end, target.column, sums, nullptr, 0);
   sums.reduce<kLoopedThreads, true, false>();
   if (threadIdx.x != 0) return;
   float* out = partials + (row * gridDim.y + blockIdx.y) * kPartialFloats;

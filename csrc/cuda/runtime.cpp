@@ -44,7 +44,7 @@ Device device_properties(int device) {
         "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
-  return known[device] = Device{multiprocessors, shared, 0};
+  return known[device] = Device{multiprocessors, shared, 0, false};
 }
 
 void allow_shared_memory(const void* function, int64_t bytes, const char* kernel) {
@@ -64,7 +64,7 @@ void allow_shared_memory(const void* function, int64_t bytes, const char* kernel
   most = bytes;
 }
 
-bool waits_for_launches(const void* function) {
+bool runs_hopper_code(const void* function) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, bool> known;
   int device = 0;
@@ -72,8 +72,6 @@ bool waits_for_launches(const void* function) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find({device, function});
   if (found != known.end()) return found->second;
-  // Code that the driver compiled from the PTX of an older target does not wait, whatever the
-  // device supports.
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
   return known[{device, function}] = attributes.ptxVersion >= 90;

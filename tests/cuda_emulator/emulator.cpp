@@ -182,6 +182,13 @@ struct SmallCopy {
   const void* from;
 };
 
+// A copy from shared to global memory.
+struct BulkStore {
+  char* to;
+  const char* from;
+  size_t bytes;
+};
+
 struct Thread {
   Context context;
   char* stack;
@@ -202,7 +209,8 @@ struct Thread {
   const void* awaited;  // the mbarrier that it waits for
   bool unfenced;        // has touched shared memory since its last fence for asynchronous copies
   bool after_launches;  // every launch before has ended for it
-  std::deque<std::vector<SmallCopy>> copy_groups;  // the last one is open
+  std::deque<std::vector<SmallCopy>> copy_groups;   // the last one is open
+  std::deque<std::vector<BulkStore>> store_groups;  // the last one is open
 
   int lane() const { return number % 32; }
   int warp() const { return number / 32; }
@@ -372,6 +380,9 @@ void finish_thread() {
   if (!running->after_launches) {
     fail("this thread ends without wait_for_launch_before, while %s may still run",
          unfinished.empty() ? "the launch before" : unfinished.back().name.c_str());
+  }
+  for (const auto& group : running->store_groups) {
+    if (!group.empty()) fail("this thread ends before its bulk stores have read shared memory");
   }
   running->state = State::kDone;
   ++block.done;
@@ -830,6 +841,8 @@ std::unique_ptr<Block> start_block(uint64_t number, std::vector<size_t>& free_st
     thread->after_launches = !launch.early;
     thread->copy_groups.clear();
     thread->copy_groups.emplace_back();
+    thread->store_groups.clear();
+    thread->store_groups.emplace_back();
     *reinterpret_cast<uint64_t*>(thread->stack) = kCanary;
     start_context(thread->context, thread->stack, &enter_thread);
     block->threads.push_back(thread);
@@ -1250,6 +1263,44 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, void* barrier) 
   start_filling(*running->block, static_cast<char*>(shared), bytes);
   grid->copies.push_back(
       {running->block, static_cast<char*>(shared), global, bytes, {}, barrier, release()});
+}
+
+void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  maybe_preempt();
+  Thread& me = *running;
+  if (me.unfenced) {
+    fail("bulk store after accesses of this thread to shared memory without fence.proxy.async");
+  }
+  if (bytes == 0 || bytes % 16 != 0) fail("bulk store of %u bytes", bytes);
+  auto* to = static_cast<char*>(global);
+  const auto* from = static_cast<const char*>(shared);
+  if (from < me.block->dynamic || from + bytes > me.block->dynamic + grid->launch->shared_bytes) {
+    fail("bulk store of %u bytes from a place that is not in dynamic shared memory", bytes);
+  }
+  for (size_t at = 0; at < bytes; at += 16) {
+    access(reinterpret_cast<uintptr_t>(from + at), 16, false, Access::kPlain);
+    access(reinterpret_cast<uintptr_t>(to + at), 16, true, Access::kPlain);
+  }
+  me.unfenced = false;  // those were not this thread's
+  for (size_t at = 0; at < bytes; at += size_t{1} << kSharedGranuleShift) {
+    shadow_of(*me.block, from + at).filling = me.block->tag;
+  }
+  me.store_groups.back().push_back({to, from, bytes});
+}
+
+void commit_bulk_stores() { running->store_groups.emplace_back(); }
+
+void wait_bulk_stores() {
+  Thread& me = *running;
+  while (me.store_groups.size() > 1) {
+    for (const BulkStore& store : me.store_groups.front()) {
+      std::memcpy(store.to, store.from, store.bytes);
+      for (size_t at = 0; at < store.bytes; at += size_t{1} << kSharedGranuleShift) {
+        shadow_of(*me.block, store.from + at).filling = 0;
+      }
+    }
+    me.store_groups.pop_front();
+  }
 }
 
 void store_async(void* shared, const void* value, size_t bytes, void* barrier, unsigned rank) {

@@ -32,7 +32,7 @@ py::dict choose_rows_of(int64_t rows, int64_t classes, int64_t stride, int bytes
   const RowPlan p =
       choose_rows(static_cast<RowKernels>(kernels),
                   {rows, classes, stride, bytes, aligned, soft, general, smoothed, grad},
-                  {multiprocessors, shared, max_cluster});
+                  {multiprocessors, shared, max_cluster, max_cluster > 0});
   constexpr const char* names[] = {"shared",  "registers", "looped", "split",
                                    "cluster", "ring",      "held",   "few"};
   py::dict d;
@@ -61,7 +61,7 @@ py::dict plan_backward_of(int64_t rows, int64_t classes, int64_t stride, int byt
                           bool soft, bool general, bool smoothed, int multiprocessors) {
   const BackwardPlan p =
       plan_backward({rows, classes, stride, bytes, aligned, soft, general, smoothed, true},
-                    {multiprocessors, 0, 0});
+                    {multiprocessors, 0, 0, false});
   py::dict d;
   d["lanes"] = p.lanes;
   d["threads"] = p.threads;
@@ -180,6 +180,7 @@ void bind_plans(py::module_& m) {
   plans.attr("REGISTER_VECTORS") = kRegisterVectors;
   plans.attr("ROUND_VECTORS") = kRoundVectors;
   plans.attr("RING_TAIL") = kRingTail;
+  plans.def("held_room", &held_room);
   plans.def("block_ring_bytes", &block_ring_bytes);
 }
 

@@ -26,6 +26,12 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   emulator::bulk_copy(shared, global, bytes, barrier);
 }
 
+inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  emulator::bulk_store(global, shared, bytes);
+}
+inline void bulk_store_commit() { emulator::commit_bulk_stores(); }
+inline void bulk_store_wait_read() { emulator::wait_bulk_stores(); }
+
 inline unsigned cluster_rank() { return emulator::cluster_rank(); }
 inline void cluster_sync() { emulator::cluster_barrier(); }
 

@@ -53,7 +53,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
 template <class... Params, class... Args>
 void launch_after(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t,
                   const Args&... args) {
-  const bool early = waits_for_launches(reinterpret_cast<const void*>(kernel));
+  const bool early = runs_hopper_code(reinterpret_cast<const void*>(kernel));
   run_launch(name, kernel, grid, block, 1, early, 0, args...);
 }
 

@@ -79,6 +79,11 @@ void mbarrier_wait(const void* barrier, uint32_t parity);
 // Must come between a thread's own accesses to shared memory and the bulk copies that it starts.
 void fence_async();
 void bulk_copy(void* shared, const void* global, uint32_t bytes, void* barrier);
+// Groups of bulk stores, a thread's own. They read shared memory as late as the thread lets them,
+// and until then nobody may touch what they read.
+void bulk_store(void* global, const void* shared, uint32_t bytes);
+void commit_bulk_stores();
+void wait_bulk_stores();
 void store_async(void* shared, const void* value, size_t bytes, void* barrier, unsigned rank);
 void copy16(void* shared, const void* global);  // cp.async
 void commit_copies();
