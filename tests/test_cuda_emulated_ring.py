@@ -70,7 +70,7 @@ STREAMED = [
     Streamed("cluster", (1, LARGE, 8), (1, 2, 6), long_rows(5, 8301)),
     Streamed("cluster", (1, SMALL, 1), (1, 3, 2), long_rows(3, 17003, padding=2, offset=2)),
     Streamed("cluster", (2, LARGE, 8), (2, 4, 6), long_rows(3, 50001, offset=3)),
-    Streamed("cluster", (1, LARGE, 8), (1, 8, 6), long_rows(2, 130001, f16)),  # two read twice
+    Streamed("cluster", (1, LARGE, 1), (1, 8, 6), long_rows(2, 130001, f16)),  # two read twice
     Streamed("cluster", (1, SMALL, 8), (2, 2, 2), long_rows(4, 17003)),
     Streamed("cluster", (1, SMALL, 2), (2, 3, 2), long_rows(2, 66001, bf16, offset=3)),
     Streamed("cluster", (4, LARGE, 8), (2, 3, 6), long_rows(2, 65601, f16, weighted=True)),

@@ -380,11 +380,9 @@ def test_cluster_plans_cover_every_row_and_column(
         # The gradient's row stays on chip wherever some cluster could hold it.
         most_slots = min((shared - plans.RING_TAIL) // round_bytes, 6)
         if grad and math.ceil(vectors / widest) + 127 <= most_slots * plans.ROUND_VECTORS:
-            assert keeps_enough(plan, element_bytes), shape
+            assert plan["rounds"] <= slots, shape
         # No more blocks share a row than that takes, unless there are too few rows.
         if grad and cluster > 1 and rows * cluster // 2 >= multiprocessors:
-            halved = math.ceil(vectors / (cluster // 2)) > 1.5 * slots * plans.ROUND_VECTORS
-            assert halved or element_bytes == 4, shape
             assert math.ceil(vectors / (cluster // 2)) > slots * plans.ROUND_VECTORS, shape
     assert (served > 0) == (widest > 0 and shared >= 2 * round_bytes + plans.RING_TAIL)
 
