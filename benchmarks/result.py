@@ -179,7 +179,7 @@ class Result:
             BadResult: it is from another machine, has a case that is already here, or a suite that
                 is already here from another commit.
         """
-        if _identity(self) != _identity(other):
+        if not _same_machine(self.machine, other.machine):
             raise BadResult(f"{path} is of another machine or of other versions than the first")
         known = {(case.suite, case.name) for case in self.cases}
         for case in other.cases:
@@ -298,5 +298,9 @@ def _measured(info: dict[str, Any], rounds: int | None) -> Measured:
     )
 
 
-def _identity(result: Result) -> list[Any]:
-    return [result.machine.get(name) for name in ("device", "processor", "gpu", "versions")]
+def _same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether descriptions are of one kind of machine, with one version of what both have."""
+    versions, others = one.get("versions", {}), other.get("versions", {})
+    return all(one.get(name) == other.get(name) for name in ("device", "processor", "gpu")) and all(
+        versions[package] == others[package] for package in versions.keys() & others.keys()
+    )

@@ -606,6 +606,15 @@ def test_results_of_several_commits_join_suite_by_suite(
     elsewhere = result_file(tmp_path, "elsewhere.json", machine_info=machine)
     assert report.main([str(first), str(elsewhere)]) == 2
     assert "of another machine" in capsys.readouterr().err
+    # A library that only one run had does not matter, another version does.
+    known = json.loads(first.read_text())["machine_info"]
+    for versions, status in (({}, 0), ({"a-peer": "1"}, 0), ({"torch": "0"}, 2)):
+        machine = {**known, "versions": {**known["versions"], **versions}}
+        other = result_file(
+            tmp_path, "other.json", benchmarks=updates, machine_info=machine, **later
+        )
+        assert report.main([str(first), str(other)]) == status
+    assert "or of other versions" in capsys.readouterr().err
 
 
 # ---- what is committed ---------------------------------------------------------------------------

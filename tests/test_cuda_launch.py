@@ -448,11 +448,11 @@ def every_shape(element_bytes: int) -> Iterator[tuple[Any, ...]]:
     ("classes", "element_bytes", "blocks"),
     [
         (32000, 4, 1),
-        (128256, 2, 1),
+        (128256, 2, 2),
         (128256, 4, 4),
         (151936, 2, 2),
         (151936, 4, 4),
-        (262144, 2, 2),
+        (262144, 2, 4),
         (262144, 4, 8),
     ],
 )
@@ -463,7 +463,7 @@ def test_an_h200_keeps_the_rows_of_large_vocabularies_on_chip(
     plan = plan_rows(*shape, H200, kernels=CLUSTER)
     assert plan["path"] == "cluster"
     assert plan["cluster"] == blocks
-    assert keeps_enough(plan, element_bytes)
+    assert plan["rounds"] <= plan["slots"]
 
 
 def test_few_rows_spread_over_wider_clusters() -> None:
