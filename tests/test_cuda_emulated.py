@@ -79,11 +79,13 @@ FAULTS = [
     "beyond_dynamic_memory",
     "bulk_copy_over_what_is_read",
     "bulk_copy_without_fence",
+    "bulk_store_without_fence",
     "bytes_that_never_come",
     "change_before_the_wait",
     "cluster_barrier_that_one_thread_misses",
     "divergent_barrier",
     "end_before_the_bulk_copy",
+    "end_before_the_bulk_store",
     "endless_wait",
     "lane_left_out",
     "lanes_at_different_collectives",
@@ -114,6 +116,7 @@ FAULTS = [
     "vote_that_nobody_casts",
     "wait_for_the_wrong_phase",
     "write_before_the_wait",
+    "write_over_what_a_bulk_store_reads",
 ]
 
 

@@ -295,8 +295,8 @@ def test_held_serves_every_row_of_whole_vectors_that_its_lanes_hold(
             # Every lane has all but two of its vectors, and together they have the row.
             assert (held - 2) * lanes <= vectors <= held * lanes, shape
             assert most["threads"] == 128, shape
-            # Rows as they lie in memory, that may begin anywhere in 128 bytes, and their gradients if
-            # bulk copies store them.
+            # Rows as they lie in memory, that may begin anywhere in 128 bytes, and their gradients
+            # if bulk copies store them.
             bulk_stores = grad and max_cluster > 0
             copies = 2 if bulk_stores else 1
             assert most["shared_bytes"] == copies * 128 // lanes * vectors * 16 + 128, shape

@@ -225,6 +225,35 @@ __global__ void end_before_the_bulk_copy(int* data, bool wrong) {
   if (!wrong) mbarrier_wait_parity(&staged.barrier, 0);
 }
 
+// Stores the block's values by thread 0.
+__device__ __forceinline__ void store_in_bulk(Staged& staged, int* data, bool fence = true) {
+  staged.values[threadIdx.x] = 1;
+  if (fence) fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  bulk_store(data + blockIdx.x * kThreads, staged.values, sizeof(staged.values));
+  bulk_store_commit();
+}
+
+__global__ void bulk_store_without_fence(int* data, bool wrong) {
+  store_in_bulk(*dynamic_shared<Staged>(), data, !wrong);
+  bulk_store_wait_read();
+}
+
+__global__ void end_before_the_bulk_store(int* data, bool wrong) {
+  store_in_bulk(*dynamic_shared<Staged>(), data);
+  if (!wrong) bulk_store_wait_read();
+}
+
+__global__ void write_over_what_a_bulk_store_reads(int* data, bool wrong) {
+  Staged& staged = *dynamic_shared<Staged>();
+  store_in_bulk(staged, data);
+  if (!wrong) bulk_store_wait_read();
+  __syncthreads();
+  staged.values[threadIdx.x] = 2;
+  bulk_store_wait_read();
+}
+
 __global__ void mbarrier_used_before_it_is_made(int* data, bool wrong) {
   Staged& staged = *dynamic_shared<Staged>();
   if (threadIdx.x == 0) mbarrier_init(&staged.barrier, 1);
@@ -406,6 +435,9 @@ const std::map<std::string, Fault>& faults() {
       {"bytes_that_never_come", {bytes_that_never_come, 1}},
       {"bulk_copy_without_fence", {bulk_copy_without_fence, 1}},
       {"end_before_the_bulk_copy", {end_before_the_bulk_copy, 1}},
+      {"bulk_store_without_fence", {bulk_store_without_fence, 1}},
+      {"end_before_the_bulk_store", {end_before_the_bulk_store, 1}},
+      {"write_over_what_a_bulk_store_reads", {write_over_what_a_bulk_store_reads, 1}},
       {"mbarrier_used_before_it_is_made", {mbarrier_used_before_it_is_made, 1}},
       {"small_copy_not_awaited", {small_copy_not_awaited, 1}},
       {"small_copy_of_another_lane", {small_copy_of_another_lane, 1}},
