@@ -121,7 +121,8 @@ constexpr int held_blocks(int lanes, int lane_vectors, bool grad, bool bulk_stor
   const int room = held_room(lanes, lane_vectors, grad);
   return grad && bulk_stores ? room : !grad && lane_vectors == 8 ? room - 2 : room - 1;
 }
-constexpr int kHeldTurns = 2;  // rows per group of lanes, at least, if a block has no room
+// Rows per group of lanes, at least, with a block fewer than there is room for.
+constexpr int kHeldTurns = 2;
 constexpr int64_t kMaxHeldRows = int64_t{1} << 30;  // a row number plus a grid stride fits an int
 
 // The plan of rows_held, if it supports the rows and there are enough of them.

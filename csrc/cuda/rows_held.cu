@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kHeldThreads, held_room(kLanes, kVectors, kSte
     if (part == turn) kept = made;
     ++turn;
     const bool more = row < end;
-    // Earlier, its blocks would load what this launch needs the memory for.
+    // Not earlier: its blocks load the states of all samples, at the cost of these rows.
     if (kStep && !more) let_next_launch_start();
     if (turn == kLanes || !more) {
       const int first_kept = row - turn * apart;
