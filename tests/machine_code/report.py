@@ -51,7 +51,7 @@ def check(kernel: Kernel, stack: int = 0) -> Finding:
     expectations = [] if trap else _expectations(kernel.name)
     found: dict[Expected, list[Access]] = {expected: [] for expected in expectations}
     for access in kernel.accesses:
-        if not (access.reads_global or access.writes_global):
+        if not (access.reads_global or access.writes_global or access.is_bulk):
             continue
         own = _own_source(access)
         expected = next((e for e in expectations if re.search(e.source, own)), None)

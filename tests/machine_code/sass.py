@@ -26,7 +26,9 @@ class Access(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """How many bits it moves per thread."""
+        """How many bits it moves per thread; of a bulk copy, in multiples of what."""
+        if self.is_bulk:
+            return 128
         for part in self.opcode.split(".")[1:]:
             if part in _BITS:
                 return _BITS[part]
@@ -40,6 +42,11 @@ class Access(NamedTuple):
     @property
     def writes_global(self) -> bool:
         return self.opcode.split(".")[0] in ("STG", "ST")
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether it starts a bulk copy between global and shared memory."""
+        return self.opcode.split(".")[0] == "UBLKCP"
 
     @property
     def is_local(self) -> bool:
@@ -120,7 +127,7 @@ _PREDICATE = re.compile(r"\s*!?U?P\d+,")
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
-_MEMORY = re.compile(r"(LDG|LDGSTS|LD|STG|ST|LDL|STL)(\.|$)")
+_MEMORY = re.compile(r"(LDG|LDGSTS|LD|STG|ST|LDL|STL|UBLKCP)(\.|$)")
 
 
 class _Step(NamedTuple):
