@@ -15,6 +15,7 @@ class Expected(NamedTuple):
     least: int = 0  # at least so many such accesses must exist inside `loops` or more loops
     loops: int = 0
     every: bool = True  # False: `least` of them must be this wide, others may be narrower
+    architecture: str = ""  # pattern of the architectures that it holds for
 
 
 _LOAD_VECTOR = r"static_cast<const uint4\*>\(address\)"
@@ -70,22 +71,28 @@ EXPECTED = (
     ),
     *(
         Expected(
-            rf"^rows_held<.*, {vectors}, \w+>",
-            r"cp_async16\(line \+ part",
+            rf"^rows_held<.*, {vectors}, {step}>",
+            pattern,
             128,
-            "logits are copied by 16 bytes",
+            what,
             least,
             loops=1,
+            architecture=architecture,
         )
         for vectors, least in (("4", 4), ("[68]", 6))
+        for step, pattern, what, architecture in (
+            (r"\w+", r"cp_async16\(line \+ part", "logits are copied by 16 bytes", ""),
+            ("true", r"__stcs\(out, value\)", "the gradient moves by 16 bytes", r"^sm_80$"),
+        )
     ),
     Expected(
         r"^rows_held<.*, true>",
-        r"__stcs\(out, value\)|bulk_store\(out, written",
+        r"bulk_store\(out, written",
         128,
-        "the gradient moves by 16 bytes, or by whole rows where the device can",
+        "the gradient moves by whole rows",
         1,
         loops=1,
+        architecture=r"^sm_(?!80$)",
     ),
     Expected(
         r"^(rows_in_registers<.*, true, \w+>|rows_looped<.*, true>"

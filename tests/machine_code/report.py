@@ -48,7 +48,7 @@ def check(kernel: Kernel, stack: int = 0) -> Finding:
     if spills and not known:
         problems.append(f"{spills} accesses to local memory")
     trap = (re.split("[<(]", kernel.name)[0], kernel.architecture) in TRAPS
-    expectations = [] if trap else _expectations(kernel.name)
+    expectations = [] if trap else _expectations(kernel)
     found: dict[Expected, list[Access]] = {expected: [] for expected in expectations}
     for access in kernel.accesses:
         if not (access.reads_global or access.writes_global or access.is_bulk):
@@ -74,11 +74,12 @@ def check(kernel: Kernel, stack: int = 0) -> Finding:
     return Finding(kernel, tuple(problems))
 
 
-def _expectations(name: str) -> list[Expected]:
-    """The expectations for the kernel called ``name``: the first match for each source pattern."""
+def _expectations(kernel: Kernel) -> list[Expected]:
+    """The expectations for a kernel: the first match for each source pattern."""
     fitting: dict[str, Expected] = {}
     for expected in EXPECTED:
-        if re.search(expected.kernel, name):
+        of_this = re.search(expected.architecture, kernel.architecture)
+        if of_this and re.search(expected.kernel, kernel.name):
             fitting.setdefault(expected.source, expected)
     return list(fitting.values())
 
