@@ -133,7 +133,10 @@ struct Shadow {
 
 struct SharedGranule : Shadow {
   uint32_t filling;  // the tag, while an asynchronous copy is under way to here
+  uint32_t fences;   // for asynchronous copies, of the thread that wrote it, before it did
 };
+
+constexpr uint32_t kNeedsNoFence = UINT32_MAX;  // written by an asynchronous copy
 
 // The launch that did something last, and the last one of those before it.
 struct Latest {
@@ -208,7 +211,8 @@ struct Thread {
   std::shared_ptr<const Knowledge> published;
   const void* awaited;  // the mbarrier that it waits for
   bool unfenced;        // has touched shared memory since its last fence for asynchronous copies
-  bool after_launches;  // every launch before has ended for it
+  std::vector<Record> fences;                       // for asynchronous copies
+  bool after_launches;                              // every launch before has ended for it
   std::deque<std::vector<SmallCopy>> copy_groups;   // the last one is open
   std::deque<std::vector<BulkStore>> store_groups;  // the last one is open
 
@@ -586,6 +590,7 @@ void access_shared(uint32_t tag, std::vector<SharedGranule>& shadow, size_t offs
            offset);
     }
     check_shared(shadow[g], write, access, tag, address);
+    if (write) shadow[g].fences = static_cast<uint32_t>(running->fences.size());
   }
 }
 
@@ -728,7 +733,18 @@ void start_filling(Block& block, char* to, size_t bytes) {
     SharedGranule& granule = shadow_of(block, to + at);
     check_shared(granule, true, Access::kPlain, block.tag, reinterpret_cast<uintptr_t>(to + at));
     granule.filling = block.tag;
+    granule.fences = kNeedsNoFence;
   }
+}
+
+// That whoever wrote this has made it visible to asynchronous copies before the running thread
+// starts one: by a fence of its own, as CUTLASS does.
+void require_fence(const Block& block, const SharedGranule& granule) {
+  if (granule.fences == kNeedsNoFence) return;
+  const Thread& writer = *block.threads[granule.write.thread % grid->thread_stride];
+  if (granule.fences < writer.fences.size() && is_ordered(writer.fences[granule.fences])) return;
+  fail("bulk store of what thread %d has written, without fence.proxy.async in between",
+       writer.number);
 }
 
 void check_source(const void* from, size_t bytes) {
@@ -838,6 +854,7 @@ std::unique_ptr<Block> start_block(uint64_t number, std::vector<size_t>& free_st
     thread->pending.clear();
     thread->published.reset();
     thread->unfenced = false;
+    thread->fences.clear();
     thread->after_launches = !launch.early;
     thread->copy_groups.clear();
     thread->copy_groups.emplace_back();
@@ -1248,7 +1265,11 @@ void mbarrier_wait(const void* barrier, uint32_t parity) {
   running->block->news = true;
 }
 
-void fence_async() { running->unfenced = false; }
+void fence_async() {
+  Thread& me = *running;
+  me.unfenced = false;
+  me.fences.push_back({me.block->tag, me.global, me.block->barriers, me.clock, Access::kPlain});
+}
 
 void bulk_copy(void* shared, const void* global, uint32_t bytes, void* barrier) {
   maybe_preempt();
@@ -1268,22 +1289,22 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, void* barrier) 
 void bulk_store(void* global, const void* shared, uint32_t bytes) {
   maybe_preempt();
   Thread& me = *running;
-  if (me.unfenced) {
-    fail("bulk store after accesses of this thread to shared memory without fence.proxy.async");
-  }
   if (bytes == 0 || bytes % 16 != 0) fail("bulk store of %u bytes", bytes);
   auto* to = static_cast<char*>(global);
   const auto* from = static_cast<const char*>(shared);
   if (from < me.block->dynamic || from + bytes > me.block->dynamic + grid->launch->shared_bytes) {
     fail("bulk store of %u bytes from a place that is not in dynamic shared memory", bytes);
   }
+  const bool unfenced = me.unfenced;
   for (size_t at = 0; at < bytes; at += 16) {
     access(reinterpret_cast<uintptr_t>(from + at), 16, false, Access::kPlain);
     access(reinterpret_cast<uintptr_t>(to + at), 16, true, Access::kPlain);
   }
-  me.unfenced = false;  // those were not this thread's
+  me.unfenced = unfenced;  // those were not this thread's
   for (size_t at = 0; at < bytes; at += size_t{1} << kSharedGranuleShift) {
-    shadow_of(*me.block, from + at).filling = me.block->tag;
+    SharedGranule& granule = shadow_of(*me.block, from + at);
+    require_fence(*me.block, granule);
+    granule.filling = me.block->tag;
   }
   me.store_groups.back().push_back({to, from, bytes});
 }
@@ -1342,6 +1363,7 @@ void wait_copies(size_t pending) {
       for (size_t at = 0; at < 16; at += size_t{1} << kSharedGranuleShift) {
         SharedGranule& granule = shadow_of(*me.block, copy.to + at);
         granule.filling = 0;
+        granule.fences = static_cast<uint32_t>(me.fences.size());
         granule.write.barriers = me.block->barriers;
         granule.write.clock = me.clock;
       }

@@ -225,18 +225,30 @@ __global__ void end_before_the_bulk_copy(int* data, bool wrong) {
   if (!wrong) mbarrier_wait_parity(&staged.barrier, 0);
 }
 
-// Stores the block's values by thread 0.
-__device__ __forceinline__ void store_in_bulk(Staged& staged, int* data, bool fence = true) {
+// Stores the block's values by thread 0; one thread leaves out its fence or has it too late.
+__device__ __forceinline__ void store_in_bulk(Staged& staged, int* data, unsigned unfenced = ~0u,
+                                              unsigned late = ~0u) {
   staged.values[threadIdx.x] = 1;
-  if (fence) fence_proxy_async();
+  if (threadIdx.x != unfenced && threadIdx.x != late) fence_proxy_async();
   __syncthreads();
+  if (threadIdx.x == late) fence_proxy_async();
   if (threadIdx.x != 0) return;
   bulk_store(data + blockIdx.x * kThreads, staged.values, sizeof(staged.values));
   bulk_store_commit();
 }
 
 __global__ void bulk_store_without_fence(int* data, bool wrong) {
-  store_in_bulk(*dynamic_shared<Staged>(), data, !wrong);
+  store_in_bulk(*dynamic_shared<Staged>(), data, wrong ? 0 : ~0u);
+  bulk_store_wait_read();
+}
+
+__global__ void bulk_store_without_the_fence_of_another(int* data, bool wrong) {
+  store_in_bulk(*dynamic_shared<Staged>(), data, wrong ? 5 : ~0u);
+  bulk_store_wait_read();
+}
+
+__global__ void bulk_store_before_the_fence_of_another(int* data, bool wrong) {
+  store_in_bulk(*dynamic_shared<Staged>(), data, ~0u, wrong ? 5 : ~0u);
   bulk_store_wait_read();
 }
 
@@ -436,6 +448,8 @@ const std::map<std::string, Fault>& faults() {
       {"bulk_copy_without_fence", {bulk_copy_without_fence, 1}},
       {"end_before_the_bulk_copy", {end_before_the_bulk_copy, 1}},
       {"bulk_store_without_fence", {bulk_store_without_fence, 1}},
+      {"bulk_store_without_the_fence_of_another", {bulk_store_without_the_fence_of_another, 1}},
+      {"bulk_store_before_the_fence_of_another", {bulk_store_before_the_fence_of_another, 1}},
       {"end_before_the_bulk_store", {end_before_the_bulk_store, 1}},
       {"write_over_what_a_bulk_store_reads", {write_over_what_a_bulk_store_reads, 1}},
       {"mbarrier_used_before_it_is_made", {mbarrier_used_before_it_is_made, 1}},
