@@ -36,7 +36,7 @@ _NOTES = {
 
 def markdown(result: Result, plot: str | None) -> str:
     """The whole report."""
-    parts = [f"# Benchmarks: {result.hardware}", _machine_table(result)]
+    parts = [f"# Benchmarks: {result.hardware}", *_about_runs(result)]
     if plot is not None:
         parts.append(f"![Time relative to emp_fast]({plot})")
     parts.append(
@@ -65,7 +65,8 @@ def _what_is_timed(result: Result) -> str:
     return f"kernel times (between events, behind a flushed L2 cache{steps})"
 
 
-def _machine_table(result: Result) -> str:
+def _about_runs(result: Result) -> Iterator[str]:
+    """The machine and its runs: one table, or a second one of several runs."""
     machine = result.machine
     rows = {
         "Processor": f"{machine['processor']}, {machine['cores']} cores, "
@@ -79,30 +80,35 @@ def _machine_table(result: Result) -> str:
     rows["Versions"] = ", ".join(
         [f"Python {machine['python']}", *(f"{k} {v}" for k, v in machine["versions"].items())]
     )
-    for run in result.runs:
-        several = len(result.runs) > 1
-        rows |= _run_rows(run, f", {run.which}" if several else "")
-        if several:
-            rows[f"Measured, {run.which}"] = "; ".join(run.titles)
+    facts = [_facts(run) for run in result.runs]
+    several = len(facts) > 1
+    if not several:
+        rows |= {name: fact for name, fact in facts[0].items() if fact}
     if any(run.machine.get("quick") for run in result.runs):
         rows["Note"] = "a quick run: two rounds of small shapes, a smoke test and no measurement"
-    return table(["", ""], [[name, value] for name, value in rows.items()])
-
-
-def _run_rows(run: Run, which: str) -> dict[str, str]:
-    rows = {}
-    copied = run.machine.get("copy_bytes_per_second")
-    if copied:
-        rows[f"Copy bandwidth{which}"] = (
-            f"{copied['median'] / 1e9:.1f} GB/s ({copied['p20'] / 1e9:.1f} to "
-            f"{copied['p80'] / 1e9:.1f}), read and written bytes"
+    yield table(["", ""], [[name, value] for name, value in rows.items()])
+    if several:
+        titles = ["; ".join(run.titles) for run in result.runs]
+        yield table(
+            ["Measured", *facts[0]],
+            [[title, *fact.values()] for title, fact in zip(titles, facts, strict=True)],
         )
-    if run.machine.get("load_before") is not None:
-        rows[f"Load before the run{which}"] = f"{run.machine['load_before']:.1f} processes"
-    if run.rounds:
-        rows[f"Rounds{which}"] = f"{_rounds(run.rounds)} a case"
-    files = ", ".join(f"`{name}`" for name in run.files)
-    return rows | {f"Date{which}": run.when, f"All numbers{which}": files}
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """What is to be known of a run, each fact by its name; "" where the files do not say."""
+    copied, load = run.machine.get("copy_bytes_per_second"), run.machine.get("load_before")
+    bandwidth = ""
+    if copied:
+        median, p20, p80 = (f"{copied[name] / 1e9:.1f}" for name in ("median", "p20", "p80"))
+        bandwidth = f"{median} GB/s ({p20} to {p80}), read and written bytes"
+    return {
+        "Date": run.when,
+        "Copy bandwidth": bandwidth,
+        "Load before the run": "" if load is None else f"{load:.1f} processes",
+        "Rounds": f"{_rounds(run.rounds)} a case" if run.rounds else "",
+        "All numbers": ", ".join(f"`{name}`" for name in run.files),
+    }
 
 
 def _tables(cases: list[CaseResult], calls: list[CaseResult]) -> Iterator[str]:
@@ -272,6 +278,7 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
         for name in names(result.cases, ours=False)
         if any(case.ratio(name) is not None for case in result.cases if case.suite != STEP)
     ]
+    several = len(result.runs) > 1
     rows, by_latency = [], []
     for suite, title in SUITES.items():
         cases = [] if suite == STEP else result.suite(suite)
@@ -284,7 +291,8 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
             )
             of = f"{len(cases)} of {len(cases) + dropped}" if dropped else f"{len(cases)}"
             row = f"{title}, {of} case{'' if of == '1' else 's'}"
-            rows.append([row, *map(_mean_and_lowest, ratios.values())])
+            when = [_measured_when(result, suite)] if several else []
+            rows.append([row, *map(_mean_and_lowest, ratios.values()), *when])
             latencies = [
                 [
                     ratio
@@ -300,7 +308,7 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
         f"{_time_of_each_peer(result)} as a multiple of emp_fast's, geometric mean over the cases "
         f"(lowest case in brackets), on {result.hardware}, {result.date}."
         + (f" {_listed(without_scores)} {verb} only the loss." if without_scores else ""),
-        table(["", *peers], rows),
+        table(["", *peers, *(["measured"] if several else [])], rows),
     ]
     if result.of_kernels:
         less = f" (`{_PLAIN}` alone launches less and computes less)" if _PLAIN in peers else ""
@@ -309,13 +317,12 @@ def readme_block(result: Result, report: str, picture: str | None) -> str:
             f"result, without a flush, host time of Python and launches included{less}:",
             table(["", *peers], by_latency),
         ]
-    if len(result.runs) > 1:
-        lines.append(" ".join(map(_measured_when, result.runs)))
     if steps := result.suite(STEP):
+        when = f"; measured {_measured_when(result, STEP)}" if several else ""
         lines += [
             "What pruning adds to the wall time of a training step: scores, state update and, "
             f"spread over the steps of an epoch, {_about_epoch(steps[0])} (the same for both). "
-            f"Median over {_rounds_of(steps)} rounds, with the 20 and 80 percentiles:",
+            f"Median over {_rounds_of(steps)} rounds, with the 20 and 80 percentiles{when}:",
             table(
                 ["training step", "pruner.loss", "by hand in eager PyTorch"],
                 [[case.name, *_overheads(case)] for case in steps],
@@ -342,14 +349,9 @@ def _overheads(case: CaseResult) -> list[str]:
     return [_overhead(of["pruner.loss"]), _overhead(of["eager pruning"])]
 
 
-def _measured_when(run: Run) -> str:
-    rows = [f"*{SUITES[suite]}*" for suite in SUITES if suite in run.suites and suite != STEP]
-    subject = f"Row{'' if len(rows) == 1 else 's'} {_listed(rows)}" if rows else ""
-    if STEP in run.suites:
-        subject = f"{subject}, and the training steps below" if rows else "The training steps below"
-    dirty = " with uncommitted changes" if run.commit.get("dirty") else ""
-    at = f" at {run.commit['id'][:12]}{dirty}" if run.commit.get("id") else ""
-    return f"{subject}: measured {run.date}{at}."
+def _measured_when(result: Result, suite: str) -> str:
+    (run,) = (run for run in result.runs if suite in run.suites)
+    return f"{run.date}, {run.which}"
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -583,20 +583,23 @@ def test_results_of_several_commits_join_suite_by_suite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = result_file(tmp_path)
-    updates = [record("state update", "c", "emp_fast cpu", 1e-3)]
+    updates = [
+        record("state update", "c", "emp_fast cpu", 1e-3),
+        record("state update", "c", "eager", 3e-3),
+    ]
     later = {"commit_info": {"id": "fedcba9876543210"}, "refused": []}
     other = result_file(tmp_path, "other.json", benchmarks=updates, **later)
     assert report.main([str(first), str(other)]) == 0
     text = (tmp_path / "cpu.md").read_text()
     assert "| c | 1 ms" in text
-    assert "| Date, fedcba987654 | 2026-11-24, commit fedcba987654 |" in text
-    assert "| Measured, fedcba987654 | State update alone |" in text
-    assert "| All numbers, fedcba987654 | `other.json` |" in text
+    header = "| Measured | Date | Copy bandwidth | Load before the run | Rounds | All numbers |"
+    assert header in text
+    assert "| State update alone | 2026-11-24, commit fedcba987654 | 20.0 GB/s" in text
+    assert text.count("| Date |") == 1
     told = readme_block(load([first, other]), "cpu.md", None)
-    assert "Row *State update alone*: measured 2026-11-24 at fedcba987654." in told
-    rows = "Rows *Loss and four scores* and *Selection of the highest scores*"
-    at = "measured 2026-11-24 at 0123456789ab with uncommitted changes."
-    assert f"{rows}, and the training steps below: {at}" in told
+    assert "2 cases | 4.00x (2.00x) |  | 2026-11-24, 0123456789ab+ |" in told
+    assert "1 case | 3.00x (3.00x) |  | 2026-11-24, fedcba987654 |" in told
+    assert "20 and 80 percentiles; measured 2026-11-24, 0123456789ab+:" in told
     # The same suite of two commits would be compared with itself.
     again = [record("forward", "c", "emp_fast cpu", 1e-3)]
     twice = result_file(tmp_path, "twice.json", benchmarks=again, **later)
