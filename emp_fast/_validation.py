@@ -108,7 +108,9 @@ def require_float(name: str, value: object) -> None:
 
 def checked_integers(name: str, values: object) -> Tensor:
     """An integer tensor, converted from a sequence or array if necessary."""
-    if not isinstance(values, Tensor):
+    if isinstance(values, Tensor):
+        require_tensor(name, values)
+    else:
         try:
             if isinstance(values, np.ndarray) and (
                 not values.flags.writeable or any(stride < 0 for stride in values.strides)
@@ -314,8 +316,10 @@ def checked_groups(
         quotas = torch.as_tensor(group_k, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"group_k must be integers of shape [G], got {shown(group_k)}") from error
-    if quotas.dim() != 1 or (quotas.numel() and quotas.dtype not in INTEGERS):
-        raise ValueError(f"group_k must be integers of shape [G], got {shown(group_k)}")
+    if quotas.numel() and quotas.dtype not in INTEGERS:
+        raise TypeError(f"group_k must be integers of shape [G], got {shown(group_k)}")
+    if quotas.dim() != 1:
+        raise ValueError(f"group_k must have shape [G], got {shown(group_k)}")
     return groups.to(scores.device, torch.int64).contiguous(), quotas.to(torch.int64).contiguous()
 
 

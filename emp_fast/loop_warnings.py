@@ -56,7 +56,11 @@ class LoopWarnings:
                 "it has, and evaluate with emp_fast.functional.cross_entropy: each row counts as a "
                 "sample trained on, so a run saved in mid-epoch would resume too late",
             )
-        elif len(unscored) and visits >= len(plan) - len(unscored) + ranks:
+        elif (
+            len(unscored)
+            and visits >= len(plan) - len(unscored) + ranks
+            and not _are_the_last_batch(unscored, plan, batch)
+        ):
             self._warn_once(
                 "wrong indices",
                 f"epoch {plan.epoch} made {visits} visits, but {len(unscored)} of its {len(plan)} "
@@ -95,6 +99,21 @@ class LoopWarnings:
             "epoch: call pruner.set_epoch(epoch) before each one that you train on",
         )
 
+    def of_repeated_epoch(self, epoch: int, repeats: int) -> None:
+        """Warns of an epoch that begins for the third time, because nothing of it was scored.
+
+        Args:
+            epoch: its number.
+            repeats: how often it has begun before.
+        """
+        if repeats > 1:
+            self._warn_once(
+                "repeated",
+                f"epoch {epoch} begins for the third time with the same samples, because nothing "
+                "of it has been scored: a loop that scores nothing, or stops before it does, must "
+                "call pruner.set_epoch(epoch) before each epoch",
+            )
+
     def of_unused_sampler(self, rows: int) -> None:
         """Warns of a loader that was made without the sampler and so trains on everything."""
         if rows > 2 * self._store.num_samples:
@@ -108,3 +127,9 @@ class LoopWarnings:
         if kind not in self._given:
             self._given.add(kind)
             warn(message)
+
+
+def _are_the_last_batch(unscored: Tensor, plan: Plan, batch: int) -> bool:
+    """Whether a loop that scores every batch one step late would have left these samples."""
+    last = plan.order[len(plan) - batch :]
+    return batch < len(plan) and bool(torch.isin(unscored.cpu(), last).all())

@@ -5,14 +5,14 @@ unless `Progress.set_epoch` names another epoch:
 
     not begun    at the first epoch, or at the one with which a saved run is to begin
     resumed      at the saved position of an epoch that was saved when it was under way
-    untouched    where the iteration in progress began, so that ``next(iter(loader))`` and loaders
+    unscored     where the iteration in progress began, so that ``next(iter(loader))`` and loaders
                  that make several iterators cost no epoch (unless worker processes have fetched
                  all of it by then)
     under way    at the next epoch
     exhausted    at the next epoch
 
 The rows of the pruner's losses and updates tell what has been trained on, see
-`Progress.record_trained`.
+`Progress.record_trained`. Updates of the store alone move no position, but end a state of unscored.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = ["Progress"]
 class _State(Enum):
     NOT_BEGUN = auto()  # there is no plan yet
     RESUMED = auto()  # there is the plan of a snapshot, but no iteration yet
-    UNTOUCHED = auto()  # nothing has been trained on since the iteration in progress began
-    UNDER_WAY = auto()  # something has been trained on since, and indices are left to yield
+    UNSCORED = auto()  # nothing has been scored since the iteration in progress began
+    UNDER_WAY = auto()  # something has been scored since, and indices are left to yield
     EXHAUSTED = auto()  # all its indices have been asked for, whether trained on or not
 
 
@@ -45,13 +45,13 @@ class _Iteration:
     Args:
         iterator: yields the plan. While it is alive, the last batch may not have been trained on
             yet.
-        announced: whether `Progress.set_epoch` announced the epoch.
     """
 
-    def __init__(self, iterator: object, announced: bool) -> None:
+    def __init__(self, iterator: object) -> None:
         self.iterator: weakref.ref[object] | None = weakref.ref(iterator)
-        self.announced = announced
+        self.announced = False  # whether `Progress.set_epoch` announced the epoch
         self.begun_at = 0  # position in the plan
+        self.repeats = 0  # of the one before, because nothing had been scored
         self.rows_before = 0  # estimated rows of all ranks when the epoch's position was 0
         self.rows_apart = 0  # rows given to the store by others than the loop, before it began
         self.exhausted_at: int | None = None  # position after the last index, once there is no more
@@ -91,9 +91,9 @@ class Progress:
         self._requested: int | None = None  # the epoch that set_epoch named
         self._resume_at: int | None = None  # position in the plan, until the resumed epoch goes on
         self._iteration: _Iteration | None = None  # the last one begun, since the run was resumed
-        #: The plan of the previous epoch, if nothing of that was trained on.
-        self._previous_untouched_plan: Plan | None = None
-        #: The last epoch that was yielded to its end although nothing of it was trained on, and the
+        #: The plan of the previous epoch, if nothing of that was scored.
+        self._previous_unscored_plan: Plan | None = None
+        #: The last epoch that was yielded to its end although nothing of it was scored, and the
         #: position where it had begun.
         self._skipped: tuple[int, int] | None = None
         self._warnings = LoopWarnings(self.store)
@@ -182,7 +182,7 @@ class Progress:
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
         epoch, iteration = checked_epoch(epoch), self._iteration
-        if iteration is not None and epoch == self._epoch and self._state is _State.UNTOUCHED:
+        if iteration is not None and epoch == self._epoch and self._state is _State.UNSCORED:
             self._requested, iteration.announced = None, True  # it has begun already
         else:
             self._requested = epoch
@@ -203,12 +203,18 @@ class Progress:
         plan = self.plan_of(epoch)
         # The warnings are about the epoch so far: all state is still that of its last iteration.
         self._warn_of_skipped_epoch()
+        before, iteration = self._iteration, _Iteration(iterator)
+        iteration.announced = self._requested is not None
         if not self._continues(epoch):
             # The plan of another epoch has merged the ranks' visits.
             self._close_epoch(merged=plan is not self.plan)
-        self.plan, self._epoch = plan, epoch
-        self._iteration = _Iteration(iterator, announced=self._requested is not None)
-        self._iteration.rows_apart = self._rows_apart()
+        elif before is not None:
+            iteration.announced |= before.announced
+            iteration.repeats = before.repeats + 1
+            if not iteration.announced:
+                self._warnings.of_repeated_epoch(epoch, iteration.repeats)
+        self.plan, self._epoch, self._iteration = plan, epoch, iteration
+        iteration.rows_apart = self._rows_apart()
         self._requested = self._resume_at = None
         self.planner.forget()
         self.move_to(position)
@@ -220,18 +226,18 @@ class Progress:
         Nothing is said of an epoch in which the store was given rows by others than the loop,
         because their visits cannot be told from the loop's.
 
-        A skipped epoch is warned of when a later one has been trained on, so
-        `_warn_of_skipped_epoch` must have been called before.
+        A skipped epoch is warned of when a later one has been scored, so `_warn_of_skipped_epoch`
+        must have been called before.
         """
-        plan, trained, iteration = self.plan, self._has_trained(), self._iteration
+        plan, scored, iteration = self.plan, self._has_scored(), self._iteration
         if plan is not None and iteration is not None:
             rows = self._rows_of_iteration()
             if rows >= len(plan) and merged and self._rows_apart() == iteration.rows_apart:
                 self._warnings.of_epoch(plan, rows, self._batch(), self.planner.world_size())
-            if self._requested is None and self._state is _State.EXHAUSTED and not trained:
+            if self._requested is None and self._state is _State.EXHAUSTED and not scored:
                 self._skipped = self._epoch, iteration.begun_at
         self._warnings.epoch_begins()
-        self._previous_untouched_plan = None if trained else plan
+        self._previous_unscored_plan = None if scored else plan
 
     def move_to(self, position: int) -> None:
         """Makes the iteration in progress begin at that position of its plan."""
@@ -267,7 +273,7 @@ class Progress:
             self._iteration.is_complete = completed
 
     def go_back(self, epoch: int) -> Plan | None:
-        """Goes back to the previous epoch if nothing of it or of this one has been trained on.
+        """Goes back to the previous epoch if nothing of it or of this one has been scored.
 
         This happens when a resuming loader first lets its workers prefetch to the end.
 
@@ -277,8 +283,8 @@ class Progress:
         Returns:
             Its plan, which is in progress again; None if there is no way back.
         """
-        plan, self._previous_untouched_plan = self._previous_untouched_plan, None
-        if plan is None or plan.epoch != epoch or self._has_trained():
+        plan, self._previous_unscored_plan = self._previous_unscored_plan, None
+        if plan is None or plan.epoch != epoch or self._has_scored():
             return None
         self.plan, self._epoch, self._skipped = plan, epoch, None
         if self._iteration is not None:
@@ -286,11 +292,11 @@ class Progress:
         return plan
 
     def _warn_of_skipped_epoch(self) -> None:
-        """Warns once if a later epoch than the skipped one has been trained on.
+        """Warns once if a later epoch than the skipped one has been scored.
 
         A loop that scores nothing at all is left alone: it has no other way to begin its epochs.
         """
-        if self._skipped is not None and self._has_trained():
+        if self._skipped is not None and self._has_scored():
             self._warnings.of_skipped_epoch(*self._skipped)
             self._skipped = None
 
@@ -317,7 +323,7 @@ class Progress:
             return _State.NOT_BEGUN
         if self._iteration.exhausted_at is not None:
             return _State.EXHAUSTED
-        return _State.UNDER_WAY if self._has_trained() else _State.UNTOUCHED
+        return _State.UNDER_WAY if self._has_scored() else _State.UNSCORED
 
     def _next_epoch(self) -> int:
         """The epoch of the next iteration."""
@@ -328,12 +334,18 @@ class Progress:
 
     def _continues(self, epoch: int) -> bool:
         """Whether an iteration of that epoch continues the epoch in progress."""
-        return epoch == self._epoch and self._state in (_State.RESUMED, _State.UNTOUCHED)
+        return epoch == self._epoch and self._state in (_State.RESUMED, _State.UNSCORED)
 
     def _has_trained(self) -> bool:
         """Whether anything has been trained on since the iteration in progress began."""
         begun_at = 0 if self._iteration is None else self._iteration.begun_at
         return self.position() > begun_at
+
+    def _has_scored(self) -> bool:
+        """Whether anything has been scored since, be it by the store alone."""
+        iteration = self._iteration
+        apart = iteration is not None and self._rows_apart() != iteration.rows_apart
+        return apart or self._has_trained()
 
     def _is_finished(self) -> bool:
         """Whether nothing of the epoch in progress will be trained on any more.
@@ -438,5 +450,5 @@ class Progress:
         self._resume_at = None if plan is None else saved.position
         self._warnings.epoch_begins()
         self._requested = self._iteration = self._skipped = None
-        self._previous_untouched_plan = None
+        self._previous_unscored_plan = None
         self.planner.forget()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from emp_fast._validation import checked_at_least, checked_epoch, is_real, plain_number
+from emp_fast._validation import checked_at_least, checked_epoch, is_real, plain_number, shown
 from emp_fast.policies import Policy
 
 __all__ = ["Schedule"]
@@ -64,10 +64,12 @@ class Schedule:
     def _pruned_rate(self, epoch: int) -> float:
         """The rate of an epoch that is not full."""
         rate = self.rate(epoch) if callable(self.rate) else self.rate
-        if not is_real(rate) or not 0 <= rate < 1:
-            where = f" from prune_rate({epoch})" if callable(self.rate) else ""
-            hint = "" if is_real(rate) else ": a float, or a function of the epoch to a float"
-            raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}{hint}")
+        where = f" from prune_rate({epoch})" if callable(self.rate) else ""
+        if not is_real(rate):
+            what = "a float, or a function of the epoch that returns one"
+            raise TypeError(f"prune_rate must be {what}, got {shown(rate)}{where}")
+        if not 0 <= rate < 1:
+            raise ValueError(f"prune_rate must lie in [0, 1), got {rate!r}{where}")
         return float(rate)
 
     def is_full(self, epoch: int) -> bool:

@@ -122,7 +122,8 @@ class ScoreStore:
 
         Samples with ``count`` 0 are skipped. A row with a non-finite stat is refused: its sample
         keeps its state, and `num_nonfinite` counts the row. If a sample has several rows, the last
-        one is applied. A `Pruner` does not take these rows for trained on (docs/training.md).
+        one that is neither skipped nor refused is applied. A `Pruner` does not take these rows for
+        trained on (docs/training.md).
 
         Args:
             indices: the samples.

@@ -87,10 +87,13 @@ def test_the_environment_chooses(fresh: pytest.MonkeyPatch) -> None:
     assert resolve(CPU).name in ("cpu", "reference")
 
 
-def test_an_unknown_name_in_the_environment_is_said(fresh: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_unknown_name_in_the_environment_is_said(
+    dtype: torch.dtype, fresh: pytest.MonkeyPatch
+) -> None:
     fresh.setenv("EMP_FAST_BACKEND", "cudnn")
     with pytest.raises(ValueError, match=r"EMP_FAST_BACKEND must be one of .*got 'cudnn'"):
-        topk_indices(torch.ones(3), 1)
+        topk_indices(torch.ones(3, dtype=dtype), 1)
 
 
 def test_use_backend_goes_before_the_environment(fresh: pytest.MonkeyPatch) -> None:

@@ -212,14 +212,14 @@ def selection() -> Iterator[Bad]:
         ([5], ValueError, "must lie in [0, 1), the length of group_k, got 2"),
         ([-1, 3, 3], ValueError, "got -1"),
         ([5, 0, 0], ValueError, "must lie in [0, 4], the size of group 0, got 5"),
-        ([2.0, 2.0, 1.0], ValueError, "got [2.0, 2.0, 1.0]"),
-        ([True, True, True], ValueError, "got [True, True, True]"),
+        ([2.0, 2.0, 1.0], TypeError, "got [2.0, 2.0, 1.0]"),
+        ([True, True, True], TypeError, "got [True, True, True]"),
         ([[2, 2, 1]], ValueError, "got [[2, 2, 1]]"),
         (["a", "b", "c"], TypeError, "got ['a', 'b', 'c']"),
         ([[1], [1, 2]], TypeError, "got [[1], [1, 2]]"),
         ([None, 3, 2], TypeError, "got [None, 3, 2]"),
         ([2**70, 0, 0], TypeError, f"got [{2**70}, 0, 0]"),
-        (torch.tensor([2.0, 2.0, 1.0]), ValueError, "got tensor([2., 2., 1.])"),
+        (torch.tensor([2.0, 2.0, 1.0]), TypeError, "got tensor([2., 2., 1.])"),
         (torch.tensor([2, 2, 1]).to_sparse(), TypeError, "got layout torch.sparse_coo"),
     ):
         yield Bad(function, "group_k", value, error, says, grouped)

@@ -211,10 +211,15 @@ def distributed_tensors_are_refused(rank: int, size: int, folder: Path) -> None:
     logits = torch.randn(8, 3)
     target, mine = torch.arange(8) % 3, slice(4 * rank, 4 * rank + 4)
     sharded = distribute_tensor(logits, mesh, [Shard(0)])
+    indices = distribute_tensor(torch.arange(8), mesh, [Shard(0)])
+    leaf = logits.clone().requires_grad_()
     pruner, wanted = Pruner(N), Pruner(N)
     for refused in (
         lambda: pruner.loss(sharded, target, torch.arange(8)),
         lambda: pruner.update(torch.arange(8), loss=sharded[:, 0], memory=sharded[:, 1]),
+        lambda: pruner.loss(logits, target, indices),
+        lambda: pruner.loss(leaf, target, indices),
+        lambda: pruner.weights(indices),
     ):
         with pytest.raises(TypeError, match=r"must be a plain tensor, got a DTensor: .*to_local"):
             refused()

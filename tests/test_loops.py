@@ -69,7 +69,7 @@ class Run:
         self.epoch, self.requested = 0, None
         self.order: list[int] | None = None
         self.trained = self.begun_at = 0
-        self.all_fetched = False
+        self.all_fetched = self.iterates = self.scored_apart = False
         self.scores = dict.fromkeys(range(num_samples), math.inf)
         self.visits: Counter[int] = Counter()
         self.refused = 0
@@ -84,8 +84,9 @@ class Run:
 
     def goes_on(self, epoch):
         """Whether a new iteration of that epoch continues the one in progress."""
-        untouched = self.trained == self.begun_at and not self.all_fetched
-        return epoch == self.epoch and self.order is not None and untouched
+        unscored = self.trained == self.begun_at and not self.scored_apart
+        stays = unscored and not self.all_fetched
+        return epoch == self.epoch and self.order is not None and stays
 
     def next_epoch(self):
         if self.requested is not None:
@@ -117,7 +118,7 @@ class Run:
         start = self.trained if self.goes_on(epoch) else 0
         self.epoch, self.requested, self.order = epoch, None, order
         self.trained = self.begun_at = start
-        self.all_fetched = False
+        self.iterates, self.all_fetched, self.scored_apart = True, False, False
         return order[start:]
 
     def score(self, indices: Tensor, update) -> None:
@@ -163,6 +164,7 @@ class Run:
     def scores_from_elsewhere(self):
         indices = torch.arange(0, self.arguments["num_samples"], self.random.choice([1, 2, 3]))
         self.score(indices, lambda i, loss: self.pruner.store.update(i, {"loss": loss}))
+        self.scored_apart = self.iterates
 
     def a_kill_and_a_new_process(self):
         file = io.BytesIO()
@@ -178,7 +180,7 @@ class Run:
         self.order = self.order if epoch == self.epoch else None
         self.epoch, self.requested = epoch, None
         self.trained = self.begun_at = position
-        self.all_fetched = False
+        self.all_fetched = self.iterates = self.scored_apart = False
         self.use(Pruner(**self.arguments))
         self.pruner.load_state_dict(torch.load(file, weights_only=True))
 

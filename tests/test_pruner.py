@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 import warnings
@@ -412,6 +413,15 @@ def test_every_iteration_is_the_next_epoch():
         assert pruner.epoch == epoch
 
 
+def test_an_epoch_that_the_store_alone_has_scored_is_not_repeated():
+    pruner = Pruner(N, 0.5, rule=Loss())
+    for epoch in range(3):
+        for _, indices in itertools.islice(make_loader(pruner), 2):
+            pruner.store.update(indices, {"loss": loss_of(indices)})
+        assert pruner.epoch == epoch
+    assert pruner.progress.position() == 0
+
+
 def test_set_epoch_twice_is_harmless():
     plain, twice = Pruner(N, 0.5, rule=Loss()), Pruner(N, 0.5, rule=Loss())
     loaders = make_loader(plain), make_loader(twice)
@@ -767,7 +777,13 @@ def test_samplers_say_what_they_are_of():
         (lambda: Pruner(N, 1.0), ValueError, r"prune_rate must lie in \[0, 1\), got 1.0"),
         (lambda: Pruner(N, -0.1), ValueError, r"prune_rate must lie in \[0, 1\), got -0.1"),
         (lambda: Pruner(N, math.nan), ValueError, "prune_rate.*got nan"),
-        (lambda: Pruner(N, "half"), ValueError, "prune_rate.*got 'half'"),
+        (lambda: Pruner(N, "half"), TypeError, "prune_rate.*got 'half'"),
+        (lambda: Pruner(N, True), TypeError, "prune_rate must be a float.*got True"),
+        (
+            lambda: Pruner(N, lambda _: None),
+            TypeError,
+            r"prune_rate.*got None from prune_rate\(0\)",
+        ),
         (lambda: Pruner(N, 0.999), ValueError, "at least one of 60 samples, got 0.999"),
         (
             lambda: Pruner(N, lambda epoch: epoch / 3, epochs=5),
@@ -800,7 +816,12 @@ def test_samplers_say_what_they_are_of():
         ),
         (lambda: Pruner(N).prune_rate(-1), ValueError, r"epoch must be an int in .*got -1"),
         (lambda: Pruner(N).set_epoch("1"), TypeError, "epoch must be an int, got '1'"),
-        (lambda: Pruner(N, None), ValueError, "got None: a float, or a function of the epoch"),
+        (lambda: Pruner(N, None), TypeError, "a float, or a function of the epoch.*, got None"),
+        (
+            lambda: Pruner(N).update(torch.arange(4).to_sparse(), loss=torch.ones(4)),
+            TypeError,
+            "indices must be a dense tensor",
+        ),
         (lambda: Pruner(N, epochs=0), ValueError, "epochs must be at least 1, got 0"),
         (lambda: Pruner(N, balance="even"), ValueError, "balance must be.*got 'even'"),
         (lambda: Pruner(N, process_group="x"), TypeError, "process_group must be a.*got 'x'"),
@@ -988,6 +1009,33 @@ def test_an_epoch_that_is_announced_is_not_used_up():
         pruner.set_epoch(epoch)
         run_epoch(pruner, loader)
         assert pruner.epoch == epoch
+
+
+def test_a_loop_that_scores_nothing_and_stops_early_is_told_that_it_repeats_an_epoch():
+    pruner = Pruner(N, 0.5, policy=Random())
+    loader = make_loader(pruner)
+    first = [next(iter(loader))[1].tolist() for _ in range(2)]
+    with pytest.warns(EmpFastWarning, match=r"epoch 0 begins for the third time.*set_epoch"):
+        third = next(iter(loader))[1].tolist()
+    assert first == [third, third]
+    next(iter(loader))  # once is enough
+    announced = Pruner(N, 0.5, policy=Random())
+    loader = make_loader(announced)
+    for epoch in range(3):
+        announced.set_epoch(epoch)
+        for _ in range(4):
+            next(iter(loader))
+        assert announced.epoch == epoch
+
+
+def test_batches_that_are_scored_one_step_late_are_not_taken_for_wrong_indices():
+    pruner, late = Pruner(N, 0.5, rule=Loss()), None
+    for _ in range(4):
+        for _, indices in make_loader(pruner):
+            if late is not None:
+                pruner.update(late, loss=loss_of(late))
+            late = indices
+    assert pruner.epoch == 3
 
 
 def test_positions_in_the_batch_in_place_of_indices_are_told():

@@ -91,9 +91,10 @@ def resolve(device: torch.device, dtype: torch.dtype | None = None) -> Backend:
 
     The reference always serves float64, whatever was chosen, because no kernel supports it.
     """
-    if dtype == torch.float64:
-        return load("reference")
     name = _explicit or _asked_for() or "auto"
+    if dtype == torch.float64:
+        _require_name(name, _ENVIRONMENT)
+        return load("reference")
     if name != "auto" and device.type == "cpu" and _any_on_host.get():
         _require_name(name, _ENVIRONMENT)
         if not _status_or_bad_setting(name, device).available:
