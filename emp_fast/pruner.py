@@ -335,7 +335,8 @@ class Pruner:
         A policy that fixes its own number, `BelowMean`, ignores it.
 
         Raises:
-            ValueError: the function given as ``prune_rate`` returned something outside [0, 1).
+            ValueError: the function given as ``prune_rate`` returned a number outside [0, 1).
+            TypeError: it returned no number.
         """
         return self.schedule.prune_rate(epoch)
 

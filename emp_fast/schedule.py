@@ -82,6 +82,7 @@ class Schedule:
 
         Raises:
             ValueError: as `prune_rate`, or the rate leaves no sample, or too many for the policy.
+            TypeError: as `prune_rate`.
         """
         if self.is_full(epoch):
             return self._num_samples
