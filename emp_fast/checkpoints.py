@@ -215,7 +215,7 @@ def _loadable_together() -> Callable[[str, Tensor], Tensor]:
 
     def loadable(where: str, value: Tensor) -> Tensor:
         value = _loadable(where, value)
-        plain = type(value) in _TENSORS and value.layout is torch.strided and not value.is_nested
+        plain = type(value) in _TENSORS and value.layout is torch.strided
         if not plain or value.device.type not in ("cpu", "cuda"):  # others may lack an address
             return value
         address = value.untyped_storage().data_ptr()
@@ -266,7 +266,7 @@ def _storable(where: str, value: Tensor) -> Tensor:
         TypeError: the format does not hold such a tensor.
     """
     value = _loadable(where, value)
-    dense = value.layout is torch.strided and not (value.is_nested or value.is_quantized)
+    dense = value.layout is torch.strided and not value.is_nested
     plain = type(value) in _TENSORS and not value.is_meta  # a DTensor holds a part, meta nothing
     if not dense or not plain or not _has_dtype(value.dtype):
         kind = f"nested {type(value).__name__}" if value.is_nested else type(value).__name__
@@ -275,7 +275,7 @@ def _storable(where: str, value: Tensor) -> Tensor:
             f"of {value.dtype} with layout {value.layout} on {value.device}"
         )
     # A single element counts as contiguous with any stride, which its bytes cannot be read with.
-    return value.detach().cpu().resolve_conj().clone(memory_format=torch.contiguous_format)
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _has_dtype(dtype: torch.dtype) -> bool:

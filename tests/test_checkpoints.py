@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import enum
 import errno
 import math
@@ -90,6 +91,30 @@ def test_it_loads_without_running_code(tmp_path):
     assert set(whole["parts"]) == {"model", "optimizer", "pruner"}
 
 
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    path, ran = tmp_path / "run.pt", tmp_path / "ran"
+
+    class RunsCode:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    save_checkpoint(path, step=1)
+    whole = torch.load(path, weights_only=True)
+    whole["parts"]["step"] = RunsCode()
+    torch.save(whole, path)
+    with pytest.raises(FileProblem, match="not a sound checkpoint"):
+        load_checkpoint(path)
+    assert not ran.exists()
+
+
+def test_what_a_gpu_saved_loads_on_the_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as saving:
+        saving.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        save_checkpoint(tmp_path / "run.pt", scores=torch.arange(3.0))
+    assert b"cuda:0" in (tmp_path / "run.pt").read_bytes()
+    assert equal(load_checkpoint(tmp_path / "run.pt")["scores"], torch.arange(3.0))
+
+
 def test_views_aliases_and_scalars_survive(path):
     base = torch.arange(12.0).reshape(3, 4)
     given = {"rows": base[1:], "columns": base.T, "same": base, "scalar": torch.tensor(2.5)}
@@ -103,13 +128,31 @@ def test_views_aliases_and_scalars_survive(path):
 def test_views_with_other_dtypes_survive(path):
     base, pair = torch.arange(4.0), torch.tensor([1 + 2j, 3 + 4j])
     bits = torch.nn.Parameter(base.view(torch.int32)[1:], requires_grad=False)
+    halves = base.view(torch.bfloat16).requires_grad_()
     parts = {"base": base, "bits": {"x": bits}, "tail": base[2:], "pair": [pair, pair.imag]}
+    parts["halves"] = halves
     save_checkpoint(path, **parts, model=torch.nn.Linear(2, 2))
     saved = load_checkpoint(path)
     assert equal({name: saved[name] for name in parts}, parts)
     if path.suffix == ".pt":  # .safetensors knows neither parameters nor shared storages
         assert type(saved["bits"]["x"]) is torch.nn.Parameter
+        assert saved["halves"].requires_grad
         assert saved["tail"].data_ptr() == saved["base"].data_ptr() + 8
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_sparse_and_nested_tensors_survive(tmp_path):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)])
+    save_checkpoint(
+        tmp_path / "run.pt",
+        sparse=torch.eye(3).to_sparse(),
+        nested=nested,
+        bits=nested.values().view(torch.int32),
+    )
+    saved = load_checkpoint(tmp_path / "run.pt")
+    assert equal(saved["sparse"].to_dense(), torch.eye(3))
+    assert equal(saved["nested"].unbind(), nested.unbind())
+    assert equal(saved["bits"], nested.values().view(torch.int32))
 
 
 def test_tensors_under_keys_that_look_alike_stay_apart(path):
@@ -126,6 +169,7 @@ def test_tensors_under_keys_that_look_alike_stay_apart(path):
         (lambda: 1, "part must be a tensor or a plain value, got <function"),
         ({"keys": np.zeros(99)}, r"(?s)got array\(\[0.*; torch.from_numpy makes a tensor of it$"),
         ({(1, 2): 3}, r"part must have str or int keys, got \(1, 2\)"),
+        ({1.5: 3}, r"part must have str or int keys, got 1\.5"),
         ({"a": {1, 2}}, r"part\['a'\] must be a tensor or a plain value, got \{1, 2\}"),
     ],
 )
@@ -196,8 +240,9 @@ def test_a_tensor_that_torch_could_not_load_is_not_saved(path):
         (lambda: torch.eye(2).to_sparse(), "Tensor of torch.float32 with layout torch.sparse_coo"),
         (lambda: torch.ones(2, device="meta"), "Tensor of torch.float32 .* on meta"),
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested Tensor"),
+        (lambda: torch.empty(2, dtype=torch.qint8), "Tensor of torch.qint8"),
     ],
-    ids=["complex128", "sparse", "meta", "nested"],
+    ids=["complex128", "sparse", "meta", "nested", "quantised"],
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_tensor_that_safetensors_cannot_hold_is_named(tensor, got, tmp_path):
@@ -282,6 +327,9 @@ def test_foreign_files_are_refused(path):
     with pytest.raises(FileProblem, match="not a sound checkpoint"):
         load_checkpoint(path)
     if path.suffix == ".pt":
+        torch.save([1], path)
+        with pytest.raises(FileProblem, match="not a checkpoint that save_checkpoint wrote"):
+            load_checkpoint(path)
         torch.save({"weights": torch.ones(2)}, path)
     else:
         from safetensors.torch import save_file
@@ -321,6 +369,29 @@ def test_a_safetensors_file_that_lacks_something_is_refused(metadata, tensors, t
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda one, other: (other, one),
+        lambda one, other: (one.view(torch.int32), other),
+        lambda one, other: (one.view(3, 1), other),
+    ],
+    ids=["other name", "other dtype", "other shape"],
+)
+def test_a_safetensors_file_whose_tensors_were_taken_for_others_is_refused(change, tmp_path):
+    library = pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    path = tmp_path / "run.safetensors"
+    save_checkpoint(path, one=torch.arange(3.0), other=torch.arange(3.0) + 7)
+    with library.safe_open(path, framework="pt") as file:
+        whole, names = file.metadata(), sorted(file.keys())
+        tensors = [file.get_tensor(name) for name in names]
+    save_file(dict(zip(names, change(*tensors), strict=True)), path, whole)
+    with pytest.raises(FileProblem, match="its checksum is wrong"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
     ("missing", "message"),
     [("version", "a checkpoint of format version None"), ("parts", "a damaged checkpoint")],
 )
@@ -344,6 +415,21 @@ def test_a_part_that_refuses_its_state_leaves_all_parts_as_they_were(path):
     other = {"model": torch.nn.Linear(2, 2)}
     with pytest.raises(FileProblem, match="does not fit model"):
         load_checkpoint(path, **other)
+
+
+def test_parts_that_had_taken_some_of_their_state_get_back_what_they_had(path):
+    def parts(last):
+        return {
+            "first": torch.nn.Linear(2, 2),
+            "second": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, last)),
+        }
+
+    save_checkpoint(path, **parts(last=3))
+    fresh = parts(last=4)
+    before = copy.deepcopy(states(fresh))
+    with pytest.raises(FileProblem, match="does not fit second, and nothing was changed"):
+        load_checkpoint(path, **fresh)
+    assert equal(states(fresh), before)
 
 
 def test_missing_parts_and_parts_without_a_state_are_named(path):
