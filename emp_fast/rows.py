@@ -117,7 +117,7 @@ def _with_gaps(
     # If the storage ends right after the last position, as for logits[:, 1:], the extra rows lie in
     # front of the positions.
     front = max(0, -((end - start - samples * sequence + row - classes) // row))
-    if front > between or start < front * row:
+    if start < front * row:
         return logits, target
     # The op would check this too, but its error would give the position among the rows with gaps.
     if target.device.type == "cpu":

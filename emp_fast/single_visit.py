@@ -7,7 +7,7 @@ from torch import Tensor
 
 from emp_fast.functional import SampleStats
 from emp_fast.rules import Rule
-from emp_fast.sample_state import SampleState, checked_store_arguments
+from emp_fast.sample_state import SampleState
 
 __all__ = ["single_visit_scores"]
 
@@ -24,7 +24,6 @@ def single_visit_scores(rule: Rule, stats: SampleStats, **extra: Tensor) -> Tens
     num_samples = stats.loss.shape[0]
     if num_samples == 0:
         return stats.loss.detach().float()
-    num_samples = checked_store_arguments(num_samples, rule)
     samples = SampleState(num_samples, rule, stats.loss.device)
     samples.update(torch.arange(num_samples, device=samples.device), stats, extra)
     return samples.state.scores.masked_fill(samples.state.visits == 0, torch.nan)

@@ -608,7 +608,8 @@ def test_a_sequence_is_correct_only_when_all_its_positions_are(backend: str) -> 
         (slice(None, -1), False),  # the logits that have a next token
         (slice(1, None), False),
         (slice(1, -1), False),
-        (slice(None, 9), True),  # more rows between than it is worth
+        (slice(3, None), False),
+        (slice(4, None), True),  # more rows between than it is worth
     ],
 )
 def test_sequences_with_rows_between_are_scored_where_they_lie(
@@ -637,6 +638,62 @@ def test_sequences_with_rows_between_are_scored_where_they_lie(
     wrong[2, 3] = 11
     with pytest.raises(IndexError, match=f"got 11 at position {2 * target.shape[1] + 3}"):
         cross_entropy(whole[:, cut], wrong)
+
+
+def laid_out(shape: tuple[int, ...], strides: tuple[int, ...], start: int = 0) -> Tensor:
+    """Random logits with these strides, whose storage ends right after the last of them."""
+    end = 1 + start + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    return torch.randn(end).as_strided(shape, strides, start)
+
+
+@pytest.mark.parametrize(
+    ("logits", "front"),
+    [
+        (laid_out((3, 16, 5), (17 * 8, 8, 1), 8), 1),
+        (laid_out((3, 16, 5), (17 * 8, 8, 1), 7), None),  # no row in front, and none behind
+        (torch.randn(3, 17, 8)[:, :-1, :5], 0),
+        (laid_out((3, 17, 5), (17 * 8, 8, 1))[:, :-1], 0),
+        (torch.randn(3, 16, 5), None),
+        (torch.randn(1, 17, 5)[:, :-1], None),
+        (torch.randn(3, 17, 10)[:, :-1, ::2], None),
+        (laid_out((3, 16, 5), (17 * 8 + 1, 8, 1), 16), None),
+        (laid_out((3, 16, 5), (17 * 4, 4, 1), 4), None),
+        (torch.randn(3, 1, 5).expand(3, 16, 5), None),
+        (torch.randn(1, 16, 5).expand(3, 16, 5), None),
+    ],
+    ids=[
+        "row in front",
+        "no room",
+        "padded rows",
+        "last row without its padding",
+        "no rows between",
+        "one sequence",
+        "columns apart",
+        "parts of rows between",
+        "rows overlap",
+        "equal rows",
+        "equal sequences",
+    ],
+)
+def test_sequences_of_any_strides(logits: Tensor, front: int | None, backend: str) -> None:
+    target = torch.randint(0, 5, logits.shape[:2])
+    rows, filled = _with_gaps(logits, target, -100)
+    if front is None:
+        assert rows is logits
+        assert filled is target
+    else:
+        assert torch.equal(rows[:, front : front + 16], logits)
+        assert torch.equal(filled[:, front : front + 16], target)
+        assert (filled == -100).sum() == 3
+    for wanted in (target, torch.rand(logits.shape)):
+        got = cross_entropy(logits, wanted)
+        for one, other in zip(got, cross_entropy(logits.contiguous(), wanted), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_two_classes_whose_columns_lie_apart(backend: str) -> None:
+    logits, target = torch.randn(2, 7).T, torch.arange(7) % 2
+    assert_stats(cross_entropy(logits, target), oracle(logits, target)[0])
 
 
 def test_packed_samples_equal_the_padded_ones(backend: str) -> None:

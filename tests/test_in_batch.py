@@ -119,6 +119,7 @@ def test_every_backend_selects_the_same():
         (([1.0], 1), {}, TypeError, "stats must be a torch.Tensor, got list"),
         ((torch.zeros(2, 2), 1), {}, ValueError, r"shape \[N\], got \(2, 2\)"),
         ((stats_of(loss=[1.0]), 1), {"rule": "loss"}, TypeError, "rule must be an emp_fast.Rule"),
+        ((torch.zeros(2), 1), {"rule": "loss"}, TypeError, "rule must be an emp_fast.Rule"),
         (
             (torch.zeros(2), 1),
             {"hidden": torch.zeros(2)},
