@@ -113,6 +113,15 @@ def test_the_gradient_scales_and_a_retained_graph_gives_it_again(fuses):
         torch.testing.assert_close(got, wanted * factor, rtol=1e-5, atol=1e-7)
 
 
+def test_a_second_derivative_is_refused(fuses):
+    logits = torch.randn(4, 3, requires_grad=True)
+    loss = Pruner(4).loss(logits, torch.arange(4) % 3, torch.arange(4))
+    for _ in range(2):
+        (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(first.sum(), logits)
+
+
 def test_a_loss_scale_saves_small_float16_gradients(fuses, backend):
     """Gradients made before the loss scale is known would already have underflowed."""
     rows, scale = 512, 2.0**14

@@ -164,6 +164,22 @@ def test_other_types(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_many_blocks_keep_what_each_adds(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, classes = 4096, 2
+    monkeypatch.setattr(functional, "_BLOCK_LOGITS", classes)
+    hidden = torch.ones(rows, 1, dtype=dtype)
+    classifier = torch.zeros(classes, 1, dtype=dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=dtype, requires_grad=True)
+    target = torch.zeros(rows, dtype=torch.int64)
+    loss = linear_cross_entropy(hidden, classifier, target, bias=bias).loss.sum()
+    for grad in torch.autograd.grad(loss, (classifier, bias)):
+        assert grad.dtype == dtype
+        assert grad.flatten().tolist() == [-rows / 2, rows / 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_it_is_the_layer_and_the_loss(dtype: torch.dtype, backend: str) -> None:
     given = inputs(Case("linear_autocast", 9, 33), exact=False)
     with torch.autocast("cpu", dtype=dtype):
@@ -312,12 +328,14 @@ class _LinearOnly(Tensor):
 
 
 @pytest.mark.parametrize("block", [4, 9])
-def test_a_classifier_of_a_subclass(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["classifier", "bias"])
+def test_a_parameter_of_a_subclass(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "_BLOCK_LOGITS", block * 33)
-    given = inputs(Case("linear_subclass", 9, 33), bias=False)
-    classifier = given.classifier.detach()
+    given = inputs(Case("linear_subclass", 9, 33))
+    parameter = getattr(given, name).detach()
     made = []
-    for given.classifier in (classifier, classifier.as_subclass(_LinearOnly)):
+    for of_type in (parameter, parameter.as_subclass(_LinearOnly)):
+        setattr(given, name, of_type)
         loss = given.run().loss
         made.append((loss, *torch.autograd.grad(loss.sum(), given.hidden)))
     torch.testing.assert_close(*([x.as_subclass(Tensor) for x in pair] for pair in made))

@@ -20,6 +20,7 @@ from emp_fast import ops
 from emp_fast.backends.base import LossOptions, Recurrence, State
 from emp_fast.functional import cross_entropy, info_nce, linear_cross_entropy, topk_indices
 from emp_fast.policies import BelowMean
+from emp_fast.row_count import RowCount
 from emp_fast.rules import EMP, UCB, Forgetting, Loss
 from emp_fast.testing import Case, make
 
@@ -399,6 +400,18 @@ def test_a_compiled_update_that_raises_counts_no_rows(rule: emp_fast.Rule) -> No
     assert list(resumed.sampler) == order[6:].tolist()
 
 
+def test_a_compiled_step_counts_its_rows() -> None:
+    counted = RowCount()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def update(scores: Tensor) -> None:
+        counted.add(scores.shape[0], scores.zero_())
+
+    for rows in (3, 8, 5):
+        update(normal(rows))
+    assert (counted.given, counted.largest) == (16, 8)
+
+
 def test_a_step_of_globals_compiles_twice_at_most() -> None:
     """torch.compile guards on the ints of globals: a count of rows made it compile every step."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -450,8 +463,9 @@ def test_a_fused_step_gives_its_gradient_twice(backend: str, watched: bool) -> N
     """`MeanCrossEntropy` hands out its buffer in the first pass, the second computes another."""
     logits, target, scale = leaf(R, C), class_ids(), normal(R).abs()
     arguments = (target, None, LossOptions(), scale, torch.arange(R), state())
-    with Seen() if watched else nullcontext():
+    with Seen() if watched else nullcontext() as seen:
         mean = ops.mean_step(logits, *arguments, Recurrence("ema", "loss"))
+    assert seen is None or seen.names == {"mean_step"}
     first = torch.autograd.grad(3 * mean, logits, retain_graph=True)[0].clone()
     second = torch.autograd.grad(3 * mean, logits)[0]
     x = logits.detach().requires_grad_()
@@ -543,6 +557,19 @@ def test_who_looks_sees_every_op() -> None:
     }
     for results in (watched, profiled):
         assert all(map(torch.equal, results, scored_and_selected(inputs())))
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"), [(EMP(), "update_state"), (Forgetting(), "find_winners")], ids=repr
+)
+def test_who_looks_sees_every_update(rule: emp_fast.Rule, name: str, backend: str) -> None:
+    stores = [emp_fast.ScoreStore(N, rule=rule) for _ in range(2)]
+    indices, stats = torch.tensor([3, 0, 3, 8, 5, 1]), cross_entropy(normal(R, C), class_ids())
+    with Seen() as seen:
+        stores[0].update(indices, stats)
+    stores[1].update(indices, stats)
+    assert seen.names == {name}
+    assert torch.equal(stores[0].scores, stores[1].scores)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")

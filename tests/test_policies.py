@@ -412,6 +412,11 @@ def test_quotas_of_more_than_there_is_are_refused(k):
         class_quotas([1, 2], k)
 
 
+def test_quotas_of_an_unknown_balance_are_refused():
+    with pytest.raises(ValueError, match="balance must be 'equal' or 'proportional', got 'even'"):
+        class_quotas([1, 2], 2, "even")
+
+
 def test_labels_may_be_any_integers():
     store = visited_store(torch.arange(6.0))
     labels = torch.tensor([-7, 40, -7, 40, -7, 40])

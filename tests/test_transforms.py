@@ -12,6 +12,7 @@ from torch.func import grad, jacrev, vjp, vmap
 from torch.nn import functional as F
 
 import emp_fast
+from emp_fast import functional
 from emp_fast.functional import cross_entropy, info_nce, linear_cross_entropy
 
 B, S, T, C, E = 3, 6, 4, 5, 7  # examples of a vmap, samples, positions, classes, features
@@ -127,6 +128,18 @@ def test_vmap_of_grad(name: str, dims: str, backend: str) -> None:
     torch.testing.assert_close(made, vmap(grad(torchs), in_dims)(x, y))
 
 
+def test_linear_in_several_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_BLOCK_LOGITS", 2 * C)
+    _, _, (x, y) = LOSSES["linear"]
+    for transformed in (lambda loss: loss, grad):
+        made = vmap(transformed(linear))(x, y)
+        torch.testing.assert_close(made, vmap(transformed(torch_linear))(x, y))
+    torch.testing.assert_close(
+        grad(lambda w: linear_cross_entropy(x[0], w, y[0]).loss.sum())(CLASSIFIER),
+        grad(lambda w: F.cross_entropy(F.linear(x[0], w), y[0], reduction="sum"))(CLASSIFIER),
+    )
+
+
 def test_gradients_of_single_samples(backend: str) -> None:
     """As the GraNd score of the whole network needs them: the gradients of its parameters."""
     x, target = normal(S, E), ids(S)
@@ -154,6 +167,40 @@ def test_vmap_over_class_weights(backend: str) -> None:
     for transformed in (lambda loss: loss, grad):
         made = vmap(transformed(ours), (None, 0))(x, weight)
         torch.testing.assert_close(made, vmap(transformed(torchs), (None, 0))(x, weight))
+
+
+def test_vmap_over_segments_and_offsets_in_any_dimension() -> None:
+    op, values, offsets = torch.ops.emp_fast.segment_sum, normal(2, S), torch.zeros(B, 3).long()
+    offsets[:, 1], offsets[:, 2] = torch.arange(B) % S, S
+    wanted = torch.stack([op(values, of_one) for of_one in offsets])
+    assert torch.equal(vmap(op, (None, 0))(values, offsets), wanted)
+    assert torch.equal(vmap(op, (None, 1))(values, offsets.T.contiguous()), wanted)
+    of_each = normal(B, 2, S)
+    wanted = torch.stack([op(*of_one) for of_one in zip(of_each, offsets, strict=True)])
+    assert torch.equal(vmap(op)(of_each, offsets), wanted)
+    wanted = torch.stack([op(of_one, offsets[0]) for of_one in of_each])
+    assert torch.equal(vmap(op, (1, None))(of_each.movedim(0, 1), offsets[0]), wanted)
+
+
+def test_sequences_with_rows_between(backend: str) -> None:
+    x, target = normal(B, S, 17, C), ids(B, S, 16)
+
+    def where_they_lie(x: Tensor, target: Tensor) -> Tensor:
+        return sequences(x[:, :-1], target)
+
+    def copied(x: Tensor, target: Tensor) -> Tensor:
+        return sequences(x[:, :-1].contiguous(), target)
+
+    for transformed in (lambda loss: loss, grad):
+        made = vmap(transformed(where_they_lie))(x, target)
+        torch.testing.assert_close(made, vmap(transformed(copied))(x, target))
+
+
+def test_examples_of_one_row_that_share_their_target(backend: str) -> None:
+    x, target = normal(B, 1, C), ids(1)
+    for transformed in (lambda loss: loss, grad):
+        made = vmap(transformed(rows), (0, None))(x, target)
+        torch.testing.assert_close(made, vmap(transformed(torch_rows), (0, None))(x, target))
 
 
 def test_every_field_under_vmap(backend: str) -> None:
