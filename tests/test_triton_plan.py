@@ -11,7 +11,7 @@ import pytest
 from emp_fast.kernels import plan
 
 ROWS = [1, 2, 3, 31, 128, 257, 1024, 1025, 65536, 10**9]
-CLASSES = [1, 2, 3, 10, 16, 17, 31, 33, 100, 127, 128, 129, 1000, 1023, 1025, 4095, 4096]
+CLASSES = [1, 2, 3, 10, 16, 17, 31, 33, 64, 100, 127, 128, 129, 300, 1000, 1023, 1025, 4095, 4096]
 LONG = [4097, 5000, 8191, 16383, 16384, 16385, 32000, 50257, 128256, 151936, 262144, 10**6, 10**8]
 PADDING = [0, 1, 2, 3, 8]
 MULTIPROCESSORS = [1, 4, 108, 132, 160]
@@ -45,6 +45,8 @@ def test_tiles_hold_every_row_and_class(itemsize: int) -> None:
         assert classes <= tile.block, shape
         assert tile.block < 2 * max(classes, 9), shape
         assert tile.segment <= tile.block, shape
+        assert classes <= 16 or tile.segment * itemsize >= plan.SEGMENT_BYTES, shape
+        assert tile.rows <= plan.TILE_ROWS, shape
         assert all(
             math.log2(n).is_integer() for n in (tile.rows, tile.block, tile.segment, tile.warps)
         ), shape
@@ -69,6 +71,7 @@ def test_steps_hold_every_row_once_and_fill_the_device(itemsize: int, grad: bool
             continue
         assert classes <= taken.block < 2 * classes, shape
         assert taken.segment <= taken.block, shape
+        assert taken.segment * itemsize >= plan.SEGMENT_BYTES, shape
         assert all(
             math.log2(n).is_integer() for n in (taken.rows, taken.block, taken.segment, taken.warps)
         ), shape
@@ -107,6 +110,7 @@ def test_few_rows_and_short_ones_are_not_taken_in_steps() -> None:
     assert taken(8192, 8192, grad=True)
     assert not taken(512, 1000)
     assert not taken(10**6, 10)
+    assert taken(10**6, 64)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -142,7 +146,19 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
             assert loop.shift == 0, shape
 
 
+def test_rows_that_start_on_the_grid_are_not_shifted() -> None:
+    for padding, address, shifted in ((0, BASE, False), (8, BASE, False), (1, BASE, True)):
+        given = (4, 8000, 8000 + padding, address, 2, 132)
+        assert plan.plan_loop(*given, True, False, False, False).shifted == shifted
+
+
+def test_no_device_is_so_wide_that_the_parts_of_a_row_cannot_be_merged() -> None:
+    loop = plan.plan_loop(1, 10**8, 10**8, BASE, 2, 1000, True, False, False, False)
+    assert 264 < loop.parts <= plan.MAX_PARTS
+
+
 def test_more_classes_than_offsets_can_count_are_refused() -> None:
+    plan.plan_loop(1, plan.MAX_CLASSES, plan.MAX_CLASSES, BASE, 2, 132, True, False, False, False)
     with pytest.raises(ValueError, match=f"at most {plan.MAX_CLASSES} classes, got 2147483647"):
         plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False, False, False)
 
@@ -205,3 +221,40 @@ def test_only_rows_of_class_ids_are_split() -> None:
         walk = chosen(4, 10**6, loss)
         assert isinstance(walk, plan.LoopPlan)
         assert (walk.parts > 1) == split
+
+
+def test_a_loss_whose_elements_take_registers_leaves_a_thread_fewer() -> None:
+    def unroll(itemsize: int, grad: bool, **options: bool) -> int:
+        walk = chosen(4, 10**5, PLAIN._replace(**options), itemsize=itemsize, grad=grad)
+        assert isinstance(walk, plan.LoopPlan)
+        return walk.unroll
+
+    for itemsize, grad in itertools.product((2, 4), (False, True)):
+        assert unroll(itemsize, grad) == unroll(itemsize, grad, weighted=True) == 4
+        assert unroll(itemsize, grad, soft=True) == unroll(itemsize, grad, smooth=True) == 2
+        # A softcap has slopes in the gradient alone, of twice as many 16-bit logits in a vector.
+        assert unroll(itemsize, grad, softcap=True) == (2 if grad and itemsize == 2 else 4)
+    logits = plan.Logits(512, 1000, 1000, BASE, 2)
+    long = plan.Logits(512, 10**5, 10**5, BASE, 2)
+    for option in PLAIN._fields:
+        loss, crowded = PLAIN._replace(**{option: True}), option != "weighted"
+        tile = plan.plan_tile(*logits, crowded)
+        assert chosen(512, 1000, loss) == plan.choose_gradient(logits, 132, loss) == tile
+        walk = plan.choose_gradient(long, 132, loss)
+        assert walk == chosen(512, 10**5, loss, grad=True), option
+
+
+def test_one_warp_walks_a_row_where_rows_occupy_the_device() -> None:
+    def warps(rows: int, classes: int = 32000, grad: bool = False) -> int:
+        walk = chosen(rows, classes, grad=grad)
+        assert isinstance(walk, plan.LoopPlan)
+        return walk.warps
+
+    assert [warps(rows) for rows in (1, 28 * 132 - 1, 28 * 132)] == [8, 8, 1]
+    assert warps(10**6, grad=True) == 8
+    assert [warps(132, classes) for classes in (16383, 16384)] == [4, 8]
+
+
+def test_parts_of_few_rows_give_every_multiprocessor_two_programs() -> None:
+    walks = [chosen(rows, 10**8) for rows in (1, 4, 131, 132)]
+    assert [walk.parts for walk in walks if isinstance(walk, plan.LoopPlan)] == [260, 66, 3, 1]
