@@ -233,6 +233,44 @@ def test_auto_takes_what_was_the_fastest_on_an_h200(
         assert plan_rows(*shape, H200, kernels=AUTO)["path"] == path
 
 
+def test_auto_takes_no_rings_for_few_rows_and_rare_options() -> None:
+    def path(rows: int, classes: int, element_bytes: int, smoothed: bool = False) -> str:
+        shape = (rows, classes, classes, element_bytes, True, False, False, smoothed, True)
+        return str(plan_rows(*shape, H200, kernels=AUTO)["path"])
+
+    assert [path(rows, 128256, 2) for rows in (131, 132)] == ["split", "cluster"]
+    assert path(16384, 4096, 4, smoothed=True) == "shared"
+    assert path(8192, 32000, 2, smoothed=True) == "looped"
+    # Of a 16-bit row clusters keep two thirds at least, of a longer one all.
+    for element_bytes, rounds in ((2, 9), (4, 6)):
+        longest = 8 * rounds * 2**15 // element_bytes
+        paths = [path(8192, classes, element_bytes) for classes in (longest, longest + 8)]
+        assert paths == ["cluster", "looped"]
+
+
+def test_few_long_rows_are_split_into_two_parts_a_multiprocessor() -> None:
+    def parts(rows: int, classes: int = 10**6) -> int:
+        shape = (rows, classes, classes, 2, True, False, False, False, False)
+        return int(plan_rows(*shape, H200, kernels=PLAIN)["parts"])
+
+    assert [parts(rows) for rows in (1, 66, 131, 132, 263, 264)] == [61, 4, 3, 2, 2, 1]
+    assert parts(1, 10**8) == 64
+    assert [parts(1, 8 * vectors) for vectors in (4095, 4096, 6143, 6144)] == [1, 2, 2, 3]
+
+
+def test_a_looped_block_alone_on_its_multiprocessor_has_the_threads_of_two() -> None:
+    def lanes(classes: int, soft: bool = False, grad: bool = True) -> int:
+        shape = (4096, classes, classes, 2, True, soft, True, False, grad)
+        plan = plan_rows(*shape, H200, kernels=PLAIN)
+        assert plan["path"] == "looped"
+        return int(plan["lanes"])
+
+    most = ((H200[1] // 2 - 4096) // 16) * 8  # of which two blocks keep their rows
+    assert [lanes(n) for n in (4096, 4104, most, most + 8)] == [32, 512, 512, 1024]
+    assert lanes(10**6, soft=True) == 512
+    assert lanes(10**6, grad=False) == 32
+
+
 def keeps_enough(plan: dict[str, Any], element_bytes: int) -> bool:
     """Whether its rings keep a row for the gradient, or two thirds of a 16-bit one."""
     few = 1.5 if element_bytes == 2 else 1
@@ -393,17 +431,16 @@ def test_ring_plans_cover_every_row_and_column(
     device: tuple[int, int, int], element_bytes: int, plans: Any
 ) -> None:
     multiprocessors, shared, _ = device
-    served = 0
     for shape in every_shape(element_bytes):
         rows, classes, *_, soft, _, rare, grad = shape
         plan = plan_rows(*shape, device, kernels=RING)
-        if plan["path"] != "ring":
+        serves = not soft and classes * element_bytes >= 4096
+        serves = serves and multiprocessors <= rows <= 2**30
+        serves = serves and shared >= plans.block_ring_bytes(16, 2)
+        assert (plan["path"] == "ring") == serves, shape
+        if not serves:
             assert plan == plan_rows(*shape, device), shape
             continue
-        served += 1
-        assert not soft, shape
-        assert classes * element_bytes >= 4096, shape
-        assert multiprocessors <= rows <= 2**30, shape
         warps, rest = divmod(plan["threads"], 32)
         assert rest == 0, shape
         assert warps in (1, 2, 4, 8, 16), shape
@@ -424,8 +461,8 @@ def test_ring_plans_cover_every_row_and_column(
         # Fewer warps than a whole block only where they are enough and the row stays on chip.
         if warps < 16:
             assert blocks * warps >= 16, shape
+            assert rows >= blocks * multiprocessors, shape
             assert not grad or rounds <= slots, shape
-    assert (served > 0) == (shared >= plans.block_ring_bytes(16, 2))
 
 
 def vectors_of(shape: tuple[Any, ...]) -> int:
@@ -467,12 +504,14 @@ def test_an_h200_keeps_the_rows_of_large_vocabularies_on_chip(
 
 
 def test_few_rows_spread_over_wider_clusters() -> None:
-    def cluster(rows: int) -> int:
-        shape = (rows, 262144, 262144, 2, True, False, False, False, False)
+    def cluster(rows: int, classes: int = 262144) -> int:
+        shape = (rows, classes, classes, 2, True, False, False, False, False)
         plan = plan_rows(*shape, H200, kernels=CLUSTER)
         return int(plan["cluster"]) if plan["path"] == "cluster" else 0
 
     assert [cluster(rows) for rows in (1, 16, 17, 33, 66, 132)] == [0, 0, 8, 4, 2, 1]
+    # As long as each has 32 KiB.
+    assert [cluster(17, 8 * vectors) for vectors in (4095, 4096, 8191, 8192)] == [1, 2, 2, 4]
 
 
 @pytest.mark.parametrize("kernels", [CLUSTER, RING])
@@ -551,6 +590,21 @@ def test_what_is_not_one_array_of_vectors_is_made_by_rows() -> None:
     assert smoothed["flat_vectors"] == 4
     assert smoothed["shared_bytes"] == plan_backward(65536, 1000, 2)["shared_bytes"] // 16 * 20
     assert plan_backward(65536, 7, 2, smoothed=True)["flat_vectors"] == 0
+    assert plan_backward(65536, 8, 2, smoothed=True)["flat_vectors"] == 1
+    longest = 2**31 - 64 - 8192  # from which no column of a tile overflows
+    assert [plan_backward(1, longest + n, 2)["flat_vectors"] for n in (0, 1)] == [4, 0]
+    # Four tiles a multiprocessor are many.
+    assert [plan_backward(rows, 8192, 2)["flat_vectors"] for rows in (527, 528)] == [1, 4]
+
+
+def test_gradients_by_rows_have_eight_parts_a_multiprocessor() -> None:
+    def plan(rows: int, classes: int) -> dict[str, Any]:
+        return plan_backward(rows, classes, 2, aligned=False)
+
+    assert [plan(128, n)["lanes"] for n in (121, 122, 4089, 4090)] == [4, 32, 32, 256]
+    rows = (1, 132, 1055, 1056)
+    assert [plan(n, 10**6)["parts"] for n in rows] == [123, 8, 2, 1]
+    assert [plan(n, 4089)["parts"] for n in rows] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("tile", [1024, 2048, 4096, 8192])
@@ -619,6 +673,8 @@ def test_selection_plan(n: int, k: int, groups: int, sample_bits: int, plans: An
         assert 0 <= plan["rank_above"] < plan["rank_below"] <= sample + 1
         # The bracket holds the rank that k has in the sample, and is narrow enough for the buffer.
         assert plan["rank_above"] <= k / n * sample <= plan["rank_below"]
+        assert k > 1 or plan["rank_above"] == 0
+        assert k < n - 1 or plan["rank_below"] == sample + 1
         width = (plan["rank_below"] - plan["rank_above"]) / sample * n
         assert width < 0.9 * plan["candidates"]
 
