@@ -491,6 +491,7 @@ def test_no_gradient_of_the_loss_is_none_of_the_logits() -> None:
     logits, classifier = leaf(R, C), leaf(C, C)
     for stats in (
         cross_entropy(logits, class_ids()),
+        cross_entropy(logits, class_ids(), offsets=torch.tensor([0, 2, R])),
         linear_cross_entropy(logits, classifier, class_ids()),
     ):
         Nothing.apply(stats.loss).sum().backward()  # type: ignore[no-untyped-call]
