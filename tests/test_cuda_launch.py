@@ -456,6 +456,10 @@ def test_ring_plans_cover_every_row_and_column(
         assert plan["shared_bytes"] == plans.block_ring_bytes(warps, slots), shape
         assert blocks * (plan["shared_bytes"] + 1024) <= shared + 1024, shape
         assert blocks * warps <= (16 if rare else 32), shape
+        # One slot more would leave room for fewer blocks.
+        wider = plans.block_ring_bytes(warps, slots + 1)
+        fit = (shared + 1024) // (wider + 1024) if wider <= shared else 0
+        assert slots == 7 or min(blocks, fit) < blocks, shape
         assert plan["grid"] == min(rows, blocks * multiprocessors), shape
         assert plan["step"] == "claims", shape
         # Fewer warps than a whole block only where they are enough and the row stays on chip.
@@ -463,6 +467,26 @@ def test_ring_plans_cover_every_row_and_column(
             assert blocks * warps >= 16, shape
             assert rows >= blocks * multiprocessors, shape
             assert not grad or rounds <= slots, shape
+
+
+def test_rings_have_the_fewest_warps_that_occupy_the_device_and_keep_the_row() -> None:
+    def rings(
+        grad: bool, *, general: bool = False, smoothed: bool = False
+    ) -> list[tuple[int, int]]:
+        """Warps of a block and blocks of a multiprocessor, for rows of three lengths."""
+        found = []
+        for classes in (4096, 32000, 128256):
+            shape = (8192, classes, classes, 2, True, False, general, smoothed, grad)
+            plan = plan_rows(*shape, H200, kernels=RING)
+            assert plan["path"] == "ring"
+            found.append((plan["threads"] // 32, plan["blocks_per_multiprocessor"]))
+        return found
+
+    assert rings(grad=True) == [(1, 25), (8, 3), (16, 1)]
+    assert rings(grad=False) == [(1, 25), (8, 3), (8, 2)]
+    # The kernels of the rare options have registers for half as many.
+    assert rings(grad=True, general=True) == [(1, 16), (8, 2), (16, 1)]
+    assert rings(grad=True, smoothed=True) == [(1, 16), (8, 2), (16, 1)]
 
 
 def vectors_of(shape: tuple[Any, ...]) -> int:
@@ -501,6 +525,17 @@ def test_an_h200_keeps_the_rows_of_large_vocabularies_on_chip(
     assert plan["path"] == "cluster"
     assert plan["cluster"] == blocks
     assert plan["rounds"] <= plan["slots"]
+
+
+def test_clusters_fit_into_small_devices() -> None:
+    def plan(*device: int) -> dict[str, Any]:
+        shape = (4096, 262144, 262144, 4, True, False, False, False, True)
+        return plan_rows(*shape, device, kernels=CLUSTER)
+
+    few = plan(4, H200[1], 8)  # multiprocessors than a cluster has blocks
+    assert (few["cluster"], few["grid"]) == (8, 8)
+    least = 2 * 2**15 + require().plans.RING_TAIL
+    assert [plan(132, shared, 8)["path"] for shared in (least - 1, least)] == ["looped", "cluster"]
 
 
 def test_few_rows_spread_over_wider_clusters() -> None:
@@ -663,7 +698,8 @@ def test_selection_plan(n: int, k: int, groups: int, sample_bits: int, plans: An
         end = offset + size
     assert end <= plan["workspace_bytes"]
     histogram, control, states = plan["regions"][:3]
-    assert histogram[0] == 0
+    # 256 bins a group; else 2048 a digit of the key, or an end of the bracket and the rest.
+    assert histogram == (0, 8 * (256 * groups if groups else 3 * 2048))
     assert control[0] + control[1] <= plan["cleared_bytes"] <= states[0]
     if sample_bits:
         sample = 2**sample_bits
@@ -677,6 +713,18 @@ def test_selection_plan(n: int, k: int, groups: int, sample_bits: int, plans: An
         assert k < n - 1 or plan["rank_below"] == sample + 1
         width = (plan["rank_below"] - plan["rank_above"]) / sample * n
         assert width < 0.9 * plan["candidates"]
+
+
+@pytest.mark.parametrize("k", [1, 16, 160, 235, 319, 10**5, 2**25, 2**26 - 160, 2**26 - 1])
+def test_a_bracket_misses_the_kth_score_once_in_20_000_times_at_most(k: int, plans: Any) -> None:
+    n, sample = 2**26, 2**SAMPLE_BITS
+    plan = plans.plan_selection(n, k, 0, SAMPLE_BITS)
+    # How many of the k highest are in the sample is binomial.
+    hits = torch.arange(sample + 1, dtype=torch.float64)
+    orders = math.lgamma(sample + 1) - torch.lgamma(hits + 1) - torch.lgamma(sample - hits + 1)
+    chances = (orders + hits * math.log(k / n) + (sample - hits) * math.log1p(-k / n)).exp()
+    chances[plan["rank_above"] : plan["rank_below"]] = 0
+    assert chances.sum() < 1 / 20_000
 
 
 def highest(scores: np.ndarray, k: int) -> list[int]:
