@@ -8,6 +8,7 @@ overflow the candidates and miss the bracket.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -402,15 +403,18 @@ READ_AGAIN = [*MARKED, "histogram", "expand_marked"]
 
 
 @pytest.mark.parametrize(
-    ("distribution", "share", "kernels"),
+    ("distribution", "k", "share", "kernels"),
     [
-        ("normal", 32, SOLVED),
-        ("normal", 10**6, READ_AGAIN),  # the candidates overflow
-        ("constant", 32, [*MARKED, "expand_marked"]),  # too many, but all alike
+        ("normal", 1, 32, SOLVED),  # in no sample: the bracket ends above all scores
+        ("normal", 100, 32, SOLVED),
+        ("normal", 40_020, 32, SOLVED),  # nor are the last two: here it ends below all
+        ("normal", 100, 10**6, READ_AGAIN),  # the candidates overflow
+        ("constant", 100, 32, [*MARKED, "expand_marked"]),  # too many, but all alike
     ],
 )
 def test_candidates_are_solved_or_read_again(
     distribution: str,
+    k: int,
     share: int,
     kernels: list[str],
     sampled: None,
@@ -419,12 +423,27 @@ def test_candidates_are_solved_or_read_again(
     monkeypatch.setattr(plan, "CANDIDATE_SHARE", share)
     # Samples enough for a bracket of less than one score in 32.
     monkeypatch.setattr(plan, "SAMPLES", 16_384)
-    scores = test_selection.make(distribution, 40_001)
+    scores = test_selection.make(distribution, 40_021)
     got = []
-    assert (
-        launched(lambda: got.append(TRITON.topk_indices(torch.from_numpy(scores), 100))) == kernels
-    )
-    np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 100))
+    assert launched(lambda: got.append(TRITON.topk_indices(torch.from_numpy(scores), k))) == kernels
+    np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, k))
+
+
+def test_candidates_are_solved_in_any_order(sampled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device the programs of `mark_scores` collect them in the order in which they end."""
+
+    def turned(*arguments: object, **options: object) -> tuple[object, ...]:
+        marks, *counts = mark(*arguments, **options)  # type: ignore[arg-type]
+        return marks._replace(keys=marks.keys.flip(0), indices=marks.indices.flip(0)), *counts
+
+    mark = _triton_selection._mark
+    monkeypatch.setattr(_triton_selection, "_mark", turned)
+    monkeypatch.setattr(plan, "CANDIDATE_SHARE", 1)
+    scores = test_selection.make("few values", 9001)
+    above, ties = int((scores > 1).sum()), int((scores == 1).sum())
+    for k in (above + 1, above + ties // 2, above + ties):
+        got = TRITON.topk_indices(torch.from_numpy(scores), k).numpy()
+        np.testing.assert_array_equal(got, test_selection.oracle(scores, k), err_msg=f"{k=}")
 
 
 def test_the_sample_reaches_the_last_scores(sampled: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +469,41 @@ def test_a_sample_that_missed_costs_another_read(
     np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, 4000))
 
 
+def test_a_bracket_just_below_the_kth_score_has_missed_it(
+    sampled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bracket, "sample_ranks", lambda *_: (1000, 1024))
+    scores = test_selection.make("two values", 9001)
+    k = int(scores.sum())
+    got = []
+    kernels = launched(lambda: got.append(TRITON.topk_indices(torch.from_numpy(scores), k)))
+    assert kernels == READ_AGAIN
+    np.testing.assert_array_equal(got[0].numpy(), test_selection.oracle(scores, k))
+
+
+@pytest.mark.parametrize(("distribution", "reads"), [("normal", 1), ("few values", 2)])
+def test_scores_are_marked_again_only_for_ties_beyond_the_kth(
+    distribution: str, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = mock.Mock(wraps=_triton_selection._mark)
+    monkeypatch.setattr(_triton_selection, "_mark", mark)
+    TRITON.topk_indices(torch.from_numpy(test_selection.make(distribution, 300)), 100)
+    assert mark.call_count == reads
+
+
+def test_all_scores_and_none_are_selected_without_a_launch() -> None:
+    scores, groups = torch.arange(6.0), torch.tensor([1, 0, 1, 2, 1, 0])
+    for quotas in ([0, 0, 0], [2, 3, 1]):
+        group_k, every = torch.tensor(quotas), torch.arange(sum(quotas))
+        for select in (
+            lambda k=group_k: TRITON.topk_indices(scores, int(k.sum())),
+            lambda k=group_k: TRITON.grouped_topk_indices(scores, groups, k),
+        ):
+            got: list[torch.Tensor] = []
+            assert launched(lambda got=got, select=select: got.append(select())) == []
+            assert torch.equal(got[0], every)
+
+
 def test_a_selection_that_would_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton_selection, "is_capturing", lambda _: True)
     with pytest.raises(RuntimeError, match="a CUDA graph cannot capture a selection by the triton"):
@@ -469,7 +523,7 @@ def test_many_groups_of_few_scores_are_sorted(
 ) -> None:
     monkeypatch.setattr(plan, "MAX_GROUPS", 4)
     rng = np.random.default_rng(0)
-    scores, groups = test_selection.make("few values", 300), rng.integers(0, num_groups, 300)
+    scores, groups = test_selection.make("few values", 200), rng.integers(0, num_groups, 200)
     quotas = test_selection.quotas_of(groups, num_groups, rng)
     got = []
     assert (
