@@ -262,6 +262,14 @@ def test_a_gradient_is_scaled_by_both_factors(backend, dtype, elements, factor):
     assert_scaled(load(backend), dtype, elements, factor)
 
 
+def test_a_gradient_that_is_not_contiguous_is_scaled_alone(backend):
+    whole = torch.ones(9, 8)
+    grad, beside = whole[:, :5], whole[:, 5:]
+    load(backend).scale_(grad, torch.tensor(-2.0), torch.tensor(1.5))
+    assert (grad == -3).all()
+    assert (beside == 1).all()
+
+
 def assert_left_alone(by: Backend) -> None:
     """A signalling NaN stays one: any arithmetic would have made it a quiet one."""
     for grad_mean, factor in ((1.0, None), (1.0, 1.0), (0.25, 4.0)):
