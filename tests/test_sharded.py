@@ -623,4 +623,6 @@ def test_the_first_digit_is_as_wide_as_the_bytes_allow() -> None:
         sent = 8 * groups * sum(1 << width for width in widths)
         assert sent <= sharded_candidates._HISTOGRAM_BYTES
     assert sharded_candidates._digit_widths(1) == [16, 8, 8]
+    assert sharded_candidates._digit_widths(975) == [3] * 10 + [2]
+    assert sharded_candidates._digit_widths(976) == [2] * 16
     assert sharded_candidates._digit_widths(10**6) == [2] * 16
