@@ -12,7 +12,7 @@ unless `Progress.set_epoch` names another epoch:
     exhausted    at the next epoch
 
 The rows of the pruner's losses and updates tell what has been trained on, see
-`Progress.record_trained`. Updates of the store alone move no position, but end a state of unscored.
+`Progress.record_trained`. Updates of the store alone count as scored, but move no position.
 """
 
 from __future__ import annotations
