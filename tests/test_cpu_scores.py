@@ -374,7 +374,7 @@ def test_the_environment_chooses_the_instruction_set(name: str) -> None:
 
 
 @pytest.mark.parametrize("classes", [100, 250, 400])
-def test_sums_keep_their_digits_however_many_classes_there_are(classes: int) -> None:
+def test_sums_keep_their_digits_however_many_classes_there_are(classes: int, isa: str) -> None:
     """About what the exponential and the division alone cost; a term after the other costs more."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(2048, classes, generator=generator)
@@ -384,7 +384,8 @@ def test_sums_keep_their_digits_however_many_classes_there_are(classes: int) -> 
     exact = load("reference").cross_entropy(logits.double(), target, None, LossOptions())
     error = (got / exact.fields[at].double() - 1).abs()
     assert error.mean() < 1e-7
-    assert error.max() < 6e-7
+    # Of four lanes each sums more terms than of eight.
+    assert error.max() < (7e-7 if isa == "baseline" else 6e-7)
 
 
 def test_more_classes_than_the_kernels_count_are_refused() -> None:
