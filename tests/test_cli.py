@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import emp_fast
 from emp_fast import Policy, backends
-from emp_fast.backends.native import NativeModule
+from emp_fast.backends.native import NativeModule, load_native
 from emp_fast.cli import app, bench, doctor
 from emp_fast.cli import demo as demo_command
 from emp_fast.demo import comparison
@@ -210,6 +210,16 @@ def test_doctor_believes_its_eyes_where_no_build_was_recorded(tmp_path, monkeypa
     monkeypatch.setattr(module.resources, "files", lambda package: tmp_path)
     monkeypatch.setattr(module, "load_native", lambda: NativeModule(object() if loads else None))
     assert module._build_info()["native"] is loads
+
+
+def test_doctor_shows_how_the_cpu_kernels_run():
+    machine = json.loads(run("doctor", "--json").stdout)["machine"]
+    native = load_native()
+    if native.module is None:
+        assert machine["instruction_set"] is machine["openmp"] is None
+    else:
+        assert machine["instruction_set"] in native.module.supported_isas()
+        assert machine["openmp"] is native.module.OPENMP
 
 
 def test_doctor_shows_which_row_kernels_are_chosen(monkeypatch):

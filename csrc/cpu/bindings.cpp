@@ -91,6 +91,11 @@ void bind(py::module_& m) {
       "Instruction sets that this processor runs, the best last.");
   m.def("isa", [] { return isa_name(active_isa()); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Uses another supported instruction set.");
+#ifdef _OPENMP
+  m.attr("OPENMP") = true;
+#else
+  m.attr("OPENMP") = false;  // every kernel runs on the calling thread
+#endif
   bind_scores(m);
   bind_selection(m);
   m.def("update_state", &update);

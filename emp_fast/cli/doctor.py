@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
         "machine": {
             "system": platform.platform(),
             **machine.processor(),
-            "instruction_set": _instruction_set(),
+            **_cpu_kernels(),
             "cuda_devices": [
                 {"device": str(device), **machine.gpu(device)} for device in devices[1:]
             ],
@@ -154,11 +154,12 @@ def _verified() -> dict[str, dict[str, list[str]]]:
     return {"kernels_have_run_on": gpus, "kernels_not_run_yet": missing}
 
 
-def _instruction_set() -> str | None:
-    """The instruction set that the native CPU kernels use here; None if they cannot be used."""
+def _cpu_kernels() -> dict[str, Any]:
+    """How the native CPU kernels run here; None if they do not. Without OpenMP, on one thread."""
     native = load_native()
-    unusable = native.module is None or native.cpu_reason is not None
-    return None if unusable else str(native.module.isa())
+    if native.module is None or native.cpu_reason is not None:
+        return {"instruction_set": None, "openmp": None}
+    return {"instruction_set": native.module.isa(), "openmp": native.module.OPENMP}
 
 
 # ---- tables -------------------------------------------------------------------------------------
