@@ -80,7 +80,7 @@ bool score_rows(const Rows& logits, const ScoreOutputs& out, int64_t begin, int6
       const bool ignored = id == problem.ignore_index;
       wrong |= !is_class & !ignored;
       target.valid[i] = !ignored;
-      target.id[i] = is_class & !ignored ? static_cast<int32_t>(id) : 0;
+      target.id[i] = (is_class & !ignored) ? static_cast<int32_t>(id) : 0;
     });
     valid &= wrong == 0;
 

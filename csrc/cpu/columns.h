@@ -15,20 +15,16 @@ template <int... kLane>
 EMP_FAST_INLINE void transpose_quads(NativeFloats* q, std::integer_sequence<int, kLane...>) {
   // Transposes the 4 x 4 elements of the four vectors within each group of four lanes.
   const auto low = [](NativeFloats a, NativeFloats b) {
-    return __builtin_shufflevector(a, b,
-                                   (kLane / 4 * 4 + kLane % 4 / 2 + (kLane % 2 ? kLanes : 0))...);
+    return pick_lanes<(kLane / 4 * 4 + kLane % 4 / 2 + (kLane % 2 ? kLanes : 0))...>(a, b);
   };
   const auto high = [](NativeFloats a, NativeFloats b) {
-    return __builtin_shufflevector(
-        a, b, (kLane / 4 * 4 + 2 + kLane % 4 / 2 + (kLane % 2 ? kLanes : 0))...);
+    return pick_lanes<(kLane / 4 * 4 + 2 + kLane % 4 / 2 + (kLane % 2 ? kLanes : 0))...>(a, b);
   };
   const auto first = [](NativeFloats a, NativeFloats b) {
-    return __builtin_shufflevector(a, b,
-                                   (kLane / 4 * 4 + kLane % 2 + (kLane % 4 / 2 ? kLanes : 0))...);
+    return pick_lanes<(kLane / 4 * 4 + kLane % 2 + (kLane % 4 / 2 ? kLanes : 0))...>(a, b);
   };
   const auto second = [](NativeFloats a, NativeFloats b) {
-    return __builtin_shufflevector(
-        a, b, (kLane / 4 * 4 + 2 + kLane % 2 + (kLane % 4 / 2 ? kLanes : 0))...);
+    return pick_lanes<(kLane / 4 * 4 + 2 + kLane % 2 + (kLane % 4 / 2 ? kLanes : 0))...>(a, b);
   };
   const NativeFloats low01 = low(q[0], q[1]), high01 = high(q[0], q[1]);
   const NativeFloats low23 = low(q[2], q[3]), high23 = high(q[2], q[3]);

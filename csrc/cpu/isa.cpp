@@ -3,15 +3,27 @@
 #include <atomic>
 #include <stdexcept>
 
+#ifdef EMP_FAST_X86
+#include <cpuid.h>
+#endif
+
 namespace emp_fast::cpu {
 namespace {
+
+#ifdef EMP_FAST_X86
+// Clang before 19 does not know this feature by its name.
+bool supports_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 std::vector<Isa> detect() {
   std::vector<Isa> isas{Isa::kBaseline};
 #ifdef EMP_FAST_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+                    __builtin_cpu_supports("bmi2") && supports_f16c();
   if (avx2) isas.push_back(Isa::kAvx2);
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {

@@ -254,14 +254,22 @@ EMP_FAST_INLINE Tanh tanh_with_slope(Floats z) {
 
 // ---- across lanes ----
 
+// Picks lanes, one for each of the result; those of `b` are numbered after those of `a`.
+template <int... kFrom>
+EMP_FAST_INLINE NativeFloats pick_lanes(NativeFloats a, NativeFloats b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kFrom...);
+#else  // GCC knows the above from version 12 on
+  return __builtin_shuffle(a, b, NativeInts{kFrom...});
+#endif
+}
+
 template <int kBlock, bool kHigh, int... kLane>
 EMP_FAST_INLINE NativeFloats pair_blocks(NativeFloats a, NativeFloats b,
                                          std::integer_sequence<int, kLane...>) {
   // From every 2 * kBlock lanes: the low (high) half of `a`, then that of `b`.
-  return __builtin_shufflevector(
-      a, b,
-      (kLane / (2 * kBlock) * 2 * kBlock + kLane % kBlock + (kHigh ? kBlock : 0) +
-       (kLane % (2 * kBlock) < kBlock ? 0 : kLanes))...);
+  return pick_lanes<(kLane / (2 * kBlock) * 2 * kBlock + kLane % kBlock + (kHigh ? kBlock : 0) +
+                     (kLane % (2 * kBlock) < kBlock ? 0 : kLanes))...>(a, b);
 }
 
 // Reduces each of kLanes vectors to one number: lane i of the result is that of rows[i].
