@@ -219,26 +219,21 @@ def choose_scores(
     """
     longest = TILE_CLASSES_GRAD if grad and not loss.dense else TILE_CLASSES
     if logits.num_classes > longest:
-        return _walk(logits, multiprocessors, loss, grad)
+        return plan_loop(logits, multiprocessors, loss, grad)
     if not (any(loss) or update) and (
         kernels == "stepped" or (kernels == "auto" and rows_are_ahead(logits.itemsize, grad))
     ):
-        rows = plan_rows(*logits, multiprocessors, grad)
+        rows = plan_rows(logits, multiprocessors, grad)
         if rows is not None:
             return rows
-    return plan_tile(*logits, loss.crowded)
+    return plan_tile(logits, loss.crowded)
 
 
 def choose_gradient(logits: Logits, multiprocessors: int, loss: Loss) -> TilePlan | LoopPlan:
     """Which kernel makes the gradient by itself: `gradient_tile` or `gradient_loop`."""
     if logits.num_classes > TILE_CLASSES:
-        return _walk(logits, multiprocessors, loss, grad=True)
-    return plan_tile(*logits, loss.crowded)
-
-
-def _walk(logits: Logits, multiprocessors: int, loss: Loss, grad: bool) -> LoopPlan:
-    may_split = not loss.soft  # the class of a target's maximum is found in the whole row
-    return plan_loop(*logits, multiprocessors, may_split, loss.dense, loss.softcap, grad)
+        return plan_loop(logits, multiprocessors, loss, grad=True)
+    return plan_tile(logits, loss.crowded)
 
 
 def alignment(num_classes: int, row_stride: int, address: int, itemsize: int) -> int:
@@ -250,14 +245,12 @@ def alignment(num_classes: int, row_stride: int, address: int, itemsize: int) ->
 
 
 @functools.lru_cache(maxsize=1024)  # a training run has few shapes
-def plan_tile(
-    num_rows: int, num_classes: int, row_stride: int, address: int, itemsize: int, crowded: bool
-) -> TilePlan:
+def plan_tile(logits: Logits, crowded: bool) -> TilePlan:
     """A tile of whole rows, each shared by the fewest threads that read it well.
 
-    Only ``address`` modulo `VECTOR_BYTES` matters. ``crowded`` says whether an element takes more
-    registers than those of its value and its exponential.
+    ``crowded`` is that of `Loss`.
     """
+    num_rows, num_classes, row_stride, address, itemsize = logits
     elements = THREAD_ELEMENTS_CROWDED if crowded else THREAD_ELEMENTS
     block = max(SHORT_CLASSES, next_power_of_two(num_classes))
     align = alignment(num_classes, row_stride, address, itemsize)
@@ -277,20 +270,12 @@ def plan_tile(
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_rows(
-    num_rows: int,
-    num_classes: int,
-    row_stride: int,
-    address: int,
-    itemsize: int,
-    multiprocessors: int,
-    grad: bool,
-) -> RowsPlan | None:
+def plan_rows(logits: Logits, multiprocessors: int, grad: bool) -> RowsPlan | None:
     """Tile after tile of whole rows, or None where `plan_tile` does better.
 
-    Only ``address`` modulo `VECTOR_BYTES` matters. The tiles are shared evenly by as many programs
-    as run at a time, or by several times as many.
+    The tiles are shared evenly by as many programs as run at a time, or by several times as many.
     """
+    num_rows, num_classes, row_stride, address, itemsize = logits
     block = next_power_of_two(num_classes)
     if block < KEPT_BLOCK:
         return None
@@ -342,30 +327,15 @@ def rows_are_ahead(itemsize: int, grad: bool) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_loop(
-    num_rows: int,
-    num_classes: int,
-    row_stride: int,
-    address: int,
-    itemsize: int,
-    multiprocessors: int,
-    may_split: bool,
-    dense: bool,
-    capped: bool,
-    grad: bool,
-) -> LoopPlan:
-    """A walk over each row; few rows are split so that all multiprocessors have work.
-
-    Only ``address`` modulo `VECTOR_BYTES` matters. ``may_split`` says whether the caller can merge
-    parts of a row, ``dense`` whether every class has a term in the loss, ``capped`` whether there
-    is a softcap, ``grad`` whether the gradient is wanted.
-    """
+def plan_loop(logits: Logits, multiprocessors: int, loss: Loss, grad: bool) -> LoopPlan:
+    """A walk over each row; few rows are split so that all multiprocessors have work."""
+    num_rows, num_classes, row_stride, address, itemsize = logits
     if num_classes > MAX_CLASSES:
         raise ValueError(f"logits must have at most {MAX_CLASSES} classes, got {num_classes}")
     vector = VECTOR_BYTES // itemsize
     shift = address % VECTOR_BYTES // itemsize
     align = alignment(num_classes, row_stride, address, itemsize)
-    crowded = dense or (capped and grad and itemsize == 2)
+    crowded = loss.dense or (loss.softcap and grad and itemsize == 2)
     plan = LoopPlan(
         align=align,
         shift=shift,
@@ -377,11 +347,12 @@ def plan_loop(
         parts=1,
         part_tiles=0,
     )
-    if not grad and not dense and num_rows >= OCCUPIED_WARPS * multiprocessors:
+    if not grad and not loss.dense and num_rows >= OCCUPIED_WARPS * multiprocessors:
         plan = plan._replace(warps=1)
     length = num_classes + vector - 1  # the longest row with its masked head
     parts = 1
-    if may_split and num_rows < multiprocessors:
+    # The class of a soft target's maximum is found in the whole row.
+    if not loss.soft and num_rows < multiprocessors:
         parts = min(
             ceil_div(2 * multiprocessors, max(1, num_rows)),
             ceil_div(length, plan.span),

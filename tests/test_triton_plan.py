@@ -16,6 +16,7 @@ LONG = [4097, 5000, 8191, 16383, 16384, 16385, 32000, 50257, 128256, 151936, 262
 PADDING = [0, 1, 2, 3, 8]
 MULTIPROCESSORS = [1, 4, 108, 132, 160]
 BASE = 0x7F0000000000
+PLAIN = plan.Loss(soft=False, smooth=False, softcap=False, weighted=False)
 
 
 def addresses(itemsize: int) -> range:
@@ -40,7 +41,7 @@ def test_tiles_hold_every_row_and_class(itemsize: int) -> None:
     for rows, classes, address, crowded in itertools.product(
         ROWS, [*CLASSES, 5000, plan.TILE_CLASSES_GRAD], addresses(itemsize), (False, True)
     ):
-        tile = plan.plan_tile(rows, classes, classes, address, itemsize, crowded)
+        tile = plan.plan_tile(plan.Logits(rows, classes, classes, address, itemsize), crowded)
         shape = (rows, classes, address, crowded, tile)
         assert classes <= tile.block, shape
         assert tile.block < 2 * max(classes, 9), shape
@@ -64,8 +65,8 @@ def test_steps_hold_every_row_once_and_fill_the_device(itemsize: int, grad: bool
     for rows, classes, address, multiprocessors in itertools.product(
         ROWS, [*CLASSES, most], addresses(itemsize), MULTIPROCESSORS
     ):
-        given = (rows, classes, classes, address, itemsize, multiprocessors, grad)
-        taken = plan.plan_rows(*given)
+        logits = plan.Logits(rows, classes, classes, address, itemsize)
+        taken = plan.plan_rows(logits, multiprocessors, grad)
         shape = (rows, classes, address, multiprocessors, taken)
         if taken is None:
             continue
@@ -104,7 +105,7 @@ def test_steps_hold_every_row_once_and_fill_the_device(itemsize: int, grad: bool
 
 def test_few_rows_and_short_ones_are_not_taken_in_steps() -> None:
     def taken(rows: int, classes: int, grad: bool = False) -> bool:
-        return plan.plan_rows(rows, classes, classes, BASE, 2, 132, grad) is not None
+        return plan.plan_rows(plan.Logits(rows, classes, classes, BASE, 2), 132, grad) is not None
 
     assert taken(65536, 1000)
     assert taken(8192, 8192, grad=True)
@@ -114,15 +115,16 @@ def test_few_rows_and_short_ones_are_not_taken_in_steps() -> None:
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("may_split", [False, True])
-def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) -> None:
+@pytest.mark.parametrize("option", [None, "smooth", "soft"])
+def test_walks_cover_every_class_of_every_row(itemsize: int, option: str | None) -> None:
     vector = plan.VECTOR_BYTES // itemsize
-    for rows, classes, padding, address, multiprocessors, dense, grad in itertools.product(
-        ROWS, LONG, PADDING, addresses(itemsize), MULTIPROCESSORS, (False, True), (False, True)
+    loss = PLAIN if option is None else PLAIN._replace(**{option: True})
+    for rows, classes, padding, address, multiprocessors, grad in itertools.product(
+        ROWS, LONG, PADDING, addresses(itemsize), MULTIPROCESSORS, (False, True)
     ):
         stride = classes + padding
-        given = (rows, classes, stride, address, itemsize, multiprocessors)
-        loop = plan.plan_loop(*given, may_split, dense, False, grad)
+        logits = plan.Logits(rows, classes, stride, address, itemsize)
+        loop = plan.plan_loop(logits, multiprocessors, loss, grad)
         shape = (rows, classes, padding, address, multiprocessors, loop)
         heads = {(address // itemsize + row * stride) % vector for row in range(min(rows, vector))}
         assert loop.shift == address // itemsize % vector, shape
@@ -134,12 +136,12 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
         assert longest <= loop.parts * part < 2**31, shape
         assert 1 <= loop.parts <= plan.MAX_PARTS, shape
         assert loop.parts <= plan.merge_lanes(loop.parts), shape
-        if not may_split or rows >= multiprocessors:
+        if loss.soft or rows >= multiprocessors:
             assert loop.parts == 1, shape
         if loop.warps == 1:
             assert rows >= 28 * multiprocessors, shape
             assert not grad, shape
-            assert not dense, shape
+            assert not loss.dense, shape
         if loop.shifted_alike:
             gradient_heads = [row * classes % vector for row in range(vector)]
             assert gradient_heads == [row * stride % vector for row in range(vector)], shape
@@ -148,22 +150,20 @@ def test_walks_cover_every_class_of_every_row(itemsize: int, may_split: bool) ->
 
 def test_rows_that_start_on_the_grid_are_not_shifted() -> None:
     for padding, address, shifted in ((0, BASE, False), (8, BASE, False), (1, BASE, True)):
-        given = (4, 8000, 8000 + padding, address, 2, 132)
-        assert plan.plan_loop(*given, True, False, False, False).shifted == shifted
+        logits = plan.Logits(4, 8000, 8000 + padding, address, 2)
+        assert plan.plan_loop(logits, 132, PLAIN, grad=False).shifted == shifted
 
 
 def test_no_device_is_so_wide_that_the_parts_of_a_row_cannot_be_merged() -> None:
-    loop = plan.plan_loop(1, 10**8, 10**8, BASE, 2, 1000, True, False, False, False)
+    loop = plan.plan_loop(plan.Logits(1, 10**8, 10**8, BASE, 2), 1000, PLAIN, grad=False)
     assert 264 < loop.parts <= plan.MAX_PARTS
 
 
 def test_more_classes_than_offsets_can_count_are_refused() -> None:
-    plan.plan_loop(1, plan.MAX_CLASSES, plan.MAX_CLASSES, BASE, 2, 132, True, False, False, False)
+    most, beyond = (plan.Logits(1, n, n, BASE, 2) for n in (plan.MAX_CLASSES, 2**31 - 1))
+    plan.plan_loop(most, 132, PLAIN, grad=False)
     with pytest.raises(ValueError, match=f"at most {plan.MAX_CLASSES} classes, got 2147483647"):
-        plan.plan_loop(1, 2**31 - 1, 2**31 - 1, BASE, 2, 132, True, False, False, False)
-
-
-PLAIN = plan.Loss(soft=False, smooth=False, softcap=False, weighted=False)
+        plan.plan_loop(beyond, 132, PLAIN, grad=False)
 
 
 def chosen(
@@ -238,7 +238,7 @@ def test_a_loss_whose_elements_take_registers_leaves_a_thread_fewer() -> None:
     long = plan.Logits(512, 10**5, 10**5, BASE, 2)
     for option in PLAIN._fields:
         loss, crowded = PLAIN._replace(**{option: True}), option != "weighted"
-        tile = plan.plan_tile(*logits, crowded)
+        tile = plan.plan_tile(logits, crowded)
         assert chosen(512, 1000, loss) == plan.choose_gradient(logits, 132, loss) == tile
         walk = plan.choose_gradient(long, 132, loss)
         assert walk == chosen(512, 10**5, loss, grad=True), option
