@@ -45,8 +45,8 @@ __all__ = [
     "Rule",
 ]
 
-#: The stats that `Mean` can average, and the sign with which they grow with a sample's difficulty.
-_MEAN_SIGNS = {"loss": 1.0, "entropy": 1.0, "el2n": 1.0, "margin": -1.0, "confidence": -1.0}
+#: The stats that rules can average, and the sign with which they grow with a sample's difficulty.
+_SIGNS = {"loss": 1.0, "entropy": 1.0, "el2n": 1.0, "margin": -1.0, "confidence": -1.0}
 
 
 class Rule(Identified):
@@ -140,65 +140,51 @@ class EMP(Rule):
 
 
 @dataclass(frozen=True)
-class Loss(Rule):
-    """The loss or, with ``decay``, its exponential moving average."""
+class _Latest(Rule):
+    """The one stat in ``reads`` as of the last visit or, with ``decay``, its moving average."""
 
     decay: float = 0.0
-    reads: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __post_init__(self) -> None:
         self._require_decay()
 
     def recurrence(self) -> Recurrence:
-        return Recurrence("ema", "loss", decay=self.decay)
+        stat = self.reads[0]
+        return Recurrence("ema", stat, decay=self.decay, memory_scale=_SIGNS[stat])
 
 
 @dataclass(frozen=True)
-class Entropy(Rule):
+class Loss(_Latest):
+    """The loss or, with ``decay``, its exponential moving average."""
+
+    reads: ClassVar[tuple[str, ...]] = ("loss",)
+
+
+@dataclass(frozen=True)
+class Entropy(_Latest):
     """The entropy of the softmax output or, with ``decay``, its moving average.
 
     The most uncertain samples come first.
     """
 
-    decay: float = 0.0
     reads: ClassVar[tuple[str, ...]] = ("entropy",)
 
-    def __post_init__(self) -> None:
-        self._require_decay()
-
-    def recurrence(self) -> Recurrence:
-        return Recurrence("ema", "entropy", decay=self.decay)
-
 
 @dataclass(frozen=True)
-class EL2N(Rule):
+class EL2N(_Latest):
     """||p - y||_2 or, with ``decay``, its moving average (Paul et al., arXiv 2107.07075)."""
 
-    decay: float = 0.0
     reads: ClassVar[tuple[str, ...]] = ("el2n",)
-
-    def __post_init__(self) -> None:
-        self._require_decay()
-
-    def recurrence(self) -> Recurrence:
-        return Recurrence("ema", "el2n", decay=self.decay)
 
 
 @dataclass(frozen=True)
-class Margin(Rule):
+class Margin(_Latest):
     """The negative margin or, with ``decay``, the negative of its moving average.
 
     The least separated samples come first.
     """
 
-    decay: float = 0.0
     reads: ClassVar[tuple[str, ...]] = ("margin",)
-
-    def __post_init__(self) -> None:
-        self._require_decay()
-
-    def recurrence(self) -> Recurrence:
-        return Recurrence("ema", "margin", decay=self.decay, memory_scale=-1.0)
 
 
 @dataclass(frozen=True)
@@ -228,15 +214,15 @@ class Mean(Rule):
     stat: str = "loss"
 
     def __post_init__(self) -> None:
-        if self.stat not in tuple(_MEAN_SIGNS):  # unlike a dict, a tuple takes unhashable values
-            raise ValueError(f"stat must be one of {', '.join(_MEAN_SIGNS)}, got {self.stat!r}")
+        if self.stat not in tuple(_SIGNS):  # unlike a dict, a tuple takes unhashable values
+            raise ValueError(f"stat must be one of {', '.join(_SIGNS)}, got {self.stat!r}")
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.stat,)
 
     def recurrence(self) -> Recurrence:
-        return Recurrence("mean", self.stat, memory_scale=_MEAN_SIGNS[self.stat])
+        return Recurrence("mean", self.stat, memory_scale=_SIGNS[self.stat])
 
 
 @dataclass(frozen=True)
