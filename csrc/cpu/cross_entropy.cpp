@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/arena.h"
 #include "cpu/bindings.h"
 #include "cpu/flush_to_zero.h"
 #include "cpu/parallel.h"
@@ -145,32 +146,51 @@ void cross_entropy_backward(const py::args& args) {
 
 enum StepError { kNoError, kWrongTarget, kWrongIndex };
 
-// In floats.
-int64_t mean_step_workspace(int64_t rows) { return (kFields + 3) * rows + (rows + 3) / 4; }
+// What mean_step needs of its rows and the caller does not.
+struct StepWorkspace {
+  StepWorkspace(void* base, int64_t rows) {
+    Arena arena(base);
+    values = arena.take<float>((1 + kFields) * rows);
+    grad_loss = arena.take<float>(rows);
+    count = arena.take<int32_t>(rows);
+    correct = arena.take<bool>(rows);
+    size = arena.size();
+  }
 
-// See emp_fast.backends.base.Backend.mean_step. The scores go to a workspace, because the caller
-// does not need them. Returns a StepError; if there is one, the state is unchanged.
+  float* values;  // [1 + kFields, rows]: the loss, then the fields
+  float* grad_loss;
+  int32_t* count;
+  bool* correct;
+  int64_t size;
+};
+
+// In floats.
+int64_t mean_step_workspace(int64_t rows) {
+  constexpr int64_t kFloat = sizeof(float);
+  return (StepWorkspace(nullptr, rows).size + kFloat - 1) / kFloat;
+}
+
+// See emp_fast.backends.base.Backend.mean_step. Returns a StepError; if there is one, the state is
+// unchanged.
 int mean_step(const py::args& args) {
   Arguments in(args);
   Inputs inputs(in);
   const float* scale = in.pointer<const float>();  // null: every row has weight 1
   const int64_t* indices = in.pointer<const int64_t>();
-  const int signal = in.next<int>();
-  const int direct = in.next<int>();
+  const int signal = in.next<int>();  // a row of StepWorkspace::values
+  const int direct = in.next<int>();  // another, or -1
   const StateArguments given = StateArguments::of(in);
   float* mean = in.pointer<float>();
   void* grad = in.pointer<void>();
-  // Row 0 is the loss, the fields follow: `signal` and `direct` are numbered in this order.
-  float* values = in.pointer<float>();
+  void* workspace = in.pointer<void>();
   const int threads = in.next<int>();
   in.done();
 
   const py::gil_scoped_release released;
   const Problem& problem = inputs.sum_weights();
   const int64_t rows = problem.rows;
-  float* grad_loss = values + (1 + kFields) * rows;
-  int32_t* count = reinterpret_cast<int32_t*>(grad_loss + rows);
-  const ScoreOutputs out{values, values + rows, reinterpret_cast<bool*>(count + rows), count, true};
+  const StepWorkspace work(workspace, rows);
+  const ScoreOutputs out{work.values, work.values + rows, work.correct, work.count, true};
 
   int64_t counted = rows;
   if (problem.target) {
@@ -178,7 +198,7 @@ int mean_step(const py::args& args) {
   }
   const double divisor = static_cast<double>(std::max<int64_t>(counted, 1));
   const float share = static_cast<float>(1 / divisor);
-  for (int64_t r = 0; r < rows; ++r) grad_loss[r] = scale ? share * scale[r] : share;
+  for (int64_t r = 0; r < rows; ++r) work.grad_loss[r] = scale ? share * scale[r] : share;
 
   const ScoreKernels& kernels = score_kernels();
   const int64_t block = rows_per_block(problem.classes, kernels);
@@ -190,17 +210,17 @@ int mean_step(const py::args& args) {
                       const int64_t stop = std::min(begin + block, end);
                       if (!kernels.forward(problem, out, begin, stop)) valid = false;
                       if (!valid) return;
-                      kernels.backward(problem, {grad_loss, out.fields}, grad, begin, stop);
+                      kernels.backward(problem, {work.grad_loss, out.fields}, grad, begin, stop);
                     }
                   });
   if (!valid) return kWrongTarget;
 
-  const bool applied =
-      update_state(indices, values + signal * rows, direct < 0 ? nullptr : values + direct * rows,
-                   count, rows, given.state, given.recurrence, threads);
+  const float* direct_row = direct < 0 ? nullptr : work.values + direct * rows;
+  const bool applied = update_state(indices, work.values + signal * rows, direct_row, work.count,
+                                    rows, given.state, given.recurrence, threads);
   if (!applied) return kWrongIndex;
 
-  *mean = static_cast<float>(weighted_sum(values, scale, rows) / divisor);
+  *mean = static_cast<float>(weighted_sum(work.values, scale, rows) / divisor);
   return kNoError;
 }
 

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "core/order_key.h"
+#include "cpu/arena.h"
 #include "cpu/selection.h"
 #include "cpu/selection_kernels.h"
 
@@ -35,20 +36,14 @@ struct Workspace {
         threads(grouped_threads(n, groups, num_threads)),
         num_tiles((n + kTile - 1) / kTile),
         pool_size(std::max(5 * n / 16, std::min(n, kSmallestPool))) {
-    char* at = static_cast<char*>(base);
-    starts = reinterpret_cast<int64_t*>(at);
-    at += (num_groups + 1) * sizeof(int64_t);
-    cursors = reinterpret_cast<int64_t*>(at);
-    at += threads * num_groups * sizeof(int64_t);
-    first_out = reinterpret_cast<int64_t*>(at);
-    at += (threads + 1) * sizeof(int64_t);
-    words = reinterpret_cast<uint64_t*>(at);
-    at += num_tiles * kTileWords * sizeof(uint64_t);
-    thresholds = reinterpret_cast<uint32_t*>(at);
-    at += num_groups * sizeof(uint32_t);
-    pool = reinterpret_cast<uint32_t*>(at);
-    at += pool_size * sizeof(uint32_t);
-    size = at - static_cast<char*>(base);
+    Arena arena(base);
+    starts = arena.take<int64_t>(num_groups + 1);
+    cursors = arena.take<int64_t>(threads * num_groups);
+    first_out = arena.take<int64_t>(threads + 1);
+    words = arena.take<uint64_t>(num_tiles * kTileWords);
+    thresholds = arena.take<uint32_t>(num_groups);
+    pool = arena.take<uint32_t>(pool_size);
+    size = arena.size();
   }
 
   int64_t first_tile(int thread) const { return num_tiles * thread / threads; }
@@ -59,11 +54,11 @@ struct Workspace {
   int threads;
   int64_t num_tiles;
   int64_t pool_size;
-  int64_t* starts;   // [G + 1]: where each group's segment of the pool begins, within a batch
-  int64_t* cursors;  // [threads, G]: first the number of the thread's scores in the group, then
-                     // where its next key goes, finally how many ties it selects
-  int64_t* first_out;
-  uint64_t* words;
+  int64_t* starts;       // [G + 1]: where each group's segment of the pool begins, within a batch
+  int64_t* cursors;      // [threads, G]: first the number of the thread's scores in the group, then
+                         // where its next key goes, finally how many ties it selects
+  int64_t* first_out;    // [threads + 1]: where each thread's indices begin in the output
+  uint64_t* words;       // the bitmap of selected scores
   uint32_t* thresholds;  // [G] keys
   uint32_t* pool;
   int64_t size;

@@ -20,6 +20,7 @@
 #include <functional>
 
 #include "core/order_key.h"
+#include "cpu/arena.h"
 #include "cpu/huge_pages.h"
 #include "cpu/selection_kernels.h"
 
@@ -46,16 +47,12 @@ struct Workspace {
   Workspace(void* base, int64_t n)
       : num_tiles((n + kTile - 1) / kTile),
         pool_size(std::max(n / 4, std::min(n, 2 * kSmallestSample))) {
-    char* at = static_cast<char*>(base);
-    above = reinterpret_cast<uint64_t*>(at);
-    at += num_tiles * kTileWords * sizeof(uint64_t);
-    bracket = reinterpret_cast<uint64_t*>(at);
-    at += num_tiles * kTileWords * sizeof(uint64_t);
-    tiles = reinterpret_cast<Tile*>(at);
-    at += num_tiles * sizeof(Tile);
-    pool = reinterpret_cast<uint32_t*>(at);
-    at += pool_size * sizeof(uint32_t);
-    size = at - static_cast<char*>(base);
+    Arena arena(base);
+    above = arena.take<uint64_t>(num_tiles * kTileWords);
+    bracket = arena.take<uint64_t>(num_tiles * kTileWords);
+    tiles = arena.take<Tile>(num_tiles);
+    pool = arena.take<uint32_t>(pool_size);
+    size = arena.size();
   }
 
   int64_t num_tiles;
