@@ -4,12 +4,12 @@
 
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/random_kernels.h"
 #include "cpu/selection.h"
 
@@ -69,13 +69,11 @@ int64_t winners_of(Address indices, Address usable, Address count, int64_t num_r
 void philox(Address out, int64_t n, uint64_t seed, uint32_t epoch, uint32_t stream, uint64_t start,
             int threads) {
   constexpr int64_t kBlock = 1 << 14;
-  const FillBits fill = fill_bits();
   uint32_t* words = pointer<uint32_t>(out);
-#pragma omp parallel for num_threads(threads) if (n > kBlock)
-  for (int64_t at = 0; at < n; at += kBlock) {
-    fill(words + at, std::min(kBlock, n - at), start + static_cast<uint64_t>(at), epoch, stream,
-         seed);
-  }
+  parallel_ranges(n, kBlock, threads, [&](int64_t begin, int64_t end) {
+    fill_bits()(words + begin, end - begin, start + static_cast<uint64_t>(begin), epoch, stream,
+                seed);
+  });
 }
 
 }  // namespace
