@@ -48,9 +48,7 @@ EMP_FAST_INLINE Gathered accumulate_columns(const Rows& logits, int64_t first, i
       __builtin_prefetch(next + c * kLanes, 0, 3);
       add(few, load(block + c * kLanes));
     }
-    result.sums.d = result.sums.d + few.d;
-    result.sums.s = result.sums.s + few.s;
-    result.sums.q = result.sums.q + few.q;
+    merge(result.sums, few);
   }
   if (problem.label_smoothing > 0) {
     for (int64_t c = 0; c < problem.classes; ++c) {
