@@ -3,9 +3,7 @@
 
 #include "core/order_key.h"
 #include "cpu/selection_kernels.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "cpu/simd.h"
 
 namespace emp_fast::cpu::EMP_FAST_ISA {
 namespace {
@@ -20,10 +18,6 @@ inline uint32_t key_of(const float* score) {
 }
 
 #if defined(__AVX512F__)
-
-// GCC 12 warns of an uninitialised operand inside the unmasked forms of some intrinsics; a full
-// mask compiles to the same instruction.
-constexpr __mmask16 kAllLanes = 0xFFFF;
 
 // Order keys minus 2^31: signed integers of the same order.
 inline __m512i signed_keys(__m512i bits) {
