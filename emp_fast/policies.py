@@ -39,6 +39,8 @@ __all__ = [
 ]
 
 Budget = Literal["required", "optional", "none"]
+#: Mask [N] of the chosen samples, and loss weights [N] float32 or None if all are 1.
+Choice = tuple[Tensor, Tensor | None]
 
 _MOST_BINS = 1 << 20  # of Stratified; more would take minutes and gigabytes
 
@@ -60,9 +62,7 @@ class Policy(Identified, ABC):
     budget: ClassVar[Budget] = "required"
 
     @abstractmethod
-    def choose(
-        self, candidates: Candidates, quotas: list[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, candidates: Candidates, quotas: list[int] | None) -> Choice:
         """Chooses ``quotas[g]`` samples of every group g.
 
         Args:
@@ -97,9 +97,7 @@ class Policy(Identified, ABC):
 class TopK(Policy):
     """The k highest scores."""
 
-    def choose(
-        self, candidates: Candidates, quotas: list[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, candidates: Candidates, quotas: list[int] | None) -> Choice:
         def rank(rest: list[int]) -> Tensor:
             return candidates.top(candidates.scores, candidates.visited, rest)
 
@@ -110,9 +108,7 @@ class TopK(Policy):
 class Random(Policy):
     """k samples chosen uniformly at random: the baseline that every rule has to beat."""
 
-    def choose(
-        self, candidates: Candidates, quotas: list[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, candidates: Candidates, quotas: list[int] | None) -> Choice:
         keys = candidates.random_keys(Stream.RANDOM)
         return candidates.top(keys, None, _required(quotas)), None
 
@@ -133,9 +129,7 @@ class EpsilonGreedy(Policy):
     def __post_init__(self) -> None:
         self._require_share("eps")
 
-    def choose(
-        self, candidates: Candidates, quotas: list[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, candidates: Candidates, quotas: list[int] | None) -> Choice:
         quotas = _required(quotas)
         explore = [round(self.eps * quota) for quota in quotas]
         greedy = [quota - drawn for quota, drawn in zip(quotas, explore, strict=True)]
@@ -162,9 +156,7 @@ class GumbelTopK(Policy):
             "temperature", lambda value: 0 < value < math.inf, "be a positive finite number"
         )
 
-    def choose(
-        self, candidates: Candidates, quotas: list[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, candidates: Candidates, quotas: list[int] | None) -> Choice:
         def rank(rest: list[int]) -> Tensor:
             # Scores are taken relative to the lowest one that would be chosen without noise. Near
             # it the noise decides, and float32 then does not round the noise away, however large
@@ -197,9 +189,7 @@ class BelowMean(Policy):
     def __post_init__(self) -> None:
         self._require_number("keep", lambda keep: 0 < keep <= 1, "lie in (0, 1]")
 
-    def choose(
-        self, candidates: Candidates, quotas: list[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, candidates: Candidates, quotas: list[int] | None) -> Choice:
         thresholds = torch.tensor(
             _means(candidates), dtype=torch.float32, device=candidates.scores.device
         )
@@ -241,9 +231,7 @@ class Stratified(Policy):
         )
         self._require_number("cutoff", lambda cutoff: 0 <= cutoff < 1, "lie in [0, 1)")
 
-    def choose(
-        self, candidates: Candidates, quotas: list[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, candidates: Candidates, quotas: list[int] | None) -> Choice:
         return candidates.unvisited_first(
             _required(quotas), lambda rest: self._cover(candidates, rest)
         ), None
@@ -307,9 +295,7 @@ class Window(Policy):
     def largest_fraction(self) -> float:
         return self.high - self.low
 
-    def choose(
-        self, candidates: Candidates, quotas: list[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, candidates: Candidates, quotas: list[int] | None) -> Choice:
         below, up_to = self._bounds(candidates)
         from_low = [n - low for n, low in zip(candidates.num_visited, below, strict=True)]
         from_high = [n - high for n, high in zip(candidates.num_visited, up_to, strict=True)]
