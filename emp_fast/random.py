@@ -6,6 +6,7 @@ here reads or writes a global generator.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 
 import torch
@@ -41,10 +42,8 @@ def random_keys(
     The numbers are not uniform, but their order is. Two keys tie about once in 2**31 pairs.
     """
     keys = torch.empty(n, dtype=torch.int32, device=device)
-    block = _block(device)
-    for low in range(0, n, block):
-        bits = _bits(min(block, n - low), seed, epoch, stream, start + low, device)
-        keys[low : low + block] = ((bits * _LARGEST_FLOAT_PATTERN) >> 32).to(torch.int32)
+    for block, bits in _blocks(n, seed, epoch, stream, start, device):
+        keys[block] = ((bits * _LARGEST_FLOAT_PATTERN) >> 32).to(torch.int32)
     return keys.view(torch.float32)
 
 
@@ -57,24 +56,21 @@ def gumbel(
     last bit, which could swap two samples at the threshold.
     """
     noise = torch.empty(n, dtype=torch.float32, device=device)
-    block = _block(device)
-    for low in range(0, n, block):
-        bits = _bits(min(block, n - low), seed, epoch, stream, start + low, device)
+    for block, bits in _blocks(n, seed, epoch, stream, start, device):
         uniform = (bits.double() + 0.5) * 2.0**-32
-        noise[low : low + block] = -_exact_log(-_exact_log(uniform))
+        noise[block] = -_exact_log(-_exact_log(uniform))
     return noise
 
 
-def _block(device: torch.device) -> int:
-    return _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
-
-
-def _bits(
+def _blocks(
     n: int, seed: int, epoch: int, stream: Stream, start: int, device: torch.device
-) -> Tensor:
-    """[n] int64 random numbers in [0, 2**32)."""
-    words = ops.philox(n, _signed(seed), epoch, int(stream), start, device)
-    return words.long() & 0xFFFFFFFF
+) -> Iterator[tuple[slice, Tensor]]:
+    """The blocks of n samples, and int64 random numbers in [0, 2**32) of each."""
+    size = _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
+    for low in range(0, n, size):
+        high = min(low + size, n)
+        words = ops.philox(high - low, _signed(seed), epoch, int(stream), start + low, device)
+        yield slice(low, high), words.long() & 0xFFFFFFFF
 
 
 def _signed(seed: int) -> int:
