@@ -908,18 +908,11 @@ def test_a_fused_step_moves_the_state_as_the_reference_does(
             *(logits, target, None, LossOptions(softcap=softcap), None, 1 / rows),
             *(indices, got, recurrence),
         )
-        values = scores.by_name()
+        signal, direct = scores.read_by(recurrence)
         count = scores.count.clone()
         wanted.counters[OUT_OF_RANGE] += count[1]
         indices[1], count[1] = 0, 0
-        REFERENCE.update_state(
-            indices,
-            values[recurrence.signal],
-            None if recurrence.direct is None else values[recurrence.direct],
-            count,
-            wanted,
-            recurrence,
-        )
+        REFERENCE.update_state(indices, signal, direct, count, wanted, recurrence)
         # Another kernel may compute scores alone.
         alone = emulated.cross_entropy(logits, target, None, LossOptions(softcap=softcap))
         assert torch.allclose(scores.loss, alone.loss, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -48,9 +48,11 @@ class RowScores(NamedTuple):
     correct: Tensor  # [R] bool
     count: Tensor  # type: ignore[assignment]  # [R] int32, 1 or 0
 
-    def by_name(self) -> dict[str, Tensor]:
-        """The loss and every field, [R] float32 each: what a `Recurrence` may read."""
-        return {"loss": self.loss, **dict(zip(ROW_FIELDS, self.fields, strict=True))}
+    def read_by(self, recurrence: Recurrence) -> tuple[Tensor, Tensor | None]:
+        """The signal and the direct term of a recurrence, [R] float32 each."""
+        values = {"loss": self.loss, **dict(zip(ROW_FIELDS, self.fields, strict=True))}
+        direct = recurrence.direct
+        return values[recurrence.signal], None if direct is None else values[direct]
 
 
 #: The fields of `RowScores`, which an op returns as a plain tuple.
@@ -195,15 +197,8 @@ class Backend(ABC):
         grad = self.cross_entropy_backward(
             grad_loss, logits, target, weight, scores.fields, options
         )
-        values = scores.by_name()
-        self.update_state(
-            indices,
-            values[recurrence.signal],
-            None if recurrence.direct is None else values[recurrence.direct],
-            scores.count,
-            state,
-            recurrence,
-        )
+        signal, direct = scores.read_by(recurrence)
+        self.update_state(indices, signal, direct, scores.count, state, recurrence)
         return scores, grad
 
     def mean_step(

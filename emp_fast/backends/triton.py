@@ -192,9 +192,7 @@ class TritonBackend(RowKernelsChoice, Backend):
         with on_device(logits.device):
             _score(chosen, rows, scores, _Wanted(grad, row_scale, scale, update))
         if not at_once:
-            values = scores.by_name()
-            direct = None if recurrence.direct is None else values[recurrence.direct]
-            signal = values[recurrence.signal]
+            signal, direct = scores.read_by(recurrence)
             self.update_state(indices, signal, direct, scores.count, state, recurrence)
         return scores, grad
 

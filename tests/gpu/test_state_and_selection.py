@@ -85,8 +85,7 @@ def test_a_fused_step_moves_the_state_by_its_own_scores(
         arguments = (*batch, None, LossOptions(), None)
         where = indices.to(device)
         scored, _ = by.cross_entropy_step(*arguments, 1.0, where, here, recurrence)
-        values = scored.by_name()
-        signal, direct = (values[name].cpu() for name in (recurrence.signal, recurrence.direct))
+        signal, direct = (term.cpu() for term in scored.read_by(recurrence))
         load("reference").update_state(
             indices, signal, direct, scored.count.cpu(), there, recurrence
         )
