@@ -1,4 +1,4 @@
-"""Selection with the Triton kernels: the host side of `emp_fast.kernels.selection`."""
+"""Selection and random bits with the Triton kernels: the host side of `selection` and `philox`."""
 
 from __future__ import annotations
 
@@ -94,6 +94,18 @@ def grouped_topk_indices(scores: Tensor, groups: Tensor, group_k: Tensor) -> Ten
     return _expand(_Marks(bits, counts, None, None), k)
 
 
+def philox(n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device) -> Tensor:
+    """`Backend.philox`."""
+    bits = torch.empty(n, dtype=torch.int32, device=device)
+    if n > 0:
+        words = (seed, seed >> 32, epoch, stream)
+        numbers = (n, start, *(word & 0xFFFFFFFF for word in words))
+        grid = (plan.ceil_div(n, plan.PHILOX_BLOCK), 1, 1)
+        constants = (plan.PHILOX_BLOCK,)
+        launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
+    return bits
+
+
 def _sampled(scores: Tensor, k: int) -> tuple[bracket.Bracket, _Marks | None]:
     """Selects in one read, given a bracket from a sample.
 
@@ -121,11 +133,7 @@ def _sampled_bracket(scores: Tensor, k: int) -> bracket.Bracket:
     n, samples = scores.shape[0], plan.SAMPLES
     upper, lower = bracket.sample_ranks(n, k, samples)
     stratum = n // samples
-    bits = torch.empty(samples, dtype=torch.int32, device=scores.device)
-    grid = (plan.ceil_div(samples, plan.PHILOX_BLOCK), 1, 1)
-    numbers = (samples, 0, 0, 0, 0, 0)
-    constants = (plan.PHILOX_BLOCK,)
-    launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
+    bits = philox(samples, 0, 0, 0, 0, scores.device)  # of any seed: it does not show in the result
     # A stratum has n // samples scores or one more. If all had the same number, those left over
     # would be the last, up to a fifth of all.
     starts = torch.arange(samples, device=scores.device) * n // samples

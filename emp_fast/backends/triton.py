@@ -25,7 +25,7 @@ from emp_fast.backends._triton_launch import (
     launch,
     multiprocessors,
 )
-from emp_fast.backends._triton_selection import grouped_topk_indices, topk_indices
+from emp_fast.backends._triton_selection import grouped_topk_indices, philox, topk_indices
 from emp_fast.backends.base import (
     ROW_FIELDS,
     Backend,
@@ -38,7 +38,6 @@ from emp_fast.backends.base import (
 from emp_fast.backends.checks import require_index_range, require_target_range
 from emp_fast.backends.row_kernels import RowKernelsChoice
 from emp_fast.kernels import mean_loss as mean_kernels
-from emp_fast.kernels import philox as philox_kernels
 from emp_fast.kernels import (
     plan,
     row_epilogue,
@@ -268,15 +267,8 @@ class TritonBackend(RowKernelsChoice, Backend):
     def philox(
         self, n: int, seed: int, epoch: int, stream: int, start: int, device: torch.device
     ) -> Tensor:
-        bits = torch.empty(n, dtype=torch.int32, device=device)
-        if n > 0:
-            words = (seed, seed >> 32, epoch, stream)
-            numbers = (n, start, *(word & 0xFFFFFFFF for word in words))
-            grid = (plan.ceil_div(n, plan.PHILOX_BLOCK), 1, 1)
-            with on_device(bits.device):
-                constants = (plan.PHILOX_BLOCK,)
-                launch(philox_kernels.philox, grid, (bits,), numbers, constants, DEFAULT_WARPS)
-        return bits
+        with on_device(device):
+            return philox(n, seed, epoch, stream, start, device)
 
     def _choose(
         self, rows: _Rows, *, grad: bool, update: bool
