@@ -49,6 +49,7 @@ class Replicas:
         """
         if world_size_of(self.process_group) == 1:
             return
+        self._take_loaded_for_merged()
         samples = self._samples
         tensors = samples.tensors()
         layout = [(name, str(t.dtype), tuple(t.shape[1:])) for name, t in sorted(tensors.items())]
@@ -59,7 +60,7 @@ class Replicas:
             {
                 **store_facts(samples.num_samples, repr(samples.rule)),
                 "layout": layout,
-                **self._base_facts(),
+                "rows merged so far": "unknown" if self._unknown else self.merged_rows,
                 **facts,
             },
         )
@@ -90,12 +91,10 @@ class Replicas:
         self._counters[OUT_OF_RANGE] = 0
 
     @torch.inference_mode(False)  # as for all state
-    def _base_facts(self) -> dict[str, object]:
-        """The state that the merge builds on, which must be known and equal on all ranks."""
+    def _take_loaded_for_merged(self) -> None:
+        """Takes a state loaded before the group existed for merged, unless it was updated since."""
         if self._unknown and self._rows.total == self.merged_rows:
             self._visits, self._unknown = self._samples.state.visits.clone(), False
-        base = "unknown" if self._unknown else self.merged_rows
-        return {"rows merged so far": base}
 
     @torch.inference_mode(False)  # as for all state
     def _merged_visits(self) -> Tensor:
@@ -121,7 +120,7 @@ class Replicas:
             "counters": list(self._counters),
         }
 
-    def checked_unmerged(self, unmerged: object, where: str = "state") -> Mapping[str, Any] | None:
+    def checked_unmerged(self, unmerged: object, where: str) -> Mapping[str, Any] | None:
         """Reads what `unmerged` returned, of the snapshot ``where``; changes nothing.
 
         Raises:
