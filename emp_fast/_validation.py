@@ -304,6 +304,7 @@ def checked_groups(
 ) -> tuple[Tensor, Tensor]:
     """Groups as int64 on the scores' device, quotas as int64 on the CPU; values are unchecked."""
     require_tensor("groups", groups)
+    groups = _computable(groups)
     if groups.dtype not in INTEGERS:
         raise TypeError(f"groups must be integer class ids, got {groups.dtype}")
     if groups.shape != scores.shape:
@@ -313,7 +314,7 @@ def checked_groups(
     if isinstance(group_k, Tensor):
         require_tensor("group_k", group_k)
     try:
-        quotas = torch.as_tensor(group_k, device="cpu").detach()
+        quotas = _computable(torch.as_tensor(group_k, device="cpu").detach())
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"group_k must be integers of shape [G], got {shown(group_k)}") from error
     if quotas.numel() and quotas.dtype not in INTEGERS:

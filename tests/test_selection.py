@@ -291,6 +291,14 @@ def test_grouped_layouts(backend: str, layout: str) -> None:
     np.testing.assert_array_equal(grouped(backend, scores, groups, group_k), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32])
+def test_groups_and_quotas_of_any_integer_type(backend: str, dtype: torch.dtype) -> None:
+    scores, groups = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0]), torch.tensor([0, 2, 0, 2, 0])
+    quotas = torch.tensor([2, 0, 1])
+    chosen = F.topk_indices(scores, 3, groups=groups.to(dtype), group_k=quotas.to(dtype))
+    assert chosen.tolist() == [1, 2, 4]
+
+
 def test_grouped_of_nothing(backend: str) -> None:
     assert grouped(backend, np.empty(0, np.float32), np.empty(0, np.int64), [0, 0]).shape == (0,)
     assert grouped(backend, np.empty(0, np.float32), np.empty(0, np.int64), []).shape == (0,)
