@@ -51,7 +51,7 @@ class _Iteration:
         self.iterator: weakref.ref[object] | None = weakref.ref(iterator)
         self.announced = False  # whether `Progress.set_epoch` announced the epoch
         self.begun_at = 0  # position in the plan
-        self.repeats = 0  # of the one before, because nothing had been scored
+        self.repeats = 0  # how often its epoch had begun before, without being scored
         self.rows_before = 0  # estimated rows of all ranks when the epoch's position was 0
         self.rows_apart = 0  # rows given to the store by others than the loop, before it began
         self.exhausted_at: int | None = None  # position after the last index, once there is no more
@@ -123,7 +123,7 @@ class Progress:
         if self.plan is None or self._iteration is None:
             return 0
         # A state loaded into the store may have fewer rows.
-        return max(0, min(self._rows_of_iteration(), len(self.plan)))
+        return max(0, min(self._rows_of_epoch(), len(self.plan)))
 
     def next_start(self) -> tuple[int, int]:
         """The epoch of the next iteration, and the position in its plan where it will start."""
@@ -159,7 +159,7 @@ class Progress:
         return epoch if last is None else min(epoch, last - 1)
 
     def _may_be_beyond(self) -> bool:
-        """Whether a function gives the rates and may not know the next epoch, after the last."""
+        """Whether the run may be over, and the function of the rates not know the next epoch."""
         return callable(self.schedule.rate) and self.schedule.epochs is None
 
     def settings(self) -> str:
@@ -231,7 +231,7 @@ class Progress:
         """
         plan, scored, iteration = self.plan, self._has_scored(), self._iteration
         if plan is not None and iteration is not None:
-            rows = self._rows_of_iteration()
+            rows = self._rows_of_epoch()
             if rows >= len(plan) and merged and self._rows_apart() == iteration.rows_apart:
                 self._warnings.of_epoch(plan, rows, self._batch(), self.planner.world_size())
             if self._requested is None and self._state is _State.EXHAUSTED and not scored:
@@ -400,7 +400,7 @@ class Progress:
         """Rows that this rank's store was given by others than the loop."""
         return self.store.rows_given - self._trained.given
 
-    def _rows_of_iteration(self) -> int:
+    def _rows_of_epoch(self) -> int:
         """Estimated rows of all ranks in the epoch in progress, since its position was 0."""
         before = 0 if self._iteration is None else self._iteration.rows_before
         return self._estimated_rows() - before
