@@ -213,6 +213,7 @@ class PrunerMixin(_Base):
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Sum over samples of (policy weight) * (loss of all its tokens), divided by the items."""
+        # Not checked before for a subclass whose own compute_loss calls that of this class.
         _require_cross_entropy(self.model)
         indices, offsets, target = self._batch
         if isinstance(outputs, Mapping) and "logits" not in outputs:
