@@ -17,7 +17,7 @@ from emp_fast._validation import require_several_classes
 from emp_fast.data import SAMPLE_INDEX, IndexedDataset
 from emp_fast.functional import SampleStats
 
-__all__ = ["Batch", "nested_to_device", "rebatched", "score_by_logits", "unpacked"]
+__all__ = ["batch_size_of", "nested_to_device", "rebatched", "score_by_logits"]
 
 _TARGET_NAMES = ("labels", "label", "targets", "target")
 
