@@ -17,7 +17,7 @@ from rich.table import Table
 
 from emp_fast import machine
 from emp_fast.cli.console import InputError, chosen_device, end_early, stderr, stdout
-from emp_fast.demo.comparison import Comparison, Summary, compare, defaults
+from emp_fast.demo.comparison import DEFAULTS, Comparison, Summary, compare
 from emp_fast.demo.datasets import DATASETS, ImageData, load
 from emp_fast.demo.training import METHODS, Settings
 from emp_fast.files import require_writable, write_atomically
@@ -77,7 +77,8 @@ def demo(
     images = _load(data, root)
     names = _method_names(methods)
     settings = _settings(images, prune_rate, epochs, batch_size, chosen_device(device), quick)
-    num_seeds = seeds or (min(2, defaults(data).seeds) if quick else defaults(data).seeds)
+    usual = DEFAULTS[data].seeds
+    num_seeds = seeds or (min(2, usual) if quick else usual)
     _prepare(output, data)
 
     comparison, error = _run(images, settings, names, num_seeds)
@@ -130,7 +131,7 @@ def _settings(
             f"--batch-size must be at most {num_samples}, the number of training images, "
             f"got {batch_size}"
         )
-    usual = defaults(images.name)
+    usual = DEFAULTS[images.name]
     few = 4 if images.name == "digits" else 1
     return Settings(
         prune_rate=prune_rate,

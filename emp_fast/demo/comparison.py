@@ -15,29 +15,25 @@ from emp_fast.demo.training import METHODS, Method, Run, Settings, train
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "Summary", "compare", "defaults"]
+__all__ = ["DEFAULTS", "Comparison", "Summary", "compare"]
 
 
 class Defaults(NamedTuple):
-    """Default settings for a data set."""
+    """Default settings of a comparison."""
 
     epochs: int
     seeds: int
     batch_size: int
-    learning_rate: float
+    learning_rate: float  # peak value
 
 
-_DEFAULTS = {
+#: By the name of the data set.
+DEFAULTS = {
     "digits": Defaults(epochs=30, seeds=5, batch_size=32, learning_rate=0.05),
     "fashion-mnist": Defaults(epochs=10, seeds=3, batch_size=128, learning_rate=0.05),
     "cifar10": Defaults(epochs=30, seeds=3, batch_size=128, learning_rate=0.1),
     "cifar100": Defaults(epochs=30, seeds=3, batch_size=128, learning_rate=0.1),
 }
-
-
-def defaults(data: str) -> Defaults:
-    """Epochs, seeds, batch size and peak learning rate for the data set of that name."""
-    return _DEFAULTS[data]
 
 
 class Summary(NamedTuple):
