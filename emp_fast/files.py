@@ -88,7 +88,8 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
         if names.count(column) > 1:
             raise FileProblem(f"{path} has {names.count(column)} columns {column!r}")
     parquet, types = _parquet(), import_module("pyarrow.types")
-    table = _reading(path, lambda: parquet.read_table(path, columns=list(columns)))
+    with _reading(path):
+        table = parquet.read_table(path, columns=list(columns))
     read: dict[str, NDArray[Any]] = {}
     for column in columns:
         chunks = table.column(column)
@@ -105,7 +106,8 @@ def column_names(path: Path) -> list[str]:
         FileProblem: the file cannot be read, or is damaged.
     """
     parquet = _parquet()
-    names: list[str] = _reading(path, lambda: parquet.read_schema(path).names)
+    with _reading(path):
+        names: list[str] = parquet.read_schema(path).names
     return names
 
 
@@ -245,24 +247,22 @@ def _new_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _load(path: Path) -> NDArray[Any]:
-    def read() -> Any:
+    with _reading(path):
         with path.open("rb") as file:
             if not file.read(len(_MAGIC)).startswith((_MAGIC, *_ARCHIVE)):
                 raise ValueError("it does not begin as one")  # NumPy would suspect a pickle
-        return np.load(path, allow_pickle=False)
-
-    array = _reading(path, read)
+        array = np.load(path, allow_pickle=False)
     if not isinstance(array, np.ndarray):
         array.close()
         raise FileProblem(f"{path} is not a .npy file but an archive of several arrays")
     return array
 
 
-def _reading(path: Path, read: Callable[[], Any]) -> Any:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Makes any error in the block a FileProblem that names ``path``."""
     try:
-        return read()
-    except FileProblem:
-        raise
+        yield
     except OSError as error:
         raise FileProblem(f"cannot read {path}: {error.strerror or error}") from error
     except MemoryError as error:  # maybe only of this machine
