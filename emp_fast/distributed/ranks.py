@@ -9,7 +9,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -182,18 +182,13 @@ class Ranks:
             dist.all_gather(gathered, sent, group=self._group)
         return [part.to(tensor.device) for part in gathered]
 
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "min", "max"] = "sum") -> Tensor:
         """The "sum", "min" or "max" of all ranks' tensors."""
         if self.size == 1:
             return tensor
         reduced = tensor.to(self._device, copy=True).contiguous()
-        operators = {
-            "sum": dist.ReduceOp.SUM,
-            "min": dist.ReduceOp.MIN,
-            "max": dist.ReduceOp.MAX,
-        }
         with self._explained():
-            dist.all_reduce(reduced, operators[op], group=self._group)
+            dist.all_reduce(reduced, getattr(dist.ReduceOp, op.upper()), group=self._group)
         return reduced.to(tensor.device)
 
     def sum_of_lower(self, tensor: Tensor) -> Tensor:
