@@ -49,8 +49,8 @@ class Tally:
         #: False after an interrupt within `add`, which leaves samples that were added in part.
         self.whole = True
 
-    def add(self, indices: Tensor, stats: SampleStats, passes_before: int) -> int:
-        """Adds the samples of a batch that this pass has not seen yet; returns their number.
+    def add(self, indices: Tensor, stats: SampleStats, passes_before: int) -> None:
+        """Adds the samples of a batch that this pass has not seen yet.
 
         Args:
             indices: [S] integers, on any device.
@@ -93,7 +93,6 @@ class Tally:
             tensors[name][..., at] = values
         self.done[samples] += 1
         self.whole = True
-        return len(samples)
 
     def means(self) -> SampleStats:
         """The mean stats over the passes in which a sample had valid positions.
