@@ -82,8 +82,9 @@ struct Inputs {
   }
   Inputs(const Inputs&) = delete;  // the problem points into it
 
-  // The whole problem, once all arguments have been read.
-  const Problem& sum_weights() {
+  // Completes the problem. Apart from the constructor, because it reads all weights, which needs no
+  // lock on the interpreter.
+  const Problem& completed() {
     problem.weight_sum = static_cast<double>(problem.classes);
     if (problem.weight == nullptr || problem.label_smoothing == 0) return problem;
     problem.weight_sum = 0;
@@ -113,7 +114,7 @@ bool cross_entropy(const py::args& args) {
   in.done();
 
   const py::gil_scoped_release released;
-  const Problem& problem = inputs.sum_weights();
+  const Problem& problem = inputs.completed();
   const ScoreKernels& kernels = score_kernels();
   std::atomic<bool> valid{true};
   parallel_ranges(problem.rows, rows_per_range(problem, kernels, threads), threads,
@@ -135,7 +136,7 @@ void cross_entropy_backward(const py::args& args) {
   in.done();
 
   const py::gil_scoped_release released;
-  const Problem& problem = inputs.sum_weights();
+  const Problem& problem = inputs.completed();
   const ScoreKernels& kernels = score_kernels();
   parallel_ranges(problem.rows, rows_per_range(problem, kernels, threads), threads,
                   [&](int64_t begin, int64_t end) {
@@ -187,7 +188,7 @@ int mean_step(const py::args& args) {
   in.done();
 
   const py::gil_scoped_release released;
-  const Problem& problem = inputs.sum_weights();
+  const Problem& problem = inputs.completed();
   const int64_t rows = problem.rows;
   const StepWorkspace work(workspace, rows);
   const ScoreOutputs out{work.values, work.values + rows, work.correct, work.count, true};
