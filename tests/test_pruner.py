@@ -934,14 +934,6 @@ def test_naming_the_epoch_that_has_begun_does_not_begin_it_again():
     assert pruner.epoch == 1
 
 
-def test_naming_an_epoch_that_was_trained_on_begins_it_again():
-    pruner = Pruner(N, 0.5, rule=Loss())
-    loader = make_loader(pruner)
-    first = run_epoch(pruner, loader)
-    pruner.set_epoch(0)
-    assert list(pruner.sampler) == first
-
-
 def test_the_length_after_the_last_epoch_is_that_epochs():
     """Trainers ask for it at the end; the function of the epoch need not know of a further one."""
     pruner = Pruner(N, lambda epoch: [0.5, 0.75][epoch], rule=Loss(), epochs=2)
