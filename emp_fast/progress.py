@@ -114,7 +114,8 @@ class Progress:
     @property
     def selection(self) -> Selection:
         """See `Pruner.selection`."""
-        return (self.plan or self.plan_of(self.epoch)).selection
+        plan = self.planner.plan_of(self.epoch) if self.plan is None else self.plan
+        return plan.selection
 
     def position(self) -> int:
         """How many samples of the epoch in progress all ranks together have trained on."""
