@@ -141,6 +141,39 @@ def test_epochs_of_several_lengths_need_the_loader_reloaded(tmp_path):
     assert [len(batch) for batch in model.given] == [4, 4, 3, 4, 4, 4, 4, 4, 2, 4, 2]
 
 
+@pytest.mark.parametrize(("limit", "accumulated"), [({"max_steps": 7}, 1), ({"max_steps": 5}, 2)])
+def test_epochs_of_several_lengths_are_refused_where_steps_limit_the_run(
+    limit, accumulated, tmp_path
+):
+    """Epoch 2 is the first longer one, and begins with the seventh batch."""
+    pruner = Pruner(N, lambda epoch: 0.5 if epoch < 2 else 0.0)
+    options = {**limit, "max_epochs": None, "accumulate_grad_batches": accumulated}
+    with pytest.raises(ValueError, match=r"11 samples in epoch 0 and 22 samples in epoch 2; give"):
+        fit(tmp_path, pruner, **options)
+    assert pruner.store.rows_seen == 0
+    fit(tmp_path, Pruner(N, lambda epoch: 0.5 if epoch < 2 else 0.0), max_steps=6, max_epochs=None)
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 5}, {"max_epochs": -1}])
+def test_an_epoch_of_another_length_that_nobody_could_foresee_is_refused(limit, tmp_path):
+    """Because the rate follows the run, or because nobody knows how long the run is."""
+    rates = [0.5, 0.5]
+
+    def rate(epoch):
+        return rates[min(epoch, 1)]
+
+    class Changing(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if trainer.current_epoch == 1:
+                rates[1] = 0.0
+            trainer.should_stop = trainer.current_epoch == 9
+
+    pruner = Pruner(N, rate)
+    with pytest.raises(ValueError, match=r"11 samples in epoch 0 and 22 samples in epoch 2; give"):
+        fit(tmp_path, pruner, callbacks=[Changing()], **limit)
+    assert pruner.store.rows_seen == 22
+
+
 def test_a_policy_of_its_own_number_trains_on_what_it_selects(tmp_path):
     pruner = Pruner(N, policy=BelowMean(0.5))
     model, _ = fit(tmp_path, pruner, reload_dataloaders_every_n_epochs=1)

@@ -6,7 +6,7 @@ from collections.abc import Sized
 
 from emp_fast.pruner import Pruner
 
-__all__ = ["require_data_of", "require_one_length", "require_pruner"]
+__all__ = ["require_data_of", "require_length_of", "require_one_length", "require_pruner"]
 
 
 def require_pruner(pruner: object) -> None:
@@ -43,9 +43,33 @@ def require_one_length(pruner: Pruner, epochs: int, remedy: str) -> None:
             f"{pruner.policy!r} fixes its number of samples anew for every epoch; {remedy}"
         )
     for epoch, budget in enumerate(budgets):
-        if budget != budgets[0]:
-            later = "as many as the policy selects" if budget is None else f"{budget} samples"
-            raise ValueError(
-                "this trainer computes the length of an epoch once, but the pruner uses "
-                f"{budgets[0]} samples in epoch 0 and {later} in epoch {epoch}; {remedy}"
-            )
+        _require_same(0, budgets[0], epoch, budget, remedy)
+
+
+def require_length_of(
+    pruner: Pruner, first: int, length: int | None, epoch: int, remedy: str
+) -> None:
+    """Raises ValueError unless ``epoch``, about to begin, uses as many samples as ``first`` did.
+
+    `require_one_length` cannot foresee what a function of the epoch returns later, nor how many
+    epochs a run without a limit has.
+
+    Args:
+        pruner: the pruner.
+        first: number of the run's first epoch.
+        length: its number of samples.
+        epoch: number of the epoch to check.
+        remedy: what the user can do, for the message.
+    """
+    _require_same(first, length, epoch, pruner.schedule.budget(epoch), remedy)
+
+
+def _require_same(
+    first: int, length: int | None, epoch: int, budget: int | None, remedy: str
+) -> None:
+    if budget != length:
+        later = "as many as the policy selects" if budget is None else f"{budget} samples"
+        raise ValueError(
+            "this trainer computes the length of an epoch once, but the pruner uses "
+            f"{length} samples in epoch {first} and {later} in epoch {epoch}; {remedy}"
+        )

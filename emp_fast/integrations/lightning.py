@@ -11,6 +11,7 @@ and in ``training_step``: ``(x, y), idx = batch; return pruner.loss(self(x), y, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.utils._pytree import tree_leaves
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from emp_fast._optional import needs
 from emp_fast.integrations._common import (
     require_data_of,
+    require_length_of,
     require_one_length,
     require_pruner,
 )
@@ -31,6 +33,9 @@ with needs(__name__, "lightning", extra="lightning", module="pytorch_lightning")
         from pytorch_lightning import Callback
 
 __all__ = ["PrunerCallback"]
+
+#: What to do about epochs that differ in length.
+_RELOAD = "give the Trainer reload_dataloaders_every_n_epochs=1"
 
 
 class PrunerCallback(Callback):
@@ -49,22 +54,26 @@ class PrunerCallback(Callback):
         TypeError: ``pruner`` is not a Pruner.
         ValueError: raised by ``fit`` before the first step: the sampler is not the pruner's, the
             data set has another length, or epochs differ in length and the trainer would not
-            notice.
+            notice. If that cannot be known yet, it is raised before the epoch that differs.
     """
 
     def __init__(self, pruner: Pruner, *, log: bool = True) -> None:
         require_pruner(pruner)
         self.pruner = pruner
         self._log = log
+        self._first: tuple[int, int | None] = 0, None  # the run's first epoch, and its length
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._require_sampler(trainer)
         if trainer.reload_dataloaders_every_n_epochs != 1:
-            require_one_length(
-                self.pruner,
-                max(trainer.max_epochs or 1, self.pruner.schedule.epochs or 1),
-                "give the Trainer reload_dataloaders_every_n_epochs=1",
-            )
+            epochs = max(_epochs(trainer), self.pruner.schedule.epochs or 1)
+            require_one_length(self.pruner, epochs, _RELOAD)
+            first = trainer.current_epoch
+            self._first = first, self.pruner.schedule.budget(first)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.reload_dataloaders_every_n_epochs != 1:
+            require_length_of(self.pruner, *self._first, trainer.current_epoch, _RELOAD)
 
     def _require_sampler(self, trainer: Any) -> None:
         loaders = [one for one in tree_leaves(trainer.train_dataloader) if hasattr(one, "sampler")]
@@ -96,3 +105,15 @@ class PrunerCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict)
+
+
+def _epochs(trainer: Any) -> int:
+    """How many epochs the run begins, if all are as long as the first; 1 where that is unknown."""
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        epochs: int = trainer.max_epochs
+        return epochs
+    if trainer.max_steps < 0 or math.isinf(trainer.num_training_batches):
+        return 1
+    steps = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+    epochs = math.ceil(trainer.max_steps / steps)
+    return epochs
