@@ -535,6 +535,12 @@ def test_a_second_order_of_the_samples_is_refused(tmp_path):
         trainer_of(CLASSES, tmp_path, Pruner(N, 0.5), **option)
 
 
+def test_one_process_that_fetches_for_all_is_refused(tmp_path):
+    """The other processes would wait for ever where the main one merges before an epoch."""
+    with pytest.raises(ValueError, match="accelerator_config must not have dispatch_batches=True"):
+        trainer_of(CLASSES, tmp_path, Pruner(N, 0.5), accelerator_config={"dispatch_batches": True})
+
+
 def test_a_second_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="compute_loss_func must be None"):
         PrunedTrainer(

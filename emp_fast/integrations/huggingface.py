@@ -86,6 +86,7 @@ class PrunerMixin(_Base):
         TypeError: ``pruner`` is not a Pruner.
     """
 
+    accelerator: Any
     compute_loss_func: Any
     train_dataset: Any
     data_collator: Any
@@ -102,6 +103,12 @@ class PrunerMixin(_Base):
             raise ValueError(
                 f"one process must use one device, got {self.args.n_gpu}: start one process a GPU "
                 "with torchrun"
+            )
+        # Only the main process would iterate, but beginning an epoch is collective.
+        if getattr(self.accelerator, "dispatch_batches", None):
+            raise ValueError(
+                "accelerator_config must not have dispatch_batches=True: every process reads its "
+                "own share of the pruner's order"
             )
         grouped = getattr(self.args, "group_by_length", False)  # transformers 5.0 has this instead
         strategy = "group_by_length" if grouped else "random"
