@@ -439,6 +439,29 @@ def test_labels_of_another_problem_are_refused(num_labels, label, message, tmp_p
         trainer.train()
 
 
+def test_the_loss_of_a_router_is_not_left_out(tmp_path):
+    """A mixture of experts adds it to its own loss; here the model does not compute one."""
+
+    class WithRouter(PrunedTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **options):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+            loss = loss + model.router_aux_loss_coef * outputs.aux_loss
+            return (loss, outputs) if return_outputs else loss
+
+    task = tiny_models.mixture_of_experts, *CAUSAL[1:]
+    trainer = trainer_of(task, tmp_path, Pruner(N))
+    with pytest.raises(ValueError, match=r"must not return 'aux_loss', .*output_router_logits"):
+        trainer.train()
+    assert trainer.pruner.store.rows_seen == 0
+    options = {"num_train_epochs": 1, "optim": "sgd", "learning_rate": 0.1}
+    trained = []
+    for cls in (WithRouter, InOrderOf):
+        trainer = trainer_of(task, tmp_path, Pruner(N, 0.0), cls=cls, **options)
+        trainer.train()
+        trained.append(parameters(trainer))
+    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
+
+
 def test_probabilities_of_one_label_train(tmp_path):
     model = lambda: tiny_models.classifier(problem_type="single_label_classification")  # noqa: E731
     classes = model().config.num_labels

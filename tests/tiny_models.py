@@ -38,6 +38,26 @@ def causal_lm() -> Any:
     return GPT2LMHeadModel(config)
 
 
+def mixture_of_experts() -> Any:
+    """A Mixtral of one layer, which adds the loss of its router; always the same weights."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=1.0,
+        use_cache=False,
+    )
+    return MixtralForCausalLM(config)
+
+
 def classifier(**config: Any) -> Any:
     """A BERT of one layer with `CLASSES` classes; always the same weights."""
     from transformers import BertConfig, BertForSequenceClassification

@@ -226,6 +226,7 @@ class PrunerMixin(_Base):
         if isinstance(outputs, Mapping) and "logits" not in outputs:
             raise ValueError(f"the model must return 'logits', got {sorted(outputs)}")
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        self._require_one_loss(outputs)
         if target is None:
             if labels is None:
                 raise ValueError("inputs must have 'labels', got none")
@@ -248,6 +249,19 @@ class PrunerMixin(_Base):
         if items is None:  # the Trainer could not count them, so each batch gets the same weight
             items = stats.count.sum() * getattr(self, "current_gradient_accumulation_steps", 1)
         return loss.sum() / torch.as_tensor(items, device=loss.device).clamp_min(1)
+
+    def _require_one_loss(self, outputs: Any) -> None:
+        """Raises if the model would add another loss to the cross-entropy: that of its router.
+
+        A subclass with its own `compute_loss` may add it to the one that it gets from here.
+        """
+        extra = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+        if extra is not None and type(self).compute_loss is PrunerMixin.compute_loss:
+            raise ValueError(
+                "the model must not return 'aux_loss', which it adds to the cross-entropy: set "
+                "model.config.output_router_logits to False, or override compute_loss, and add it "
+                "to the loss of super().compute_loss"
+            )
 
     def _require_classes(self, logits: Tensor, target: Tensor) -> None:
         """Raises for logits and labels that the model itself would take for another problem.
