@@ -224,6 +224,22 @@ def test_epochs_of_several_lengths_are_refused_before_the_first_step(options, me
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.parametrize(("later", "samples"), [(0.75, 6), (0.0, 22)])
+def test_a_rate_that_follows_the_run_is_refused_when_it_changes(later, samples, tmp_path):
+    """The Trainer would end a shorter epoch, and with it the run, or cut a longer one."""
+    rates = [0.5]
+
+    class Changing(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **_):
+            rates[0] = later
+
+    pruner = Pruner(N, lambda epoch: rates[0])
+    trainer = trainer_of(CLASSES, tmp_path, pruner, callbacks=[Changing()])
+    with pytest.raises(ValueError, match=f"11 samples in epoch 0 and {samples} samples in epoch 1"):
+        trainer.train()
+    assert pruner.store.rows_seen == 11
+
+
 def test_setting_the_epoch_twice_is_harmless(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(

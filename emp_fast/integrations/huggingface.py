@@ -28,9 +28,14 @@ from emp_fast import functional
 from emp_fast._optional import needs
 from emp_fast.checkpoints import load_checkpoint, save_checkpoint
 from emp_fast.data import SAMPLE_INDEX, IndexedDataset, with_indices
-from emp_fast.integrations._common import require_data_of, require_one_length, require_pruner
+from emp_fast.integrations._common import (
+    require_data_of,
+    require_length_of,
+    require_one_length,
+    require_pruner,
+)
 from emp_fast.pruner import Pruner
-from emp_fast.samplers import EpochSampler
+from emp_fast.samplers import EpochIterator, EpochSampler
 
 with needs(__name__, "transformers", extra="huggingface"):
     from transformers import Trainer
@@ -51,6 +56,8 @@ _FILE = "pruner.pt"  # in a checkpoint's folder
 _UNKNOWN = "unknown"  # the problem type of a model without one
 #: What to do about a loss that is not the cross-entropy of the logits and the labels.
 _OWN_LOSS = "override compute_loss, and score its losses with self.pruner.update"
+#: What to do about epochs that differ in length.
+_CONSTANT = "use a constant prune_rate without full epochs and a policy that takes a budget"
 
 
 class _Batch(NamedTuple):
@@ -82,7 +89,8 @@ class PrunerMixin(_Base):
 
     Raises:
         ValueError: the arguments, the model or the pruner do not fit together. Raised before the
-            first step, or in it if only the labels or the logits show it.
+            first step, or in it if only the labels or the logits show it; or before an epoch of
+            another length that nobody could foresee.
         TypeError: ``pruner`` is not a Pruner.
     """
 
@@ -145,7 +153,7 @@ class PrunerMixin(_Base):
         require_one_length(
             self.pruner,
             max(self._epochs(), self.pruner.schedule.epochs or 1),
-            "use a constant prune_rate without full epochs and a policy that takes a budget",
+            _CONSTANT,
         )
 
     def _epochs(self) -> int:
@@ -182,8 +190,7 @@ class PrunerMixin(_Base):
             self._signature_columns.append(SAMPLE_INDEX)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        # Whole, because the Trainer itself skips the trained batches of a resumed epoch.
-        return EpochSampler(self.pruner.progress, whole=True)
+        return _EqualEpochs(self.pruner)
 
     def num_examples(self, dataloader: Any) -> int:
         """Samples of one epoch."""
@@ -342,6 +349,23 @@ def _shifts_labels(model: Any) -> bool:
 def _shift(labels: Tensor) -> Tensor:
     """[S, T] the label that each position predicts: the next one's; none for the last position."""
     return pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+
+
+class _EqualEpochs(EpochSampler):
+    """Epochs that must all be as long as the first, because the Trainer counts its steps once.
+
+    They are whole, because the Trainer itself skips the trained batches of a resumed epoch.
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        super().__init__(pruner.progress, whole=True)
+        self._pruner = pruner
+        self._length = pruner.schedule.budget(0)
+
+    def __iter__(self) -> EpochIterator:
+        epoch, _ = self.progress.next_start()
+        require_length_of(self._pruner, 0, self._length, epoch, _CONSTANT)
+        return super().__iter__()
 
 
 class _SplittingCollate:
