@@ -304,6 +304,31 @@ def test_evaluation_scores_nothing(tmp_path):
     assert loss == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
 
 
+def test_a_new_model_does_not_train_by_the_scores_of_the_last_one(tmp_path):
+    """With ``model_init`` every run starts from a new model, as in a search of hyperparameters."""
+    model, samples, collate = CLASSES
+    pruner = Recording(N, 0.5)
+    trainer = PrunedTrainer(
+        args=arguments(tmp_path, logging_strategy="steps", logging_steps=1),
+        model_init=lambda: model(),
+        train_dataset=samples(N),
+        data_collator=collate,
+        pruner=pruner,
+    )
+    pruner.store.update(torch.arange(3), {"loss": torch.ones(3), "entropy": torch.ones(3)})
+    runs = []
+    for _ in range(2):
+        pruner.given.clear()
+        trainer.train()
+        stats = [log["pruner/epoch"] for log in trainer.state.log_history if "pruner/epoch" in log]
+        assert stats == [0, 1]
+        assert pruner.store.rows_seen == N + 3
+        runs.append((list(pruner.given), parameters(trainer), pruner.store.scores.clone()))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert torch.equal(runs[0][2], runs[1][2])
+
+
 def test_stats_are_logged_once_an_epoch(tmp_path):
     trainer = trainer_of(
         CLASSES, tmp_path, Pruner(N, 0.5), logging_strategy="steps", logging_steps=1

@@ -134,6 +134,20 @@ class PrunerMixin(_Base):
         self._shifts_labels = _shifts_labels(self.model)
         self._batch = _Batch(None, None, None)
         self._epoch_logged = -1
+        self._before_training: dict[str, Any] | None = None  # the pruner, for new models
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The Trainer's; with another model the pruner starts anew, as the first run found it."""
+        model = super().call_model_init(trial)
+        pruner = getattr(self, "pruner", None)  # the Trainer's own __init__ makes a model, too
+        if pruner is None:
+            return model
+        if self._before_training is None:
+            self._before_training = pruner.state_dict()
+        else:
+            pruner.load_state_dict(self._before_training)
+            self._epoch_logged = -1
+        return model
 
     # ---- data -----------------------------------------------------------------------------------
 
