@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from emp_fast import Pruner
+from emp_fast import Pruner, with_indices
 from emp_fast.files import FileProblem
 from emp_fast.policies import BelowMean, TopK
 from emp_fast.rules import EMP, Loss
@@ -302,6 +302,25 @@ def test_evaluation_scores_nothing(tmp_path):
         eval_dataset=tiny_models.language_set(N),
     )
     assert loss == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_evaluation_of_a_data_set_with_indices_scores_nothing(own_loss, tmp_path):
+    """They are those of other samples than the pruner's."""
+    cls, label = (MultiLabel, [1.0, 0.0, 1.0]) if own_loss else (PrunedTrainer, 2)
+    rows = [{"input_ids": [1, 2], "label": label}] * N
+    pruner = Pruner(N, 0.5, rule=Loss())
+    trainer = cls(
+        tiny_models.classifier(),
+        arguments(tmp_path, num_train_epochs=1, eval_strategy="steps", eval_steps=1),
+        train_dataset=with_indices(rows),
+        eval_dataset=with_indices(rows),
+        pruner=pruner,
+    )
+    trainer.train()
+    assert pruner.store.rows_seen == pruner.store.visits.sum() == 11
+    trainer.predict(with_indices([{"input_ids": [1, 2]}]))
+    assert pruner.store.rows_seen == 11
 
 
 def test_a_new_model_does_not_train_by_the_scores_of_the_last_one(tmp_path):

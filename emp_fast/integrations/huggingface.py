@@ -237,6 +237,14 @@ class PrunerMixin(_Base):
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
 
+    def prediction_step(
+        self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's, which scores nothing, even if the data set has indices of its own."""
+        if SAMPLE_INDEX in inputs:
+            inputs = {name: value for name, value in inputs.items() if name != SAMPLE_INDEX}
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def _pruned_loss(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
