@@ -296,11 +296,17 @@ def _device_of(model: Any) -> torch.device:
 
 
 def _partial_path(partial: str | os.PathLike[str] | None, output: Path | None) -> Path | None:
-    if partial is None:
-        return None if output is None else output.with_name(f"{output.name}.partial")
-    if not Path(partial).parent.is_dir():
-        raise FileProblem(f"cannot write {partial}: No such file or directory")
-    return Path(partial)
+    """Where partial results go, beside the output by default; None keeps none.
+
+    Raises:
+        FileProblem: its folder is not there: on another host than the first rank's it may not be.
+    """
+    path = None if output is None else output.with_name(f"{output.name}.partial")
+    if partial is not None:
+        path = Path(partial)
+    if path is not None and not path.parent.is_dir():
+        raise FileProblem(f"cannot write {path}: No such file or directory")
+    return path
 
 
 def _scoring(score_batch: ScoreBatch | None, shift_labels: bool, options: dict[str, Any]) -> str:

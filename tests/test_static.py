@@ -765,6 +765,14 @@ def an_output_refused_on_one_rank_is_refused_on_all(rank: int, size: int, folder
         quiet(make_model(), make_loader(), output=Path(folder) / "scores.npy")
 
 
+def a_folder_that_one_rank_lacks_is_refused_on_all(rank: int, size: int, folder: str):
+    """As on a second host: there the rank's own partial result would have no place."""
+    output = Path(folder) / ("" if rank == 0 else "elsewhere") / "lacking.npy"
+    told = "the arguments: rank 1 raised this.*" if rank == 0 else ""
+    with pytest.raises(FileProblem, match=rf"{told}cannot write .*lacking\.npy\.partial: No such"):
+        quiet(Counting(0), make_loader(), output=output)
+
+
 def an_error_of_one_rank_is_one_of_all(rank: int, size: int, folder: str):
     """All are told, and none waits for the group's time to be out."""
 
@@ -817,6 +825,7 @@ RANK_CHECKS = [
     a_run_of_ranks_dies,
     a_loader_that_leaves_samples_out_is_refused_everywhere,
     an_output_refused_on_one_rank_is_refused_on_all,
+    a_folder_that_one_rank_lacks_is_refused_on_all,
     an_error_of_one_rank_is_one_of_all,
     ranks_that_disagree_are_told,
     running_statistics_may_differ,
