@@ -259,6 +259,33 @@ def accelerate_shards_the_global_order(rank: int, size: int, folder: Path) -> No
 
 
 @ranks_check("accelerate")
+def accelerate_gathers_every_sample_once(rank: int, size: int, folder: Path) -> None:
+    """Of 11 samples the last batches have 3, and 5 repeated ones that metrics must not see."""
+    from accelerate import Accelerator
+
+    from emp_fast.integrations.accelerate import prepare_loader
+
+    accelerator = Accelerator(cpu=True)
+    pruner = Pruner(N, 0.5, rule=RULE)
+    loader = prepare_loader(accelerator, pruner, loader_of(pruner.sampler))
+    for _ in range(2):
+        gathered: list[int] = []
+        for (_, y), indices in loader:
+            pruner.loss(torch.zeros(len(y), 3), y, indices)
+            gathered += accelerator.gather_for_metrics(indices).tolist()
+        assert sorted(gathered) == pruner.selection.indices.tolist()
+    for (_, y), indices in loader:
+        pruner.loss(torch.zeros(len(y), 3), y, indices)
+        pruner.merge()
+        state = pruner.state_dict()
+        break
+    pruner.load_state_dict(state)
+    (rest,) = [accelerator.gather_for_metrics(indices).tolist() for _, indices in loader]
+    assert len(set(rest)) == len(rest) == 3
+    assert set(rest) < set(pruner.selection.indices.tolist())
+
+
+@ranks_check("accelerate")
 def accelerate_knows_the_length_of_a_policys_own_number(rank: int, size: int, folder: Path) -> None:
     """One rank alone asks between epochs, as a progress bar does."""
     from accelerate import Accelerator

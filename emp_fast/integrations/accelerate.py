@@ -111,7 +111,9 @@ class PrunedLoader:
         progress, plan, completed = self.pruner.progress, None, False
         try:
             for batch in loader:
-                plan = progress.plan
+                if plan is None:
+                    plan = progress.plan
+                    self._correct_remainder(loader)
                 yield batch
             completed = True
         finally:
@@ -119,6 +121,19 @@ class PrunedLoader:
             # may be closed when another epoch has begun.
             if plan is not None and plan is progress.plan:
                 progress.end_loop(completed)
+
+    def _correct_remainder(self, loader: Any) -> None:
+        """Tells `gather_for_metrics` how many samples of the last batch are no repeated ones.
+
+        Accelerate takes the data set's length for that of an epoch, and does not know that of a
+        resumed one.
+
+        Args:
+            loader: the one that yields this epoch.
+        """
+        plan = self.pruner.progress.plan
+        if plan is not None and not getattr(self.loader.batch_sampler, "drop_last", True):
+            loader.remainder = len(plan) % self.loader.total_batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """See `Pruner.set_epoch`."""
