@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from emp_fast import Pruner, with_indices
+from emp_fast import EmpFastWarning, Pruner, with_indices
 from emp_fast.policies import BelowMean
 from emp_fast.rules import EMP
 
@@ -118,6 +118,19 @@ def test_the_checkpoint_of_an_epochs_end_goes_on_with_the_next(tmp_path):
     second = Pruner(N, 0.5)
     resumed, _ = fit(tmp_path, second, ckpt_path=str(tmp_path / "end.ckpt"))
     assert first.given + resumed.given == uninterrupted.given
+
+
+def test_a_checkpoint_without_the_callback_is_pointed_out(tmp_path):
+    saving = ModelCheckpoint(tmp_path, "bare", every_n_epochs=1, save_on_train_epoch_end=True)
+    trainer = make_trainer(tmp_path, Pruner(N, 0.5), callbacks=[saving], max_epochs=1)
+    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, PrunerCallback)]
+    pruner = Pruner(N, 0.5)
+    trainer.fit(Classifier(pruner), make_loader(pruner))
+    pruner = Pruner(N, 0.5)
+    trainer = make_trainer(tmp_path, pruner)
+    with pytest.warns(EmpFastWarning, match="the checkpoint was saved without PrunerCallback"):
+        trainer.fit(Classifier(pruner), make_loader(pruner), ckpt_path=str(tmp_path / "bare.ckpt"))
+    assert pruner.store.rows_seen == 22
 
 
 def test_stats_go_to_the_logger_every_epoch(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 from torch.utils._pytree import tree_leaves
 
 from emp_fast._optional import needs
+from emp_fast._warnings import warn
 from emp_fast.integrations._common import (
     require_data_of,
     require_length_of,
@@ -102,6 +103,17 @@ class PrunerCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         self.pruner.merge()  # Lightning calls this on all ranks; one of them saves for all
         return self.pruner.state_dict()
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Warns if a run resumes without its scores; otherwise `load_state_dict` follows.
+
+        Lightning itself passes over a callback that the checkpoint does not know.
+        """
+        if trainer.state.fn == "fit" and self.state_key not in checkpoint["callbacks"]:
+            warn(
+                "the checkpoint was saved without PrunerCallback: the run goes on with the pruner "
+                "as it is"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict)
