@@ -15,6 +15,7 @@ import torch
 from serving import require
 from test_functional import assert_stats, incoming
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from watching import LargestTensor
 
 from emp_fast import SampleStats, functional
@@ -352,6 +353,19 @@ def test_gradients_of_many_losses_at_once(block: int, monkeypatch: pytest.Monkey
     single = [torch.autograd.grad(loss[i], given.leaves, retain_graph=True) for i in range(9)]
     for got, wanted in zip(batched, zip(*single, strict=True), strict=True):
         torch.testing.assert_close(got, torch.stack(wanted))
+
+
+def test_within_an_activation_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_BLOCK_LOGITS", 4 * 33)
+    given = inputs(Case("linear_checkpointed", 9, 33))
+    made = [
+        torch.autograd.grad(loss.sum(), given.leaves)
+        for loss in (
+            given.run().loss,
+            checkpoint(lambda: given.run().loss, use_reentrant=False),
+        )
+    ]
+    torch.testing.assert_close(*made, rtol=0, atol=0)
 
 
 def test_a_gpu_takes_as_many_rows_at_a_time_as_there_are_features_but_2_to_the_27_logits() -> None:

@@ -58,17 +58,21 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 7
-        hidden, classifier, bias = saved_tensors(ctx)[:3]
+        # Once: torch.utils.checkpoint refuses to give a saved tensor twice.
+        saved = saved_tensors(ctx)
+        hidden, classifier, bias = saved[:3]
         # The forward pass has made all casts, but backward() may itself run under autocast.
         with torch.no_grad(), without_autocast(hidden.device):
-            grads = LinearCrossEntropy._gradients(ctx, grad_loss)
+            grads = LinearCrossEntropy._gradients(ctx, grad_loss, saved)
         inputs = (grad_loss, hidden, classifier, bias)
         guarded = [None if g is None else forbid_double_backward(g, *inputs) for g in grads]
         return (*guarded, *(None,) * 4)
 
     @staticmethod
-    def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, classifier, bias, target, weight, fields = saved_tensors(ctx)
+    def _gradients(
+        ctx: Any, grad_loss: Tensor, saved: tuple[Any, ...]
+    ) -> tuple[Tensor | None, ...]:
+        hidden, classifier, bias, target, weight, fields = saved
         want_hidden, want_classifier, want_bias = ctx.needs_input_grad[:3]
         memory = None
         if not is_traced(grad_loss):
