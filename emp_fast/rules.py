@@ -84,6 +84,7 @@ class Rule(Identified):
     def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Updates the state of S samples. Avoid host synchronisation here.
 
+        It runs without gradients; `torch.enable_grad` gives them to a rule that needs some inside.
         The CPU backend passes each sample once. The others may repeat a sample, in equal rows, and
         include refused rows, whose results are discarded. Compute every row by itself.
 

@@ -101,7 +101,9 @@ class SampleState:
             signal = read[recurrence.signal].float()
             ops.update_state(indices, signal, direct, count, self.state, recurrence)
         else:
-            self._step(indices, read, count)
+            # With the gradient of a rule's own weights the state would keep every step's graph.
+            with torch.no_grad():
+                self._step(indices, read, count)
         return indices.shape[0]
 
     def try_mean_step(

@@ -376,6 +376,33 @@ def test_a_checkpoint_of_a_rule_with_other_weights_is_refused() -> None:
         pruners[1].load_state_dict(pruners[0].state_dict())
 
 
+def test_a_step_with_weights_that_learn_leaves_no_graph_in_the_state(backend: str) -> None:
+    class Learnt(Rule):
+        reads = ("loss", "hidden")
+
+        def __init__(self) -> None:
+            self.weight = torch.ones(2, requires_grad=True)
+
+        def buffers(self, num_samples: int, device: torch.device) -> dict[str, torch.Tensor]:
+            return {"last": torch.zeros(num_samples, device=device)}
+
+        def step(self, stats: Any, state: Any) -> Any:
+            assert not torch.is_grad_enabled()
+            with torch.enable_grad():
+                score = stats["loss"] + stats["hidden"] @ self.weight
+            return {"score": score, "memory": score, "last": score}
+
+    pruner = Pruner(4, rule=Learnt())
+    for rows in ([0, 1], [1, 1]):  # each once, and a sample twice
+        logits = torch.randn(2, 3, requires_grad=True)
+        pruner.loss(
+            logits, torch.tensor([0, 2]), torch.tensor(rows), hidden=torch.ones(2, 2)
+        ).backward()
+    tensors = pruner.store.state_dict()["tensors"]
+    assert not [name for name, tensor in tensors.items() if tensor.requires_grad]
+    pruner.plot()
+
+
 def test_the_mean_margin_is_aum_and_other_names_are_refused():
     assert Mean("margin").recurrence() == AUM().recurrence()
     assert repr(Mean("el2n")) == "Mean(stat='el2n')"
