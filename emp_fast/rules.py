@@ -71,7 +71,10 @@ class Rule(Identified):
         return None
 
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
-        """State besides "score", "memory" and "visits": tensors whose first axis is N."""
+        """State besides "score", "memory" and "visits": tensors whose first axis is N.
+
+        A store copies them, so they may be tensors that the rule holds.
+        """
         return {}
 
     def shard(self, start: int, stop: int, num_samples: int) -> Rule:
@@ -372,7 +375,7 @@ class RHO(Rule):
 
     def buffers(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
         self._require_length(num_samples)
-        return {"irreducible": self.irreducible.to(device, copy=True)}
+        return {"irreducible": self.irreducible}
 
     def step(self, stats: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         reducible = stats["loss"] - state["irreducible"]

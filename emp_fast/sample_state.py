@@ -392,7 +392,10 @@ def warn_of_nonfinite(rows: int, where: str = "") -> None:
 
 
 def _checked_buffers(rule: Rule, num_samples: int, device: torch.device) -> dict[str, Tensor]:
-    """The buffers that ``rule.buffers`` makes, each [N, ...]."""
+    """Copies of the buffers that ``rule.buffers`` makes, each [N, ...].
+
+    The originals may be a tensor that the rule holds, one of few elements expanded, or a parameter.
+    """
     buffers = rule.buffers(num_samples, device)
     if not isinstance(buffers, dict):
         raise TypeError(f"rule.buffers() must return a dict, got {type(buffers).__name__}")
@@ -405,4 +408,8 @@ def _checked_buffers(rule: Rule, num_samples: int, device: torch.device) -> dict
                 f"rule.buffers()[{name!r}] must have {num_samples} rows, "
                 f"got shape {tuple(buffer.shape)}"
             )
-    return buffers
+    copies, buffers = {}, dict(buffers)
+    for name in list(buffers):  # one after the other, so that only one is in memory twice
+        buffer = buffers.pop(name).detach()
+        copies[name] = buffer.to(device).clone(memory_format=torch.contiguous_format)
+    return copies

@@ -403,6 +403,41 @@ def test_a_step_with_weights_that_learn_leaves_no_graph_in_the_state(backend: st
     pruner.plot()
 
 
+@pytest.mark.parametrize(
+    "held",
+    [
+        torch.zeros(4),
+        torch.zeros(1).expand(4),
+        torch.nn.Parameter(torch.zeros(4)),
+        torch.zeros(2, 4).T,
+    ],
+    ids=["tensor", "expanded", "parameter", "transposed"],
+)
+def test_a_store_leaves_the_tensors_of_its_rule_alone(backend: str, held: torch.Tensor) -> None:
+    class Counting(Rule):
+        def __init__(self) -> None:
+            self.start = held
+
+        def buffers(self, num_samples: int, device: torch.device) -> dict[str, torch.Tensor]:
+            return {"count": self.start}
+
+        def step(self, stats: Any, state: Any) -> Any:
+            count = state["count"] + 1
+            return {"score": stats["loss"] + count.view(len(count), -1)[:, 0], "count": count}
+
+    rule = Counting()
+    before = repr(rule)
+    for _ in range(2):
+        store = ScoreStore(4, rule)
+        for _ in range(2):
+            store.update(torch.tensor([0, 2]), {"loss": torch.zeros(2)})
+        assert store.scores.tolist() == [2, math.inf, 2, math.inf]
+    assert repr(rule) == before
+    assert not held.any()
+    store.load_state_dict(ScoreStore(4, Counting()).state_dict())
+    assert not store._samples.buffers["count"].any()
+
+
 def test_the_mean_margin_is_aum_and_other_names_are_refused():
     assert Mean("margin").recurrence() == AUM().recurrence()
     assert repr(Mean("el2n")) == "Mean(stat='el2n')"
