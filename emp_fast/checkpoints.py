@@ -39,6 +39,8 @@ _VERSION = 1
 #: What loads safely as it is. A subclass need not: torch refuses to load a `numpy.float64`.
 _PLAIN = (bool, int, float, str, type(None))
 _TENSORS = (Tensor, nn.Parameter)
+#: Of an int: the most that torch.load(weights_only=True) reads, and less than json does.
+_MOST_BITS = 2039
 
 
 @runtime_checkable
@@ -73,8 +75,8 @@ def save_checkpoint(path: str | Path, **parts: Any) -> None:
             scalars, enums and other subclasses are saved as the plain value that they are.
 
     Raises:
-        TypeError: a part holds something else, which could not be loaded safely, or a tensor that
-            the format cannot hold; the error names it.
+        TypeError: a part holds something else, or an int of more than 2039 bits, which could not be
+            loaded safely, or a tensor that the format cannot hold; the error names it.
         FileProblem: the file cannot be written.
         ModuleNotFoundError: it is a .safetensors file, and safetensors is not installed.
     """
@@ -153,6 +155,11 @@ def _plain(where: str, value: Any, held: Callable[[str, Tensor], Tensor]) -> Any
     """
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise TypeError(
+            f"{where} must be an int of at most {_MOST_BITS} bits to load again, "
+            f"got one of {value.bit_length()}"
+        )
     if type(value) in _PLAIN:
         return value
     if isinstance(value, Tensor):

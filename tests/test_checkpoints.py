@@ -167,6 +167,8 @@ def test_tensors_under_keys_that_look_alike_stay_apart(path):
     [
         ({"a": [1, object()]}, r"part\['a'\]\[1\] must be a tensor or a plain value, got <object"),
         (lambda: 1, "part must be a tensor or a plain value, got <function"),
+        ({"a": -(2**2039)}, r"part\['a'\] must be an int of at most 2039 bits .*, got one of 2040"),
+        ({2**2040: 1}, "a key of part must be an int of at most 2039 bits"),
         ({"keys": np.zeros(99)}, r"(?s)got array\(\[0.*; torch.from_numpy makes a tensor of it$"),
         ({(1, 2): 3}, r"part must have str or int keys, got \(1, 2\)"),
         ({1.5: 3}, r"part must have str or int keys, got 1\.5"),
