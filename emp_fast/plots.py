@@ -58,7 +58,7 @@ def selection_figure(
     that spread the visits evenly leave each sample with too few visits to be remembered.
 
     Args:
-        scores: +inf marks a sample never visited; such samples are counted, not drawn.
+        scores: those that are not finite are counted, not drawn.
         visits: how often each sample was trained on.
         kept: indices of the selected samples.
         labels: class ids; without them there is no class panel.
@@ -76,7 +76,10 @@ def selection_figure(
     score = vector("scores", scores)
     visit = vector("visits", visits, len(score))
     mask = mask_of(kept, len(score))
-    panels: list[tuple[Any, ...]] = [(score_panel, score, mask), (_visit_panel, visit)]
+    panels: list[tuple[Any, ...]] = [
+        (score_panel, score, mask, visit),
+        (_visit_panel, visit),
+    ]
     if labels is not None:
         panels.append((_class_panel, vector("labels", labels, len(score)), mask))
     if loss is not None and entropy is not None:
@@ -117,9 +120,17 @@ def loss_and_entropy(store: ScoreStore) -> tuple[NDArray[Any] | None, NDArray[An
 
 
 def score_panel(
-    axis: Axes, scores: NDArray[Any], kept: NDArray[np.bool_], title: str = "Score distribution"
+    axis: Axes,
+    scores: NDArray[Any],
+    kept: NDArray[np.bool_],
+    visits: NDArray[Any] | None = None,
+    title: str = "Score distribution",
 ) -> None:
-    """Draws the histogram of the scores, with the kept ones in front."""
+    """Draws the histogram of the scores, with the kept ones in front.
+
+    Those that are not finite are counted in the legend. Without ``visits`` they are taken for those
+    of samples never visited.
+    """
     axis.set(title=title, xlabel="score", ylabel="samples")
     finite = np.isfinite(scores)
     values = scores[finite]
@@ -140,9 +151,10 @@ def score_panel(
                 axis.axvline(
                     threshold, color=_LINE, linewidth=1.5, label=f"threshold {threshold:.3g}"
                 )
-    never = int((~finite).sum())
-    if never:
-        axis.plot([], [], " ", label=f"{never} never visited")
+    new = ~finite if visits is None else ~finite & (visits == 0)
+    for number, what in ((new.sum(), "never visited"), ((~finite & ~new).sum(), "not finite")):
+        if number:
+            axis.plot([], [], " ", label=f"{number} {what}")
     axis.legend(loc="upper left" if values.size else "center")
     axis.grid(axis="x", visible=False)
 

@@ -14,7 +14,7 @@ import torch
 from emp_fast import Pruner
 from emp_fast.demo.figure import Curve, comparison_figure
 from emp_fast.plots import selection_figure
-from emp_fast.rules import Loss
+from emp_fast.rules import Forgetting, Loss
 
 N = 401  # no multiple of anything
 
@@ -26,10 +26,12 @@ def state():
     entropy = np.minimum(0.6 * loss, 2.2)
     scores = (loss + entropy).astype(np.float32)
     scores[[3, 17]] = np.inf
+    visits = rng.poisson(6, N).astype(np.int32)
+    visits[[3, 17]] = 0
     kept = np.sort(np.argsort(-scores, kind="stable")[:120])
     return {
         "scores": scores,
-        "visits": rng.poisson(6, N).astype(np.int32),
+        "visits": visits,
         "kept": kept,
         "labels": rng.integers(0, 7, N),
         "loss": loss,
@@ -180,3 +182,10 @@ def test_a_pruner_draws_no_plane_for_a_rule_that_is_not_loss_and_entropy():
     figure = pruner.plot(title="mine")
     assert titles(figure) == ["Score distribution", "Visits per sample"]
     assert figure.get_suptitle() == "mine"
+
+
+def test_an_infinite_score_of_a_visited_sample_is_not_taken_for_a_missing_one():
+    pruner = Pruner(9, 0.5, rule=Forgetting())
+    pruner.update(torch.arange(7), {"correct": torch.arange(7) > 4})
+    figure = pruner.plot()
+    assert legend(figure.axes[0])[-2:] == ["2 never visited", "5 not finite"]
