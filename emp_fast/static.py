@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from emp_fast._validation import checked_at_least, checked_device, checked_integers
+from emp_fast._validation import (
+    checked_at_least,
+    checked_device,
+    checked_integers,
+    require_tensor,
+)
 from emp_fast._warnings import warn
 from emp_fast.batches import batch_size_of, nested_to_device, rebatched, score_by_logits
 from emp_fast.data import IndexedDataset
@@ -234,7 +239,16 @@ def _checked_scores(made: object) -> tuple[Tensor, SampleStats]:
     indices, stats = made
     if not isinstance(stats, SampleStats):
         raise TypeError(f"{wanted}, got stats of type {type(stats).__name__}")
-    return checked_integers("the indices that score_batch returns", indices), stats
+    indices = checked_integers("the indices that score_batch returns", indices)
+    for name, values in stats._asdict().items():
+        what = f"{name} of the stats that score_batch returns"
+        require_tensor(what, values)
+        if values.shape != indices.shape:
+            raise ValueError(
+                f"{what} must have shape {tuple(indices.shape)}, one value for each index, "
+                f"got {tuple(values.shape)}"
+            )
+    return indices, stats._replace(correct=stats.correct.bool())
 
 
 def _require_options(names: Iterable[str]) -> None:

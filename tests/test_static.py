@@ -204,6 +204,17 @@ def test_a_causal_language_model_must_say_what_its_labels_are():
     assert quiet(model, loader, shift_labels=False).count.tolist() == [4] * 3
 
 
+def test_correct_may_be_integers_in_the_stats_of_score_batch():
+    right = torch.arange(N) % 2
+
+    def score(model, batch):
+        (x, y), indices = batch
+        return indices, cross_entropy(model(x), y)._replace(correct=right[indices])
+
+    stats = quiet(make_model(), make_loader(), score_batch=score)
+    assert stats.correct.tolist() == right.bool().tolist()
+
+
 def test_any_other_batch_through_score_batch():
     model, data = make_model().eval(), make_data()
 
@@ -420,7 +431,7 @@ def test_an_error_while_a_batch_is_added_does_not_count_its_samples(tmp_path):
         stats = cross_entropy(model(x), y)
         return indices, stats._replace(correct=None) if 16 in indices else stats
 
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError, match=r"correct of the stats that .* got NoneType"):
         quiet(make_model(), make_loader(), output=output, score_batch=spoiled)
     partial = tmp_path / "scores.npy.partial"
     assert torch.load(partial, weights_only=True)["done"].tolist() == 16 * [1] + (N - 16) * [0]
@@ -857,6 +868,16 @@ def test_ranks(tmp_path, size):
 # ---- refusals -----------------------------------------------------------------------------------
 
 
+def scoring(**fields):
+    """A ``score_batch`` whose stats have these fields in place of the right ones."""
+
+    def score_batch(model, batch):
+        (x, y), indices = batch
+        return indices, cross_entropy(model(x), y)._replace(**fields)
+
+    return score_batch
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -894,6 +915,17 @@ def test_ranks(tmp_path, size):
             },
             TypeError,
             "the indices that score_batch returns must be integers, got 'ab'",
+        ),
+        ({"score_batch": scoring(entropy=None)}, TypeError, "entropy of the stats.*got NoneType"),
+        (
+            {"score_batch": scoring(margin=torch.zeros(3))},
+            ValueError,
+            r"margin of the stats that score_batch returns must have shape \(8,\), .*got \(3,\)",
+        ),
+        (
+            {"score_batch": scoring(loss=torch.zeros(8, 1))},
+            ValueError,
+            r"loss of the stats that score_batch returns must have shape \(8,\), .*got \(8, 1\)",
         ),
         ({"device": "gpu"}, ValueError, "device must be.*got 'gpu'"),
     ],
