@@ -347,14 +347,41 @@ def _digest(model: Any, *, buffers: bool = True) -> str:
     digest = hashlib.sha256()
     if isinstance(model, nn.Module):
         left_out = set() if buffers else {name for name, _ in model.named_buffers()}
-        for name, tensor in sorted(model.state_dict().items()):
-            if not isinstance(tensor, Tensor) or name in left_out:
-                continue
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
-            raw = whole.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(raw.numpy().tobytes())
+        for name, value in sorted(model.state_dict().items()):
+            for tensor in () if name in left_out else _tensors_in(value):
+                # A DTensor.
+                whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                for part in _dense_parts(whole.detach()):
+                    raw = part.cpu().contiguous().view(-1).view(torch.uint8)
+                    digest.update(raw.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value of a state_dict: quantised weights, for one, are in a tuple."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+
+
+def _dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Dense tensors that tell what a tensor of any layout holds, without its zeros."""
+    layout = tensor.layout
+    if layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    return [tensor.resolve_conj().resolve_neg()]
 
 
 # ---- around the passes --------------------------------------------------------------------------

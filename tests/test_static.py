@@ -697,6 +697,42 @@ def test_an_output_that_fails_at_the_end_keeps_the_partial_result(tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["scores.npy"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda dense: dense.to_sparse(),
+        lambda dense: dense.to_sparse_csr(),
+        lambda dense: dense.to_sparse_csc(),
+        lambda dense: dense.to_mkldnn(),
+        lambda dense: torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
+        lambda dense: torch.complex(dense, dense).conj(),
+        lambda dense: (torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8), None),
+    ],
+    ids=["coo", "csr", "csc", "mkldnn", "quantised", "conj", "packed"],
+)
+def test_weights_of_any_layout_tell_models_apart(held, tmp_path):
+    class Holding(Counting):
+        def __init__(self, dense: torch.Tensor, fails_at: int | None = None) -> None:
+            super().__init__(fails_at)
+            self.held = held(dense)
+
+        def get_extra_state(self):
+            return self.held
+
+        def set_extra_state(self, state):
+            raise AssertionError
+
+    output, dense = tmp_path / "scores.npy", torch.eye(3)
+    with pytest.raises(Interrupted):
+        quiet(Holding(dense, 2), make_loader(), output=output)
+    with pytest.raises(FileProblem, match="of a run of another model"):
+        quiet(Holding(dense + torch.eye(3)[:, [1, 2, 0]]), make_loader(), output=output)
+    rest = Holding(dense)
+    quiet(rest, make_loader(), output=output)
+    assert rest.calls == math.ceil(N / 8) - 2
+
+
 # ---- ranks --------------------------------------------------------------------------------------
 
 
