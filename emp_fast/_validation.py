@@ -112,6 +112,10 @@ def checked_integers(name: str, values: object) -> Tensor:
         require_tensor(name, values)
     else:
         try:
+            if hasattr(values, "__array__"):  # torch would index a column of pandas by its labels
+                array = np.asarray(values)
+                if array.dtype.kind in "iu":
+                    values = array.astype(array.dtype.newbyteorder("="), copy=False)
             if isinstance(values, np.ndarray) and (
                 not values.flags.writeable or any(stride < 0 for stride in values.strides)
             ):

@@ -1119,6 +1119,28 @@ def test_labels_may_be_a_file_that_is_mapped_into_memory(tmp_path):
     assert torch.bincount(kept).tolist() == [10] * 3
 
 
+class Column:
+    """A column of a table, such as a pandas.Series: its positions are not its keys."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, key):
+        return self.values[key - 1000]
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+@pytest.mark.parametrize("holds", [lambda array: Column(array), lambda array: array.astype(">i4")])
+def test_labels_may_be_a_column_of_a_table_and_of_any_byte_order(holds):
+    pruner = Pruner(N, 0.5, labels=holds(np.arange(N) % 3))
+    assert pruner.progress.planner.labels.tolist() == [i % 3 for i in range(N)]
+
+
 def test_labels_that_the_user_changes_later_change_nothing():
     labels = torch.arange(N) % 3
     pruner = Pruner(N, 0.5, labels=labels)
