@@ -10,6 +10,7 @@ randomness is counter-based. Every backend, device and rank selects the same sam
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -355,6 +356,9 @@ def choose(policy: Policy, candidates: Candidates, k: int | None, balance: Balan
         ValueError: the policy cannot choose that many; or its `Policy.choose` did not return a mask
             and finite weights of the samples, or not k of them (None: not one).
     """
+    if type(policy).__module__ != __name__:  # it may write in place, and the scores are the store's
+        candidates = copy.copy(candidates)
+        candidates.scores = candidates.scores.clone()
     quotas = None if k is None else policy.quotas(candidates, k, balance)
     chosen = policy.choose(candidates, quotas)
     where = f"{type(policy).__name__}.choose()"
@@ -364,6 +368,7 @@ def choose(policy: Policy, candidates: Candidates, k: int | None, balance: Balan
     _require_vector(f"{where}[0], the mask,", mask, torch.bool, len(candidates))
     if weights is not None:
         _require_vector(f"{where}[1], the weights,", weights, torch.float32, len(candidates))
+        weights = weights.detach()
     selection = Selection.of(mask, weights)
     if selection.weights is not None:  # neither a checkpoint nor a file would load with others
         bad = selection.weights[~torch.isfinite(selection.weights)]

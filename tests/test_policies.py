@@ -1,5 +1,6 @@
 """Policies against plain Python models of them; every selection alike on every backend."""
 
+import copy
 import math
 from collections import Counter
 from fractions import Fraction
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import emp_fast
-from emp_fast import Policy, ScoreStore
+from emp_fast import Policy, Pruner, ScoreStore
 from emp_fast.policies import (
     BelowMean,
     Candidates,
@@ -505,6 +506,31 @@ def test_a_users_own_policy_says_whether_it_takes_a_budget():
     assert len(store.select(3, Half()).indices) == 3
     with pytest.raises(ValueError, match=r"policy\.budget must be one of 'req.*, got 'half'"):
         store.select(3, Odd())
+
+
+def test_a_users_own_policy_may_write_to_the_scores_in_place():
+    class Clipped(TopK):
+        def choose(self, candidates, quotas):
+            candidates.scores.clamp_(max=5)
+            candidates.scores[3] = 9
+            return super().choose(candidates, quotas)
+
+    store = ScoreStore(9, Loss())
+    store.update(torch.arange(9), {"loss": torch.arange(9.0)})
+    assert store.select(3, Clipped()).indices.tolist() == [3, 5, 6]
+    assert store.scores.tolist() == list(range(9))
+
+
+def test_the_weights_of_a_users_own_policy_bring_no_gradient():
+    class Learnt(Policy):
+        def choose(self, candidates, quotas):
+            weights = torch.ones(len(candidates), requires_grad=True)
+            return candidates.top(candidates.scores, None, quotas), 2 * weights
+
+    pruner = Pruner(9, policy=Learnt())
+    list(pruner.sampler)
+    state = copy.deepcopy(pruner.state_dict())
+    assert state["weights"].tolist() == 4 * [2]
 
 
 def test_a_prune_rate_fits_the_largest_fraction_of_the_policy():
