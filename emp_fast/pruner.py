@@ -231,7 +231,8 @@ class Pruner:
             stats: SampleStats, such as `functional.info_nce` returns, or a mapping of the stats
                 that the rule reads.
             loss: [S], in place of ``stats``.
-            memory: [S] memory term, in place of the entropy; a rule that reads none ignores it.
+            memory: [S] memory term, in place of the entropy, or of the stat "memory" that a rule of
+                one's own reads; a rule that reads none ignores it.
             **extra: further stats by name.
 
         Raises:
@@ -255,7 +256,8 @@ class Pruner:
         if memory is not None:
             if "entropy" in extra:
                 raise ValueError("memory and entropy are the same term, got both")
-            given = {**given, "entropy": _one_each("memory", memory, indices)}
+            memory = _one_each("memory", memory, indices)
+            given = {**given, "entropy": memory, "memory": memory}
         self.store.update(indices, given, **extra)
         self.progress.record_trained(indices.shape[0])
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 import emp_fast
-from emp_fast import EmpFastWarning, Pruner, with_indices
+from emp_fast import EmpFastWarning, Pruner, Rule, with_indices
 from emp_fast.functional import cross_entropy
 from emp_fast.policies import BelowMean, EpsilonGreedy, Random, TopK, Window
 from emp_fast.rules import EMP, GraNd, Loss
@@ -1117,6 +1117,20 @@ def test_labels_may_be_a_file_that_is_mapped_into_memory(tmp_path):
         pruner = Pruner(N, 0.5, labels=labels)
     kept = pruner.progress.planner.labels[pruner.selection.indices]
     assert torch.bincount(kept).tolist() == [10] * 3
+
+
+def test_a_rule_that_reads_memory_gets_that_of_update():
+    class Own(Rule):
+        reads = ("loss", "memory")
+
+        def step(self, stats, state):
+            return {"score": stats["loss"] + 2 * stats["memory"]}
+
+    pruner = Pruner(3, rule=Own())
+    pruner.update(torch.arange(2), loss=torch.ones(2), memory=torch.tensor([1.0, 3.0]))
+    assert pruner.store.scores.tolist() == [3, 7, math.inf]
+    with pytest.raises(ValueError, match="stats must have 'memory', which Own"):
+        pruner.update(torch.arange(2), loss=torch.ones(2))
 
 
 class Column:
