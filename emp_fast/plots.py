@@ -136,7 +136,8 @@ def score_panel(
     values = scores[finite]
     if values.size:
         edges, logarithmic = _edges(values)
-        inside = np.clip(values, edges[0], edges[-1])  # the first bin includes all lower values
+        # The first bin includes all lower values. NumPy 1 would round the edges to float32 here.
+        inside = np.clip(values.astype(np.float64), edges[0], edges[-1])
         kept_counts, _ = np.histogram(inside[kept[finite]], edges)
         counts, _ = np.histogram(inside, edges)
         axis.set_ylim(0, 1.4 * counts.max())  # room for the legend
