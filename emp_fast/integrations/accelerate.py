@@ -100,14 +100,14 @@ class PrunedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         epoch, position = self.pruner.progress.next_start()
-        # Accelerate counts the loader's own iterations, starting from 0 even in a resumed run.
-        self.loader.set_epoch(epoch)
         # Only whole batches are skipped, so that the batches and the repeated tail are the same as
         # in an uninterrupted run.
         skipped = position // self.loader.total_batch_size
         loader = self.loader
         if skipped:
             loader = self.accelerator.skip_first_batches(loader, skipped)
+        # Accelerate counts a loader's own iterations, starting from 0 even in a resumed run.
+        loader.set_epoch(epoch)
         progress, plan, completed = self.pruner.progress, None, False
         try:
             for batch in loader:
