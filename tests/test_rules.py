@@ -5,6 +5,7 @@ The models see one sample's visits at once and know nothing of recurrences, buff
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -400,7 +401,7 @@ def test_a_step_with_weights_that_learn_leaves_no_graph_in_the_state(backend: st
         ).backward()
     tensors = pruner.store.state_dict()["tensors"]
     assert not [name for name, tensor in tensors.items() if tensor.requires_grad]
-    pruner.plot()
+    copy.deepcopy(pruner.store)  # torch refuses to copy what has a graph
 
 
 @pytest.mark.parametrize(
