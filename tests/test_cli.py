@@ -94,7 +94,7 @@ def test_version_and_help():
     ("arguments", "message"),
     [
         (("diagnose",), "No such command 'diagnose'"),
-        (("doctor", "--xml"), "No such option"),
+        (("doctor", "--xml"), "--xml"),  # versions of typer put it differently
         (("doctor", "extra"), "unexpected extra argument"),
         (("select",), "Missing argument 'SCORES'"),
         (("demo", "--epochs", "0"), "'--epochs'"),
